@@ -1,0 +1,351 @@
+"""Every option: its name, type, default, help line and check; read from flags and YAML, saved as YAML.
+
+Nothing heavy is imported here, so that `--help` and a misspelt flag answer at once.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+
+Precision = Literal["auto", "no", "fp16", "bf16"]
+TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
+SchedulerName = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+    "greedy",
+]
+
+
+class UserError(Exception):
+    """A mistake the user can mend; the message names the flag or file, what was found and what to type instead."""
+
+
+def alias(*names: str) -> Any:
+    return tyro.conf.arg(aliases=names)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Model."""
+
+    model: Annotated[str, alias("--model_name_or_path")] = "minilm"
+    """`minilm` (comes with the installation), a folder, or a Hub id such as roberta-base."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    freeze: str | None = None
+    """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
+
+    def __post_init__(self) -> None:
+        known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdigit()
+        require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Data."""
+
+    dataset: str | None = None
+    """An alias (movie_reviews, sst5, sst2, mrpc, ...), a Hub id `user/name`, or a folder. [default: movie_reviews]"""
+    dataset_config: str | None = None
+    """Configuration of a Hub data set; for movie_reviews: `five`, `binary` or `rating`."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    train_file: str | None = None
+    """Own training data: csv, tsv, json, jsonl, parquet, or a folder saved by `datasets`."""
+    validation_file: str | None = None
+    """Own validation data; a stratified tenth of the training data when absent."""
+    test_file: str | None = None
+    """Own test data."""
+    text_columns: tuple[str, ...] | None = None
+    """One text column, or two for pairs; guessed when obvious."""
+    label_column: str | None = None
+    """Label column; guessed when obvious."""
+    max_length: int = 128
+    """Longest input in tokens; longer texts are cut and their share is reported."""
+    max_train_samples: int | None = None
+    """Use only the first n training samples, for a quick try."""
+    max_eval_samples: int | None = None
+    """Use only the first n samples of every other split, for a quick try."""
+    preprocessing_num_workers: int | None = None
+    """Processes that tokenise; one by default, the tokenizer itself already uses threads."""
+
+    def __post_init__(self) -> None:
+        files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
+        if files and self.dataset:
+            raise UserError(f"--dataset and --{files[0]} exclude each other; give one of them")
+        columns = self.text_columns
+        require(
+            columns is None or len(columns) in (1, 2),
+            f"--text_columns takes one or two columns, got {len(columns or ())}: {' '.join(columns or ())}; "
+            "for example --text_columns premise hypothesis",
+        )
+        check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule, counted in optimizer steps."""
+
+    learning_rate: Annotated[float, alias("--lr")] = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Decay of matrices; biases and norms are not decayed."""
+    adam_beta1: float = 0.9
+    """Decay rate of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay rate of the second moment."""
+    adam_epsilon: float = 1e-8
+    """Term added to the denominator."""
+    lr_scheduler_type: SchedulerName = "linear"
+    """Shape of the learning rate after warm-up."""
+    lr_scheduler_kwargs: tuple[str, ...] = ()
+    """Further settings of the schedule, as name=value, such as min_lr=1e-6."""
+    warmup_steps: float = 0.06
+    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; None: logged but not clipped."""
+    label_smoothing_factor: float = 0.0
+    """Share of the target spread over all labels."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
+        require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
+        smoothing = self.label_smoothing_factor
+        require(0 <= smoothing < 1, f"--label_smoothing_factor must lie in [0, 1), got {smoothing}")
+        check_positive(self, "max_grad_norm")
+        for item in self.lr_scheduler_kwargs:
+            require("=" in item, f"--lr_scheduler_kwargs takes name=value, got {item!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Training."""
+
+    num_train_epochs: Annotated[float, alias("--epochs")] = 3.0
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+    train_batch_size: Annotated[int, alias("--bs")] = 32
+    """Samples per optimizer step over all processes: part of the experiment."""
+    per_device_train_batch_size: int | None = None
+    """Largest micro-batch that one device holds: memory only, never changes the result. [default: what the step needs]"""
+    per_device_eval_batch_size: int = 64
+    """Samples per forward in evaluation."""
+    train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
+    """`group_by_length` puts texts of like length together and shuffles the finished batches."""
+    eval_steps: int | None = None
+    """Evaluate every n steps; each epoch when absent."""
+    metric_for_best_model: str | None = None
+    """Validation metric that chooses the model kept, or `loss`. [default: the first of the metrics]"""
+    early_stopping_patience: int | None = None
+    """Stop after n evaluations without a better metric."""
+    dataloader_num_workers: int = 0
+    """Processes that prepare batches; 0: the training process does it."""
+    seed: int = 42
+    """Fixes the new head, the order of samples and dropout."""
+
+    def __post_init__(self) -> None:
+        require(self.num_train_epochs > 0, f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
+        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
+        check_positive(self, "max_steps", "train_batch_size", "per_device_train_batch_size", "eval_steps")
+        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Output and tracking."""
+
+    output_dir: str | None = None
+    """Folder of the run. [default: outputs/{run_name}]"""
+    run_name: str | None = None
+    """Name of the run. [default: {model}-{dataset}-lr..-bs..-s{seed}]"""
+    report_to: TrackerName = "wandb"
+    """Tracker; W&B goes offline when there is no login. metrics.jsonl is written in any case."""
+    project: str = "finetune"
+    """Project of the tracker."""
+    tags: tuple[str, ...] = ()
+    """Tags of the tracker's run."""
+    notes: str | None = None
+    """Free text kept with the tracker's run."""
+    logging_steps: int = 20
+    """Log the training loss every n steps."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "logging_steps")
+        name = self.run_name
+        require(name is None or is_plain_name(name), f"--run_name takes letters, digits and . _ -, got {name!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tune a text classifier.
+
+    Options can be collected in a YAML file: `train.py --config recipe.yaml [flags that override it]`.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
+    cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
+    mixed_precision: Precision = "auto"
+    """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Score a finished run, or any classifier, on one split.
+
+    The data of a run are known from its folder: `eval.py --run outputs/NAME`. With `--model` name the data as well.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    run: str | None = None
+    """Folder of a finished run."""
+    model: Annotated[str | None, alias("--model_name_or_path")] = None
+    """A classifier: folder or Hub id."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    split: str = "test"
+    """Split to score: train, validation, test, or another one of the data set."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute; see train.py --help."""
+    per_device_eval_batch_size: int = 64
+    """Samples per forward."""
+    bootstrap_samples: int = 1000
+    """Resamples behind each 95 % interval."""
+    seed: int = 42
+    """Fixes the bootstrap, and the validation split where one is made."""
+    output_dir: str | None = None
+    """Where the report goes. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
+    mixed_precision: Precision = "auto"
+    """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run) != bool(self.model), "give either --run FOLDER or --model ID_OR_FOLDER")
+        check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise UserError unless each named field is None or above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value > 0, f"--{name} must be above 0, got {value}")
+
+
+def is_plain_name(name: str) -> bool:
+    return name not in ("", ".", "..") and all(char.isalnum() or char in "._-" for char in name)
+
+
+Config = TypeVar("Config")
+_SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
+
+
+def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Read flags, with the YAML file behind `--config` first and, for eval.py, the data of the run behind `--run`.
+
+    Ends the process with code 2 and a message, as argparse does, when an option is unknown or takes no such value.
+    """
+    arguments = [part for item in (sys.argv[1:] if argv is None else argv) for part in split_equals(item)]
+    try:
+        arguments = expand_config(arguments)
+        if kind is EvalConfig and "--run" in arguments[:-1]:
+            arguments = [*flags_of_run(Path(arguments[arguments.index("--run") + 1]), arguments), *arguments]
+        return tyro.cli(
+            kind,
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            use_underscores=True,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def split_equals(argument: str) -> list[str]:
+    """`--flag=value` as two arguments: one spelling for all that follows."""
+    if argument.startswith("--") and "=" in argument:
+        return argument.split("=", 1)
+    return [argument]
+
+
+def expand_config(arguments: list[str]) -> list[str]:
+    """Put the flags of the `--config` file in its place but before all others, so that flags win."""
+    if "--config" not in arguments:
+        return arguments
+    at = arguments.index("--config")
+    require(at + 1 < len(arguments), "--config takes the path of a YAML file")
+    return [*flags_from_yaml(Path(arguments[at + 1])), *arguments[:at], *arguments[at + 2 :]]
+
+
+def flags_from_yaml(path: Path, only: frozenset[str] | None = None) -> Iterator[str]:
+    """A YAML file as the list of flags it stands for; every scalar stays text, so that the flags' types rule.
+
+    Raises UserError when the file is missing, is not YAML, or is not a flat mapping.
+    """
+    require(path.is_file(), f"--config {path}: no such file")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not YAML: {error}") from None
+    require(isinstance(settings or {}, dict), f"--config {path}: expected lines of `option: value`")
+    for key, value in (settings or {}).items():
+        require(not isinstance(value, dict), f"--config {path}: {key} holds nested options; write them flat, unindented")
+        if only is None or key in only:
+            yield f"--{key}"
+            yield from (_SPELLING.get(item, item) for item in (value if isinstance(value, list) else [value]))
+
+
+def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:
+    """The data settings of a finished run; none when the command line names other data.
+
+    Raises UserError when the folder holds no run.
+    """
+    require((folder / "config.yaml").is_file(), f"--run {folder}: no config.yaml there, so it is not the folder of a run")
+    shared = {"metrics", "max_length", "preprocessing_num_workers"}
+    if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
+        shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
+    return list(flags_from_yaml(folder / "config.yaml", frozenset(shared)))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """All options of a configuration by their flag name, sections dissolved."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flat.update(flatten(value) if dataclasses.is_dataclass(value) else {field.name: value})
+    return flat
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write all options as flat YAML that `--config` reads back to an equal configuration."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
+    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def load_config(kind: type[Config], path: Path) -> Config:
+    """Read what `save_config` wrote."""
+    return parse_cli(kind, ["--config", str(path)])

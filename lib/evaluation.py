@@ -1,0 +1,158 @@
+"""Predict every sample of a split once, and score the predictions: the only place where processes put results together."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lib.batching import Collator, build_loader, eval_batches
+from lib.config import UserError
+from lib.data import Data
+
+METRICS = Path(__file__).parent / "metrics"
+AVERAGES = ("macro", "micro", "weighted")
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Results of a split in input order, equal on every process.
+
+    `logits` float32 (samples, classes); `labels` int64 (samples,); `losses` float32 (samples,), cross entropy in nats.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def predicted(self) -> np.ndarray:
+        return self.logits.argmax(axis=1)
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 (samples, classes), rows summing to 1."""
+        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
+        return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+@torch.inference_mode()
+def predict(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokens: Dataset,
+    lengths: np.ndarray,
+    collator: Collator,
+    batch_size: int,
+    num_classes: int,
+) -> Predictions:
+    """Logits and loss of every sample of `tokens`, each computed once, by one of the processes.
+
+    Batches depend on lengths and batch size alone, so that any number of processes computes the very same numbers. Each
+    process writes its samples into zeros and the arrays are added up; the count of writes proves that none is missing or
+    double. Raises RuntimeError if one is.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    batches = eval_batches(lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]
+    results = torch.zeros(len(tokens), num_classes + 2, device=accelerator.device)
+    for indices, batch in zip(batches, build_loader(tokens, batches, collator), strict=True):
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        losses = cross_entropy(logits, labels, reduction="none")
+        rows = torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
+        results.index_add_(0, torch.from_numpy(indices.copy()).to(accelerator.device), rows)
+    for module, mode in training.items():
+        module.training = mode
+    table = accelerator.reduce(results, "sum").cpu().numpy()
+    check_counts(table[:, -1])
+    return Predictions(table[:, :num_classes], np.asarray(tokens["labels"], dtype=np.int64), table[:, num_classes])
+
+
+def check_counts(counts: np.ndarray) -> None:
+    """Raise RuntimeError unless every sample was evaluated exactly once."""
+    missing, double = np.flatnonzero(counts == 0), np.flatnonzero(counts > 1)
+    if len(missing) or len(double):
+        raise RuntimeError(
+            f"evaluation is not complete: {len(missing)} samples missing (first {missing[:3].tolist()}), "
+            f"{len(double)} counted more than once (first {double[:3].tolist()})"
+        )
+
+
+def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
+    """`loss` (mean over samples, nats) and each metric of `names`, through the `evaluate` interface.
+
+    Raises UserError for a metric that is neither one of ours nor to be had from the Hub.
+    """
+    scores = {"loss": float(predictions.losses.astype(np.float64).mean())}
+    for name in names:
+        scores |= compute_metric(name, predictions.predicted, predictions.labels, predictions.logits.shape[1])
+    return scores
+
+
+def compute_metric(name: str, predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
+    """A metric by its name; one of the Hub may give several values."""
+    module, settings = metric_settings(name, num_classes)
+    result = load_metric(module).compute(predictions=predicted, references=labels, **settings)
+    return {name if key == module else key: float(value) for key, value in result.items() if np.ndim(value) == 0}
+
+
+def metric_settings(name: str, num_classes: int) -> tuple[str, dict[str, Any]]:
+    """Module and settings of a metric: `f1_macro` is f1 averaged over all classes, `f1` that of class 1 of two.
+
+    Raises UserError for f1, precision or recall of more than two classes without a way to average.
+    """
+    module, _, average = name.rpartition("_")
+    module, average = (module, average) if average in AVERAGES else (name, "")
+    if module not in ("f1", "precision", "recall"):
+        return name, {}
+    if average:
+        return module, {"average": average, "labels": list(range(num_classes))}
+    if num_classes != 2:
+        raise UserError(f"--metrics {name} is for two classes, the data has {num_classes}; use {name}_macro")
+    return module, {"average": "binary"}
+
+
+def check_metrics(names: Sequence[str], num_classes: int) -> None:
+    """Raise UserError for a metric that cannot be computed, before a run depends on it."""
+    for name in names:
+        module, _ = metric_settings(name, num_classes)
+        if not (METRICS / module).is_dir():
+            load_metric(module)
+
+
+def load_metric(module: str) -> Any:
+    """An `evaluate` module of ours by its path, or one of the Hub by its name."""
+    import evaluate  # takes seconds to import
+
+    path = METRICS / module
+    try:
+        return evaluate.load(str(path) if path.is_dir() else module, keep_in_memory=True)
+    except (FileNotFoundError, ConnectionError, OSError, ImportError) as error:
+        ours = ", ".join(sorted(folder.name for folder in METRICS.iterdir() if folder.is_dir() and folder.name[0] != "_"))
+        raise UserError(f"--metrics {module}: not one of ours ({ours}) and not to be had from the Hub") from error
+
+
+def evaluate_split(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: Data,
+    split: str,
+    collator: Collator,
+    batch_size: int,
+    metrics: Sequence[str],
+) -> tuple[dict[str, float], Predictions]:
+    """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process."""
+    predictions = predict(
+        accelerator, model, data.tokens[split], data.lengths[split], collator, batch_size, len(data.label_names)
+    )
+    scores = [compute_metrics(predictions, metrics) if accelerator.is_main_process else None]
+    return broadcast_object_list(scores)[0], predictions

@@ -1,0 +1,128 @@
+"""Label names and class numbers, from whatever a data set calls its labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from lib.config import UserError
+
+NAME_COLUMNS = ("label_text", "label_name", "label_names")
+"""Columns that spell out an integer label."""
+
+Labels = list[Any]
+
+
+def encode_labels(
+    splits: dict[str, Dataset], column: str, model_names: list[str] | None, notes: list[str]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Add a column `labels` with class numbers 0..n-1 to every split, and name the classes.
+
+    Names come from a ClassLabel, from the strings themselves, from a column such as label_text beside integers, or are
+    the integers as text; gaps between integers are closed. With `model_names`, the classes of an existing model rule.
+    A test split without any label is left out.
+
+    Raises UserError for unlabeled rows, labels that are not in train, one class only, and real numbers.
+    """
+    labels = {split: read_labels(dataset, column) for split, dataset in splits.items()}
+    for split in list(labels):
+        if split == "test" and len(splits) > 1 and not any(is_label(label) for label in labels[split]):
+            notes.append("the test split has no labels and is left out; results are those on validation")
+            del labels[split]
+        else:
+            check_labelled(labels[split], split, column)
+    first = next(iter(splits.values()))
+    values, names = label_values(first, labels["train"] if "train" in labels else all_labels(labels), column)
+    if model_names is not None:
+        values, names = match_model(values, names, model_names)
+    elif len(names) < 2:
+        raise UserError(f"the column {column} holds one class only, {names[0]!r}; a classifier needs two")
+    numbers = {value: number for number, value in enumerate(values)}
+    encoded = {}
+    for split, given in labels.items():
+        check_known(given, numbers, split, column)
+        coded = [numbers[label] for label in given]
+        dataset = splits[split].remove_columns([c for c in ("labels",) if c in splits[split].column_names])
+        encoded[split] = dataset.add_column("labels", coded)
+    return encoded, names
+
+
+def all_labels(labels: dict[str, Labels]) -> Labels:
+    return [label for given in labels.values() for label in given]
+
+
+def read_labels(dataset: Dataset, column: str) -> Labels:
+    """Labels as stored; whole numbers stored as floats, as readers of csv files with gaps make them, as integers."""
+    labels = list(dataset[column])
+    if any(isinstance(label, float) and is_label(label) for label in labels):
+        if any(is_label(label) and label != int(label) for label in labels):
+            raise UserError(
+                f"--label_column {column} holds real numbers such as {next(x for x in labels if is_label(x) and x != int(x))}: "
+                "classes are needed; regression is not supported yet"
+            )
+        labels = [int(label) if is_label(label) else None for label in labels]
+    if any(isinstance(label, list) for label in labels):
+        raise UserError(f"--label_column {column} holds lists: one class a row is needed; multi-label is not supported yet")
+    return labels
+
+
+def is_label(label: Any) -> bool:
+    """Whether a row is labelled: not missing, not empty, not NaN, not the -1 that stands for a hidden label."""
+    return label is not None and label not in ("", -1) and label == label
+
+
+def check_labelled(labels: Labels, split: str, column: str) -> None:
+    bare = [row for row, label in enumerate(labels, 1) if not is_label(label)]
+    if bare:
+        rows = ", ".join(map(str, bare[:5])) + (", ..." if len(bare) > 5 else "")
+        raise UserError(f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; label or remove them")
+
+
+def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels, list[str]]:
+    """The different labels in order of their class number, and the names of the classes."""
+    feature = dataset.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(range(feature.num_classes)), list(feature.names)
+    values = sorted(set(labels))
+    if len(values) > max(50, len(labels) // 2):
+        raise UserError(f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?")
+    spelled = next((name for name in NAME_COLUMNS if name in dataset.column_names and name != column), None)
+    if spelled and all(isinstance(value, int) for value in values):
+        spelling = dict(zip(dataset[column], dataset[spelled], strict=True))
+        return values, [str(spelling.get(value, value)) for value in values]
+    return values, [str(value) for value in values]
+
+
+def check_known(labels: Labels, known: dict[Any, int], split: str, column: str) -> None:
+    strange = [(row, label) for row, label in enumerate(labels, 1) if label not in known]
+    if strange:
+        row, label = strange[0]
+        names = ", ".join(map(str, list(known)[:20]))
+        raise UserError(
+            f"{len(strange)} rows of the {split} split have a {column} that is not among the classes ({names}): "
+            f"the first is row {row} with {label!r}"
+        )
+
+
+def match_model(values: Labels, names: list[str], model_names: Sequence[str]) -> tuple[Labels, list[str]]:
+    """Order the labels of the data as the classes of a model: by name, else by number when the model has no names.
+
+    Raises UserError when neither fits.
+    """
+    position = {name.lower(): number for number, name in enumerate(model_names)}
+    if all(name.lower() in position for name in names):
+        ordered: Labels = [object()] * len(model_names)
+        for value, name in zip(values, names, strict=True):
+            ordered[position[name.lower()]] = value
+        return ordered, list(model_names)
+    if len(names) == len(model_names) and all(name == f"LABEL_{i}" for i, name in enumerate(model_names)):
+        return values, names
+    raise UserError(
+        f"the model's classes ({', '.join(model_names)}) are not those of the data ({', '.join(names)}); "
+        "score a model trained on these labels"
+    )
+
+
+def label_counts(labels: Sequence[int], number: int) -> list[int]:
+    return np.bincount(np.asarray(labels, dtype=np.int64), minlength=number).tolist()

@@ -1,0 +1,21 @@
+"""Share of correct predictions, by scikit-learn's accuracy_score; an `evaluate` module that is loaded by its path."""
+
+import datasets
+import evaluate
+from sklearn.metrics import accuracy_score
+
+
+class Accuracy(evaluate.Metric):
+    """`compute(predictions, references, sample_weight=None)` gives {"accuracy": float}."""
+
+    def _info(self):
+        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011",
+            inputs_description="predictions and references: class numbers",
+            features=features,
+        )
+
+    def _compute(self, predictions, references, sample_weight=None):
+        return {"accuracy": float(accuracy_score(references, predictions, sample_weight=sample_weight))}

@@ -1,0 +1,145 @@
+"""Tokenizer and classifier: loading, label names, freezing."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lib import embedded
+from lib.config import ModelConfig, UserError
+
+
+def model_name(model: str) -> str:
+    """A short name for run names and reports."""
+    return model.rstrip("/").split("/")[-1]
+
+
+def resolve_model(model: str) -> str:
+    return str(embedded.minilm_folder()) if model == "minilm" else model
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer, with a padding token also where the model (a decoder) was trained without one.
+
+    Raises UserError when it cannot be loaded.
+    """
+    with loading(config):
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model), revision=config.model_revision or "main")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> tuple[PreTrainedModel, list[str]]:
+    """A classifier over `label_names` with float32 weights, and the names of its weights that are new.
+
+    Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master; a head of another
+    size is replaced. Raises UserError when the model cannot be loaded.
+    """
+    path, revision = resolve_model(config.model), config.model_revision or "main"
+    with loading(config):
+        settings = AutoConfig.from_pretrained(path, revision=revision)
+        settings.num_labels = len(label_names)
+        settings.id2label = dict(enumerate(label_names))
+        settings.label2id = {name: number for number, name in enumerate(label_names)}
+        settings.problem_type = "single_label_classification"
+        settings.pad_token_id = tokenizer.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            config=settings,
+            revision=revision,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
+    freeze(model, config.freeze)
+    return model, sorted({*info["missing_keys"], *mismatched})
+
+
+def load_classifier(config: ModelConfig) -> PreTrainedModel:
+    """An already trained classifier, as it is.
+
+    Raises UserError when it cannot be loaded or its head is not part of the checkpoint.
+    """
+    with loading(config):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            resolve_model(config.model), revision=config.model_revision or "main", dtype=torch.float32, output_loading_info=True
+        )
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:4])
+        raise UserError(f"--model {config.model} is not a trained classifier: its weights lack {missing}; train it first")
+    return model
+
+
+@contextlib.contextmanager
+def loading(config: ModelConfig) -> Iterator[None]:
+    """Loading without the library's own report, which the start block replaces, and with a message instead of a trace."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--model {config.model} could not be loaded: {reason}\n"
+            "Give a folder with config.json and weights, a Hub id with the network or a mirror (HF_ENDPOINT) at hand, "
+            "or --model minilm, which needs neither."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+# ---------------------------------------------------------------------------------------------------- freezing
+
+
+def freeze(model: PreTrainedModel, part: str | None) -> None:
+    """Stop the gradients of the backbone, of the embeddings, or of the embeddings and the n lowest layers.
+
+    Raises UserError when the model has no such part, or n is more than its layers.
+    """
+    for module in frozen_part(model, part):
+        module.requires_grad_(False)
+
+
+def frozen_part(model: PreTrainedModel, part: str | None) -> list[nn.Module]:
+    if part is None:
+        return []
+    backbone = getattr(model, model.base_model_prefix)
+    if part == "backbone":
+        return [backbone]
+    embeddings = getattr(backbone, "embeddings", None) or backbone.get_input_embeddings()
+    if part == "embeddings":
+        return [embeddings]
+    layers = find_layers(backbone, model.config.num_hidden_layers)
+    if int(part) > len(layers):
+        raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
+    return [embeddings, *layers[: int(part)]]
+
+
+def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:
+    """The list of transformer blocks, wherever an architecture keeps it: the only list as long as the model is deep."""
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == number:
+            return module
+    raise UserError(f"--freeze: {type(backbone).__name__} does not show its {number} layers; use backbone or embeddings")
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Train mode, but for parts without a trainable parameter: a frozen part gives the same output each time."""
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

@@ -1,0 +1,93 @@
+"""Parameter groups, AdamW, and a schedule counted in optimizer steps."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from transformers import get_scheduler
+
+from lib.config import OptimConfig, UserError
+
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the validation metric instead of the step."""
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters as decayed matrices and undecayed vectors.
+
+    Biases and norm scales have one dimension; decaying them pulls activations towards zero for no regularising benefit.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device."""
+    groups = parameter_groups(model, config.weight_decay)
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+    )
+
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Steps of warm-up: the setting itself, or below 1 its share of all steps, rounded up."""
+    return math.ceil(config.warmup_steps * total_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int, metric: str) -> Any:
+    """The schedule named by `lr_scheduler_type`; `metric` is the validation metric that some schedules follow.
+
+    It is stepped once per optimizer step and never prepared: a prepared scheduler advances once per process.
+    Raises UserError when the schedule does not take the given settings, or needs more of them.
+    """
+    name, settings = config.lr_scheduler_type, scheduler_settings(config)
+    warmup = warmup_steps(config, total_steps)
+    if name in METRIC_SCHEDULES:
+        settings.setdefault("mode", "min" if metric == "loss" else "max")
+    if name == "warmup_stable_decay":
+        settings.setdefault("num_decay_steps", max(1, total_steps // 5))
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(settings):
+        settings["min_lr_rate"] = 0.1
+    try:
+        return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error
+
+
+def scheduler_settings(config: OptimConfig) -> dict[str, Any]:
+    """`("min_lr=1e-6", "num_cycles=2")` as a dictionary of numbers, or of text where it is no number."""
+    return {name: number(value) for name, value in (item.split("=", 1) for item in config.lr_scheduler_kwargs)}
+
+
+def number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def advance_scheduler(scheduler: Any, name: str) -> None:
+    """One optimizer step on; schedules that follow a metric wait for `advance_on_metric`."""
+    if name not in METRIC_SCHEDULES:
+        scheduler.step()
+
+
+def advance_on_metric(scheduler: Any, name: str, metric: float) -> None:
+    if name in METRIC_SCHEDULES:
+        scheduler.step(metric)
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    rate = optimizer.param_groups[0]["lr"]
+    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)

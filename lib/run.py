@@ -1,0 +1,138 @@
+"""A run as a thing: its name, its folder, the block that introduces it, the results that end it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import DataCollatorWithPadding
+
+from lib.config import TrainConfig, UserError, flatten, load_config, save_config
+from lib.data import Data, dataset_name
+from lib.labels import label_counts
+from lib.modeling import count_parameters, model_name
+from lib.runtime import describe_devices, peak_memory_gib, run_record
+from lib.training import Plan, State, epoch_padding_share
+
+HARMLESS = frozenset(
+    "output_dir run_name report_to project tags notes logging_steps per_device_train_batch_size "
+    "per_device_eval_batch_size dataloader_num_workers preprocessing_num_workers".split()
+)
+"""Settings that do not change what is computed, so that a folder may be used again with others."""
+
+
+def run_name(config: TrainConfig) -> str:
+    """The name given, or one that tells model, data, method, learning rate, batch size, epochs and seed."""
+    if config.tracking.run_name:
+        return config.tracking.run_name
+    training = config.training
+    length = f"steps{training.max_steps}" if training.max_steps else f"ep{training.num_train_epochs:g}"
+    parts = [model_name(config.model.model), dataset_name(config.data)]
+    parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
+    parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
+    return "-".join(parts)
+
+
+def run_folder(config: TrainConfig) -> Path:
+    return Path(config.tracking.output_dir or Path("outputs") / run_name(config))
+
+
+def open_folder(config: TrainConfig, folder: Path) -> None:
+    """Create the folder of a run and save the configuration there.
+
+    Raises UserError when the folder holds a run with other settings, and names them.
+    """
+    saved = folder / "config.yaml"
+    if saved.exists():
+        before, now = flatten(load_config(TrainConfig, saved)), flatten(config)
+        changed = [key for key in now if key not in HARMLESS and now[key] != before[key]]
+        if changed:
+            lines = "\n".join(f"  {key}: {before[key]} there, {now[key]} now" for key in changed)
+            raise UserError(f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, model: nn.Module) -> dict[str, Any]:
+    """All that runs are compared by: resolved options, and under `run/` what they were made with; no secret."""
+    trainable, total = count_parameters(model)
+    record = run_record(accelerator) | {
+        "data_fingerprint": data.fingerprint(),
+        "label_names": data.label_names,
+        "trainable_parameters": trainable,
+        "parameters": total,
+    }
+    names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
+    return flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
+
+
+def introduce(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    data: Data,
+    model: nn.Module,
+    plan: Plan,
+    collator: DataCollatorWithPadding,
+    new_weights: list[str],
+) -> str:
+    """The block printed before the first step: devices, precision, batch, data, what is trained, what was noticed."""
+    trainable, total = count_parameters(model)
+    sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
+    counts = label_counts(data.tokens["train"]["labels"], len(data.label_names))
+    labels = ", ".join(f"{name} {count:,}" for name, count in zip(data.label_names[:20], counts, strict=False))
+    padding = epoch_padding_share(plan, config.training, data.lengths["train"], collator.pad_to_multiple_of)
+    rows = {
+        "run": f"{run_name(config)}  ({run_folder(config)})",
+        "devices": "; ".join(describe_devices(accelerator)),
+        "processes": f"{accelerator.num_processes}, {accelerator.distributed_type.value}",
+        "precision": f"{accelerator.mixed_precision} (asked for: {config.mixed_precision}), weights float32",
+        "batch": plan.sentence(),
+        "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
+        "data": f"{data.name}: {sizes}",
+        "labels": f"{labels}{', ...' if len(data.label_names) > 20 else ''}",
+        "padding": f"{padding:.1%} of the positions in training ({config.training.train_sampling_strategy})",
+        "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
+    }
+    if new_weights:
+        rows["new weights"] = f"{', '.join(new_weights[:6])}{', ...' if len(new_weights) > 6 else ''} (not in the checkpoint, trained from scratch)"
+    width = max(map(len, rows))
+    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)])
+
+
+def describe_scores(heading: str, scores: dict[str, float]) -> str:
+    return "  ".join([heading, *(f"{name} {value:.4f}" for name, value in scores.items())])
+
+
+def build_results(
+    accelerator: Accelerator,
+    state: State,
+    data: Data,
+    model: nn.Module,
+    train_seconds: float,
+    scores: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
+    flat = {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}
+    return flat | {
+        "best_step": state.best_step,
+        "steps": state.step,
+        "samples_seen": state.samples_seen,
+        "train_seconds": round(train_seconds, 2),
+        "samples_per_second": round(state.samples_seen / train_seconds, 1),
+        "run/num_processes": accelerator.num_processes,
+        "run/mixed_precision": accelerator.mixed_precision,
+        "run/device": describe_devices(accelerator)[0],
+        "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
+        "run/data_fingerprint": data.fingerprint(),
+        "run/trainable_parameters": count_parameters(model)[0],
+    }
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> str:
+    """Save the numbers of a finished run as results.json; return them as one line of JSON."""
+    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return json.dumps(results, ensure_ascii=False)

@@ -1,0 +1,167 @@
+"""metrics.jsonl, the truth about a run, and W&B or another tracker of Accelerate, a copy that may fail without harm."""
+
+import importlib.util
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from accelerate import Accelerator
+
+from lib.config import TrackingConfig, UserError
+from lib.data import Data
+from lib.evaluation import Predictions
+from lib.report import confident_errors
+
+logger = logging.getLogger(__name__)
+
+WANDB_INIT_SECONDS = 20
+WANDB_FINISH_SECONDS = 60
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError when the tracker asked for is not installed; Accelerate would drop it in silence."""
+    package = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"--report_to {name}: not installed; run: pip install {package}, or use --report_to none")
+
+
+class RunLog:
+    """Writes what a run logs, on the main process; on the others every call does nothing.
+
+    metrics.jsonl gets one object a line, flushed as it is written: `step`, `samples_seen`, then the values. Whatever
+    the tracker raises is reported once, and the tracker is then left alone.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, config: TrackingConfig) -> None:
+        self.accelerator, self.folder, self.config = accelerator, folder, config
+        self.file: TextIO | None = (folder / "metrics.jsonl").open("w") if accelerator.is_main_process else None
+        self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
+
+    def start(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
+        """Start the tracker's run; `settings` is what runs are compared by, with the name under run_name."""
+        if self.tracker is None:
+            return
+        self.accelerator.project_configuration.set_directories(str(self.folder))
+        try:
+            if self.tracker == "wandb":
+                self.start_wandb(settings, metrics)
+            else:
+                plain = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in settings.items()}
+                name = settings["run_name"]
+                kwargs = {"trackio": {"name": name, "group": group_name(name)}} if self.tracker == "trackio" else {}
+                self.accelerator.init_trackers(self.config.project, config=plain, init_kwargs=kwargs)
+        except Exception as error:  # a tracker must never stop a run
+            self.give_up("start", error)
+
+    def start_wandb(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
+        import wandb
+
+        mode = wandb_mode()
+        kwargs = {
+            "name": settings["run_name"],
+            "group": group_name(settings["run_name"]),
+            "job_type": "train",
+            "tags": list(self.config.tags),
+            "notes": self.config.notes,
+            "dir": str(self.folder),
+            "mode": mode,
+            "settings": wandb.Settings(
+                init_timeout=WANDB_INIT_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, console="off", save_code=False
+            ),
+        }
+        try:
+            self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
+        except Exception as error:
+            if mode != "online":
+                raise
+            logger.warning("W&B did not start online (%s); going on offline", first_line(error))
+            wandb.teardown()
+            mode = kwargs["mode"] = "offline"
+            self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
+        run = self.accelerator.get_tracker("wandb", unwrap=True)
+        run.define_metric("samples_seen")
+        run.define_metric("*", step_metric="samples_seen")
+        for name in ("loss", *metrics):
+            best = "min" if name == "loss" else "max"
+            run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
+        if mode == "offline":
+            logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
+
+    def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
+        """Add a line; steps must not go back."""
+        if self.file is None:
+            return
+        line = {"step": step, "samples_seen": samples_seen} | values
+        self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+        self.file.flush()
+        if self.tracker:
+            try:
+                self.accelerator.log({"samples_seen": samples_seen} | values, step=step)
+            except Exception as error:
+                self.give_up("log", error)
+
+    def finish(self, results: dict[str, Any], predictions: Predictions, data: Data, split: str) -> None:
+        """Give W&B the final numbers, confusion matrix and surest errors; end the tracker's run in bounded time."""
+        if self.file is not None:
+            self.file.close()
+        if self.tracker is None:
+            return
+        try:
+            if self.tracker == "wandb":
+                self.log_report(results, predictions, data, split)
+            self.accelerator.end_training()
+        except Exception as error:
+            self.give_up("finish", error)
+
+    def log_report(self, results: dict[str, Any], predictions: Predictions, data: Data, split: str) -> None:
+        import wandb
+
+        errors = confident_errors(predictions, data.texts[split], data.label_names)
+        matrix = wandb.plot.confusion_matrix(
+            y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=data.label_names
+        )
+        table = wandb.Table(columns=["index", "text", "gold", "predicted", "probability"], data=errors)
+        run = self.accelerator.get_tracker("wandb", unwrap=True)
+        scores = {key: value for key, value in results.items() if key.startswith(f"{split}/")}
+        media = {f"{split}/confusion_matrix": matrix, f"{split}/errors": table}
+        run.log({"samples_seen": results["samples_seen"]} | scores | media, step=results["steps"])
+        run.summary.update(results)
+
+    def give_up(self, what: str, error: Exception) -> None:
+        logger.warning(
+            "%s could not %s (%s); the run goes on, metrics.jsonl has everything", self.tracker, what, first_line(error)
+        )
+        self.tracker = None
+
+
+def wandb_mode() -> str:
+    """W&B's own mode where it is set (WANDB_MODE), else online with a login and offline without, instead of a prompt."""
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return settings.mode
+    logged_in = settings.api_key or settings.identity_token_file or get_netrc_auth(settings.base_url)
+    return "online" if logged_in else "offline"
+
+
+def group_name(run_name: str) -> str:
+    """The name without its seed: runs of a group differ by seed alone."""
+    stem, _, seed = run_name.rpartition("-s")
+    return stem if stem and seed.isdigit() else run_name
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite become the text "NaN", "Infinity" or "-Infinity"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
