@@ -65,7 +65,9 @@ def main(config: TrainConfig) -> None:
     set_train_mode(model)
     for window in all_windows(plan, training, data, collator, accelerator.process_index):
         rate = learning_rate(optimizer)
-        loss_sum, grad_norm = optimizer_step(accelerator, model, optimizer, scheduler, window, config.optim, training.seed, state)
+        loss_sum, grad_norm = optimizer_step(
+            accelerator, model, optimizer, scheduler, window, config.optim, training.seed, state
+        )
         interval.add(loss_sum, grad_norm, window)
         progress.step()
 

@@ -1,10 +1,10 @@
 """Which samples form which step: pure functions of (lengths, batch size, seed, epoch), the same on every machine.
 
-    epoch_batches     global batches of one epoch, each sample once
-    rank_slice        the part of a batch that one process works on
-    micro_batches     that part in pieces a device can hold
-    training_windows  the above as padded tensors, one window per optimizer step
-    eval_batches      batches of like length, whatever the number of processes
+epoch_batches     global batches of one epoch, each sample once
+rank_slice        the part of a batch that one process works on
+micro_batches     that part in pieces a device can hold
+training_windows  the above as padded tensors, one window per optimizer step
+eval_batches      batches of like length, whatever the number of processes
 """
 
 import dataclasses
@@ -135,9 +135,7 @@ def training_windows(
     backward, because the other processes wait for its gradients.
     """
     plans = [micro_batches(rank_slice(batch, rank, world_size), micro_batch_size) for batch in batches]
-    pieces = [
-        piece if len(piece) else batch[:1] for batch, plan in zip(batches, plans, strict=True) for piece in plan
-    ]
+    pieces = [piece if len(piece) else batch[:1] for batch, plan in zip(batches, plans, strict=True) for piece in plan]
     loader = iter(build_loader(dataset, pieces, collator, num_workers))
     for batch, plan in zip(batches, plans, strict=True):
         window = []

@@ -15,7 +15,9 @@ class Source:
     metrics: tuple[str, ...] = ("accuracy", "f1_macro")
 
 
-def glue(config: str, *text_columns: str, validation: str = "validation", metrics: tuple[str, ...] = ("accuracy",)) -> Source:
+def glue(
+    config: str, *text_columns: str, validation: str = "validation", metrics: tuple[str, ...] = ("accuracy",)
+) -> Source:
     return Source("nyu-mll/glue", config, text_columns, validation=validation, metrics=metrics)
 
 

@@ -313,7 +313,9 @@ def flags_from_yaml(path: Path, only: frozenset[str] | None = None) -> Iterator[
         raise UserError(f"--config {path} is not YAML: {error}") from None
     require(isinstance(settings or {}, dict), f"--config {path}: expected lines of `option: value`")
     for key, value in (settings or {}).items():
-        require(not isinstance(value, dict), f"--config {path}: {key} holds nested options; write them flat, unindented")
+        require(
+            not isinstance(value, dict), f"--config {path}: {key} holds nested options; write them flat, unindented"
+        )
         if only is None or key in only:
             yield f"--{key}"
             yield from (_SPELLING.get(item, item) for item in (value if isinstance(value, list) else [value]))
@@ -324,7 +326,9 @@ def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:
 
     Raises UserError when the folder holds no run.
     """
-    require((folder / "config.yaml").is_file(), f"--run {folder}: no config.yaml there, so it is not the folder of a run")
+    require(
+        (folder / "config.yaml").is_file(), f"--run {folder}: no config.yaml there, so it is not the folder of a run"
+    )
     shared = {"metrics", "max_length", "preprocessing_num_workers"}
     if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
         shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}

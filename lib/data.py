@@ -127,7 +127,9 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
     if Path(name).is_dir():
         return load_folder(name, "--dataset")
     source = CATALOG.get(name)
-    path, hub_config = (source.path, config.dataset_config or source.config) if source else (name, config.dataset_config)
+    path, hub_config = (
+        (source.path, config.dataset_config or source.config) if source else (name, config.dataset_config)
+    )
     return load_hub(path, hub_config, config.revision)
 
 
@@ -182,7 +184,9 @@ def load_file(path: str, flag: str) -> Dataset:
         splits = load_folder(path, flag)
         role = flag.removeprefix("--").removesuffix("_file")
         if len(splits) > 1 and role not in splits:
-            raise UserError(f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}")
+            raise UserError(
+                f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}"
+            )
         return splits.get(role) or next(iter(splits.values()))
     if not file.is_file():
         raise UserError(f"{flag} {path}: no such file")
@@ -262,7 +266,9 @@ def guess_text_columns(raw: dict[str, Dataset], config: DataConfig, notes: list[
         strings = tuple(name for name, feature in features.items() if is_text(feature) and name not in LABEL_GUESSES)
         strings = tuple(name for name in strings if name not in (config.label_column, "label_text", "id", "idx"))
         if len(strings) != 1:
-            raise UserError(f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns")
+            raise UserError(
+                f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns"
+            )
         guess = strings
     notes.append(f"text columns: {' '.join(guess)} (guessed; set --text_columns to change)")
     return guess
@@ -293,10 +299,14 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
                 raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
     for column in text_columns:
         if not is_text(dataset.features[column]):
-            raise UserError(f"--text_columns {column}: not text but {dataset.features[column]} in the {split} split; it has: {have}")
+            raise UserError(
+                f"--text_columns {column}: not text but {dataset.features[column]} in the {split} split; it has: {have}"
+            )
         missing = [i for i, text in enumerate(dataset[column]) if text is None]
         if missing:
-            raise UserError(f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}")
+            raise UserError(
+                f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- shaping
@@ -311,7 +321,9 @@ def hold_out_validation(train: Dataset, notes: list[str]) -> dict[str, Dataset]:
     held_out[order[min(5, len(train) - 1) :: 10]] = True
     if held_out.all():
         raise UserError("the train split has one row only; there is nothing left to validate on")
-    notes.append(f"no validation split: {held_out.sum()} of {len(train)} training samples held out, stratified by label")
+    notes.append(
+        f"no validation split: {held_out.sum()} of {len(train)} training samples held out, stratified by label"
+    )
     return {"train": train.select(np.flatnonzero(~held_out)), "validation": train.select(np.flatnonzero(held_out))}
 
 

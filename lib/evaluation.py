@@ -137,7 +137,9 @@ def load_metric(module: str) -> Any:
     try:
         return evaluate.load(str(path) if path.is_dir() else module, keep_in_memory=True)
     except (FileNotFoundError, ConnectionError, OSError, ImportError) as error:
-        ours = ", ".join(sorted(folder.name for folder in METRICS.iterdir() if folder.is_dir() and folder.name[0] != "_"))
+        ours = ", ".join(
+            sorted(folder.name for folder in METRICS.iterdir() if folder.is_dir() and folder.name[0] != "_")
+        )
         raise UserError(f"--metrics {module}: not one of ours ({ours}) and not to be had from the Hub") from error
 
 

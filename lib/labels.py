@@ -63,7 +63,9 @@ def read_labels(dataset: Dataset, column: str) -> Labels:
             )
         labels = [int(label) if is_label(label) else None for label in labels]
     if any(isinstance(label, list) for label in labels):
-        raise UserError(f"--label_column {column} holds lists: one class a row is needed; multi-label is not supported yet")
+        raise UserError(
+            f"--label_column {column} holds lists: one class a row is needed; multi-label is not supported yet"
+        )
     return labels
 
 
@@ -76,7 +78,9 @@ def check_labelled(labels: Labels, split: str, column: str) -> None:
     bare = [row for row, label in enumerate(labels, 1) if not is_label(label)]
     if bare:
         rows = ", ".join(map(str, bare[:5])) + (", ..." if len(bare) > 5 else "")
-        raise UserError(f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; label or remove them")
+        raise UserError(
+            f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; label or remove them"
+        )
 
 
 def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels, list[str]]:
@@ -86,7 +90,9 @@ def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels,
         return list(range(feature.num_classes)), list(feature.names)
     values = sorted(set(labels))
     if len(values) > max(50, len(labels) // 2):
-        raise UserError(f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?")
+        raise UserError(
+            f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?"
+        )
     spelled = next((name for name in NAME_COLUMNS if name in dataset.column_names and name != column), None)
     if spelled and all(isinstance(value, int) for value in values):
         spelling = dict(zip(dataset[column], dataset[spelled], strict=True))

@@ -68,12 +68,22 @@ def load_classifier(config: ModelConfig) -> PreTrainedModel:
     """
     with loading(config):
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            resolve_model(config.model), revision=config.model_revision or "main", dtype=torch.float32, output_loading_info=True
+            resolve_model(config.model),
+            revision=config.model_revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:4])
-        raise UserError(f"--model {config.model} is not a trained classifier: its weights lack {missing}; train it first")
+        raise UserError(
+            f"--model {config.model} is not a trained classifier: its weights lack {missing}; train it first"
+        )
     return model
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    """The names of a classifier's classes, in order."""
+    return [model.config.id2label[number] for number in range(model.config.num_labels)]
 
 
 @contextlib.contextmanager
@@ -127,7 +137,9 @@ def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise UserError(f"--freeze: {type(backbone).__name__} does not show its {number} layers; use backbone or embeddings")
+    raise UserError(
+        f"--freeze: {type(backbone).__name__} does not show its {number} layers; use backbone or embeddings"
+    )
 
 
 def set_train_mode(model: nn.Module) -> None:

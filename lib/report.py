@@ -49,7 +49,8 @@ def bootstrap_intervals(
         if (METRICS / module).is_dir():
             compute = load_metric(module)._compute
             values = [
-                compute(predicted[row > 0], gold[row > 0], sample_weight=row[row > 0], **settings)[module] for row in draws
+                compute(predicted[row > 0], gold[row > 0], sample_weight=row[row > 0], **settings)[module]
+                for row in draws
             ]
             intervals[name] = percentiles(values)
     return intervals
@@ -76,7 +77,10 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     )
 
@@ -95,7 +99,9 @@ def format_report(
         score_rows.append([name, f"{value:.4f}", f"{low:.4f} to {high:.4f}" if low is not None else ""])
     class_rows = [["class", "precision", "recall", "f1", "samples"]]
     for row in class_table(predictions, label_names):
-        class_rows.append([row["class"], *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["samples"])])
+        class_rows.append(
+            [row["class"], *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["samples"])]
+        )
     matrix = confusion_matrix(predictions.labels, predictions.predicted, len(label_names))
     matrix_rows = [["gold \\ predicted", *label_names]]
     matrix_rows += [[name, *map(str, row)] for name, row in zip(label_names, matrix.tolist(), strict=True)]
@@ -146,14 +152,22 @@ def write_predictions(path: Path, predictions: Predictions, texts: Dataset, labe
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def confident_errors(predictions: Predictions, texts: Dataset, label_names: Sequence[str], limit: int = 100) -> list[list[Any]]:
+def confident_errors(
+    predictions: Predictions, texts: Dataset, label_names: Sequence[str], limit: int = 100
+) -> list[list[Any]]:
     """Wrong predictions, the surest first: index, text, gold, predicted, probability of the prediction."""
     predicted, confidence = predictions.predicted, predictions.probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != predictions.labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
     text = row_texts(texts.select(wrong)) if len(wrong) else []
     return [
-        [int(i), " | ".join(t) if isinstance(t, list) else t, label_names[predictions.labels[i]], label_names[predicted[i]], float(confidence[i])]
+        [
+            int(i),
+            " | ".join(t) if isinstance(t, list) else t,
+            label_names[predictions.labels[i]],
+            label_names[predicted[i]],
+            float(confidence[i]),
+        ]
         for i, t in zip(wrong, text, strict=True)
     ]
 
@@ -174,7 +188,9 @@ def write_report(
     scores = scores | {"calibration_error": expected_calibration_error(predictions)}
     intervals = bootstrap_intervals(predictions, metrics, resamples, seed)
     write_predictions(folder / "predictions.jsonl", predictions, texts, label_names)
-    draw_confusion_matrix(predictions, label_names, f"{split}, {len(predictions.labels)} samples", folder / "confusion_matrix.png")
+    draw_confusion_matrix(
+        predictions, label_names, f"{split}, {len(predictions.labels)} samples", folder / "confusion_matrix.png"
+    )
     record = {
         "split": split,
         "samples": len(predictions.labels),

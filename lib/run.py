@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from lib.config import TrainConfig, UserError, flatten, load_config, save_config
+from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten, load_config, save_config
 from lib.data import Data, dataset_name
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name
@@ -49,7 +49,9 @@ def open_folder(config: TrainConfig, folder: Path) -> None:
         changed = [key for key in now if key not in HARMLESS and now[key] != before[key]]
         if changed:
             lines = "\n".join(f"  {key}: {before[key]} there, {now[key]} now" for key in changed)
-            raise UserError(f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name.")
+            raise UserError(
+                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, saved)
@@ -98,9 +100,13 @@ def introduce(
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
     if new_weights:
-        rows["new weights"] = f"{', '.join(new_weights[:6])}{', ...' if len(new_weights) > 6 else ''} (not in the checkpoint, trained from scratch)"
+        rows["new weights"] = (
+            f"{', '.join(new_weights[:6])}{', ...' if len(new_weights) > 6 else ''} (not in the checkpoint, trained from scratch)"
+        )
     width = max(map(len, rows))
-    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)])
+    return "\n".join(
+        [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]
+    )
 
 
 def describe_scores(heading: str, scores: dict[str, float]) -> str:
@@ -136,3 +142,53 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
     """Save the numbers of a finished run as results.json; return them as one line of JSON."""
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return json.dumps(results, ensure_ascii=False)
+
+
+# ---------------------------------------------------------------------------------------------------- scoring
+
+
+def eval_model(config: EvalConfig) -> ModelConfig:
+    """The model to score: that of the run, or the one named. Raises UserError when the run kept none."""
+    if config.run is None:
+        assert config.model is not None
+        return ModelConfig(model=config.model, model_revision=config.model_revision)
+    folder = Path(config.run) / "model"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--run {config.run} has no model folder yet; let train.py reach its first evaluation")
+    return ModelConfig(model=str(folder))
+
+
+def run_precision(config: EvalConfig) -> str:
+    """The precision asked for, or that in which the run was trained."""
+    results = Path(config.run or "") / "results.json"
+    if config.mixed_precision == "auto" and config.run and results.is_file():
+        return json.loads(results.read_text(encoding="utf-8"))["run/mixed_precision"]
+    return config.mixed_precision
+
+
+def eval_folder(config: EvalConfig) -> Path:
+    if config.output_dir:
+        return Path(config.output_dir)
+    if config.run and (config.data.dataset or config.data.test_file or config.data.validation_file):
+        same = flatten(config.data) == flatten(load_config(TrainConfig, Path(config.run) / "config.yaml").data)
+        return Path(config.run) / (
+            f"eval-{config.split}" if same else f"eval-{dataset_name(config.data)}-{config.split}"
+        )
+    if config.run:
+        return Path(config.run) / f"eval-{config.split}"
+    return Path("outputs") / f"eval-{model_name(str(config.model))}-{dataset_name(config.data)}-{config.split}"
+
+
+def build_eval_results(
+    accelerator: Accelerator, config: EvalConfig, data: Data, scores: dict[str, float]
+) -> dict[str, Any]:
+    """The scores of one split, flat, and under `run/` what made them."""
+    return {f"{config.split}/{name}": value for name, value in scores.items()} | {
+        "model": config.run or config.model,
+        "dataset": data.name,
+        "samples": len(data.tokens[config.split]),
+        "run/num_processes": accelerator.num_processes,
+        "run/mixed_precision": accelerator.mixed_precision,
+        "run/device": describe_devices(accelerator)[0],
+        "run/data_fingerprint": data.fingerprint(),
+    }

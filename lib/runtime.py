@@ -1,5 +1,6 @@
 """The only file that asks the machine: accelerator, devices, launch sanity, precision, threads, seeds."""
 
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -41,9 +42,10 @@ def build_accelerator(mixed_precision: str, log_with: str | None = None) -> Acce
     """
     check_devices()
     use_all_cores()
+    keep_freed_memory()
     accelerator = Accelerator(
         mixed_precision=resolve_precision(mixed_precision),
-        log_with=log_with,
+        log_with=None if log_with == "none" else log_with,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             # The buffers of encoders are constants: broadcasting them before every forward is pure cost.
@@ -86,6 +88,15 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks instead of returning them: a step on the CPU otherwise faults its pages in anew."""
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def resolve_precision(choice: str) -> str:
     """`auto` as the launcher's choice, else bf16 where the device is fast at it, else no.
 
@@ -95,7 +106,11 @@ def resolve_precision(choice: str) -> str:
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
     if choice == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else cpu_is_fast_at_bf16(cpu_description())
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if on_gpu
+            else cpu_is_fast_at_bf16(cpu_description())
+        )
         choice = launcher if launcher in ("fp16", "bf16") else ("bf16" if fast else "no")
     if choice == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs a GPU; use --mixed_precision bf16 or no")
@@ -136,7 +151,9 @@ def describe_devices(accelerator: Accelerator) -> list[str]:
     rows = []
     for index in range(min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))):
         free, total = torch.cuda.mem_get_info(index)
-        rows.append(f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+        rows.append(
+            f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        )
     return rows
 
 

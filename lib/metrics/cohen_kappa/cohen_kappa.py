@@ -18,4 +18,8 @@ class CohenKappa(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, sample_weight=None, weights=None):
-        return {"cohen_kappa": float(cohen_kappa_score(references, predictions, weights=weights, sample_weight=sample_weight))}
+        return {
+            "cohen_kappa": float(
+                cohen_kappa_score(references, predictions, weights=weights, sample_weight=sample_weight)
+            )
+        }

@@ -18,4 +18,15 @@ class F1(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, sample_weight=None, average="binary", labels=None):
-        return {"f1": float(f1_score(references, predictions, average=average, labels=labels, zero_division=0, sample_weight=sample_weight))}
+        return {
+            "f1": float(
+                f1_score(
+                    references,
+                    predictions,
+                    average=average,
+                    labels=labels,
+                    zero_division=0,
+                    sample_weight=sample_weight,
+                )
+            )
+        }

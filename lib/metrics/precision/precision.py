@@ -18,4 +18,15 @@ class Precision(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, sample_weight=None, average="binary", labels=None):
-        return {"precision": float(precision_score(references, predictions, average=average, labels=labels, zero_division=0, sample_weight=sample_weight))}
+        return {
+            "precision": float(
+                precision_score(
+                    references,
+                    predictions,
+                    average=average,
+                    labels=labels,
+                    zero_division=0,
+                    sample_weight=sample_weight,
+                )
+            )
+        }

@@ -1,0 +1,39 @@
+# make train   set up, then train and score the default model on the default data
+# make test    set up, then run the tests           make test-slow   the long ones as well
+# make lint    ruff and mypy                        make clean       remove the environment
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: train test test-slow lint format seeds clean
+
+train: $(READY)
+	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" --timeout 1800 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+seeds: $(READY)
+	$(BIN)/python benchmarks/seeds.py $(ARGS)
+
+# Installs once; again when the requirements change.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,dev]"
+	@touch $(READY)
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,53 @@
+"""Score a finished run, or any classifier, on one split: scores with intervals, per-class report, predictions file.
+
+accelerate launch eval.py --run outputs/NAME --split test
+accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
+"""
+
+from lib.config import EvalConfig, parse_cli
+
+if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+    CONFIG = parse_cli(EvalConfig)
+
+from lib.batching import build_collator
+from lib.data import default_metrics, load_data
+from lib.evaluation import check_metrics, evaluate_split
+from lib.modeling import label_names, load_classifier, load_tokenizer
+from lib.report import write_report
+from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
+from lib.runtime import build_accelerator, finish, run_script
+
+
+def main(config: EvalConfig) -> None:
+    """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
+    accelerator = build_accelerator(run_precision(config))
+    source = eval_model(config)
+    tokenizer = load_tokenizer(source)
+    model = load_classifier(source)
+    with accelerator.main_process_first():
+        data = load_data(config.data, tokenizer, splits=(config.split,), label_names=label_names(model))
+    metrics = config.metrics or default_metrics(config.data)
+    check_metrics(metrics, len(data.label_names))
+
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
+    scores, predictions = evaluate_split(
+        accelerator, model, data, config.split, collator, config.per_device_eval_batch_size, metrics
+    )
+    if accelerator.is_main_process:
+        folder = eval_folder(config)
+        for note in data.notes:
+            print(f"- {note}")
+        print(
+            write_report(
+                folder, config.split, scores, metrics, predictions, data, config.bootstrap_samples, config.seed
+            )
+        )
+        results = build_eval_results(accelerator, config, data, scores)
+        print(f"\nwritten to {folder}: report.json, predictions.jsonl, confusion_matrix.png")
+        print(write_results(folder, results), flush=True)
+    finish(accelerator, model)
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG)

@@ -1,0 +1,154 @@
+"""Tiny models, tiny files, and the real commands with hard time-outs."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+WORDS = "a an the film movie plot story actor scene was is felt very quite not good great fine dull bad awful".split()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the library caches of the tests away from the user's, but for the fetched movie reviews."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["HF_DATASETS_CACHE"] = str(folder / "datasets")
+    os.environ["HF_MODULES_CACHE"] = str(folder / "modules")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """(text, label) pairs of made-up reviews of 3 to 17 words, with three classes that their words tell."""
+    import random
+
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        label = ("bad", "good", "mixed")[index % 3]
+        cues = {"bad": ["dull", "bad", "awful"], "good": ["good", "great", "fine"], "mixed": ["quite", "not", "very"]}[
+            label
+        ]
+        words = [rng.choice(WORDS[:12]) for _ in range(rng.randint(2, 14))] + [rng.choice(cues), str(index)]
+        rng.shuffle(words)
+        rows.append((" ".join(words), label))
+    return rows
+
+
+def write_csv(path: Path, rows: Sequence[Sequence[str]], header: Sequence[str] = ("text", "label")) -> Path:
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """A word-level tokenizer over the words of `sentences`, saved to `folder`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS, *map(str, range(64))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "cls_token": "<s>", "sep_token": "</s>"}
+    names |= {"pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+
+
+def tiny_roberta(folder: Path, dropout: float = 0.1, **settings: object) -> Path:
+    """A RoBERTa of two layers with random weights and a tokenizer, saved to `folder` as a pretrained model."""
+    import torch
+    from transformers import RobertaConfig, RobertaModel
+
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=128,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=80,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=2,
+        **settings,
+    )
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_roberta(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def roberta_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_roberta(tmp_path_factory.mktemp("roberta_without_dropout"), dropout=0.0)
+
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Command:
+    """`run("train.py", "--lr", "1e-3", processes=2)`: the real script, launched as users do; checks the exit code.
+
+    Without `processes` the script runs under plain Python, since `accelerate launch` turns every failure into code 1.
+    """
+
+    def call(
+        *arguments: object,
+        processes: int | None = None,
+        code: int = 0,
+        timeout: int = 150,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess:
+        script, *flags = map(str, arguments)
+        if processes is None:
+            command = [sys.executable]
+        elif processes == 1:
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+        else:
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+            command += ["--num_processes", str(processes), "--main_process_port", "0"]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | (env or {})
+        path = ROOT / script if (ROOT / script).exists() else Path(script)
+        done = subprocess.run(
+            [*command, str(path), *flags],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+def results_of(done: subprocess.CompletedProcess) -> dict:
+    """The JSON object that a script prints as its last line."""
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
