@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` and a misspelt flag answer at o
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class ModelConfig:
     """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
 
     def __post_init__(self) -> None:
-        known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdigit()
+        known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
 
 
@@ -82,9 +83,9 @@ class DataConfig:
     max_length: int = 128
     """Longest input in tokens; longer texts are cut and their share is reported."""
     max_train_samples: int | None = None
-    """Use only the first n training samples, for a quick try."""
+    """Use only n training samples, a fixed random choice, for a quick try."""
     max_eval_samples: int | None = None
-    """Use only the first n samples of every other split, for a quick try."""
+    """Use only n samples of every other split, a fixed random choice, for a quick try."""
     preprocessing_num_workers: int | None = None
     """Processes that tokenise; one by default, the tokenizer itself already uses threads."""
 
@@ -147,7 +148,7 @@ class TrainingConfig:
     train_batch_size: Annotated[int, alias("--bs")] = 32
     """Samples per optimizer step over all processes: part of the experiment."""
     per_device_train_batch_size: int | None = None
-    """Largest micro-batch that one device holds: memory only, never changes the result. [default: what the step needs]"""
+    """Largest micro-batch a device holds: memory only, never changes the result. [default: what the step needs]"""
     per_device_eval_batch_size: int = 64
     """Samples per forward in evaluation."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
@@ -264,16 +265,25 @@ Config = TypeVar("Config")
 _SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
 
 
+class TextLoader(yaml.BaseLoader):
+    """Reads every scalar as text, so that the flags' types rule; unquoted null, true and false as flags spell them."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        text = super().construct_scalar(node)
+        return text if node.style else _SPELLING.get(text.lower(), text)
+
+
 def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read flags, with the YAML file behind `--config` first and, for eval.py, the data of the run behind `--run`.
 
     Ends the process with code 2 and a message, as argparse does, when an option is unknown or takes no such value.
     """
-    arguments = [part for item in (sys.argv[1:] if argv is None else argv) for part in split_equals(item)]
+    given = [part for item in (sys.argv[1:] if argv is None else argv) for part in split_flag(item)]
     try:
-        arguments = expand_config(arguments)
-        if kind is EvalConfig and "--run" in arguments[:-1]:
-            arguments = [*flags_of_run(Path(arguments[arguments.index("--run") + 1]), arguments), *arguments]
+        arguments = expand_config(given)
+        run = last_value(arguments, "--run") if kind is EvalConfig else None
+        if run is not None:
+            arguments = [*flags_of_run(Path(run), arguments), *arguments]
         return tyro.cli(
             kind,
             args=arguments,
@@ -283,13 +293,24 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except SystemExit as ended:
+        if ended.code and "--config" in given:
+            print(f"(with the options of --config {last_value(given, '--config')})", file=sys.stderr)
+        raise
 
 
-def split_equals(argument: str) -> list[str]:
-    """`--flag=value` as two arguments: one spelling for all that follows."""
-    if argument.startswith("--") and "=" in argument:
-        return argument.split("=", 1)
-    return [argument]
+def split_flag(argument: str) -> list[str]:
+    """`--some-flag=value` as `--some_flag` and `value`: one spelling for all that follows."""
+    if not argument.startswith("--"):
+        return [argument]
+    flag, *value = argument.split("=", 1)
+    return [f"--{flag[2:].replace('-', '_')}", *value]
+
+
+def last_value(arguments: Sequence[str], flag: str) -> str | None:
+    """What the last `flag` among the arguments is set to; None when it is absent, or set to None."""
+    values = [value for name, value in itertools.pairwise(arguments) if name == flag]
+    return values[-1] if values and values[-1] != "None" else None
 
 
 def expand_config(arguments: list[str]) -> list[str]:
@@ -302,23 +323,22 @@ def expand_config(arguments: list[str]) -> list[str]:
 
 
 def flags_from_yaml(path: Path, only: frozenset[str] | None = None) -> Iterator[str]:
-    """A YAML file as the list of flags it stands for; every scalar stays text, so that the flags' types rule.
+    """A YAML file as the list of flags it stands for.
 
     Raises UserError when the file is missing, is not YAML, or is not a flat mapping.
     """
     require(path.is_file(), f"--config {path}: no such file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except yaml.YAMLError as error:
+        settings = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     require(isinstance(settings or {}, dict), f"--config {path}: expected lines of `option: value`")
     for key, value in (settings or {}).items():
-        require(
-            not isinstance(value, dict), f"--config {path}: {key} holds nested options; write them flat, unindented"
-        )
+        items = value if isinstance(value, list) else [value]
+        flat = all(isinstance(item, str) for item in items)
+        require(flat, f"--config {path}: {key} holds nested options; write them flat, unindented")
         if only is None or key in only:
-            yield f"--{key}"
-            yield from (_SPELLING.get(item, item) for item in (value if isinstance(value, list) else [value]))
+            yield from (*split_flag(f"--{key}"), *items)
 
 
 def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:

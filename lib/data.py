@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
 
@@ -58,8 +59,8 @@ class Data:
                 for column in ("input_ids", "labels"):
                     values = batch[column].combine_chunks()
                     values = values.flatten() if column == "input_ids" else values
-                    digest.update(np.ascontiguousarray(values.to_numpy(zero_copy_only=False)))
-            digest.update(np.ascontiguousarray(self.lengths[split]))
+                    digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+            digest.update(self.lengths[split].tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -126,6 +127,8 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
         return load_movie_reviews(config.dataset_config or "five")
     if Path(name).is_dir():
         return load_folder(name, "--dataset")
+    if Path(name).is_file():
+        raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")
     source = CATALOG.get(name)
     path, hub_config = (
         (source.path, config.dataset_config or source.config) if source else (name, config.dataset_config)
@@ -174,6 +177,10 @@ def load_folder(path: str, flag: str) -> dict[str, Dataset]:
             saved = load_from_disk(path)
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
         return dict(load_dataset(path))
+    except EmptyDatasetError as error:
+        raise UserError(f"{flag} {path}: the folder holds no data files") from error
+    except IndexError as error:
+        raise UserError(f"{flag} {path}: a split saved there is empty") from error
     except (DatasetGenerationError, FileNotFoundError, ValueError, OSError) as error:
         raise UserError(f"{flag} {path} could not be loaded: {root_cause(error)}") from error
 
@@ -187,7 +194,7 @@ def load_file(path: str, flag: str) -> Dataset:
             raise UserError(
                 f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}"
             )
-        return splits.get(role) or next(iter(splits.values()))
+        return splits[role] if role in splits else next(iter(splits.values()))
     if not file.is_file():
         raise UserError(f"{flag} {path}: no such file")
     if file.suffix.lower() not in FILE_FORMATS:
@@ -200,27 +207,33 @@ def load_file(path: str, flag: str) -> Dataset:
         options = {"keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
         options["sep"] = "\t" if file.suffix.lower() == ".tsv" else ","
     try:
-        return load_dataset(FILE_FORMATS[file.suffix.lower()], data_files={"train": path}, **options)["train"]
+        dataset = load_dataset(FILE_FORMATS[file.suffix.lower()], data_files={"train": path}, **options)["train"]
     except Exception as error:  # the readers behind `datasets` raise all kinds, each about this one file
         raise UserError(f"{flag} {path} could not be read: {bad_line(file) or root_cause(error)}") from error
+    header = dataset.column_names[0]
+    if "sep" in options and len(dataset.column_names) == 1 and any(mark in header for mark in ",;\t|"):
+        wanted = "tabs" if options["sep"] == "\t" else "commas"
+        raise UserError(f"{flag} {path} has one column, {header!r}; separate its columns by {wanted}")
+    return dataset
 
 
 def root_cause(error: BaseException) -> str:
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    bare = any(sign in lines[0] for sign in ("corresponds to no data", "No columns to parse"))
+    return "there are no rows in it" if bare else lines[0]
 
 
 def bad_line(file: Path) -> str | None:
-    """Where a text file breaks, for the two ways readers do not say: wrong encoding, and a broken line of JSON."""
+    """Where a text file breaks, for the ways readers do not say: wrong encoding, and a line that is no JSON object."""
     if file.suffix.lower() == ".parquet":
         return None
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
-            text = line.decode("utf-8")
-            if file.suffix.lower() == ".jsonl" and text.strip():
-                json.loads(text)
+            text = line.decode("utf-8-sig")
+            if file.suffix.lower() == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
+                return f'line {number} is not a JSON object, such as {{"text": "...", "label": "..."}}'
         except UnicodeDecodeError:
             return f"line {number} is not UTF-8; save the file as UTF-8"
         except json.JSONDecodeError as error:
@@ -299,8 +312,9 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
                 raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
     for column in text_columns:
         if not is_text(dataset.features[column]):
+            kind = getattr(dataset.features[column], "dtype", dataset.features[column])
             raise UserError(
-                f"--text_columns {column}: not text but {dataset.features[column]} in the {split} split; it has: {have}"
+                f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
             )
         missing = [i for i, text in enumerate(dataset[column]) if text is None]
         if missing:
@@ -328,7 +342,7 @@ def hold_out_validation(train: Dataset, notes: list[str]) -> dict[str, Dataset]:
 
 
 def take(dataset: Dataset, split: str, config: DataConfig) -> Dataset:
-    """At most the number of samples asked for: a fixed random choice in the order of the data, as many sets are sorted."""
+    """At most the samples asked for: a fixed random choice, as many sets are sorted, in the order of the data."""
     limit = config.max_train_samples if split == "train" else config.max_eval_samples
     if limit is None or limit >= len(dataset):
         return dataset
@@ -350,6 +364,9 @@ def report_overlap(splits: dict[str, Dataset], text_columns: Sequence[str], note
 def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig) -> Dataset:
     """Token ids, cut to max_length and not padded; padding belongs to the batch."""
     limit = min(config.max_length, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
+    if limit < special + len(text_columns):
+        raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # Empty texts stay: they still get special tokens, and dropping them would shift the order of predictions.

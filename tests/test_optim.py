@@ -1,0 +1,191 @@
+"""Parameter groups, AdamW, and the learning rate of each step."""
+
+import typing
+
+import pytest
+import torch
+from torch import nn
+
+from lib.config import OptimConfig, SchedulerName, UserError
+from lib.optim import (
+    METRIC_SCHEDULES,
+    advance_on_metric,
+    advance_scheduler,
+    build_optimizer,
+    build_scheduler,
+    learning_rate,
+    parameter_groups,
+    scheduler_settings,
+    warmup_steps,
+)
+
+CPU = torch.device("cpu")
+TOTAL_STEPS = 20
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(7, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def rates(total_steps: int = TOTAL_STEPS, metric: str = "accuracy", **settings: typing.Any) -> list[float]:
+    """The learning rate of each step under the schedule that `settings` describe."""
+    config = OptimConfig(**settings)
+    optimizer = build_optimizer(small_model(), config, CPU)
+    scheduler = build_scheduler(optimizer, config, total_steps, metric)
+    found = []
+    for _ in range(total_steps):
+        found.append(learning_rate(optimizer))
+        optimizer.step()
+        advance_scheduler(scheduler, config.lr_scheduler_type)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (0, 1, 2), (0, 2, 4)])
+def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(frozen: tuple[int, ...]) -> None:
+    model = small_model()
+    for index in frozen:
+        model[index].requires_grad_(False)
+    grouped = [id(p) for group in build_optimizer(model, OptimConfig(), CPU).param_groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+
+
+def test_matrices_are_decayed_and_vectors_are_not() -> None:
+    decayed, undecayed = parameter_groups(small_model(), 0.3)
+    assert {p.ndim for p in decayed["params"]} == {2}
+    assert {p.ndim for p in undecayed["params"]} == {1}
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- AdamW
+
+
+def test_fused_adamw_equals_the_plain_one() -> None:
+    config = OptimConfig(learning_rate=1e-2, weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    ours, plain = small_model(), small_model()
+    optimizers = (
+        build_optimizer(ours, config, CPU),
+        torch.optim.AdamW(
+            parameter_groups(plain, 0.1), lr=1e-2, betas=(0.8, 0.95), eps=1e-6, foreach=False, fused=False
+        ),
+    )
+    assert optimizers[0].defaults["fused"]
+    start = [parameter.detach().clone() for parameter in ours.parameters()]
+    inputs = torch.arange(7)
+    for _ in range(5):
+        for model, optimizer in zip((ours, plain), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+    for first, second, before in zip(ours.parameters(), plain.parameters(), start, strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+        assert not torch.equal(first, before)
+
+
+# ---------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize("name", typing.get_args(SchedulerName))
+def test_every_schedule_works_with_its_default_settings(name: str) -> None:
+    peak = 1e-3
+    found = rates(lr_scheduler_type=name, learning_rate=peak)
+    assert all(0 <= rate <= peak * (1 + 1e-9) for rate in found)
+    assert max(found) == pytest.approx(peak)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4, 20])
+def test_linear_schedule_equals_its_closed_form(warmup: int) -> None:
+    def closed_form(step: int) -> float:
+        return step / warmup if step < warmup else (TOTAL_STEPS - step) / max(1, TOTAL_STEPS - warmup)
+
+    found = rates(lr_scheduler_type="linear", learning_rate=2e-3, warmup_steps=warmup)
+    assert found == pytest.approx([2e-3 * closed_form(step) for step in range(TOTAL_STEPS)], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("setting", "steps"), [(0, 0), (0.06, 2), (0.1, 2), (0.25, 5), (0.99, 20), (1, 1), (3, 3), (300, 300)]
+)
+def test_warmup_below_1_is_a_share_and_else_a_number_of_steps(setting: float, steps: int) -> None:
+    assert warmup_steps(OptimConfig(warmup_steps=setting), TOTAL_STEPS) == steps
+
+
+def test_rate_rises_during_warmup_and_not_after() -> None:
+    found = rates(lr_scheduler_type="cosine", warmup_steps=0.25)
+    assert found[:6] == sorted(found[:6])
+    assert found[5:] == sorted(found[5:], reverse=True)
+
+
+def test_settings_are_read_as_numbers_where_they_are() -> None:
+    given = ("min_lr=1e-6", "num_cycles=2", "decay_type=cosine", "formula=a=b")
+    read = scheduler_settings(OptimConfig(lr_scheduler_kwargs=given))
+    assert read == {"min_lr": 1e-6, "num_cycles": 2, "decay_type": "cosine", "formula": "a=b"}
+    assert type(read["num_cycles"]) is int
+
+
+def test_min_lr_is_where_the_schedule_ends() -> None:
+    shape = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-3, "warmup_steps": 0}
+    found = rates(total_steps=1000, lr_scheduler_kwargs=("min_lr=1e-4",), **shape)
+    assert found[0] == pytest.approx(1e-3)
+    assert found[-1] == pytest.approx(1e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("linear", "min_lr=1e-6"),
+        ("constant", "min_lr=1e-6"),
+        ("constant_with_warmup", "num_cycles=2"),
+        ("cosine", "cycles=2"),
+        ("polynomial", "lr_end=1"),
+        ("polynomial", "lr_end=low"),
+        ("warmup_stable_decay", "decay_type=steep"),
+        ("reduce_lr_on_plateau", "patient=2"),
+        ("greedy", "patient=2"),
+    ],
+)
+def test_a_setting_that_the_schedule_does_not_take_is_refused(name: str, setting: str) -> None:
+    with pytest.raises(UserError, match=rf"--lr_scheduler_type {name} with --lr_scheduler_kwargs .*{setting[:6]}"):
+        rates(lr_scheduler_type=name, lr_scheduler_kwargs=(setting,))
+
+
+# ---------------------------------------------------------------------------------------------------- metric schedules
+
+
+def rate_after_bad_evaluations(name: str, metric: str, values: list[float], patience: int = 1) -> float:
+    kwargs = (f"patience={patience}",)
+    config = OptimConfig(lr_scheduler_type=name, learning_rate=1e-3, warmup_steps=0, lr_scheduler_kwargs=kwargs)
+    optimizer = build_optimizer(small_model(), config, CPU)
+    scheduler = build_scheduler(optimizer, config, TOTAL_STEPS, metric)
+    for value in values:
+        advance_on_metric(scheduler, name, value)
+    return learning_rate(optimizer)
+
+
+@pytest.mark.parametrize("name", METRIC_SCHEDULES)
+def test_schedules_that_follow_a_metric_ignore_steps(name: str) -> None:
+    assert set(rates(total_steps=200, lr_scheduler_type=name, learning_rate=1e-3)) == {1e-3}
+
+
+def test_plateau_lowers_the_rate_when_the_metric_gets_no_better() -> None:
+    falling, rising = [0.9, 0.8, 0.7, 0.6], [0.6, 0.7, 0.8, 0.9]
+    assert rate_after_bad_evaluations("reduce_lr_on_plateau", "accuracy", falling) < 1e-3
+    assert rate_after_bad_evaluations("reduce_lr_on_plateau", "accuracy", rising) == 1e-3
+    assert rate_after_bad_evaluations("reduce_lr_on_plateau", "loss", falling) == 1e-3
+    assert rate_after_bad_evaluations("reduce_lr_on_plateau", "loss", rising) < 1e-3
+
+
+def test_greedy_lowers_the_rate_when_the_metric_gets_worse() -> None:
+    worse = [0.9 - 0.05 * step for step in range(12)]
+    assert rate_after_bad_evaluations("greedy", "accuracy", worse) < 1e-3
+    assert rate_after_bad_evaluations("greedy", "loss", worse[::-1]) < 1e-3
+
+
+def test_schedules_that_follow_steps_ignore_the_metric() -> None:
+    config = OptimConfig(lr_scheduler_type="linear", learning_rate=1e-3, warmup_steps=0)
+    optimizer = build_optimizer(small_model(), config, CPU)
+    scheduler = build_scheduler(optimizer, config, TOTAL_STEPS, "accuracy")
+    advance_on_metric(scheduler, "linear", 0.5)
+    assert learning_rate(optimizer) == 1e-3
