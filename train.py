@@ -32,7 +32,8 @@ def main(config: TrainConfig) -> None:
     """Run one experiment: its last line on stdout, also saved as results.json, holds the results."""
     training, tracking = config.training, config.tracking
     check_tracker(tracking.report_to)
-    accelerator = build_accelerator(config.mixed_precision, tracking.report_to)
+    folder, eval_batch_size = run_folder(config), training.per_device_eval_batch_size
+    accelerator = build_accelerator(config.mixed_precision, tracking.report_to, folder)
 
     # Data: the first process tokenises, the others read its cache.
     tokenizer = load_tokenizer(config.model)
@@ -50,7 +51,6 @@ def main(config: TrainConfig) -> None:
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
 
-    folder, eval_batch_size = run_folder(config), training.per_device_eval_batch_size
     if accelerator.is_main_process:
         open_folder(config, folder)
         print(introduce(accelerator, config, data, model, plan, collator, new_weights), flush=True)
@@ -96,7 +96,7 @@ def main(config: TrainConfig) -> None:
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
     scores, predictions = evaluate_split(accelerator, model, data, split, collator, eval_batch_size, metrics)
-    results = build_results(accelerator, state, data, model, train_seconds, {"eval": eval_scores, split: scores})
+    results = build_results(accelerator, state, data, model, train_seconds, {"validation": eval_scores, split: scores})
     if accelerator.is_main_process:
         print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
     run_log.finish(results, predictions, data, split)

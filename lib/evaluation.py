@@ -87,6 +87,11 @@ def check_counts(counts: np.ndarray) -> None:
         )
 
 
+def prefix(split: str) -> str:
+    """The word before the slash in the keys of a split's scores: `eval/accuracy` for validation, as Trainer has it."""
+    return "eval" if split == "validation" else split
+
+
 def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
     """`loss` (mean over samples, nats) and each metric of `names`, through the `evaluate` interface.
 

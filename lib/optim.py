@@ -53,11 +53,15 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
     warmup = warmup_steps(config, total_steps)
     if name in METRIC_SCHEDULES:
         settings.setdefault("mode", "min" if metric == "loss" else "max")
+    if name == "greedy":
+        settings.setdefault("min_lr", 0.0)  # its own default, 1e-3, is above the rates of fine-tuning
     if name == "warmup_stable_decay":
         settings.setdefault("num_decay_steps", max(1, total_steps // 5))
     if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(settings):
         settings["min_lr_rate"] = 0.1
     try:
+        if name in ("constant", "constant_with_warmup") and settings:
+            raise TypeError("this schedule has no settings")  # get_scheduler drops them in silence
         return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error

@@ -1,6 +1,7 @@
 """What is said about a scored split: intervals, per-class table, confusion matrix, calibration, predictions file."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,17 @@ def draw_confusion_matrix(predictions: Predictions, label_names: Sequence[str], 
     figure.savefig(path, dpi=120)
 
 
+def finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite, also in lists, become the text "NaN", "Infinity" or "-Infinity"."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
 def row_texts(texts: Dataset) -> list[Any]:
     """The text of each row, a list of two for pairs."""
     columns = [list(texts[column]) for column in texts.column_names]
@@ -199,5 +211,5 @@ def write_report(
         "classes": class_table(predictions, label_names),
         "confusion_matrix": confusion_matrix(predictions.labels, predictions.predicted, len(label_names)).tolist(),
     }
-    (folder / "report.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return format_report(split, scores, intervals, predictions, label_names)

@@ -10,6 +10,7 @@ from transformers import DataCollatorWithPadding
 
 from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten, load_config, save_config
 from lib.data import Data, dataset_name
+from lib.evaluation import prefix
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name
 from lib.runtime import describe_devices, peak_memory_gib, run_record
@@ -122,7 +123,7 @@ def build_results(
     scores: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
-    flat = {f"{split}/{name}": value for split, values in scores.items() for name, value in values.items()}
+    flat = {f"{prefix(split)}/{name}": value for split, values in scores.items() for name, value in values.items()}
     return flat | {
         "best_step": state.best_step,
         "steps": state.step,
@@ -183,7 +184,7 @@ def build_eval_results(
     accelerator: Accelerator, config: EvalConfig, data: Data, scores: dict[str, float]
 ) -> dict[str, Any]:
     """The scores of one split, flat, and under `run/` what made them."""
-    return {f"{config.split}/{name}": value for name, value in scores.items()} | {
+    return {f"{prefix(config.split)}/{name}": value for name, value in scores.items()} | {
         "model": config.run or config.model,
         "dataset": data.name,
         "samples": len(data.tokens[config.split]),

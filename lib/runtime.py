@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lib.config import Config, UserError
 
@@ -37,8 +37,7 @@ def run_script(main: Callable[[Config], None], config: Config) -> None:
 def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path | None = None) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files.
-    Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError when
+    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError when
     GPUs were asked for and none is visible, when processes outnumber GPUs, or when each process believes it is alone.
     """
     check_devices()
@@ -48,8 +47,6 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
         mixed_precision=resolve_precision(mixed_precision),
         project_dir=folder,
         log_with=None if log_with == "none" else log_with,
-        # A stand-in that TensorBoard's check asks for: nothing is written before RunLog gives the folder of the run.
-        project_config=ProjectConfiguration(logging_dir="."),
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             # The buffers of encoders are constants: broadcasting them before every forward is pure cost.

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,8 +11,8 @@ from accelerate import Accelerator
 
 from lib.config import TrackingConfig, UserError
 from lib.data import Data
-from lib.evaluation import Predictions
-from lib.report import confident_errors
+from lib.evaluation import Predictions, prefix
+from lib.report import confident_errors, finite
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +43,6 @@ class RunLog:
         """Start the tracker's run; `settings` is what runs are compared by, with the name under run_name."""
         if self.tracker is None:
             return
-        self.accelerator.project_configuration.logging_dir = str(self.folder)
         try:
             if self.tracker == "wandb":
                 self.start_wandb(settings, metrics)
@@ -128,8 +126,8 @@ class RunLog:
         )
         table = wandb.Table(columns=["index", "text", "gold", "predicted", "probability"], data=errors)
         run = self.accelerator.get_tracker("wandb", unwrap=True)
-        scores = {key: value for key, value in results.items() if key.startswith(f"{split}/")}
-        media = {f"{split}/confusion_matrix": matrix, f"{split}/errors": table}
+        scores = {key: value for key, value in results.items() if key.startswith(f"{prefix(split)}/")}
+        media = {f"{prefix(split)}/confusion_matrix": matrix, f"{prefix(split)}/errors": table}
         run.log({"samples_seen": results["samples_seen"]} | scores | media, step=results["steps"])
         run.summary.update(results)
 
@@ -156,13 +154,6 @@ def group_name(run_name: str) -> str:
     """The name without its seed: runs of a group differ by seed alone."""
     stem, _, seed = run_name.rpartition("-s")
     return stem if stem and seed.isdigit() else run_name
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite become the text "NaN", "Infinity" or "-Infinity"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
 
 
 def first_line(error: Exception) -> str:
