@@ -211,5 +211,7 @@ def write_report(
         "classes": class_table(predictions, label_names),
         "confusion_matrix": confusion_matrix(predictions.labels, predictions.predicted, len(label_names)).tolist(),
     }
-    (folder / "report.json").write_text(json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.json").write_text(
+        json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     return format_report(split, scores, intervals, predictions, label_names)

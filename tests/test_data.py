@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from lib.config import DataConfig, UserError
 from lib.data import Data, dataset_name, default_metrics, load_data
+from lib.labels import label_counts
 from tests.conftest import sentences, write_csv
 
 Row = Sequence[str]
@@ -183,13 +184,12 @@ def test_pairs_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> N
 
 
 def test_a_missing_validation_split_is_a_stratified_tenth(load: Load, tmp_path: Path) -> None:
-    rows = [(f"good {row}", "many") for row in range(160)] + [(f"bad {row}", "few") for row in range(40)]
-    path = write_csv(tmp_path / "train.csv", rows)
-    data = load(train_file=path)
+    sizes = {"a": 10, "b": 20, "c": 30, "d": 140}
+    rows = [(f"{label} {row}", label) for label, size in sizes.items() for row in range(size)]
+    data = load(train_file=write_csv(tmp_path / "train.csv", rows))
     train, held_out = texts(data, "train"), texts(data, "validation")
     assert sorted(train + held_out) == sorted(text for text, _ in rows)
-    assert len(held_out) == 20
-    assert sum(text.startswith("bad") for text in held_out) == 4
+    assert label_counts(data.tokens["validation"]["labels"], 4) == [1, 2, 3, 14]
     assert notes_with(data, "held out") == [
         "no validation split: 20 of 200 training samples held out, stratified by label"
     ]
