@@ -4,18 +4,20 @@ accelerate launch eval.py --run outputs/NAME --split test
 accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
 """
 
-from lib.config import EvalConfig, parse_cli
+from lib.cli import parse_cli
+from lib.config import EvalConfig
 
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
     CONFIG = parse_cli(EvalConfig)
 
 from lib.batching import build_collator
-from lib.data import default_metrics, load_data
+from lib.data import load_data
 from lib.evaluation import check_metrics, evaluate_split
 from lib.modeling import label_names, load_classifier, load_tokenizer
 from lib.report import write_report
 from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
 from lib.runtime import build_accelerator, finish, run_script
+from lib.sources import default_metrics
 
 
 def main(config: EvalConfig) -> None:

@@ -9,14 +9,15 @@ The flow: settings -> data -> model -> steps -> best model -> final test. What e
 
 import time
 
-from lib.config import TrainConfig, parse_cli
+from lib.cli import parse_cli
+from lib.config import TrainConfig
 
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
     CONFIG = parse_cli(TrainConfig)
 
 from lib.batching import build_collator
 from lib.checkpoint import publish_model, restore_model
-from lib.data import default_metrics, load_data
+from lib.data import load_data
 from lib.evaluation import check_metrics, evaluate_split
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import advance_on_metric, build_optimizer, build_scheduler, learning_rate
@@ -24,6 +25,7 @@ from lib.progress import Interval, Progress
 from lib.report import write_report
 from lib.run import build_results, describe_scores, introduce, open_folder, run_folder, run_settings, write_results
 from lib.runtime import build_accelerator, finish, run_script, seed_everything
+from lib.sources import default_metrics
 from lib.tracking import RunLog, check_tracker
 from lib.training import State, all_windows, best_metric, build_plan, optimizer_step, should_stop, update_best
 

@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.config import TrainConfig, parse_cli  # noqa: E402
+from lib.cli import parse_cli  # noqa: E402
+from lib.config import TrainConfig  # noqa: E402
 from lib.data import Data, load_data  # noqa: E402
 from lib.modeling import load_tokenizer  # noqa: E402
 from lib.report import format_table, row_texts  # noqa: E402
@@ -32,7 +33,9 @@ def baselines(data: Data) -> dict[str, float]:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    texts = {split: [" ".join(t) if isinstance(t, list) else t for t in row_texts(data.texts[split])] for split in data.texts}
+    texts = {
+        split: [" ".join(t) if isinstance(t, list) else t for t in row_texts(data.texts[split])] for split in data.texts
+    }
     labels = {split: list(tokens["labels"]) for split, tokens in data.tokens.items()}
     majority = Counter(labels["train"]).most_common(1)[0][0]
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True).fit(texts["train"])

@@ -1,20 +1,23 @@
-"""The parts that the scripts wire together. Who imports whom, asserted by tests/test_architecture.py:
+"""The parts that the scripts wire together.
 
-    config      nothing                       options and UserError
-    catalog     nothing                       table of known data sets
-    metrics/    nothing                       loaded by path through `evaluate`
-    batching    nothing                       which samples form which step
-    runtime     config                        the machine
+Who imports whom, asserted by tests/test_architecture.py:
+
+    config      -                                        options, UserError
+    cli         config                                   flags and YAML
+    catalog     -                                        table of known data sets
+    batching    -                                        which samples form which step
+    runtime     config                                   the machine
     optim       config
-    embedded    config                        minilm and movie_reviews
+    embedded    config                                   minilm and movie_reviews
     labels      config
     modeling    config embedded
-    data        config batching catalog embedded labels
-    training    config batching data optim runtime
-    evaluation  config batching data
+    sources     catalog config embedded                  data sets as stored
+    data        batching config labels sources           data sets as trained on
+    training    batching config data optim runtime
+    evaluation  batching config data
     report      data evaluation
     tracking    config data evaluation report
     progress    batching
     checkpoint  config training
-    run         config data evaluation labels modeling runtime training
+    run         cli config data evaluation labels modeling runtime sources training
 """

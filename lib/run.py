@@ -8,17 +8,30 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten, load_config, save_config
-from lib.data import Data, dataset_name
+from lib.cli import load_config, save_config
+from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.data import Data
 from lib.evaluation import prefix
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name
 from lib.runtime import describe_devices, peak_memory_gib, run_record
+from lib.sources import dataset_name
 from lib.training import Plan, State, epoch_padding_share
 
 HARMLESS = frozenset(
-    "output_dir run_name report_to project tags notes logging_steps per_device_train_batch_size "
-    "per_device_eval_batch_size dataloader_num_workers preprocessing_num_workers".split()
+    [
+        "output_dir",
+        "run_name",
+        "report_to",
+        "project",
+        "tags",
+        "notes",
+        "logging_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "dataloader_num_workers",
+        "preprocessing_num_workers",
+    ]
 )
 """Settings that do not change what is computed, so that a folder may be used again with others."""
 

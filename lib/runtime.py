@@ -15,14 +15,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from lib.config import Config, UserError
+from lib.config import UserError
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
 PROCESS_TIMEOUT = timedelta(minutes=30)
 """How long processes wait for each other; long enough for the first one to tokenise a large data set."""
 
 
-def run_script(main: Callable[[Config], None], config: Config) -> None:
+def run_script(main: Callable[[Any], None], config: Any) -> None:
     """Call `main`; a mistake of the user ends the process with code 2 and its message, printed once, without a trace."""
     try:
         main(config)

@@ -66,7 +66,12 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, kind: str, repository: Path, verb: str, tail: list[str], payload: bytes) -> None:
         files = sorted(path for path in repository.rglob("*") if path.is_file())
         entries = [
-            {"type": "file", "path": str(f.relative_to(repository)), "size": f.stat().st_size, "oid": git_hash(f.read_bytes())}
+            {
+                "type": "file",
+                "path": str(f.relative_to(repository)),
+                "size": f.stat().st_size,
+                "oid": git_hash(f.read_bytes()),
+            }
             for f in files
         ]
         if verb == "tree":

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lib.config import DataConfig, OptimConfig, TrackingConfig, TrainConfig, UserError, save_config
+from lib.cli import save_config
+from lib.config import DataConfig, OptimConfig, TrackingConfig, TrainConfig, UserError
 from lib.data import load_data
 from tests.conftest import Command, sentences, write_csv
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lib import config
+from lib.cli import load_config, parse_cli, save_config
 from lib.config import (
     DataConfig,
     EvalConfig,
@@ -19,9 +20,6 @@ from lib.config import (
     TrainConfig,
     TrainingConfig,
     flatten,
-    load_config,
-    parse_cli,
-    save_config,
 )
 from tests.conftest import ROOT
 

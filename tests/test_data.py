@@ -10,8 +10,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from lib.config import DataConfig, UserError
-from lib.data import Data, dataset_name, default_metrics, load_data
+from lib.data import Data, load_data
 from lib.labels import label_counts
+from lib.sources import dataset_name, default_metrics
 from tests.conftest import sentences, write_csv
 
 Row = Sequence[str]

@@ -13,8 +13,9 @@ from huggingface_hub import cached_assets_path
 
 from lib import embedded
 from lib.config import DataConfig, UserError
-from lib.data import load_data, load_movie_reviews
+from lib.data import load_data
 from lib.embedded import five_label, minilm_folder, movie_reviews, sha256
+from lib.sources import load_movie_reviews
 from tests.conftest import ROOT
 
 Patch = pytest.MonkeyPatch

@@ -12,12 +12,19 @@ def write_sst5(folder):
     """SST-5 in small, stored as the real one: JSON lines with label and label_text, no ClassLabel."""
     folder.mkdir(parents=True)
     for split, size, name in (("train", 40, "train"), ("validation", 20, "dev"), ("test", 20, "test")):
-        rows = [{"text": f"{text} {split}", "label": i % 5, "label_text": NAMES[i % 5]} for i, (text, _) in enumerate(sentences(size))]
+        rows = [
+            {"text": f"{text} {split}", "label": i % 5, "label_text": NAMES[i % 5]}
+            for i, (text, _) in enumerate(sentences(size))
+        ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def environment(endpoint, folder):
-    caches = {"HF_HOME": str(folder / "hf"), "HF_DATASETS_CACHE": str(folder / "ds"), "HF_MODULES_CACHE": str(folder / "m")}
+    caches = {
+        "HF_HOME": str(folder / "hf"),
+        "HF_DATASETS_CACHE": str(folder / "ds"),
+        "HF_MODULES_CACHE": str(folder / "m"),
+    }
     return caches | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
 
 

@@ -54,7 +54,18 @@ def train_flags(model: Path, folder: Path, name: str) -> list:
     validation = write_csv(folder / "validation.csv", sentences(13, seed=1))
     test = write_csv(folder / "test.csv", sentences(11, seed=2))
     flags = ["--model", model, "--train_file", train, "--validation_file", validation, "--test_file", test]
-    flags += ["--lr", "1e-2", "--adam_epsilon", "1e-2", "--train_batch_size", "8", "--epochs", "2", "--logging_steps", "1"]
+    flags += [
+        "--lr",
+        "1e-2",
+        "--adam_epsilon",
+        "1e-2",
+        "--train_batch_size",
+        "8",
+        "--epochs",
+        "2",
+        "--logging_steps",
+        "1",
+    ]
     return [*flags, "--mixed_precision", "no", "--report_to", "none", "--run_name", name]
 
 

@@ -10,14 +10,16 @@ import yaml
 from transformers import pipeline
 
 from lib.config import TrainConfig, flatten
-from tests.conftest import ROOT, Command, read_lines, results_of, sentences, tiny_roberta, write_csv
+from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
 
 LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
 def file_flags(folder: Path, model: Path, name: str = "run") -> list:
     """Flags of a run on hand-made files that learns its task in seconds."""
-    splits = {role: write_csv(folder / f"{role}.csv", sentences(n, n)) for role, n in (("train", 96), ("validation", 29))}
+    splits = {
+        role: write_csv(folder / f"{role}.csv", sentences(n, n)) for role, n in (("train", 96), ("validation", 29))
+    }
     flags = [item for role, path in splits.items() for item in (f"--{role}_file", path)]
     flags += ["--test_file", write_csv(folder / "test.csv", sentences(31, 7)), "--model", model, "--run_name", name]
     return [*flags, "--lr", "1e-2", "--bs", "8", "--epochs", "8", "--logging_steps", "6", "--mixed_precision", "no"]
@@ -56,7 +58,9 @@ def test_every_logged_step_is_there_once_and_in_order(trained):
     folder, _, _ = trained
     lines = read_lines(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(6, 97, 6))
-    assert all(list(line)[:2] == ["step", "samples_seen"] and line["samples_seen"] == 8 * line["step"] for line in lines)
+    assert all(
+        list(line)[:2] == ["step", "samples_seen"] and line["samples_seen"] == 8 * line["step"] for line in lines
+    )
     assert [line["step"] for line in lines if "eval/accuracy" in line] == list(range(12, 97, 12))
 
 
@@ -133,7 +137,7 @@ def test_early_stopping_ends_a_run_that_no_longer_gets_better(run, roberta, tmp_
 
 
 def test_a_frozen_backbone_stays_as_it_was_and_the_head_learns(run, roberta, tmp_path):
-    from transformers import AutoModelForSequenceClassification, AutoModel
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
     run("train.py", *file_flags(tmp_path, roberta), "--freeze", "backbone", "--report_to", "none", "--epochs", 1)
     trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "outputs/run/model")
@@ -146,7 +150,17 @@ def test_pairs_train_end_to_end(run, roberta, tmp_path):
     rows = [(a[0], b[0], str(int(a[1] == b[1]))) for a, b in zip(sentences(40, 1), sentences(40, 2)[1:], strict=False)]
     rows += [(a[0], b[0], str(int(a[1] == b[1]))) for a, b in zip(sentences(30, 3), sentences(30, 4), strict=True)]
     train = write_csv(tmp_path / "pairs.csv", rows, ("premise", "hypothesis", "label"))
-    flags = ["--train_file", train, "--model", roberta, "--text_columns", "premise", "hypothesis", "--run_name", "pairs"]
+    flags = [
+        "--train_file",
+        train,
+        "--model",
+        roberta,
+        "--text_columns",
+        "premise",
+        "hypothesis",
+        "--run_name",
+        "pairs",
+    ]
     done = run("train.py", *flags, "--report_to", "none", "--epochs", 1, "--metrics", "accuracy", "f1")
     assert "held out" in done.stdout
     assert {"eval/accuracy", "eval/f1"} <= set(results_of(done))
@@ -191,7 +205,13 @@ def test_the_cpu_configuration_runs_one_process_on_the_cpu(run, roberta, tmp_pat
     import sys
 
     flags = [*file_flags(tmp_path, roberta), "--report_to", "none", "--max_steps", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "accelerate_configs/cpu.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs/cpu.yaml",
+    ]
     done = subprocess.run(
         list(map(str, [*command, ROOT / "train.py", *flags])),
         cwd=tmp_path,

@@ -55,7 +55,9 @@ def main(model_folder: str, out: str, micro_batch_size: str, *sizes: str) -> Non
     tokenizer = load_tokenizer(source)
     with accelerator.main_process_first():
         files = {role: write_csv(Path(out) / f"{role}.csv", sentences(40)) for role in ("train", "validation")}
-        data = load_data(DataConfig(train_file=str(files["train"]), validation_file=str(files["validation"])), tokenizer)
+        data = load_data(
+            DataConfig(train_file=str(files["train"]), validation_file=str(files["validation"])), tokenizer
+        )
     results: dict = {"world_size": accelerator.num_processes}
     for size in map(int, sizes):
         results[size] = train(accelerator, source, tokenizer, shorten(data, size), int(micro_batch_size))
