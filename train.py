@@ -82,7 +82,7 @@ def main(config: TrainConfig) -> None:
             progress.write(describe_scores(f"step {state.step}, validation:", scores))
             values |= {f"eval/{name}": value for name, value in scores.items()}
             advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[best_by])
-            if update_best(state, scores[best_by], best_by):
+            if update_best(state, scores, best_by):
                 eval_scores = scores
                 publish_model(accelerator, model, tokenizer, folder / "model")
             interval.reset()

@@ -19,5 +19,5 @@ Who imports whom, asserted by tests/test_architecture.py:
     tracking    config data evaluation report
     progress    batching
     checkpoint  config training
-    run         cli config data evaluation labels modeling runtime sources training
+    run         cli config data evaluation labels modeling report runtime sources training
 """

@@ -20,11 +20,11 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
     """
     if accelerator.is_main_process:
         fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(fresh, ignore_errors=True)
         accelerator.unwrap_model(model).save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
         if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
         os.rename(fresh, folder)
         shutil.rmtree(old, ignore_errors=True)

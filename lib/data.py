@@ -117,6 +117,7 @@ def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[
 
 
 def guess_text_columns(raw: dict[str, Dataset], config: DataConfig, notes: list[str]) -> tuple[str, ...]:
+    """Usual names, else the only text column; raises UserError when there are several."""
     features = next(iter(raw.values())).features
     for guess in TEXT_GUESSES:
         if all(column in features for column in guess):

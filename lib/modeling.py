@@ -30,6 +30,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     with loading(config):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model), revision=config.model_revision or "main")
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise UserError(
+            f"--model {config.model}: its tokenizer has neither a padding nor an end token; add a pad_token to it"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -40,7 +40,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     """Steps of warm-up: the setting itself, or below 1 its share of all steps, rounded up."""
-    return math.ceil(config.warmup_steps * total_steps) if config.warmup_steps < 1 else int(config.warmup_steps)
+    return (
+        math.ceil(round(config.warmup_steps * total_steps, 6)) if config.warmup_steps < 1 else int(config.warmup_steps)
+    )
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int, metric: str) -> Any:

@@ -58,7 +58,7 @@ def bootstrap_intervals(
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
+    low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -100,9 +100,8 @@ def format_report(
         score_rows.append([name, f"{value:.4f}", f"{low:.4f} to {high:.4f}" if low is not None else ""])
     class_rows = [["class", "precision", "recall", "f1", "samples"]]
     for row in class_table(predictions, label_names):
-        class_rows.append(
-            [row["class"], *(f"{row[key]:.3f}" for key in ("precision", "recall", "f1")), str(row["samples"])]
-        )
+        shares = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
+        class_rows += [[row["class"], *shares, str(row["samples"])]]
     matrix = confusion_matrix(predictions.labels, predictions.predicted, len(label_names))
     matrix_rows = [["gold \\ predicted", *label_names]]
     matrix_rows += [[name, *map(str, row)] for name, row in zip(label_names, matrix.tolist(), strict=True)]

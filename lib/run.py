@@ -14,25 +14,16 @@ from lib.data import Data
 from lib.evaluation import prefix
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name
+from lib.report import finite
 from lib.runtime import describe_devices, peak_memory_gib, run_record
 from lib.sources import dataset_name
 from lib.training import Plan, State, epoch_padding_share
 
-HARMLESS = frozenset(
-    [
-        "output_dir",
-        "run_name",
-        "report_to",
-        "project",
-        "tags",
-        "notes",
-        "logging_steps",
-        "per_device_train_batch_size",
-        "per_device_eval_batch_size",
-        "dataloader_num_workers",
-        "preprocessing_num_workers",
-    ]
-)
+HARMLESS = {
+    *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("dataloader_num_workers", "preprocessing_num_workers"),
+}
 """Settings that do not change what is computed, so that a folder may be used again with others."""
 
 
@@ -114,9 +105,8 @@ def introduce(
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
     if new_weights:
-        rows["new weights"] = (
-            f"{', '.join(new_weights[:6])}{', ...' if len(new_weights) > 6 else ''} (not in the checkpoint, trained from scratch)"
-        )
+        names = ", ".join(new_weights[:6]) + (", ..." if len(new_weights) > 6 else "")
+        rows["new weights"] = f"{names} (not in the checkpoint, trained from scratch)"
     width = max(map(len, rows))
     return "\n".join(
         [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]
@@ -154,6 +144,7 @@ def build_results(
 
 def write_results(folder: Path, results: dict[str, Any]) -> str:
     """Save the numbers of a finished run as results.json; return them as one line of JSON."""
+    results = finite(results)
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return json.dumps(results, ensure_ascii=False)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -37,8 +38,9 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
 def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path | None = None) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError when
-    GPUs were asked for and none is visible, when processes outnumber GPUs, or when each process believes it is alone.
+    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop,
+    which knows the samples of a whole step. Raises UserError when GPUs were asked for and none is visible, when
+    processes outnumber GPUs, or when each process believes it is alone.
     """
     check_devices()
     use_all_cores()
@@ -54,6 +56,7 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
             InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
         ],
     )
+    show_log(accelerator)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(
@@ -62,6 +65,14 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
             f"--num_processes {wanted} --main_process_port 0 ...; else launch one process, or make the GPUs visible."
         )
     return accelerator
+
+
+def show_log(accelerator: Accelerator) -> None:
+    """What the library logs goes to stderr, from the main process, as plain lines."""
+    logger = logging.getLogger("lib")
+    logger.handlers = [logging.StreamHandler()] if accelerator.is_main_process else [logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def check_devices() -> None:

@@ -1,9 +1,11 @@
 """Data sets as they are stored: from the catalog, the Hub, a folder or files of the user; the only place that reads them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -40,6 +42,7 @@ def catalog_source(config: DataConfig) -> Source | None:
 
 def load_raw(config: DataConfig) -> dict[str, Dataset]:
     """All splits as they are stored, by their own names."""
+    quieten()
     files = {role: getattr(config, f"{role}_file") for role in ROLES if getattr(config, f"{role}_file")}
     if files:
         return {role: load_file(path, f"--{role}_file") for role, path in files.items()}
@@ -55,6 +58,13 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
         (source.path, config.dataset_config or source.config) if source else (name, config.dataset_config)
     )
     return load_hub(path, hub_config, config.revision)
+
+
+def quieten() -> None:
+    """No log lines of the library beside our messages, and progress bars on a terminal only."""
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 def load_movie_reviews(kind: str) -> dict[str, Dataset]:
@@ -107,6 +117,7 @@ def load_folder(path: str, flag: str) -> dict[str, Dataset]:
 
 
 def load_file(path: str, flag: str) -> Dataset:
+    """One file, or the fitting split of a saved folder; raises UserError with flag, file and, where known, the line."""
     file = Path(path)
     if file.is_dir():
         splits = load_folder(path, flag)

@@ -97,11 +97,14 @@ def is_better(metric: float, best: float | None, name: str) -> bool:
     return best is None or (metric < best if name in LOWER_IS_BETTER else metric > best)
 
 
-def update_best(state: State, metric: float, name: str) -> bool:
-    """Note an evaluation in `state`; True when it is the best so far."""
-    better = is_better(metric, state.best_metric, name)
+def update_best(state: State, scores: dict[str, float], name: str) -> bool:
+    """Note an evaluation in `state`; True when it is the best so far.
+
+    A model whose loss is not finite is never the best, though its accuracy may look like a number.
+    """
+    better = math.isfinite(scores["loss"]) and is_better(scores[name], state.best_metric, name)
     if better:
-        state.best_metric, state.best_step = metric, state.step
+        state.best_metric, state.best_step = scores[name], state.step
     state.evals_since_best = 0 if better else state.evals_since_best + 1
     return better
 
@@ -142,8 +145,9 @@ def optimizer_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward over the micro-batches of this process, then one step of AdamW and of the schedule.
 
-    The model must be in train mode (`set_train_mode`). The loss is the sum over samples divided by the samples of the whole step, so that neither processes nor micro-batches
-    nor a short last batch change it. Gradients are exchanged once, with the last micro-batch.
+    The model must be in train mode (`set_train_mode`). The loss is the sum over samples divided by the samples of the
+    whole step, so that neither processes nor micro-batches nor a short last batch change it. Gradients are exchanged
+    once, with the last micro-batch.
 
     Returns the summed loss of this process and the norm of the gradients before clipping, both on the device: reading
     them waits for the device, which is left to the caller.

@@ -186,7 +186,7 @@ def test_a_saved_split_without_rows(complaint: Refusal, tmp_path: Path) -> None:
 
 def test_an_empty_split_of_a_loaded_data_set(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
-    monkeypatch.setattr("lib.data.load_dataset", lambda *_, **__: {"train": rows, "test": rows.select([])})
+    monkeypatch.setattr("lib.sources.load_dataset", lambda *_, **__: {"train": rows, "test": rows.select([])})
     assert complaint(dataset="user/name") == "the test split is empty"
 
 
@@ -204,7 +204,7 @@ def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pyte
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'user/name' on the Hub\nand more")
 
-    monkeypatch.setattr("lib.data.load_dataset", unreachable)
+    monkeypatch.setattr("lib.sources.load_dataset", unreachable)
     message = complaint(dataset="user/name", dataset_config="small")
     assert missing(["--dataset user/name --dataset_config small", "Couldn't reach", "HF_ENDPOINT"], message) == []
     assert "movie_reviews" in message
@@ -213,5 +213,5 @@ def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pyte
 
 def test_a_data_set_without_a_train_split(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
-    monkeypatch.setattr("lib.data.load_dataset", lambda *_, **__: {"test": rows})
+    monkeypatch.setattr("lib.sources.load_dataset", lambda *_, **__: {"test": rows})
     assert complaint(dataset="user/name") == "there is no train split; name has: test"
