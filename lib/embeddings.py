@@ -41,8 +41,5 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
         largest = states.masked_fill(~present, -torch.inf).amax(dim=1)
         return largest.masked_fill(~present.any(dim=1), 0.0)
     places = torch.arange(mask.shape[1], device=mask.device)
-    if pooling == "cls":
-        chosen = states[rows, mask.argmax(dim=1)]
-    else:
-        chosen = states[rows, (places * mask).argmax(dim=1)]
-    return chosen * present.any(dim=1)
+    place = mask.argmax(dim=1) if pooling == "cls" else (places * mask).argmax(dim=1)
+    return states[rows, place] * present.any(dim=1)

@@ -44,15 +44,11 @@ def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[st
     """What `generate` is told: the user's settings, and a length where neither the user nor the model has one.
 
     The most likely text is searched, not sampled, so that a text gets the same answer each time. Raises UserError for a
-    name that `generate` does not know.
+    name that `generate` does not know and for a length that the model has no room for.
     """
     settings: dict[str, Any] = {"do_sample": False, "num_return_sequences": top_k}
     settings["num_beams"] = config.num_beams or max(top_k, getattr(model.generation_config, "num_beams", None) or 1)
-    own = model.generation_config
-    if config.max_new_tokens:
-        settings["max_new_tokens"] = config.max_new_tokens
-    elif not (own.max_length or own.max_new_tokens):
-        settings["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    settings |= length_settings(model, config.max_new_tokens)
     for name, value in (item.split("=", 1) for item in config.generate_kwargs):
         if name not in vars(GenerationConfig()):
             raise UserError(f"--generate_kwargs {name}: `generate` has no such setting")
@@ -60,6 +56,21 @@ def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[st
     if settings["do_sample"]:
         settings["num_beams"] = config.num_beams or 1
     return settings
+
+
+def length_settings(model: Any, asked: int | None) -> dict[str, int]:
+    """`max_new_tokens`, but where a sequence-to-sequence model has a length of its own.
+
+    A decoder's prompt takes places as well: unless asked for, at most half of them go to new tokens.
+    """
+    own, writes_apart = model.generation_config, model.config.is_encoder_decoder
+    places = getattr(model.config, "max_position_embeddings", None) or 2**30
+    if asked is not None and asked >= places:
+        raise UserError(f"--max_new_tokens {asked}: the model has room for {places - 1}")
+    if asked is None and writes_apart and (own.max_length or own.max_new_tokens):
+        return {}
+    room = places - 1 if writes_apart else places // 2
+    return {"max_new_tokens": asked or min(own.max_new_tokens or DEFAULT_NEW_TOKENS, room)}
 
 
 def literal(text: str) -> Any:
@@ -99,6 +110,8 @@ def language_settings(tokenizer: Any, config: GenerateConfig) -> dict[str, Any]:
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     for name, number in ids.items():
         if number is None or number == tokenizer.unk_token_id:
-            raise UserError(f"the model has no language {name}; write it as the model does, such as {tokenizer.src_lang}")
+            raise UserError(
+                f"the model has no language {name}; write it as the model does, such as {tokenizer.src_lang}"
+            )
     tokenizer.src_lang = config.source_lang
     return {"forced_bos_token_id": ids[config.target_lang]}

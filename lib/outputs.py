@@ -1,5 +1,6 @@
 """Answers on disk or on the standard output: jsonl, csv, npy and parquet, written as they come, published when whole."""
 
+import contextlib
 import csv
 import json
 import os
@@ -39,15 +40,17 @@ def write_answers(path: str | None, answers: Iterable[tuple[Row, Answer]], total
         raise UserError(f"--output {path} cannot be written: {error}") from error
     finally:
         for part in parts.values():
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
     return count
 
 
 def write_all(writer: Any, answers: Iterable[tuple[Row, Answer]]) -> int:
     count = 0
     try:
-        for count, (row, answer) in enumerate(answers, 1):
+        for row, answer in answers:
             writer.write(row, answer)
+            count += 1
     finally:
         writer.close()
     return count
@@ -160,7 +163,8 @@ class Parquet:
     GROUP = 4096
 
     def __init__(self, path: Path) -> None:
-        self.path, self.writer = path, None
+        self.file = path.open("wb")
+        self.writer: Any = None
         self.ids: list[Any] = []
         self.vectors: list[np.ndarray] = []
 
@@ -179,7 +183,7 @@ class Parquet:
         if self.writer is None:
             self.numbered = isinstance(self.ids[0], int)
             kind = pa.int64() if self.numbered else pa.string()
-            self.writer = pq.ParquetWriter(self.path, pa.schema([("id", kind), ("embedding", vectors.type)]))
+            self.writer = pq.ParquetWriter(self.file, pa.schema([("id", kind), ("embedding", vectors.type)]))
         ids = pa.array(self.ids if self.numbered else [str(i) for i in self.ids], self.writer.schema.field("id").type)
         self.writer.write_table(pa.Table.from_arrays([ids, vectors], schema=self.writer.schema))
         self.ids, self.vectors = [], []
@@ -189,3 +193,4 @@ class Parquet:
             self.flush()
         if self.writer is not None:
             self.writer.close()
+        self.file.close()

@@ -80,7 +80,9 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> str:
     return text if len(offsets) <= count else text[: offsets[count - 1][1]]
 
 
-def window_logits(model: Any, collator: Any, windows: Any, batch_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def window_logits(
+    model: Any, collator: Any, windows: Any, batch_size: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Start and end logits of each window, float64 (tokens,), without those of padding."""
     names = [name for name in collator.tokenizer.model_input_names if name in windows]
     start: list[np.ndarray] = []

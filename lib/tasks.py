@@ -5,23 +5,22 @@ lost theirs in transformers 5, and embeddings are more than its lists of numbers
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import pipeline
-from transformers.pipelines import PipelineException
 
 from lib.cli import load_config
 from lib.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, UserError
 from lib.data import TEXT_GUESSES
 from lib.embeddings import build_embedder
-from lib.generation import answer, build_writer, generate_settings
+from lib.generation import build_writer
 from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
-from lib.modeling import label_names, load_classifier, load_tokenizer, load_trained
+from lib.modeling import load_classifier, load_tokenizer, load_trained
+from lib.pipelines import PIPELINES
 from lib.predict_config import PredictConfig
 from lib.question_answering import build_reader
 from lib.run import run_precision
@@ -108,139 +107,22 @@ def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: tor
     """How the task is done: a function from a batch of rows to their answers."""
     top_k = config.top_k or 1
     if config.task == "feature-extraction":
-        return build_embedder(model, tokenizer, config.embedding)
+        return with_a_token(build_embedder(model, tokenizer, config.embedding), tokenizer)
     if config.task == "question-answering":
         return build_reader(model, tokenizer, config.answer, top_k, config.per_device_eval_batch_size)
     if config.task in ("summarization", "translation"):
         return build_writer(config.task, model, tokenizer, config.generate, top_k)
-    pipe = pipeline(config.task, model=model, tokenizer=tokenizer, device=device)
-    return PIPELINES[config.task](config, pipe)
+    predict = PIPELINES[config.task](config, pipeline(config.task, model=model, tokenizer=tokenizer, device=device))
+    return predict if config.task == "text-generation" else with_a_token(predict, tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------------- pipelines
+def with_a_token(predict: Predict, tokenizer: Any) -> Predict:
+    """Empty texts as one token, where the tokenizer, a decoder's, puts none around them: models take no empty input."""
+    if tokenizer.num_special_tokens_to_add():
+        return predict
+    token = tokenizer.bos_token or tokenizer.eos_token or tokenizer.pad_token
 
+    def filled(rows: list[Row]) -> list[Answer]:
+        return predict([dataclasses.replace(row, texts=tuple(text or token for text in row.texts)) for row in rows])
 
-def classify(config: PredictConfig, pipe: Any) -> Predict:
-    """Answers with `label` and `probabilities` by class; `labels` above one half where several may hold.
-
-    Instead of `probabilities`, `logits` where they were asked for, and `scores` of a regression.
-    """
-    names, problem = label_names(pipe.model), pipe.model.config.problem_type
-    apply = config.function_to_apply
-    key = "logits" if apply == "none" else "scores" if apply is None and problem == "regression" else "probabilities"
-
-    def predict(rows: list[Row]) -> list[Answer]:
-        inputs = [dict(zip(("text", "text_pair"), row.texts, strict=False)) for row in rows]
-        settings = {"function_to_apply": apply} if apply else {}
-        outputs = pipe(inputs, batch_size=len(rows), top_k=None, truncation=True, **settings)
-        return [shape([(item["label"], item["score"]) for item in output]) for output in outputs]
-
-    def shape(ranked: list[tuple[str, float]]) -> Answer:
-        if problem == "multi_label_classification":
-            chosen: Answer = {"labels": [name for name, score in ranked if score >= 0.5 and key == "probabilities"]}
-        else:
-            chosen = {"label": ranked[0][0]} if len(names) > 1 else {}
-        ranked = ranked[: config.top_k] if config.top_k else sorted(ranked, key=lambda item: names.index(item[0]))
-        return chosen | {key: dict(ranked)}
-
-    return predict
-
-
-def choose_label(config: PredictConfig, pipe: Any) -> Predict:
-    """Zero-shot classification: answers as those of a classifier over the candidate labels.
-
-    Raises UserError for a model that was not trained on entailment.
-    """
-    if pipe.entailment_id == -1:
-        names = ", ".join(label_names(pipe.model))
-        raise UserError(
-            f"--model {config.model} was not trained on entailment (its classes: {names}); "
-            "--task zero-shot-classification needs an NLI model, such as facebook/bart-large-mnli"
-        )
-    settings = {
-        "candidate_labels": list(config.zero_shot.candidate_labels),
-        "hypothesis_template": config.zero_shot.hypothesis_template,
-        "multi_label": config.zero_shot.multi_label,
-        "batch_size": config.per_device_eval_batch_size,
-    }
-
-    def predict(rows: list[Row]) -> list[Answer]:
-        # The pipeline takes an empty text for a missing one.
-        outputs = pipe([row.texts[0] or " " for row in rows], **settings)
-        ranked = [dict(list(zip(o["labels"], o["scores"], strict=True))[: config.top_k]) for o in outputs]
-        return [{"label": next(iter(scores)), "probabilities": scores} for scores in ranked]
-
-    return predict
-
-
-def fill_mask(config: PredictConfig, pipe: Any) -> Predict:
-    """Answers with `answers`: the likeliest fillings, a list of them for each mask where a text has several.
-
-    `<mask>` and `[MASK]` both stand for the mask, whatever the model's own is. Raises UserError for a text without one.
-    """
-    mask = pipe.tokenizer.mask_token
-
-    def predict(rows: list[Row]) -> list[Answer]:
-        texts = [row.texts[0].replace("<mask>", mask).replace("[MASK]", mask) for row in rows]
-        bare = [row.number + 1 for row, text in zip(rows, texts, strict=True) if mask not in text]
-        if bare:
-            raise UserError(f"row {bare[0]} has no {mask}; --task fill-mask fills that in")
-        try:
-            outputs = pipe(
-                texts, batch_size=len(rows), top_k=config.top_k or 5, tokenizer_kwargs={"truncation": True}
-            )
-        except PipelineException as error:
-            limit = pipe.tokenizer.model_max_length
-            raise UserError(f"a {mask} lies beyond the {limit} tokens that are read (--max_length)") from error
-        outputs = [outputs] if len(rows) == 1 else outputs
-        return [{"answers": output} for output in outputs]
-
-    return predict
-
-
-def find_entities(config: PredictConfig, pipe: Any) -> Predict:
-    """Answers with `entities`; a text longer than the model takes is read in windows, unless tokens stay single."""
-    strategy = config.answer.aggregation_strategy
-    room = pipe.tokenizer.model_max_length - pipe.tokenizer.num_special_tokens_to_add()
-    windowed = strategy != "none" and pipe.tokenizer.is_fast
-    settings = {"stride": min(config.answer.stride, room // 2)} if windowed else {}
-
-    def predict(rows: list[Row]) -> list[Answer]:
-        texts = [row.texts[0] for row in rows]
-        outputs = pipe(texts, batch_size=len(rows), aggregation_strategy=strategy, **settings)
-        return [{"entities": output} for output in outputs]
-
-    return predict
-
-
-def continue_text(config: PredictConfig, pipe: Any) -> Predict:
-    """Answers with `generated_text`, the text and what follows; a text that is too long is cut at its beginning."""
-    top_k = config.top_k or 1
-    settings = generate_settings(pipe.model, config.generate, top_k)
-    tokenizer = pipe.tokenizer
-    tokenizer.truncation_side = "left"
-    new = settings.get("max_new_tokens") or 0
-    encode = {"truncation": True, "max_length": max(1, tokenizer.model_max_length - new)}
-    empty = tokenizer.bos_token or tokenizer.eos_token
-
-    def predict(rows: list[Row]) -> list[Answer]:
-        texts = [row.texts[0] or empty for row in rows]
-        outputs = pipe(
-            texts, batch_size=len(rows), return_full_text=False, tokenizer_encode_kwargs=encode, **settings
-        )
-        written = [
-            [row.texts[0] + item["generated_text"] for item in output]
-            for row, output in zip(rows, outputs, strict=True)
-        ]
-        return [answer("text-generation", texts) for texts in written]
-
-    return predict
-
-
-PIPELINES: dict[str, Callable[[PredictConfig, Any], Predict]] = {
-    "sentiment-analysis": classify,
-    "zero-shot-classification": choose_label,
-    "fill-mask": fill_mask,
-    "ner": find_entities,
-    "text-generation": continue_text,
-}
+    return filled
