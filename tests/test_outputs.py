@@ -86,3 +86,13 @@ def test_many_rows_make_an_array_and_a_table_of_as_many(tmp_path):
 
 def test_numbers_json_does_not_have_become_words():
     assert flat_row(ROWS[0], {"scores": [float("nan"), np.int64(3)]})["scores"] == ["NaN", 3]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_a_bar_and_nothing_else_does(tmp_path, monkeypatch, terminal):
+    error = io.StringIO()
+    error.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", error)
+    write_answers(str(tmp_path / "out.jsonl"), zip(ROWS, ANSWERS, strict=True), total=2)
+    assert ("2/2" in error.getvalue()) == terminal
+    assert terminal or error.getvalue() == ""
