@@ -1,6 +1,8 @@
 """Text written by a model: summaries and translations by sequence-to-sequence models, and how long and how they search."""
 
 import ast
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from transformers import GenerationConfig
@@ -27,7 +29,8 @@ def build_writer(task: str, model: Any, tokenizer: Any, config: GenerateConfig, 
     def predict(rows: list[Row]) -> list[Answer]:
         texts = [prefix + row.texts[0] for row in rows]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        outputs = model.generate(**batch, **settings)
+        with generating(config):
+            outputs = model.generate(**batch, **settings)
         written = tokenizer.batch_decode(outputs, skip_special_tokens=True)
         written = [text.strip() for text in written]
         return [answer(task, written[i * top_k : (i + 1) * top_k]) for i in range(len(rows))]
@@ -56,6 +59,17 @@ def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[st
     if settings["do_sample"]:
         settings["num_beams"] = config.num_beams or 1
     return settings
+
+
+@contextlib.contextmanager
+def generating(config: GenerateConfig) -> Iterator[None]:
+    """Where `generate` refuses the value of a setting, its reason becomes a message to the user."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not config.generate_kwargs:
+            raise
+        raise UserError(f"--generate_kwargs {' '.join(config.generate_kwargs)}: {error}") from error
 
 
 def length_settings(model: Any, asked: int | None) -> dict[str, int]:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers.pipelines import PipelineException
 
 from lib.config import UserError
-from lib.generation import answer, generate_settings
+from lib.generation import answer, generate_settings, generating
 from lib.inference import Answer, Predict
 from lib.inputs import Row
 from lib.modeling import label_names
@@ -118,7 +118,10 @@ def continue_text(config: PredictConfig, pipe: Any) -> Predict:
 
     def predict(rows: list[Row]) -> list[Answer]:
         texts = [row.texts[0] or empty for row in rows]
-        outputs = pipe(texts, batch_size=len(rows), return_full_text=False, tokenizer_encode_kwargs=encode, **settings)
+        with generating(config.generate):
+            outputs = pipe(
+                texts, batch_size=len(rows), return_full_text=False, tokenizer_encode_kwargs=encode, **settings
+            )
         written = [
             [row.texts[0] + item["generated_text"] for item in output]
             for row, output in zip(rows, outputs, strict=True)

@@ -124,7 +124,7 @@ def merge_spans(windows: list[Spans], none: float | None) -> Spans:
     if none is not None or not len(score):
         begin, end, score = np.append(begin, 0), np.append(end, 0), np.append(score, none or 0.0)
     order = np.lexsort((end, begin, -score))
-    _, firsts = np.unique(np.stack([begin, end])[:, order], axis=1, return_index=True)
+    _, firsts = np.unique((begin * (end.max() + 1) + end)[order], return_index=True)
     order = order[np.sort(firsts)]
     return Spans(begin[order], end[order], score[order])
 

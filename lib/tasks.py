@@ -112,6 +112,8 @@ def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: tor
         return build_reader(model, tokenizer, config.answer, top_k, config.per_device_eval_batch_size)
     if config.task in ("summarization", "translation"):
         return build_writer(config.task, model, tokenizer, config.generate, top_k)
+    if config.task == "fill-mask" and tokenizer.mask_token is None:
+        raise UserError(f"--model {config.model}: its tokenizer has no mask; name a masked language model")
     predict = PIPELINES[config.task](config, pipeline(config.task, model=model, tokenizer=tokenizer, device=device))
     return predict if config.task == "text-generation" else with_a_token(predict, tokenizer)
 

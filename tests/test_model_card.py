@@ -82,6 +82,12 @@ def test_the_base_model_is_named_and_folders_of_the_machine_are_not(tmp_path, mo
     assert ".." not in text
 
 
+def test_a_folder_that_is_written_like_a_hub_id_is_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert card(tmp_path, model="models/mine")[0].data.base_model is None
+
+
 def test_the_options_and_what_the_model_was_made_with_are_there(tmp_path):
     _, text = card(tmp_path)
     for row in ("| learning_rate | 5e-05 |", "| train_batch_size | 32 |", "| seed | 42 |", "| max_length | 128 |"):

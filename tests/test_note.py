@@ -15,7 +15,7 @@ from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 
 NOTE = (ROOT / "docs" / "note.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"(?:python|accelerate launch[^`|\n]*) predict\.py [^`|\n]+", NOTE)
+COMMANDS = re.findall(r"(?:[A-Z_]+=\w+ )*(?:python|accelerate launch[^`|\n]*) predict\.py [^`|\n]+", NOTE)
 STAND_INS = {
     "outputs/movies": "classifier",
     "distilbert/distilbert-base-uncased-finetuned-sst-2-english": "classifier",

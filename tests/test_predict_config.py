@@ -55,6 +55,13 @@ def test_texts_come_before_flags_or_after_them():
     assert before.inputs.texts == ("a", "b")
 
 
+def test_a_yaml_file_gives_options_and_flags_win(tmp_path):
+    path = tmp_path / "predict.yaml"
+    path.write_text("task: ner\ninput: t.txt\naggregation_strategy: max\n")
+    config = parse_cli(PredictConfig, ["--config", str(path), "--aggregation_strategy", "none"])
+    assert (config.task, config.inputs.input, config.answer.aggregation_strategy) == ("ner", "t.txt", "none")
+
+
 def test_every_option_has_a_help_line():
     for node in ast.walk(ast.parse(inspect.getsource(predict_config))):
         if isinstance(node, ast.ClassDef):

@@ -177,8 +177,13 @@ def test_a_text_is_continued_as_by_generate_alone(models):
 
 def test_a_prompt_that_is_too_long_is_continued_from_its_end(models):
     flags = ["--task", "text-generation", "--model", models / "decoder", "--max_new_tokens", 6]
-    long, short = answers("dull " * 100 + "a film was", *flags), answers("dull " * 55 + "a film was", *flags)
-    assert long[0]["generated_text"][len("dull " * 100) :] == short[0]["generated_text"][len("dull " * 55) :]
+    ends = ["a film was", "the story felt great", "not a good actor"]
+    whole = answers(*("dull " * 100 + end for end in ends), *flags)
+    # Of 64 places 6 are for new tokens and 2 for special ones.
+    tails = answers(*("dull " * (56 - len(end.split())) + end for end in ends), *flags)
+    new = [row["generated_text"][len(row["text"]) :] for row in whole]
+    assert new == [row["generated_text"][len(row["text"]) :] for row in tails]
+    assert len(set(new)) > 1
 
 
 def test_sampling_repeats_with_the_seed_alone(models):
@@ -265,6 +270,19 @@ def test_languages_are_told_to_tokenizer_and_model():
             ["a", "--model", "bart", "--task", "summarization", "--generate_kwargs", "beams=2"],
             "beams: `generate` has no",
         ),
+        (
+            [
+                "a",
+                "--model",
+                "bart",
+                "--task",
+                "summarization",
+                "--generate_kwargs",
+                "temperature=-1",
+                "do_sample=True",
+            ],
+            "--generate_kwargs temperature=-1 do_sample=True: .*temperature",
+        ),
         (["a", "--model", "absent"], "no such folder"),
         (["a", "--model", "classifier", "--max_length", 2], "no room for text beside 2 special tokens"),
     ],
@@ -280,6 +298,15 @@ def test_what_cannot_work_is_refused_in_the_users_words(models, flags, message):
 def test_a_classifier_without_entailment_chooses_no_labels(models):
     with pytest.raises(UserError, match=r"not trained on entailment \(its classes: bad, good, mixed\)"):
         answers("a", "--model", models / "classifier", "--task", "zero-shot-classification", "--candidate_labels", "x")
+
+
+def test_a_tokenizer_without_a_mask_fills_none(tmp_path):
+    folder = tiny_models.masked(tmp_path / "unmasked")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="its tokenizer has no mask"):
+        answers("a <mask>", "--task", "fill-mask", "--model", folder)
 
 
 def test_a_run_without_a_model_is_refused(tmp_path):
