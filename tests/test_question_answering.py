@@ -91,7 +91,7 @@ def test_a_span_seen_by_two_windows_counts_once_with_its_higher_score():
     assert list(zip(merged.begin, merged.end, merged.score, strict=True)) == [(4, 9, 5.0), (0, 3, 1.0), (6, 9, 1.0)]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [3, 64])
 def test_rows_are_answered_by_themselves_whatever_the_batch(folder, tmp_path, batch_size):
     rows = [(text, text_of(9 * i + 1, i)) for i, (text, _) in enumerate(sentences(9))]
     lines = ["question\tcontext", *("\t".join(row) for row in rows)]
@@ -100,8 +100,9 @@ def test_rows_are_answered_by_themselves_whatever_the_batch(folder, tmp_path, ba
     flags = ["--task", "question-answering", "--model", folder, "--max_length", 40, "--stride", 5]
     found = answers("--input", file, *flags, "--per_device_eval_batch_size", batch_size)
     assert [row["text"] for row in found] == [list(row) for row in rows]
-    for row, (question, context) in zip(found, rows, strict=True):
-        (alone,) = answers("--question", question, "--context", context, *flags)
+    single = answers("--input", file, *flags, "--per_device_eval_batch_size", 1)
+    assert answers("--question", rows[8][0], "--context", rows[8][1], *flags)[0]["answer"] == single[8]["answer"]
+    for row, alone in zip(found, single, strict=True):
         assert (row["answer"], row["start"]) == (alone["answer"], alone["start"])
         assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
 
