@@ -30,7 +30,8 @@ def classify(config: PredictConfig, pipe: Any) -> Predict:
 
     def shape(ranked: list[tuple[str, float]]) -> Answer:
         if problem == "multi_label_classification":
-            chosen: Answer = {"labels": [name for name, score in ranked if score >= 0.5 and key == "probabilities"]}
+            least = 0.0 if key == "logits" else 0.5
+            chosen: Answer = {"labels": [name for name, score in ranked if score >= least]}
         else:
             chosen = {"label": ranked[0][0]} if len(names) > 1 else {}
         ranked = ranked[: config.top_k] if config.top_k else sorted(ranked, key=lambda item: names.index(item[0]))

@@ -86,6 +86,10 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
         model = load_trained(source.model, kind, f"model for {config.task}")
     else:
         model = load_classifier(source.model)
+    if (
+        getattr(model.config, "pad_token_id", None) is None
+    ):  # a decoder that classifies looks for the last token before it
+        model.config.pad_token_id = tokenizer.pad_token_id
     asked = config.max_length or (source.data.max_length if source.data else None)
     limits = [asked, tokenizer.model_max_length, longest_input(model)]
     tokenizer.model_max_length = min(limit for limit in limits if limit is not None)

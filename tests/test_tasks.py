@@ -82,9 +82,21 @@ def test_several_labels_and_ratings_have_words_of_their_own(tmp_path):
         assert row["labels"] == [
             name for name, p in sorted(row["probabilities"].items(), key=lambda item: -item[1]) if p >= 0.5
         ]
+    probabilities, logits = (
+        answers(*TEXTS, "--model", several, *flags) for flags in ([], ["--function_to_apply", "none"])
+    )
+    assert [row["labels"] for row in probabilities] == [row["labels"] for row in logits]
     (row,) = answers("a film", "--model", rating)
     assert set(row) == {"id", "text", "scores"}
     assert list(row["scores"]) == ["stars"]
+
+
+def test_a_decoder_classifies_texts_of_different_length_together(tmp_path):
+    folder = tiny_models.deciding_decoder(tmp_path / "decoder")
+    together = answers(*TEXTS, "--model", folder)
+    alone = answers(*TEXTS, "--model", folder, "--per_device_eval_batch_size", 1)
+    for a, b in zip(together, alone, strict=True):
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
 
 
 def test_a_run_brings_the_length_and_the_columns_it_was_trained_with(tmp_path):

@@ -72,6 +72,13 @@ def decoder(folder: Path) -> Path:
     return save(config, AutoModelForCausalLM, folder)
 
 
+def deciding_decoder(folder: Path) -> Path:
+    """A classifier on a decoder that was trained without padding, as those of the GPT family are."""
+    sizes = SIZES | {"pad_token_id": None, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(**sizes, initializer_range=0.5, **labels(NAMES))
+    return save(config, AutoModelForSequenceClassification, folder)
+
+
 def bart(folder: Path) -> Path:
     config = BartConfig(
         **SIZES,
