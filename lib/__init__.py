@@ -20,4 +20,17 @@ Who imports whom, asserted by tests/test_architecture.py:
     progress    batching
     checkpoint  config training
     run         cli config data evaluation labels modeling report runtime sources training
+    model_card  embedded                                 README.md of an exported model
+
+    predict_config      config                           options of predict.py
+    inputs              config predict_config            new text, row by row
+    inference           batching config inputs runtime   rows to answers, on all processes
+    embeddings          inference inputs predict_config
+    question_answering  batching config inference inputs predict_config
+    generation          config inference inputs predict_config
+    pipelines           config generation inference inputs modeling predict_config
+    tasks      cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    outputs             config inference inputs report   answers to files
+    tokens              report
+    onnx_export         config
 """
