@@ -19,6 +19,7 @@ from lib.batching import build_collator
 from lib.checkpoint import publish_model, restore_model
 from lib.data import load_data
 from lib.evaluation import check_metrics, evaluate_split
+from lib.model_card import write_model_card
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import advance_on_metric, build_optimizer, build_scheduler, learning_rate
 from lib.progress import Interval, Progress
@@ -103,6 +104,7 @@ def main(config: TrainConfig) -> None:
         print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
+        write_model_card(folder / "model", data.name, run_settings(accelerator, config, data, model), results)
         print(write_results(folder, results), flush=True)
     finish(accelerator, model, optimizer)
 
