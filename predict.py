@@ -21,7 +21,8 @@ from lib.inputs import count_rows, read_rows
 from lib.modeling import load_tokenizer
 from lib.onnx_export import export_onnx
 from lib.outputs import write_answers
-from lib.runtime import build_accelerator, finish, run_script
+from lib.processes import finish
+from lib.runtime import build_accelerator, run_script
 from lib.tasks import build_predict, find_source, load_model, text_columns
 from lib.tokens import explain_tokens
 

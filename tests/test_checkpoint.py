@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, pi
 from lib.checkpoint import publish_model, restore_model
 from lib.config import ModelConfig, UserError
 from lib.modeling import build_model, load_tokenizer
-from lib.training import State
+from lib.plan import State
 
 NAMES = ["terrible", "fine", "größer"]
 EVALUATED = State(step=3, best_metric=0.5, best_step=3)
@@ -74,7 +74,7 @@ def test_publishing_replaces_the_folder_whole(accelerator: Accelerator, roberta:
 def test_publishing_clears_what_an_interrupted_one_left(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
-    for name in ("model.tmp", "model.old"):
+    for name in (".tmp-model", ".old-model"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half.txt").write_text("written")
     publish(accelerator, build(roberta), roberta, tmp_path / "model")
@@ -93,7 +93,7 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(second, "save_pretrained", disk_is_full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match="no space left"):
         publish(accelerator, second, roberta, tmp_path / "model")
     assert equal_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model"), first)
 
