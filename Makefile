@@ -1,12 +1,13 @@
 # make train   set up, then train and score the default model on the default data
 # make test    set up, then run the tests           make test-slow   the long ones as well
+# make faults  break runs in every way, print a table
 # make lint    ruff and mypy                        make clean       remove the environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format seeds clean
+.PHONY: train test test-slow lint format faults seeds clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
@@ -25,6 +26,9 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+faults: $(READY)
+	$(BIN)/python -m tests.faults $(ARGS)
 
 seeds: $(READY)
 	$(BIN)/python benchmarks/seeds.py $(ARGS)

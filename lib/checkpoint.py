@@ -65,7 +65,7 @@ class Checkpointer:
             try:
                 self.write({"state": dataclasses.asdict(self.state), "interval": sums, "run_id": run_id})
             except (*WRITE_ERRORS, UserError) as error:
-                problem = f"the checkpoint of step {self.state.step} could not be saved: {error}"
+                problem = f"the checkpoint of step {self.state.step} could not be saved: {explain(error, self.folder)}"
         if any_process(self.accelerator, bool(problem)):
             raise UserError(problem or "the first process could not save a checkpoint")
 
@@ -190,6 +190,17 @@ def check_space(folder: Path, model: nn.Module) -> None:
         )
 
 
+def explain(error: Exception, folder: Path) -> str:
+    """A failed write in words: what the libraries say of a full disk does not mention the disk."""
+    if isinstance(error, UserError):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{str(error).splitlines()[0]} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command "
+        "again: it goes on from the checkpoint before"
+    )
+
+
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """Save model and tokenizer with plain `save_pretrained` to `folder`, replacing what is there in one step.
 
@@ -206,7 +217,7 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
             publish_folder(fresh, folder)
         except WRITE_ERRORS as error:
             shutil.rmtree(fresh, ignore_errors=True)
-            problem = f"the best model could not be saved to {folder}: {error}"
+            problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not save the best model")
 

@@ -66,6 +66,8 @@ def listen(reader: int) -> None:
     first = math.inf
     while True:
         for number in os.read(reader, 64):
+            if number not in SIGNALS:
+                continue  # a loader's worker has ended
             name, now = signal.Signals(number).name, time.monotonic()
             if not REQUEST.deferred:
                 leave(f"{name}: stopped", EXIT_RESUME)

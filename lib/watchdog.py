@@ -49,17 +49,21 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
 
 def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> None:
-    period = min(5.0, timeout / 4)
     last = time.monotonic()
-    while not done.wait(period):
+    while not done.wait(period(timeout)):
         now = time.monotonic()
         # After a pause of the whole process, such as Ctrl-Z, nobody is to blame.
-        BEAT.time += max(0.0, now - last - 2 * period)
+        BEAT.time += max(0.0, now - last - 2 * period(timeout))
         last = now
         leave_word(folder, rank)
         if now - BEAT.time > timeout:
             report(folder, rank, timeout)
             os._exit(1)
+
+
+def period(timeout: float) -> float:
+    """Seconds between two looks: a process that left no word for some of them is not running."""
+    return min(5.0, timeout / 8)
 
 
 def leave_word(folder: Path, rank: int) -> None:
@@ -76,7 +80,7 @@ def report(folder: Path, rank: int, timeout: float) -> None:
     for path in sorted(folder.glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError):
             word, now = json.loads(path.read_text()), time.time()
-            state = "frozen or dead" if now - word["seen"] > max(10.0, timeout / 2) else "alive"
+            state = "frozen or dead" if now - word["seen"] > 2 + 3 * period(timeout) else "alive"
             place = f"{word['host']} pid {word['pid']}"
             lines.append(f"  process {path.name} ({place}): {word['phase']}, {now - word['since']:.0f} s ago, {state}")
     print("\n".join(lines), file=sys.stderr, flush=True)

@@ -40,8 +40,8 @@ def same_tensors(a: Any, b: Any) -> bool:
     return a == b
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """What is not equal, bit by bit, between two finished runs; settings may differ."""
+def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list[str]:
+    """What is not equal, bit by bit, between two finished runs; settings and the fields `ignored` may differ."""
     found = []
     (first, *_), (second, *_) = list_checkpoints(a / "checkpoints"), list_checkpoints(b / "checkpoints")
     if first.name != second.name:
@@ -51,7 +51,7 @@ def differences(a: Path, b: Path) -> list[str]:
     tensors = [torch.load(path / "optimizer.pt", weights_only=True) for path in (first, second)]
     if not same_tensors(*tensors):
         found.append("optimizer or schedule")
-    for name, keys in (("state.json", TIMING | {"settings"}), ("results.json", TIMING)):
+    for name, keys in (("state.json", TIMING | {"settings"} | ignored), ("results.json", TIMING)):
         one, two = [
             json.loads(((path if name[0] == "s" else path.parent.parent) / name).read_text())
             for path in (first, second)
