@@ -71,12 +71,11 @@ class Interval:
         """Go on from `state`, also on another number of processes."""
         self.reset()
         sums = torch.tensor(saved["sums"], device=self.accelerator.device)
-        count, rank = self.accelerator.num_processes, self.accelerator.process_index
-        if len(sums) != count:
-            total = torch.stack([sums[:, 0].sum() * (rank == 0), sums[:, 1].mean()])
-            self.sums = total
-        else:
+        rank = self.accelerator.process_index
+        if len(sums) == self.accelerator.num_processes:
             self.sums = sums[rank]
+        else:  # losses are summed over processes, norms are the same on all
+            self.sums = torch.stack([sums[:, 0].sum() * (rank == 0), sums[:, 1].mean()])
         self.samples, self.steps = saved["samples"], saved["steps"]
         self.started -= saved["seconds"]
 
