@@ -2,11 +2,17 @@
 
 import logging
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from lib.config import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether running out of memory raises an error; the machine's own memory ends the process instead."""
+    return device.type != "cpu"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from lib.batching import (
 )
 from lib.config import OptimConfig
 from lib.data import Data
-from lib.memory import halve, is_out_of_memory
+from lib.memory import halve, has_own_memory, is_out_of_memory
 from lib.optim import advance_scheduler, learning_rate
 from lib.plan import Plan, State
 from lib.processes import any_process, lowest, sum_gradients
@@ -98,8 +98,8 @@ def try_longest_batch(
 
     Room is left for AdamW's two moments, which the first step makes.
     """
-    if accelerator.device.type == "cpu":
-        return  # its memory is the machine's, which gives no answer but the end of the process
+    if not has_own_memory(accelerator.device):
+        return
     beat("trying the longest batch")
     indices = np.argsort(data.lengths["train"], kind="stable")[::-1][: plan.micro_batch_size]
     batch = next(iter(build_loader(data.tokens["train"], [indices], collator)))
