@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -33,6 +34,8 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
     Processes leave their last word in `folder`, one small file each, a few times per time-out.
     """
+    if rank == 0:  # words of a run that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
     beat("start of training")
