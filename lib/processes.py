@@ -1,12 +1,15 @@
 """What processes do together: agree on a host-side flag, add up gradients, end."""
 
 import functools
+import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from lib.config import PROCESS_TIMEOUT
 from lib.stopping import check_stop
@@ -16,8 +19,17 @@ BUCKET_BYTES = 25 * 2**20
 
 @functools.cache
 def control_group() -> Any:
-    """Processes talk about flags through memory of the host, so that no GPU is waited for."""
-    return torch.distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+    """Processes talk about flags through memory of the host, so that no GPU is waited for.
+
+    A group of its own name each time: `torchrun --max-restarts` keeps the store in which processes find each other, and
+    `new_group` would find the addresses of those that died.
+    """
+    if torch.distributed.get_backend() == "gloo":
+        return torch.distributed.group.WORLD
+    name = broadcast_object_list([secrets.token_hex(8)])[0]
+    store = torch.distributed.PrefixStore(f"control/{name}", _get_default_store())
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return torch.distributed.ProcessGroupGloo(store, rank, size, PROCESS_TIMEOUT)
 
 
 def lowest(accelerator: Accelerator, value: int) -> int:
@@ -25,7 +37,9 @@ def lowest(accelerator: Accelerator, value: int) -> int:
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor(value)
-    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN, group=control_group())
+    options = torch.distributed.AllreduceOptions()
+    options.reduceOp = torch.distributed.ReduceOp.MIN
+    control_group().allreduce([tensor], options).wait()
     return int(tensor)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -70,8 +71,11 @@ class RunLog:
         import wandb
 
         mode = wandb_mode()
-        kwargs: dict[str, Any] = {"id": self.run_id, "resume": "allow"} if self.run_id else {}
-        kwargs |= {
+        resume = {"resume": "allow"} if self.run_id else {}
+        # Named by us, so that it stays one run when it cannot start online.
+        self.run_id = self.run_id or secrets.token_hex(4)
+        kwargs: dict[str, Any] = resume | {
+            "id": self.run_id,
             "name": settings["run_name"],
             "group": group_name(settings["run_name"]),
             "job_type": "train",
@@ -94,7 +98,6 @@ class RunLog:
             mode = kwargs["mode"] = "offline"
             self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
         run = self.accelerator.get_tracker("wandb", unwrap=True)
-        self.run_id = run.id
         run.define_metric("samples_seen")
         run.define_metric("*", step_metric="samples_seen")
         for name in ("loss", *metrics):

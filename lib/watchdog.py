@@ -53,6 +53,7 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
 def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> None:
     last = time.monotonic()
+    leave_word(folder, rank)
     while not done.wait(period(timeout)):
         now = time.monotonic()
         # After a pause of the whole process, such as Ctrl-Z, nobody is to blame.
