@@ -15,6 +15,7 @@ from lib.config import TrainConfig
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
     CONFIG = parse_cli(TrainConfig)
 
+from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.checkpoint import publish_model, restore_model
 from lib.data import load_data
@@ -49,6 +50,7 @@ def main(config: TrainConfig) -> None:
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
     model, new_weights = build_model(config.model, data.label_names, tokenizer)
+    model = adapt(model, config.adapter, config.model, new_weights)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)

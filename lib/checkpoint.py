@@ -7,21 +7,21 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
+from lib.adaptation import restore_weights, save_model
 from lib.config import UserError
 from lib.training import State
 
 
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer with plain `save_pretrained` to `folder`, replacing what is there by renaming.
+    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there by renaming.
 
     Every process waits until the folder is complete.
     """
     if accelerator.is_main_process:
         fresh, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
         shutil.rmtree(fresh, ignore_errors=True)
-        accelerator.unwrap_model(model).save_pretrained(fresh)
+        save_model(accelerator.unwrap_model(model), fresh)
         tokenizer.save_pretrained(fresh)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -38,5 +38,4 @@ def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, stat
     """
     if state.best_metric is None:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
-    saved = AutoModelForSequenceClassification.from_pretrained(folder)
-    accelerator.unwrap_model(model).load_state_dict(saved.state_dict())
+    restore_weights(accelerator.unwrap_model(model), folder)

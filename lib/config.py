@@ -53,6 +53,47 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Adapters: new weights and the head are trained, and saved, while the model's own stay as they are."""
+
+    adapter: Literal["bottleneck", "lora", "dora", "ia3", "prefix", "prompt"] | None = None
+    """Method; all but bottleneck need the package peft."""
+    adapter_placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """bottleneck: behind each feed-forward part and its norm, or behind attention as well and before the norms."""
+    adapter_reduction_factor: float = 16
+    """bottleneck: the model's width divided by that of the adapter."""
+    adapter_non_linearity: Literal["relu", "gelu", "swish", "tanh"] | None = None
+    """bottleneck: activation between its two layers. [default: relu for pfeiffer, swish for houlsby]"""
+    lora_rank: int = 8
+    """lora, dora: rank of the change of a matrix."""
+    lora_alpha: float = 16
+    """lora, dora: the change is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """lora, dora: dropout of the input of the change."""
+    adapter_target_modules: tuple[str, ...] = ()
+    """lora, dora, ia3: names of the modules that are changed. [default: as usual for the architecture]"""
+    num_virtual_tokens: int = 20
+    """prefix, prompt: trained positions before the text."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "adapter_reduction_factor", "lora_rank", "lora_alpha", "num_virtual_tokens")
+        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
+        for field in dataclasses.fields(self)[1:]:
+            methods = ADAPTER_METHODS[field.name]
+            used = getattr(self, field.name) == field.default or self.adapter in methods
+            require(used, f"--{field.name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
+
+
+ADAPTER_METHODS = {
+    **dict.fromkeys(("adapter_placement", "adapter_reduction_factor", "adapter_non_linearity"), ("bottleneck",)),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora", "dora")),
+    "adapter_target_modules": ("lora", "dora", "ia3"),
+    "num_virtual_tokens": ("prefix", "prompt"),
+}
+"""Options of adapters and the methods that read them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Data."""
 
@@ -197,6 +238,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
@@ -206,6 +248,10 @@ class TrainConfig:
     cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
     mixed_precision: Precision = "auto"
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
+
+    def __post_init__(self) -> None:
+        both = self.adapter.adapter is not None and self.model.freeze is not None
+        require(not both, f"--adapter freezes all but adapter and head; leave --freeze {self.model.freeze} out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from lib.cli import load_config, save_config
-from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.config import AdapterConfig, EvalConfig, ModelConfig, TrainConfig, UserError, flatten
 from lib.data import Data
 from lib.evaluation import prefix
 from lib.labels import label_counts
@@ -35,8 +35,14 @@ def run_name(config: TrainConfig) -> str:
     length = f"steps{training.max_steps}" if training.max_steps else f"ep{training.num_train_epochs:g}"
     parts = [model_name(config.model.model), dataset_name(config.data)]
     parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
+    parts += [adapter_name(config.adapter)] if config.adapter.adapter else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
     return "-".join(parts)
+
+
+def adapter_name(config: AdapterConfig) -> str:
+    """The method, and of bottlenecks the placement."""
+    return config.adapter_placement if config.adapter == "bottleneck" else str(config.adapter)
 
 
 def run_folder(config: TrainConfig) -> Path:

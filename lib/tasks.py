@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import pipeline
 
+from lib.adaptation import adapter_folder, load_classifier, tokenizer_source
 from lib.cli import load_config
 from lib.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, UserError
 from lib.data import TEXT_GUESSES
@@ -19,7 +20,7 @@ from lib.embeddings import build_embedder
 from lib.generation import build_writer
 from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
-from lib.modeling import load_classifier, load_tokenizer, load_trained
+from lib.modeling import load_tokenizer, load_trained
 from lib.pipelines import PIPELINES
 from lib.predict_config import PredictConfig
 from lib.question_answering import build_reader
@@ -80,7 +81,9 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
 
     Raises UserError when the model cannot be loaded or was not trained for the task.
     """
-    tokenizer = load_tokenizer(source.model)
+    tokenizer = load_tokenizer(tokenizer_source(source.model))
+    if config.task in MODELS and adapter_folder(source.model) is not None:
+        raise UserError(f"--task {config.task}: {config.model} is an adapter of a text classifier")
     if config.task in MODELS:
         kind = getattr(transformers, MODELS[config.task])
         model = load_trained(source.model, kind, f"model for {config.task}")
