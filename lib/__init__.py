@@ -18,7 +18,11 @@ Who imports whom, asserted by tests/test_architecture.py:
     report      data evaluation
     tracking    config data evaluation report
     progress    batching
-    checkpoint  config training
+    adapters      config                                 bottleneck modules and their places
+    adapterhub    adapters config                        ... in files
+    peft_methods  config                                 LoRA and friends
+    adaptation    adapterhub adapters config modeling peft_methods
+    checkpoint  adaptation config training
     run         cli config data evaluation labels modeling report runtime sources training
     model_card  embedded                                 README.md of an exported model
 
@@ -29,7 +33,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
-    tasks      cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    tasks      adaptation cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config

@@ -54,7 +54,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Adapters: new weights and the head are trained, and saved, while the model's own stay as they are."""
+    """Adapters: only new weights and the head are trained and saved."""
 
     adapter: Literal["bottleneck", "lora", "dora", "ia3", "prefix", "prompt"] | None = None
     """Method; all but bottleneck need the package peft."""
@@ -68,8 +68,6 @@ class AdapterConfig:
     """lora, dora: rank of the change of a matrix."""
     lora_alpha: float = 16
     """lora, dora: the change is scaled by lora_alpha / lora_rank."""
-    lora_dropout: float = 0.0
-    """lora, dora: dropout of the input of the change."""
     adapter_target_modules: tuple[str, ...] = ()
     """lora, dora, ia3: names of the modules that are changed. [default: as usual for the architecture]"""
     num_virtual_tokens: int = 20
@@ -77,20 +75,15 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "adapter_reduction_factor", "lora_rank", "lora_alpha", "num_virtual_tokens")
-        require(0 <= self.lora_dropout < 1, f"--lora_dropout must lie in [0, 1), got {self.lora_dropout}")
-        for field in dataclasses.fields(self)[1:]:
-            methods = ADAPTER_METHODS[field.name]
-            used = getattr(self, field.name) == field.default or self.adapter in methods
-            require(used, f"--{field.name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
-
-
-ADAPTER_METHODS = {
-    **dict.fromkeys(("adapter_placement", "adapter_reduction_factor", "adapter_non_linearity"), ("bottleneck",)),
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora", "dora")),
-    "adapter_target_modules": ("lora", "dora", "ia3"),
-    "num_virtual_tokens": ("prefix", "prompt"),
-}
-"""Options of adapters and the methods that read them."""
+        for methods, names in (
+            (("bottleneck",), ("adapter_placement", "adapter_reduction_factor", "adapter_non_linearity")),
+            (("lora", "dora"), ("lora_rank", "lora_alpha")),
+            (("lora", "dora", "ia3"), ("adapter_target_modules",)),
+            (("prefix", "prompt"), ("num_virtual_tokens",)),
+        ):
+            for name in names if self.adapter not in methods else ():
+                untouched = getattr(self, name) == getattr(AdapterConfig, name)
+                require(untouched, f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,8 +243,8 @@ class TrainConfig:
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
 
     def __post_init__(self) -> None:
-        both = self.adapter.adapter is not None and self.model.freeze is not None
-        require(not both, f"--adapter freezes all but adapter and head; leave --freeze {self.model.freeze} out")
+        if self.adapter.adapter and self.model.freeze:
+            raise UserError(f"--adapter freezes all but adapter and head; leave --freeze {self.model.freeze} out")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """LoRA, DoRA, IA3, prefix and prompt tuning through peft, which is imported only when one of them is asked for."""
 
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def peft_settings(model: PreTrainedModel, config: AdapterConfig, head: list[str]
     targets = list(config.adapter_target_modules) or None
     if config.adapter in ("lora", "dora"):
         targets = targets or LORA_TARGETS.get(kind)
-        lora = {"r": config.lora_rank, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        lora = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
         return peft.LoraConfig(**shared, **lora, target_modules=targets, use_dora=config.adapter == "dora")
     if config.adapter == "ia3":
         targets = targets or IA3_TARGETS.get(kind)
@@ -64,6 +65,9 @@ def add_peft(
     check_package(f"--adapter {config.adapter}")
     import peft
 
+    kind = model.config.model_type
+    if config.adapter == "prefix" and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(f"--adapter prefix: {kind} takes no keys and values from outside; use --adapter prompt or lora")
     try:
         settings = peft_settings(model, config, head)
         settings.revision = revision
@@ -71,7 +75,6 @@ def add_peft(
         settings.base_model_name_or_path = base
     except (ValueError, KeyError) as error:
         named = "--adapter_target_modules NAME [NAME ...] names its modules, if that is what is missing"
-        kind = model.config.model_type
         raise UserError(f"--adapter {config.adapter} does not work on {kind}: {error}\n{named}") from error
     return adapted
 

@@ -77,6 +77,7 @@ def test_the_library_imports_no_script():
         (r"\.(gather|gather_for_metrics|gather_object)\(", set()),
         (r"\bgather_object\(", {"inference.py"}),
         (r"^\s*(import|from) onnx", {"onnx_export.py"}),
+        (r"^\s*(import|from) peft\b", {"peft_methods.py"}),
         (r"\bos\.environ|\bgetenv", {"runtime.py"}),
         (r"is_initialized|torch\.distributed", {"runtime.py"}),
     ],
