@@ -33,7 +33,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
-    tasks      adaptation cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    tasks               adaptation cli config data embeddings generation inference inputs modeling pipelines
+                        predict_config question_answering run
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config

@@ -32,7 +32,7 @@ class Adaptation:
     bottlenecks: Bottlenecks | None
 
 
-def adapt(model: PreTrainedModel, config: AdapterConfig, base: ModelConfig, new_weights: list[str]) -> Any:
+def adapt(model: Any, config: AdapterConfig, base: ModelConfig, new_weights: list[str]) -> Any:
     """The model with a new adapter, all else frozen but its head and `new_weights`; the model itself without --adapter.
 
     Raises UserError when the method does not fit the model.
@@ -51,7 +51,7 @@ def adapt(model: PreTrainedModel, config: AdapterConfig, base: ModelConfig, new_
             model.get_submodule(name).requires_grad_(True)
         model.adaptation = Adaptation(base, settings)
         return model
-    adapted = add_peft(model, config, head, base.model, base.model_revision)
+    adapted: Any = add_peft(model, config, head, base.model, base.model_revision)
     adapted.adaptation = Adaptation(base, None)
     return adapted
 
@@ -166,7 +166,7 @@ def load_classifier(config: ModelConfig) -> Any:
     is_peft = "peft_type" in read_json(folder / "adapter_config.json")
     model, lacking = load_base(base, folder, {} if is_peft else label_settings(folder))
     if is_peft:
-        adapted = load_peft(model, folder)
+        adapted: Any = load_peft(model, folder)
         adapted.adaptation = Adaptation(base, None)
         return adapted
     settings = read_settings(folder)
@@ -185,7 +185,7 @@ def label_settings(folder: Path) -> dict[str, Any]:
     return {"num_labels": head["num_labels"], "id2label": id2label, "label2id": head["label2id"]}
 
 
-def load_base(base: ModelConfig, folder: Path, labels: dict[str, Any]) -> tuple[PreTrainedModel, set[str]]:
+def load_base(base: ModelConfig, folder: Path, labels: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model below an adapter with a head of the right size, and the names of weights that its checkpoint lacks."""
     path, revision = modeling.resolve_model(base.model), base.model_revision or "main"
     with modeling.loading(base):
@@ -203,5 +203,6 @@ def load_base(base: ModelConfig, folder: Path, labels: dict[str, Any]) -> tuple[
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    model.config._name_or_path = str(folder)  # where whoever asks for the card of the model finds it
     mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
     return model, {*info["missing_keys"], *mismatched}

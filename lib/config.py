@@ -231,11 +231,11 @@ class TrainConfig:
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     metrics: tuple[str, ...] | None = None
     """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
     cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
@@ -243,8 +243,7 @@ class TrainConfig:
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
 
     def __post_init__(self) -> None:
-        if self.adapter.adapter and self.model.freeze:
-            raise UserError(f"--adapter freezes all but adapter and head; leave --freeze {self.model.freeze} out")
+        require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
 
 
 @dataclasses.dataclass(frozen=True)

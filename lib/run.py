@@ -145,6 +145,7 @@ def build_results(
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         "run/data_fingerprint": data.fingerprint(),
         "run/trainable_parameters": count_parameters(model)[0],
+        "run/parameters": count_parameters(model)[1],
     }
 
 
