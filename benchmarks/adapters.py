@@ -22,7 +22,7 @@ from lib.report import format_table  # noqa: E402
 
 METHODS = {
     "full": ["--lr", "5e-5"],
-    "head": ["--freeze", "backbone", "--lr", "1e-3"],
+    "head": ["--freeze", "backbone", "--lr", "5e-2"],
     "pfeiffer": ["--adapter", "bottleneck", "--adapter_placement", "pfeiffer", "--lr", "1e-3"],
     "houlsby": ["--adapter", "bottleneck", "--adapter_placement", "houlsby", "--lr", "1e-3"],
     "lora": ["--adapter", "lora", "--lr", "1e-3"],

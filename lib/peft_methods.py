@@ -1,7 +1,10 @@
 """LoRA, DoRA, IA3, prefix and prompt tuning through peft, which is imported only when one of them is asked for."""
 
+import contextlib
 import importlib.util
 import inspect
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,14 @@ def check_package(reason: str) -> None:
     """Raise UserError, with the command that helps, when peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{reason} needs the package peft, which is not installed; run: pip install 'peft>=0.21,<0.22'")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that peft draws from transformers about names of tomorrow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def peft_settings(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> Any:
@@ -71,7 +82,8 @@ def add_peft(
     try:
         settings = peft_settings(model, config, head)
         settings.revision = revision
-        adapted = peft.get_peft_model(model, settings)
+        with quiet():
+            adapted = peft.get_peft_model(model, settings)
         settings.base_model_name_or_path = base
     except (ValueError, KeyError) as error:
         named = "--adapter_target_modules NAME [NAME ...] names its modules, if that is what is missing"
@@ -93,7 +105,8 @@ def load_peft(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     import peft
 
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
+        with quiet():
+            return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} could not be loaded: {str(error).splitlines()[0]}") from error
 
