@@ -5,6 +5,7 @@ is named in adapter_config.json, with its revision.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from lib.adapterhub import load_tensors, read_head, read_json, read_settings, sa
 from lib.adapters import Bottlenecks, add_bottlenecks, bottlenecks_of
 from lib.config import AdapterConfig, ModelConfig, UserError
 from lib.peft_methods import add_peft, load_peft, restore_peft, save_peft
+
+
+ADAPTER_FILES = ["*.json", "*.txt", "*.model", "*adapter*", "*head*"]
+"""What is fetched of an adapter's repository: settings, tokenizer, weights, but no whole model beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,22 +120,28 @@ def restore_weights(model: Any, folder: Path) -> None:
 
 
 def adapter_folder(config: ModelConfig) -> Path | None:
-    """The folder of an adapter, fetched from the Hub where it is one there; None for a whole model."""
+    """The folder of an adapter, fetched from the Hub where it is one there; None for a whole model.
+
+    Raises UserError when an adapter of the Hub cannot be fetched.
+    """
     if config.model == "minilm":
         return None
-    revision = config.model_revision or "main"
+    if Path(config.model).is_dir():
+        return Path(config.model) if (Path(config.model) / "adapter_config.json").is_file() else None
+    return fetch_adapter(config.model, config.model_revision or "main")
+
+
+@functools.cache  # asked more than once in a run, and each answer waits for the Hub
+def fetch_adapter(name: str, revision: str) -> Path | None:
     try:
-        if find_adapter_config_file(config.model, revision=revision) is None:
+        if find_adapter_config_file(name, revision=revision) is None:
             return None
-        if Path(config.model).is_dir():
-            return Path(config.model)
-        return Path(
-            snapshot_download(
-                config.model, revision=revision, allow_patterns=["*.json", "*.txt", "*.model", "*adapter*", "*head*"]
-            )
-        )
     except (OSError, ValueError):
-        return None  # loading says what is wrong
+        return None  # no such model, no network: loading says so
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES))
+    except OSError as error:
+        raise UserError(f"--model {name} is an adapter that could not be fetched: {error}") from error
 
 
 def base_of(folder: Path) -> ModelConfig:

@@ -103,10 +103,14 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
 
 
 def longest_input(model: Any) -> int | None:
-    """Positions that a model has; those of the RoBERTa family begin behind the number of the padding token."""
+    """Positions that a model has for text; those of the RoBERTa family begin behind the number of the padding token.
+
+    The virtual tokens of prefix and prompt tuning take some of them.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    padding += getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
 
 

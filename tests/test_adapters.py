@@ -21,7 +21,8 @@ from lib.cli import parse_cli
 from lib.config import AdapterConfig, EvalConfig, ModelConfig, TrainConfig, UserError, flatten
 from lib.modeling import build_model, count_parameters, load_tokenizer, set_train_mode
 from tests import tiny_models
-from tests.conftest import ROOT, read_lines, results_of, sentences, write_csv
+from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
+from tests.loopback_hub import loopback_hub
 from tests.predicting import answers, settings
 from tests.test_modeling import NAMES, SETTINGS, save_classifier
 
@@ -205,6 +206,7 @@ def test_one_layer_of_bert_with_adapters_by_hand(folder_of):
         stir(model)
         model.eval()
         output = model.bert.encoder.layer[0].output
+        assert hasattr(model.bert.encoder.layer[0].attention.output.dropout, "adapter") == (placement == "houlsby")
         adapter = output.LayerNorm.adapter if placement == "pfeiffer" else output.dropout.adapter
         norm = torch.nn.LayerNorm(16, eps=model.config.layer_norm_eps)
         norm.load_state_dict({name: output.LayerNorm.state_dict()[name] for name in ("weight", "bias")})
@@ -422,6 +424,26 @@ def test_a_published_adapter_takes_the_tokenizer_of_its_base(folder_of, tmp_path
     folder = published(tmp_path / "hub", folder_of("roberta"))
     (found,) = answers("a good film", "--model", folder)
     assert found["label"] in ("bad", "good")
+
+
+def test_a_text_as_long_as_the_model_leaves_room_for_the_virtual_tokens(folder_of, tmp_path):
+    model, tokenizer = build(folder_of("roberta"), "prompt")
+    tokenizer.model_max_length = 10_000
+    publish_model(Accelerator(cpu=True), model, tokenizer, tmp_path / "model")
+    (found,) = answers("film " * 300, "--model", tmp_path / "model")
+    assert found["label"] in NAMES
+
+
+def test_a_published_adapter_and_its_base_come_from_the_hub(run, tmp_path):
+    tiny_roberta(tmp_path / "hub" / "models" / "roberta-base")
+    (tmp_path / "hub" / "models" / "AdapterHub").mkdir()
+    published(tmp_path / "hub" / "models" / "AdapterHub" / "roberta-base-pf-sst2", Path("roberta-base"))
+    with loopback_hub(tmp_path / "hub") as (endpoint, requests):
+        env = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
+        done = run("predict.py", "a good film", "--model", "AdapterHub/roberta-base-pf-sst2", env=env)
+    assert json.loads(done.stdout)["label"] in ("bad", "good")
+    assert any("roberta-base-pf-sst2" in path and path.endswith("pytorch_adapter.bin") for path in requests)
+    assert any("/roberta-base/" in path and path.endswith("model.safetensors") for path in requests)
 
 
 def test_the_recipe_is_the_notes_run_and_every_line_of_it_an_option():
