@@ -21,7 +21,6 @@ from lib.adapters import Bottlenecks, add_bottlenecks, bottlenecks_of
 from lib.config import AdapterConfig, ModelConfig, UserError
 from lib.peft_methods import add_peft, load_peft, restore_peft, save_peft
 
-
 ADAPTER_FILES = ["*.json", "*.txt", "*.model", "*adapter*", "*head*"]
 """What is fetched of an adapter's repository: settings, tokenizer, weights, but no whole model beside them."""
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from lib.adapters import Bottlenecks, adapter_names
 from lib.config import UserError, require
@@ -40,6 +41,9 @@ FIXED: dict[str, Any] = {
     "stochastic_depth": 0.0,
 }
 """Settings with the one value that is understood here; also the library's default where the file is silent."""
+
+REQUIRED = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"}
+"""Settings that every bottleneck adapter has."""
 
 OLD_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """What names of activations meant in files without a version."""
@@ -93,23 +97,25 @@ def read_settings(folder: Path) -> Bottlenecks:
     """
     stored = read_json(folder / "adapter_config.json")
     config = stored.get("config")
-    if not isinstance(config, dict) or not {"mh_adapter", "output_adapter"} <= set(config):
+    if not isinstance(config, dict) or not set(config) >= REQUIRED:
         kind = config.get("architecture") if isinstance(config, dict) else config
         raise UserError(f"{folder} holds no bottleneck adapter with its settings written out, but {kind or 'none'}")
     strange = {key: config[key] for key, value in FIXED.items() if config.get(key, value) != value}
     scaling, factor = config.get("scaling", 1.0), config["reduction_factor"]
     strange |= {} if isinstance(scaling, (int, float)) else {"scaling": scaling}
     strange |= {} if isinstance(factor, (int, float)) else {"reduction_factor": factor}
+    activation = str(config["non_linearity"]).lower().replace("leakyrelu", "leaky_relu")
+    activation = activation if "version" in stored else OLD_ACTIVATIONS.get(activation, activation)
+    strange |= {} if activation in ACT2FN else {"non_linearity": activation}
     if strange:
         found = ", ".join(f"{key} {value!r}" for key, value in strange.items())
         raise UserError(f"{folder}: adapters with {found} are not supported")
-    activation = config["non_linearity"].lower()
     return Bottlenecks(
         attention=config["mh_adapter"],
         output=config["output_adapter"],
         after_norm=config.get("original_ln_before", False),
         reduction_factor=factor,
-        non_linearity=activation if "version" in stored else OLD_ACTIVATIONS.get(activation, activation),
+        non_linearity=activation,
         scaling=float(scaling),
         leave_out=tuple(config.get("leave_out") or ()),
     )
@@ -154,7 +160,7 @@ def head_names(model: PreTrainedModel, head: dict[str, Any]) -> dict[str, str]:
     config = head.get("config")
     if config is None:
         return {}
-    kind, title = model.config.model_type, head["name"]
+    kind, title = model.config.model_type, head.get("name")
     first, second, activation = HEADS.get(kind, ("", "", ""))
     same = (
         config.get("layers") == 2 and not config.get("use_pooler") and config.get("activation_function") == activation
@@ -226,7 +232,7 @@ def load_tensors(model: PreTrainedModel, settings: Bottlenecks, folder: Path) ->
 
     Raises UserError when a file is missing, damaged, or holds other tensors than the model wants.
     """
-    title, head = read_json(folder / "adapter_config.json")["name"], read_head(folder)
+    title, head = str(read_json(folder / "adapter_config.json").get("name")), read_head(folder)
     wanted, stored = from_hub(model, settings, title), {}
     for key, tensor in read_tensors(folder, ADAPTER_FILES).items():
         for old in OLD_NAMES:

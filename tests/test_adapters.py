@@ -312,6 +312,7 @@ def test_our_files_are_named_as_the_library_names_them(folder_of, tmp_path):
     [
         ({"is_parallel": True}, "is_parallel True are not supported"),
         ({"scaling": "learned"}, "scaling 'learned' are not supported"),
+        ({"non_linearity": "squiggle"}, "non_linearity 'squiggle' are not supported"),
         ({"inv_adapter": "nice"}, "inv_adapter 'nice' are not supported"),
         ({"reduction_factor": 8}, "does not fit the model"),
         ({"mh_adapter": True, "original_ln_before": False}, "the adapter lacks .*another base model"),
