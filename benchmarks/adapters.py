@@ -52,7 +52,7 @@ def row(method: str, runs: list[dict]) -> list[str]:
         rate,
         mean_and_spread([run["eval/accuracy"] for run in runs], 4),
         mean_and_spread([run["test/accuracy"] for run in runs], 4),
-        f"{share:.2%}",
+        f"{share:.3%}",
         f"{runs[0]['megabytes']:.2f}",
         mean_and_spread([run["train_seconds"] for run in runs], 0),
         str(len(runs)),
