@@ -36,7 +36,7 @@ seeds: $(READY)
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,peft,dev]"
 	@touch $(READY)
 
 clean:

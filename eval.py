@@ -5,15 +5,16 @@ accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-late
 """
 
 from lib.cli import parse_cli
-from lib.config import EvalConfig
+from lib.eval_config import EvalConfig
 
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
     CONFIG = parse_cli(EvalConfig)
 
+from lib.adaptation import load_classifier, tokenizer_source
 from lib.batching import build_collator
 from lib.data import load_data
 from lib.evaluation import check_metrics, evaluate_split
-from lib.modeling import label_names, load_classifier, load_tokenizer
+from lib.modeling import label_names, load_tokenizer
 from lib.processes import finish
 from lib.report import write_report
 from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
@@ -25,7 +26,7 @@ def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
     accelerator = build_accelerator(run_precision(config))
     source = eval_model(config)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(tokenizer_source(source))
     model = load_classifier(source)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, splits=(config.split,), label_names=label_names(model))

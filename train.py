@@ -18,18 +18,16 @@ if __name__ == "__main__":  # before the heavy imports: --help and a misspelt fl
     watch_signals()
 
 from lib import run
+from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.data import load_data
 from lib.evaluation import evaluate_split
-from lib.model_card import write_model_card
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import advance_on_metric, build_optimizer, build_scheduler
 from lib.plan import State, all_windows, build_plan, update_best
 from lib.processes import agree_to_stop, finish
 from lib.progress import Interval, Progress
-from lib.report import write_report
-from lib.resume import choose_checkpoint
 from lib.runtime import build_accelerator, run_script, seed_everything
 from lib.tracking import RunLog, check_tracker
 from lib.training import optimizer_step, try_longest_batch
@@ -50,6 +48,7 @@ def main(config: TrainConfig) -> None:
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
     model, new_weights = build_model(config.model, data.label_names, tokenizer)
+    model = adapt(model, config.adapter, config.model, new_weights)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
@@ -57,15 +56,15 @@ def main(config: TrainConfig) -> None:
 
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model)
+    checkpoint = run.open_run(accelerator, config, folder, settings)
     if accelerator.is_main_process:
-        run.open_folder(config, folder)
         print(run.introduce(accelerator, config, data, model, plan, collator, new_weights), flush=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
     checkpointer = Checkpointer(accelerator, folder, training, settings, model, optimizer, scheduler, state, interval)
     evaluate = functools.partial(evaluate_split, accelerator, model, data, collator=collator, metrics=metrics)
-    run_id = checkpointer.load(choose_checkpoint(accelerator, training, folder, settings))
+    run_id = checkpointer.load(checkpoint)
     run_log = RunLog(accelerator, folder, tracking, state.last_logged, run_id)
     run_log.start(settings, metrics)
 
@@ -109,9 +108,7 @@ def main(config: TrainConfig) -> None:
     results = run.build_results(accelerator, state, data, model, {"validation": state.best_scores, split: scores})
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
-        print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
-        write_model_card(folder / "model", data.name, settings, results)
-        print(run.write_results(folder, results), flush=True)
+        run.end_run(folder, split, scores, metrics, predictions, data, settings, results)
     finish(accelerator, model, optimizer)
 
 

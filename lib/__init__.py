@@ -3,7 +3,8 @@
 Who imports whom, asserted by tests/test_architecture.py:
 
     config      -                                        options, UserError
-    cli         config                                   flags and YAML
+    eval_config  config                                  options of eval.py
+    cli         config eval_config                       flags and YAML
     catalog     -                                        table of known data sets
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
@@ -24,10 +25,14 @@ Who imports whom, asserted by tests/test_architecture.py:
     report      data evaluation
     tracking    config data evaluation report
     progress    batching plan processes
-    checkpoint  config manifest optim plan processes progress stopping tracking watchdog
+    adapters      config                                 bottleneck modules and their places
+    adapterhub    adapters config                        ... in files
+    peft_methods  config                                 LoRA and friends
+    adaptation    adapterhub adapters config modeling peft_methods
+    checkpoint  adaptation config manifest optim plan processes progress stopping tracking watchdog
     resume      checkpoint config manifest               which checkpoint to go on from
-    run         cli config data evaluation labels modeling plan report resume runtime sources
     model_card  embedded                                 README.md of an exported model
+    run         cli config data eval_config evaluation labels model_card modeling plan report resume runtime sources
 
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row
@@ -36,7 +41,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
-    tasks      cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
+                        predict_config question_answering run
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoModelForSequenceClassification
 
+from lib.adaptation import load_weights, restore_weights, save_model, save_weights
 from lib.config import TrainingConfig, UserError
 from lib.manifest import link_tree, publish_folder, write_manifest
 from lib.optim import restore_optimizer
@@ -96,7 +95,7 @@ class Checkpointer:
         try:
             check_space(checkpoints, model)
             fresh.mkdir()
-            save_model(model, str(fresh / "model.safetensors"))
+            save_weights(model, fresh / "model.safetensors")
             torch.save(tensors, fresh / "optimizer.pt")
             text = json.dumps(record | {"settings": self.settings}, indent=2)
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
@@ -117,7 +116,7 @@ class Checkpointer:
         if checkpoint is None:
             return None
         record = read_record(checkpoint)
-        load_model(self.accelerator.unwrap_model(self.model), str(checkpoint / "model.safetensors"))
+        load_weights(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         restore_optimizer(self.optimizer, self.scheduler, tensors["optimizer"], tensors["scheduler"])
         if self.accelerator.scaler is not None and "scaler" in tensors:
@@ -202,7 +201,7 @@ def explain(error: Exception, folder: Path) -> str:
 
 
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save model and tokenizer with plain `save_pretrained` to `folder`, replacing what is there in one step.
+    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there in one step.
 
     Every process waits until the folder is complete. Raises UserError on every process when the disk has no room.
     """
@@ -212,7 +211,7 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
         fresh = folder.with_name(f".tmp-{folder.name}")
         shutil.rmtree(fresh, ignore_errors=True)
         try:
-            accelerator.unwrap_model(model).save_pretrained(fresh)
+            save_model(accelerator.unwrap_model(model), fresh)
             tokenizer.save_pretrained(fresh)
             publish_folder(fresh, folder)
         except WRITE_ERRORS as error:
@@ -229,5 +228,4 @@ def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, stat
     """
     if state.best_metric is None:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
-    saved = AutoModelForSequenceClassification.from_pretrained(folder)
-    accelerator.unwrap_model(model).load_state_dict(saved.state_dict())
+    restore_weights(accelerator.unwrap_model(model), folder)

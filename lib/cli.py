@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from lib.config import DataConfig, EvalConfig, UserError, flatten, require
+from lib.config import DataConfig, UserError, flatten, require
+from lib.eval_config import EvalConfig
 
 Config = TypeVar("Config")
 _SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}

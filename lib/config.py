@@ -56,6 +56,40 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Adapters: only new weights and the head are trained and saved."""
+
+    adapter: Literal["bottleneck", "lora", "dora", "ia3", "prefix", "prompt"] | None = None
+    """Method; all but bottleneck need the package peft."""
+    adapter_placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
+    """bottleneck: behind each feed-forward part and its norm, or behind attention as well and before the norms."""
+    adapter_reduction_factor: float = 16
+    """bottleneck: the model's width divided by that of the adapter."""
+    adapter_non_linearity: Literal["relu", "gelu", "swish", "tanh"] | None = None
+    """bottleneck: activation between its two layers. [default: relu for pfeiffer, swish for houlsby]"""
+    lora_rank: int = 8
+    """lora, dora: rank of the change of a matrix."""
+    lora_alpha: float = 16
+    """lora, dora: the change is scaled by lora_alpha / lora_rank."""
+    adapter_target_modules: tuple[str, ...] = ()
+    """lora, dora, ia3: names of the modules that are changed. [default: as usual for the architecture]"""
+    num_virtual_tokens: int = 20
+    """prefix, prompt: trained positions before the text."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "adapter_reduction_factor", "lora_rank", "lora_alpha", "num_virtual_tokens")
+        for methods, names in (
+            (("bottleneck",), ("adapter_placement", "adapter_reduction_factor", "adapter_non_linearity")),
+            (("lora", "dora"), ("lora_rank", "lora_alpha")),
+            (("lora", "dora", "ia3"), ("adapter_target_modules",)),
+            (("prefix", "prompt"), ("num_virtual_tokens",)),
+        ):
+            for name in names if self.adapter not in methods else ():
+                untouched = getattr(self, name) == getattr(AdapterConfig, name)
+                require(untouched, f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Data."""
 
@@ -218,45 +252,15 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     metrics: tuple[str, ...] | None = None
     """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
     cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
     mixed_precision: Precision = "auto"
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
 
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """Score a finished run, or any classifier, on one split.
-
-    The data of a run are known from its folder: `eval.py --run outputs/NAME`. With `--model` name the data as well.
-    """
-
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    run: str | None = None
-    """Folder of a finished run."""
-    model: Annotated[str | None, alias("--model_name_or_path")] = None
-    """A classifier: folder or Hub id."""
-    model_revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    split: str = "test"
-    """Split to score: train, validation, test, or another one of the data set."""
-    metrics: tuple[str, ...] | None = None
-    """Metrics to compute; see train.py --help."""
-    per_device_eval_batch_size: int = 64
-    """Samples per forward."""
-    bootstrap_samples: int = 1000
-    """Resamples behind each 95 % interval."""
-    seed: int = 42
-    """Fixes the bootstrap."""
-    output_dir: str | None = None
-    """Where the report goes. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
-    mixed_precision: Precision = "auto"
-    """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
-
     def __post_init__(self) -> None:
-        require(bool(self.run) != bool(self.model), "give either --run FOLDER or --model ID_OR_FOLDER")
-        check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
+        require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
 
 
 def check_positive(config: Any, *names: str) -> None:

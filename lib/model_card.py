@@ -12,8 +12,11 @@ SPLITS = {"eval": "validation", "test": "test"}
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPE = (
     *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "max_length", "freeze", "seed"),
+    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "max_length", "freeze", "adapter", "seed"),
 )
+LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
+"""By --adapter, what the Hub calls the library that reads the files; of all others it is peft."""
+
 MADE_WITH = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -42,7 +45,7 @@ def metadata(dataset: str, settings: dict[str, Any], results: dict[str, Any]) ->
     ]
     data_id = hub_id(settings.get("dataset"))
     card = ModelCardData(
-        library_name="transformers",
+        library_name=LIBRARIES.get(settings.get("adapter"), "peft"),
         pipeline_tag="text-classification",
         base_model=base_model(settings)[1],
         datasets=[data_id] if data_id else None,
@@ -70,8 +73,7 @@ def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any]) -
         "",
         f"One run with seed {settings['seed']}; the best model on validation after {results.get('best_step', '?')} of "
         f"{results.get('steps', '?')} steps. `loss` is the mean cross entropy in nats.",
-        *("", "## Use", "", "```python", "from transformers import pipeline", ""),
-        *('pipeline("text-classification", model="FOLDER")("A film that earns its tears.")', "```", ""),
+        *("", "## Use", "", *use_lines(settings.get("adapter"), name), ""),
         f"Classes, in order: {', '.join(f'`{label}`' for label in names)}.",
         *("", "## How it was made", ""),
         *markdown_table(["option", "value"], [[key, str(settings[key])] for key in RECIPE if key in settings]),
@@ -79,6 +81,15 @@ def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any]) -
         made_with(settings, results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def use_lines(adapter: str | None, base: str) -> list[str]:
+    """A whole model by transformers alone; an adapter by predict.py, which puts it over its base."""
+    if adapter is not None:
+        command = 'python predict.py "A film that earns its tears." --model FOLDER'
+        return [f"These are an adapter ({adapter}) and a head; {base} is loaded below them.", "", f"    {command}"]
+    call = 'pipeline("text-classification", model="FOLDER")("A film that earns its tears.")'
+    return ["```python", "from transformers import pipeline", "", call, "```"]
 
 
 def made_with(settings: dict[str, Any], results: dict[str, Any]) -> str:

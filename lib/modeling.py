@@ -157,8 +157,14 @@ def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Train mode, but for parts without a trainable parameter: a frozen part gives the same output each time."""
+    """Train mode, but for parts without a trainable parameter: a frozen part gives the same output each time.
+
+    With an adapter the whole model is in train mode: its frozen parts read what adapters below them give, and their
+    dropout regularises the adapters, as in the papers and in the libraries whose settings are used here.
+    """
     model.train()
+    if any(hasattr(module, "adaptation") for module in model.modules()):
+        return
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):

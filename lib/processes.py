@@ -38,7 +38,7 @@ def lowest(accelerator: Accelerator, value: int) -> int:
         return value
     tensor = torch.tensor(value)
     options = torch.distributed.AllreduceOptions()
-    options.reduceOp = torch.distributed.ReduceOp.MIN
+    options.reduceOp = torch.distributed.ReduceOp(torch.distributed.ReduceOp.MIN)
     control_group().allreduce([tensor], options).wait()
     return int(tensor)
 

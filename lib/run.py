@@ -1,6 +1,7 @@
 """A run as a thing: its name, its folder, the block that introduces it, the results that end it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from lib.cli import load_config, save_config
-from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.config import AdapterConfig, ModelConfig, TrainConfig, UserError, flatten
 from lib.data import Data
-from lib.evaluation import check_metrics, prefix
+from lib.eval_config import EvalConfig
+from lib.evaluation import Predictions, check_metrics, prefix
 from lib.labels import label_counts
+from lib.model_card import write_model_card
 from lib.modeling import count_parameters, model_name
 from lib.plan import Plan, State, best_metric, epoch_padding_share, step_indices
-from lib.report import finite
-from lib.resume import compare_settings, experiment_hash
+from lib.report import finite, write_report
+from lib.resume import choose_checkpoint, compare_settings, experiment_hash
 from lib.runtime import describe_devices, peak_memory_gib, run_record
 from lib.sources import dataset_name, default_metrics
 
@@ -29,8 +32,14 @@ def run_name(config: TrainConfig) -> str:
     length = f"steps{training.max_steps}" if training.max_steps else f"ep{training.num_train_epochs:g}"
     parts = [model_name(config.model.model), dataset_name(config.data)]
     parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
+    parts += [adapter_name(config.adapter)] if config.adapter.adapter else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
     return "-".join(parts)
+
+
+def adapter_name(config: AdapterConfig) -> str:
+    """The method, and of bottlenecks the placement."""
+    return config.adapter_placement if config.adapter == "bottleneck" else str(config.adapter)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -63,6 +72,13 @@ def open_folder(config: TrainConfig, folder: Path) -> None:
         save_config(config, saved)
     except OSError as error:
         raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def open_run(accelerator: Accelerator, config: TrainConfig, folder: Path, settings: dict[str, Any]) -> Path | None:
+    """Open the folder of a run; the checkpoint in it to go on from, the same on every process, or None."""
+    if accelerator.is_main_process:
+        open_folder(config, folder)
+    return choose_checkpoint(accelerator, config.training, folder, settings)
 
 
 def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, model: nn.Module) -> dict[str, Any]:
@@ -151,6 +167,7 @@ def build_results(
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         "run/data_fingerprint": data.fingerprint(),
         "run/trainable_parameters": count_parameters(model)[0],
+        "run/parameters": count_parameters(model)[1],
     }
 
 
@@ -159,6 +176,22 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
     results = finite(results)
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return json.dumps(results, ensure_ascii=False)
+
+
+def end_run(
+    folder: Path,
+    split: str,
+    scores: dict[str, float],
+    metrics: Sequence[str],
+    predictions: Predictions,
+    data: Data,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+) -> None:
+    """Print the report of the final test and, as the last line, the results; save both, and the model's card."""
+    print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
+    write_model_card(folder / "model", data.name, settings, results)
+    print(write_results(folder, results), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring

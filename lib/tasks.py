@@ -12,14 +12,16 @@ import torch
 import transformers
 from transformers import pipeline
 
+from lib.adaptation import adapter_folder, load_classifier, tokenizer_source
 from lib.cli import load_config
-from lib.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, UserError
+from lib.config import DataConfig, ModelConfig, TrainConfig, UserError
 from lib.data import TEXT_GUESSES
 from lib.embeddings import build_embedder
+from lib.eval_config import EvalConfig
 from lib.generation import build_writer
 from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
-from lib.modeling import load_classifier, load_tokenizer, load_trained
+from lib.modeling import load_tokenizer, load_trained
 from lib.pipelines import PIPELINES
 from lib.predict_config import PredictConfig
 from lib.question_answering import build_reader
@@ -80,7 +82,9 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
 
     Raises UserError when the model cannot be loaded or was not trained for the task.
     """
-    tokenizer = load_tokenizer(source.model)
+    tokenizer = load_tokenizer(tokenizer_source(source.model))
+    if config.task in MODELS and adapter_folder(source.model) is not None:
+        raise UserError(f"--task {config.task}: {config.model} is an adapter of a text classifier")
     if config.task in MODELS:
         kind = getattr(transformers, MODELS[config.task])
         model = load_trained(source.model, kind, f"model for {config.task}")
@@ -100,10 +104,14 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
 
 
 def longest_input(model: Any) -> int | None:
-    """Positions that a model has; those of the RoBERTa family begin behind the number of the padding token."""
+    """Positions that a model has for text; those of the RoBERTa family begin behind the number of the padding token.
+
+    The virtual tokens of prefix and prompt tuning take some of them.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
     padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    padding += getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
     return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
 
 

@@ -11,16 +11,8 @@ import pytest
 
 from lib import config
 from lib.cli import load_config, parse_cli, save_config
-from lib.config import (
-    DataConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainingConfig,
-    flatten,
-)
+from lib.config import DataConfig, ModelConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig, flatten
+from lib.eval_config import EvalConfig
 from tests.conftest import ROOT
 
 Capture = pytest.CaptureFixture[str]

@@ -49,7 +49,8 @@ LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers"}
 def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.dtype = torch.float32) -> Path:
     """A classifier with random weights and a tokenizer, saved to `folder`."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, num_labels=num_labels, **SETTINGS[kind])
+    settings = SETTINGS["roberta" if kind == "xlm-roberta" else kind]
+    config = AutoConfig.for_model(kind, num_labels=num_labels, **settings)
     AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder

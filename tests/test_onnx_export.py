@@ -8,7 +8,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib import onnx_export
-from lib.config import UserError
+from lib.adaptation import adapt, save_model, saved_tensors
+from lib.config import AdapterConfig, ModelConfig, UserError
+from lib.modeling import build_model, load_tokenizer
 from lib.onnx_export import export_onnx
 from lib.tasks import find_source, load_model
 from tests import tiny_models
@@ -45,6 +47,28 @@ def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_pa
     names = {path.name for path in (tmp_path / "onnx").iterdir()}
     assert {"model.onnx", "config.json", "tokenizer.json", "README.md"} <= names
     assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]["1"] == "good"
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora"])
+def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
+    base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
+    tokenizer = load_tokenizer(base)
+    model, new_weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
+    model = adapt(model, AdapterConfig(adapter=method), base, new_weights)
+    with torch.no_grad():
+        for parameter in saved_tensors(model).values():
+            parameter.normal_(0, 0.5)
+    save_model(model, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("the card of the adapter")
+    config = settings("--model", tmp_path / "model", "--export_onnx", tmp_path / "onnx")
+    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
+    (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model.eval()(**batch).logits.numpy(), atol=1e-5)
+    assert (tmp_path / "onnx" / "README.md").read_text() == "the card of the adapter"
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import torch
 
 import train
 from lib import evaluation, plan, stopping, training
+from lib import run as run_module
 from lib.cli import parse_cli
 from lib.config import TrainConfig
 
@@ -53,7 +54,7 @@ def patches(call: dict[str, Any]) -> list[Any]:
         return batch(*arguments)
 
     made = [
-        mock.patch.object(train, "write_report", mock.Mock(return_value="")),
+        mock.patch.object(run_module, "write_report", mock.Mock(return_value="")),
         mock.patch.object(train, "finish", mock.Mock()),
     ]
     made += [mock.patch.object(train, "optimizer_step", optimizer_step)]

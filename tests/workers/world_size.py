@@ -1,6 +1,6 @@
 """Train a tiny model without dropout on data of many sizes; save losses, learning rates and weights.
 
-    world_size.py MODEL OUT MICRO_BATCH_SIZE SIZE [SIZE ...]
+    world_size.py MODEL OUT MICRO_BATCH_SIZE ADAPTER SIZE [SIZE ...]
 
 Run by test_laws.py on one process and, through the launcher, on two.
 """
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from conftest import sentences, write_csv
 
+from lib.adaptation import adapt
 from lib.batching import build_collator
-from lib.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from lib.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from lib.data import Data, load_data
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import build_optimizer, build_scheduler, learning_rate
@@ -30,10 +31,11 @@ def shorten(data: Data, size: int) -> Data:
     return Data("", {}, {"train": tokens}, {"train": data.lengths["train"][:size]}, data.label_names, ("text",), [])
 
 
-def train(accelerator, source: ModelConfig, tokenizer, data: Data, micro_batch_size: int) -> dict:
+def train(accelerator, source: ModelConfig, tokenizer, data: Data, micro_batch_size: int, adapter) -> dict:
     config = TrainingConfig(num_train_epochs=2, train_batch_size=16, per_device_train_batch_size=micro_batch_size)
     seed_everything(0)
-    model, _ = build_model(source, data.label_names, tokenizer)
+    model, new_weights = build_model(source, data.label_names, tokenizer)
+    model = adapt(model, AdapterConfig(adapter=adapter), source, new_weights)
     plan = build_plan(config, len(data.tokens["train"]), accelerator.num_processes)
     optimizer = build_optimizer(model, OPTIM, accelerator.device)
     scheduler = build_scheduler(optimizer, OPTIM, plan.total_steps, "accuracy")
@@ -51,7 +53,7 @@ def train(accelerator, source: ModelConfig, tokenizer, data: Data, micro_batch_s
     return {"losses": losses, "norms": norms, "rates": rates, "samples": state.samples_seen, "weights": weights.clone()}
 
 
-def main(model_folder: str, out: str, micro_batch_size: str, *sizes: str) -> None:
+def main(model_folder: str, out: str, micro_batch_size: str, adapter: str, *sizes: str) -> None:
     accelerator = build_accelerator("no")
     source = ModelConfig(model=model_folder)
     tokenizer = load_tokenizer(source)
@@ -61,8 +63,9 @@ def main(model_folder: str, out: str, micro_batch_size: str, *sizes: str) -> Non
             DataConfig(train_file=str(files["train"]), validation_file=str(files["validation"])), tokenizer
         )
     results: dict = {"world_size": accelerator.num_processes}
+    method = None if adapter == "none" else adapter
     for size in map(int, sizes):
-        results[size] = train(accelerator, source, tokenizer, shorten(data, size), int(micro_batch_size))
+        results[size] = train(accelerator, source, tokenizer, shorten(data, size), int(micro_batch_size), method)
     if accelerator.is_main_process:
         torch.save(results, Path(out) / f"results-{accelerator.num_processes}-{micro_batch_size}.pt")
     finish(accelerator)

@@ -1,0 +1,40 @@
+"""Options of eval.py."""
+
+import dataclasses
+from typing import Annotated
+
+from lib.config import DataConfig, Precision, alias, check_positive, require
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Score a finished run, or any classifier, on one split.
+
+    The data of a run are known from its folder: `eval.py --run outputs/NAME`. With `--model` name the data as well.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    run: str | None = None
+    """Folder of a finished run."""
+    model: Annotated[str | None, alias("--model_name_or_path")] = None
+    """A classifier: folder or Hub id."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    split: str = "test"
+    """Split to score: train, validation, test, or another one of the data set."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compute; see train.py --help."""
+    per_device_eval_batch_size: int = 64
+    """Samples per forward."""
+    bootstrap_samples: int = 1000
+    """Resamples behind each 95 % interval."""
+    seed: int = 42
+    """Fixes the bootstrap."""
+    output_dir: str | None = None
+    """Where the report goes. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
+    mixed_precision: Precision = "auto"
+    """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.run) != bool(self.model), "give either --run FOLDER or --model ID_OR_FOLDER")
+        check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
