@@ -10,8 +10,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     watchdog    -                                        who hangs, and where
     manifest    -                                        folders that are whole or absent
     batching    stopping                                 which samples form which step
-    runtime     config stopping                          the machine
     processes   config stopping                          what processes agree on and add up
+    runtime     config processes stopping                the machine
     memory      config                                   fewer samples per forward
     optim       config
     embedded    config                                   minilm and movie_reviews

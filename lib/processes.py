@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from lib.config import PROCESS_TIMEOUT
 from lib.stopping import check_stop
@@ -17,12 +18,22 @@ from lib.stopping import check_stop
 BUCKET_BYTES = 25 * 2**20
 
 
+def join_again(attempt: str, backend: str) -> None:
+    """Find the other processes after a restart by `torchrun --max-restarts`.
+
+    It keeps the store in which processes find each other, but PyTorch uses the same names in it each time, so that they
+    would wait for the addresses of processes that died.
+    """
+    store, rank, size = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
+    store = torch.distributed.PrefixStore(f"attempt/{attempt}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+
+
 @functools.cache
 def control_group() -> Any:
     """Processes talk about flags through memory of the host, so that no GPU is waited for.
 
-    A group of its own name each time: `torchrun --max-restarts` keeps the store in which processes find each other, and
-    `new_group` would find the addresses of those that died.
+    A group of its own name each time, for the reason that `join_again` tells.
     """
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD

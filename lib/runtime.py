@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lib.config import PROCESS_TIMEOUT, UserError
+from lib.processes import join_again
 from lib.stopping import EXIT_RESUME, Stopped, follow_launcher
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
@@ -54,6 +55,9 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
     check_devices()
     use_all_cores()
     keep_freed_memory()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0":
+        join_again(attempt, "nccl" if uses_gpu() else "gloo")
     accelerator = Accelerator(
         mixed_precision=resolve_precision(mixed_precision),
         project_dir=folder,
@@ -118,6 +122,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def uses_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+
+
 def resolve_precision(choice: str) -> str:
     """`auto` as the launcher's choice, else bf16 where the device is fast at it, else no.
 
@@ -125,7 +133,7 @@ def resolve_precision(choice: str) -> str:
     Raises UserError for fp16 without a GPU.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    on_gpu = uses_gpu()
     if choice == "auto":
         fast = (
             torch.cuda.is_bf16_supported(including_emulation=False)

@@ -1,6 +1,7 @@
 """Who makes no progress is named; who was only paused is not."""
 
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -83,7 +84,7 @@ def test_a_pause_of_the_whole_process_is_nobodys_fault(tmp_path):
 
 def test_a_folder_that_vanishes_stops_nobody(tmp_path):
     with watching(tmp_path / "beats", 0, 0.4):
-        (tmp_path / "beats").rmdir()
+        shutil.rmtree(tmp_path / "beats", ignore_errors=True)
         for _ in range(5):
             beat("step")
             time.sleep(0.1)
