@@ -11,9 +11,11 @@ import time
 
 from lib.cli import parse_cli
 from lib.config import TrainConfig
+from lib.hub_fetch import fetch
 
-if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(TrainConfig)
+    fetch(CONFIG)
 
 from lib.batching import build_collator
 from lib.checkpoint import publish_model, restore_model

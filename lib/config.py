@@ -1,12 +1,14 @@
 """Every option: its name, type, default, help line and check."""
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
+Source = Literal["hub", "modelscope"]
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -44,12 +46,22 @@ class ModelConfig:
     """`minilm` (comes with the installation), a folder, or a Hub id such as roberta-base."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
+    source: Source = "hub"
+    """Where a model that is no folder comes from: the Hub or its mirror, or ModelScope (package modelscope)."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    trust_remote_code: bool = False
+    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
     freeze: str | None = None
     """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
 
     def __post_init__(self) -> None:
         known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
+        require(
+            not self.trust_remote_code or len(self.model_revision or "") == 40 or Path(self.model).is_dir(),
+            "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +202,23 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class HubConfig:
+    """Hub and mirrors."""
+
+    hub_endpoint: str | None = None
+    """Address of the Hub or a mirror, such as https://hf-mirror.com. [default: HF_ENDPOINT, else the Hub]"""
+    hub_timeout: float = 5.0
+    """Seconds within which the Hub must answer; then the run goes on from the cache, or stops and says what is missing."""
+    verify_hashes: bool = False
+    """Compare all files with the hashes the Hub names before they are used; those of a mirror with the Hub's own."""
+    send_token_to_mirror: bool = False
+    """Send your Hub token also to a mirror."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "hub_timeout")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune a text classifier.
 
@@ -201,9 +230,10 @@ class TrainConfig:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     metrics: tuple[str, ...] | None = None
     """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
-    cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
+    cohen_kappa, or a module in lib/metrics. [default: those of the data set, else accuracy and f1_macro]"""
     mixed_precision: Precision = "auto"
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
 
@@ -216,12 +246,19 @@ class EvalConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     run: str | None = None
     """Folder of a finished run."""
     model: Annotated[str | None, alias("--model_name_or_path")] = None
     """A classifier: folder or Hub id."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
+    source: Source = "hub"
+    """Where a model that is no folder comes from; see train.py --help."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    trust_remote_code: bool = False
+    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
     split: str = "test"
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None

@@ -156,7 +156,8 @@ def eval_model(config: EvalConfig) -> ModelConfig:
     """The model to score: that of the run, or the one named. Raises UserError when the run kept none."""
     if config.run is None:
         assert config.model is not None
-        return ModelConfig(model=config.model, model_revision=config.model_revision)
+        trust = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
+        return ModelConfig(config.model, config.model_revision, config.source, **trust)
     folder = Path(config.run) / "model"
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {config.run} has no model folder yet; let train.py reach its first evaluation")

@@ -14,6 +14,9 @@ from huggingface_hub import cached_assets_path
 from lib import embedded
 from lib.catalog import CATALOG, Source
 from lib.config import DataConfig, UserError
+from lib.endpoint import settle_endpoint
+from lib.hub_cache import Repo, find_snapshot
+from lib.hub_needs import Need, advice, missing_from_cache
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -90,14 +93,22 @@ def load_movie_reviews(kind: str) -> dict[str, Dataset]:
 
 
 def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[str, Dataset]:
+    """A Hub data set from its snapshot in the cache; without one, from where `datasets` itself finds it.
+
+    Raises UserError with the commands that bring it.
+    """
+    need = Need("--dataset", Repo(path, "dataset"), revision or "main", dataset_config=hub_config)
+    snapshot = find_snapshot(need.repo, need.revision)
     try:
+        if snapshot and not missing_from_cache(need):
+            return dict(load_dataset(str(snapshot), hub_config))
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = "\n".join(f"  {line}" for line in advice(need, settle_endpoint(None)))
         raise UserError(
             f"--dataset {path}{f' --dataset_config {hub_config}' if hub_config else ''} could not be loaded: {reason}\n"
-            f"Check the name (user/name), the network or a mirror (HF_ENDPOINT), or use one of: "
-            f"{', '.join(CATALOG)}."
+            f"Check the name (user/name), the network or a mirror (HF_ENDPOINT), or one of:\n{lines}"
         ) from error
 
 
