@@ -5,19 +5,19 @@ they are imported already, and for the processes started from this one.
 """
 
 import os
-import re
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from lib.config import UserError
+from lib.redaction import redact
 
 OFFICIAL = "https://huggingface.co"
 KNOWN_VARIABLES = (
     *("HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"),
     *("HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_TOKEN_PATH", "HF_HUB_ETAG_TIMEOUT"),
 )
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=://)[^/@\s:]+:[^/@\s]+(?=@)")
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
@@ -31,9 +31,11 @@ def settle_endpoint(given: str | None, send_token: bool = False) -> str:
     if urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname:
         raise UserError(f"{flag} {endpoint}: expected an address such as https://hf-mirror.com")
     os.environ["HF_ENDPOINT"] = endpoint
-    constants = sys.modules.get("huggingface_hub.constants")
+    constants: Any = sys.modules.get("huggingface_hub.constants")
     if constants:
         constants.ENDPOINT = endpoint
+    # Its user agent would first ask the same server another question, within our limit.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not is_official(endpoint):
         # The faster protocol of the Hub leaves the mirror for servers that the mirror was chosen to avoid.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -113,16 +115,19 @@ def misspelt() -> list[tuple[str, str]]:
     return sorted(found)
 
 
+def late_variables() -> list[str]:
+    """Variables that were set or changed after huggingface_hub had read them."""
+    constants = sys.modules.get("huggingface_hub.constants")
+    read = {"HF_ENDPOINT": "ENDPOINT", "HF_HUB_CACHE": "HF_HUB_CACHE", "HF_HOME": "HF_HOME"}
+    pairs = [(name, os.environ.get(name), getattr(constants, field, None)) for name, field in read.items()]
+    return [name for name, now, then in pairs if constants and now and now.rstrip("/") != str(then).rstrip("/")]
+
+
 def is_known(name: str) -> bool:
     """Whether huggingface_hub itself reads a variable of this name."""
     from huggingface_hub import constants
 
     return name in Path(constants.__file__).read_text(encoding="utf-8")
-
-
-def redact(text: str) -> str:
-    """`text` without tokens and passwords."""
-    return SECRET.sub("***", text)
 
 
 def shorten(path: Path) -> str:

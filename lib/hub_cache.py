@@ -1,10 +1,10 @@
 """The Hugging Face cache as it lies on disk: where a repository is, what is in it, whether it is sound. No network.
 
-    models--user--name/refs/main               the commit, 40 hex digits and no newline
-    models--user--name/blobs/HASH              contents under their names: git hash, or sha256 for LFS files
-    models--user--name/snapshots/COMMIT/FILE   relative links to the blobs
-    models--user--name/trees/COMMIT.json       the repository's full list of files, where it is known
-    models--user--name/.no_exist/COMMIT/FILE   files known not to exist
+models--user--name/refs/main               the commit, 40 hex digits and no newline
+models--user--name/blobs/HASH              contents under their names: git hash, or sha256 for LFS files
+models--user--name/snapshots/COMMIT/FILE   relative links to the blobs
+models--user--name/trees/COMMIT.json       the repository's full list of files, where it is known
+models--user--name/.no_exist/COMMIT/FILE   files known not to exist
 """
 
 import dataclasses
@@ -141,7 +141,9 @@ def verify_repo(repo: Repo) -> Iterator[str]:
     yield from ref_faults(repo)
     for blob in sorted((folder / "blobs").glob("*")):
         if blob.suffix != ".incomplete" and has_name(blob, blob.name) is False:
-            users = [name for snapshot in snapshots for name, path in snapshot_files(snapshot).items() if same(path, blob)]
+            users = [
+                name for snapshot in snapshots for name, path in snapshot_files(snapshot).items() if same(path, blob)
+            ]
             told = f"{', '.join(sorted(set(users))) or 'a file'} is damaged: its content is not that of its name"
             yield f"{repo}: {told} blobs/{blob.name[:12]}"
     for snapshot in snapshots:
@@ -198,6 +200,12 @@ def lock_repo(repo: Repo, name: str = "entry") -> FileLock:
 
 def locks_folder(repo: Repo) -> Path:
     return cache_root() / ".locks" / repo.folder_name
+
+
+def work_folder() -> Path:
+    """A folder on the file system of the cache for what is on its way into it. Raises UserError as above."""
+    lock_repo(Repo("incoming"))
+    return locks_folder(Repo("incoming"))
 
 
 def publish_entry(staged: Path, repo: Repo, move_ref: bool = False) -> None:

@@ -1,14 +1,16 @@
 """Questions to the Hub that always end: each has a limit in seconds and, where it fails, a reason in plain words."""
 
 import dataclasses
+import glob
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lib.endpoint import is_official, redact
+from lib.endpoint import is_official
 from lib.hub_cache import Repo
+from lib.redaction import redact
 
 Result = TypeVar("Result")
 STALL_SECONDS = 30.0
@@ -88,7 +90,9 @@ def request_listing(repo: Repo, revision: str, endpoint: str, limit: float, send
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint, token=token_rule(endpoint, send_token))
-    info = api.repo_info(repo.repo_id, revision=revision, repo_type=repo.repo_type, timeout=limit, files_metadata=True)
+    info: Any = api.repo_info(
+        repo.repo_id, revision=revision, repo_type=repo.repo_type, timeout=limit, files_metadata=True
+    )
     tree = {}
     for file in info.siblings or []:
         lfs = {"lfs_sha256": file.lfs["sha256"], "lfs_size": file.lfs["size"]} if file.lfs else {}
@@ -120,7 +124,9 @@ def explain(error: Exception, repo: Repo, revision: str, endpoint: str, limit: f
     if isinstance(error, errors.RevisionNotFoundError):
         return Fault("revision", f"{server} has {repo}, but no revision {revision}")
     if status == 401:
-        return Fault("unauthorized", f"{server} answered 401: {repo} does not exist there, or is private and needs a token")
+        return Fault(
+            "unauthorized", f"{server} answered 401: {repo} does not exist there, or is private and needs a token"
+        )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 404:
         return Fault("unknown", f"{server} has no {repo}")
     if status == 403:
@@ -157,21 +163,10 @@ def download(
 
     Raises Fault when the server refuses, breaks off, or brings no byte for STALL_SECONDS.
     """
-    import glob
-
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils import tqdm
 
     last = [time.monotonic()]
-
-    class Pulse(tqdm):  # the library's progress bar, as a sign of life; shown on a terminal only
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings | {"disable": settings.get("disable") or None})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            last[0] = time.monotonic()
-            return super().update(n)
 
     def work() -> None:
         snapshot_download(
@@ -183,7 +178,7 @@ def download(
             allow_patterns=[glob.escape(name) for name in names],
             endpoint=endpoint,
             token=token_rule(endpoint, send_token),
-            tqdm_class=Pulse,
+            tqdm_class=pulse(last),
             max_workers=4,
         )
 
@@ -196,6 +191,21 @@ def download(
         raise explain_download(error, repo, listing.commit, endpoint) from error
 
 
+def pulse(last: list[float]) -> Any:
+    """The library's progress bar, shown on a terminal only, that keeps in `last` when something came."""
+    from huggingface_hub.utils import tqdm
+
+    class Pulse(tqdm):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings | {"disable": settings.get("disable") or None})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            last[0] = time.monotonic()
+            return super().update(n)
+
+    return Pulse
+
+
 def explain_download(error: Exception, repo: Repo, commit: str, endpoint: str) -> Fault:
     """A download that broke off as one sentence; files cut by the server have one of their own."""
     if isinstance(error, OSError) and ("Consistency check" in str(error) or "incomplete" in str(error)):
@@ -204,8 +214,8 @@ def explain_download(error: Exception, repo: Repo, commit: str, endpoint: str) -
         return Fault("truncated", f"the Hub at {redact(endpoint)} broke off in the middle of a file, again and again")
     if type(error).__name__ in ("FileMetadataError", "LocalEntryNotFoundError") and "X-Repo-Commit" in chain(error):
         return Fault("foreign", f"the Hub at {redact(endpoint)} answered with a web page in the place of a file")
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) and type(error).__name__ == "LocalEntryNotFoundError" else error
-    return explain(cause, repo, commit, endpoint, STALL_SECONDS)
+    cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" else None
+    return explain(cause if isinstance(cause, Exception) else error, repo, commit, endpoint, STALL_SECONDS)
 
 
 def chain(error: BaseException | None) -> str:

@@ -10,7 +10,7 @@ from filelock import Timeout
 
 from lib import endpoint as environment
 from lib.config import EvalConfig, HubConfig, TrainConfig, UserError
-from lib.endpoint import OFFICIAL, go_offline, is_first_process, is_official, offline_asked, redact, settle_endpoint
+from lib.endpoint import OFFICIAL, go_offline, is_first_process, is_official, offline_asked, settle_endpoint
 from lib.hub_cache import (
     COMMIT,
     blob_name,
@@ -27,6 +27,7 @@ from lib.hub_files import has_name, missing_parts
 from lib.hub_import import import_folder, staging_folder
 from lib.hub_needs import Need, damaged_files, missing_from_cache, missing_report, needs_of, read_card, wanted_files
 from lib.provenance import Provenance, list_files
+from lib.redaction import redact
 
 
 def fetch(config: TrainConfig | EvalConfig) -> None:
@@ -129,7 +130,13 @@ def bring(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -> None:
         known = Provenance("download", files, listing.commit, names, listing.tree)
         try:
             import_folder(
-                folder, need.repo, need.revision, allow_pickle=need.allow_pickle, move_ref=True, load_check=False, known=known
+                folder,
+                need.repo,
+                need.revision,
+                allow_pickle=need.allow_pickle,
+                move_ref=True,
+                load_check=False,
+                known=known,
             )
         except UserError as error:
             text = str(error).replace(f"{folder} cannot be imported as {need.repo}, nothing was changed:", "").strip()
@@ -183,7 +190,9 @@ def verify_hashes(need: Need) -> None:
     for name in wanted_files(need, files, card):
         wanted = blob_name(tree[name]) if name in tree else Path(files[name]).resolve().name
         if has_name(files[name], wanted) is not True:
-            faults.append(f"{name} is not what its hash {wanted[:16]}... says: it was altered, or has no hash to compare with")
+            faults.append(
+                f"{name} is not what its hash {wanted[:16]}... says: it was altered, or has no hash to compare with"
+            )
     if faults:
         raise UserError(damage_report(need, faults))
 
@@ -197,7 +206,9 @@ def compare_with_official(need: Need, listing: Listing, hub: HubConfig) -> None:
         return
     other = sorted(name for name, entry in listing.tree.items() if entry != answer.tree.get(name))
     if other or set(listing.tree) != set(answer.tree):
-        raise UserError(f"{need}: the mirror lists other contents than the Hub for {', '.join(other) or 'some files'}; not used")
+        raise UserError(
+            f"{need}: the mirror lists other contents than the Hub for {', '.join(other) or 'some files'}; not used"
+        )
 
 
 def damage_report(need: Need, faults: list[str]) -> str:

@@ -149,7 +149,13 @@ TOKENIZER_FILES = {
     *("spm.model", "bpe.codes", "tokenizer_config.json"),
 }
 OPTIONAL_FILES = (
-    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "adapter_config.json"),
+    *(
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "adapter_config.json",
+    ),
     *("generation_config.json", "processor_config.json", "preprocessor_config.json", "model.safetensors.index.json"),
     *("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt"),
 )

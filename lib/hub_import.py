@@ -11,11 +11,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lib.config import UserError
 from lib.endpoint import offline_environment
 from lib.hub_cache import COMMIT, Repo, lock_repo, locks_folder, publish_entry, snapshot_files, umask, write_whole
 from lib.hub_files import OPTIONAL_FILES, damage, git_hash, has_name, is_lfs, missing_parts, missing_shards, sha256
+from lib.hub_needs import read_card
 from lib.provenance import Provenance, read_provenance, read_sha256_list
 
 UNKNOWN = "00000000"
@@ -29,8 +31,12 @@ for kind, more in ((AutoConfig, {}), (AutoTokenizer, {}), (AutoModel, {"dtype": 
 """
 LOAD_DATASET = """
 import sys
-from datasets import get_dataset_config_names, load_dataset
-load_dataset(sys.argv[3], get_dataset_config_names(sys.argv[3])[0])
+from lib.config import UserError
+from lib.sources import load_hub
+try:
+    load_hub(sys.argv[1], sys.argv[3] or None, sys.argv[2])
+except UserError as error:
+    sys.exit(str(error).splitlines()[0])
 """
 
 
@@ -147,7 +153,9 @@ def stage_files(known: Provenance, staged: Path) -> dict[str, str]:
         draft = staged / "blobs" / "draft"
         if not link(path, draft):
             if need > free:
-                raise UserError(f"{need / 1e9:.1f} GB are to be copied into the cache, {free / 1e9:.1f} GB are free there")
+                raise UserError(
+                    f"{need / 1e9:.1f} GB are to be copied into the cache, {free / 1e9:.1f} GB are free there"
+                )
             shutil.copyfile(path, draft)
         for wanted in filter(None, (known.names.get(name), known.hashes.get(name))):
             check_content(draft, name, wanted)
@@ -227,9 +235,11 @@ def tree_text(tree: dict[str, dict]) -> str:
 def check_loads(root: Path, repo: Repo, revision: str, snapshot: Path) -> None:
     """Load the entry in a fresh process that has no network; raise UserError with its reason when it does not load."""
     code = LOAD_MODEL if repo.repo_type == "model" else LOAD_DATASET
-    command = [sys.executable, "-c", code, repo.repo_id, revision, str(snapshot)]
-    environment = offline_environment(root)
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=600, check=False)
+    configs = read_card(snapshot / "README.md").get("configs") if repo.repo_type == "dataset" else None
+    first = str(configs[0].get("config_name", "")) if isinstance(configs, list) and len(configs) > 1 else ""
+    command = [sys.executable, "-c", code, repo.repo_id, revision, first]
+    place: dict[str, Any] = {"env": offline_environment(root), "cwd": Path(__file__).resolve().parent.parent}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **place)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(

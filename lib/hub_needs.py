@@ -9,11 +9,13 @@ from typing import Any
 
 from lib.catalog import CATALOG
 from lib.config import EvalConfig, TrainConfig, UserError
-from lib.endpoint import OFFICIAL, datasets_cache, is_official, redact, shorten
+from lib.endpoint import OFFICIAL, datasets_cache, is_official, shorten
 from lib.hub_cache import REPO_ID, Repo, find_snapshot, read_tree, snapshot_files
-from lib.hub_files import data_files, damage, missing_parts, missing_shards, model_files
+from lib.hub_files import damage, data_files, missing_parts, missing_shards, model_files
+from lib.redaction import redact
 
-MIRROR = "https://hf-mirror.com"
+MIRRORS = ("https://hf-mirror.com",)
+"""Mirrors that follow the Hub's own interface, names of contents included."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,9 @@ def config_patterns(need: Need, card: dict[str, Any] | None) -> list[str] | None
         marked = [name for name, item in configs.items() if item.get("default")]
         chosen = (marked or [name for name in configs if name == "default"] or list(configs))[0]
         if len(configs) > 1 and not marked and chosen != "default":
-            raise UserError(f"{need} has several configurations; choose one with --dataset_config: {', '.join(configs)}")
+            raise UserError(
+                f"{need} has several configurations; choose one with --dataset_config: {', '.join(configs)}"
+            )
     if chosen not in configs:
         raise UserError(f"--dataset_config {chosen}: {need} has {', '.join(configs)}")
     folder, given = str(configs[chosen].get("data_dir") or ""), configs[chosen].get("data_files")
@@ -130,7 +134,9 @@ def missing_from_cache(need: Need) -> list[str]:
     used = {name: files[name] for name in wanted_files(need, files, card)}
     if need.repo.repo_type == "dataset" and not set(used) - {"README.md", "dataset_infos.json"}:
         lacking = lacking or ["its data files"]
-    lacking += missing_shards({name: path for name, path in files.items() if name in used or name.endswith(".index.json")})
+    lacking += missing_shards(
+        {name: path for name, path in files.items() if name in used or name.endswith(".index.json")}
+    )
     return lacking
 
 
@@ -167,8 +173,11 @@ def missing_report(need: Need, reason: str, lacking: list[str], endpoint: str, k
 
 def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
     """Commands that bring a missing repository, the likeliest first; `kind` is that of the fault."""
-    repo, typed = need.repo, "" if need.repo.repo_type == "model" else " --repo_type dataset"
+    repo = need.repo
     revision = f" --revision {need.revision}" if need.revision != "main" else ""
+    hf_name, our_name = repo.repo_id + revision, repo.repo_id + revision
+    if repo.repo_type == "dataset":  # the two programs spell the flag differently
+        hf_name, our_name = f"{hf_name} --repo-type dataset", f"{our_name} --repo_type dataset"
     lines: list[tuple[str, str]] = []
     if kind == "offline":
         lines.append(("export HF_HUB_OFFLINE=0", "the Hub is forbidden by this variable"))
@@ -180,12 +189,18 @@ def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
     if kind == "foreign":
         lines.append(("export https_proxy=http://HOST:PORT", "or log in to the network in a browser"))
     if is_official(endpoint) and kind not in ("gated", "unauthorized", "forbidden", "unknown", "revision"):
-        lines.append((f"--hub_endpoint {MIRROR}", "a mirror of the Hub"))
+        lines.append((f"--hub_endpoint {MIRRORS[0]}", "a mirror of the Hub"))
     if repo.repo_type == "model":
         lines.append(("--source modelscope", "the same model from modelscope.cn"))
     lines += [
-        (f"hf download {repo.repo_id}{typed}{revision} --local-dir FOLDER", "where the Hub can be reached; then here:"),
-        (f"python hub.py import FOLDER --repo_id {repo.repo_id}{typed}{revision}", "also for files from a browser"),
+        (
+            f"hf download {hf_name} --local-dir FOLDER",
+            "where the Hub can be reached; then here:",
+        ),
+        (
+            f"python hub.py import FOLDER --repo_id {our_name}",
+            "also for files from a browser",
+        ),
         (f"{need.flag} FOLDER", "the folder as it is"),
         ("--model minilm", "comes with the installation")
         if repo.repo_type == "model"

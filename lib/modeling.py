@@ -148,7 +148,7 @@ def load_report(config: ModelConfig, error: Exception) -> str:
         "Give a folder with config.json and weights, a Hub id with the network or a mirror (HF_ENDPOINT) at hand, "
         "or --model minilm, which needs neither."
     )
-    if folder.is_dir() and Path(config.model).is_dir() or not REPO_ID.fullmatch(config.model):
+    if (folder.is_dir() and Path(config.model).is_dir()) or not REPO_ID.fullmatch(config.model):
         return given
     need = Need("--model", Repo(config.model), config.model_revision or "main")
     return "\n".join([given, "One of:", *(f"  {line}" for line in advice(need, settle_endpoint(None)))])

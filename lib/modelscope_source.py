@@ -32,7 +32,9 @@ def modelscope_folder(model: str, revision: str) -> Path:
     """The folder of a model that `fetch_modelscope` has brought. Raises UserError when there is none."""
     record = read_record(model, revision)
     if record is None:
-        raise UserError(f"--model {model} --source modelscope: not on this machine yet, and this process fetches nothing")
+        raise UserError(
+            f"--model {model} --source modelscope: not on this machine yet, and this process fetches nothing"
+        )
     return Path(record["folder"])
 
 

@@ -76,7 +76,9 @@ def list_files(folder: Path, root: Path) -> dict[str, Path]:
         for name in sorted(set(names) - IGNORED_FILES):
             path = Path(parent) / name
             if name.endswith(UNFINISHED):
-                raise UserError(f"{path.relative_to(folder)}: a download is not finished; finish it, or remove this file")
+                raise UserError(
+                    f"{path.relative_to(folder)}: a download is not finished; finish it, or remove this file"
+                )
             if not path.is_file():
                 raise UserError(f"{path.relative_to(folder)} is no ordinary file; remove it from the folder")
             found[path.relative_to(folder).as_posix()] = path
@@ -184,6 +186,8 @@ def read_sha256_list(path: Path) -> dict[str, str]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         digest, _, name = line.strip().partition(" ")
         if not re.fullmatch(r"[0-9a-fA-F]{64}", digest) or not name:
-            raise UserError(f"--sha256 {path}, line {number}: expected a sha256 and a file name, as sha256sum prints them")
+            raise UserError(
+                f"--sha256 {path}, line {number}: expected a sha256 and a file name, as sha256sum prints them"
+            )
         names[PurePosixPath(name.strip().removeprefix("*")).as_posix()] = digest.lower()
     return names

@@ -156,7 +156,7 @@ def eval_model(config: EvalConfig) -> ModelConfig:
     """The model to score: that of the run, or the one named. Raises UserError when the run kept none."""
     if config.run is None:
         assert config.model is not None
-        trust = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
+        trust: dict[str, Any] = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
         return ModelConfig(config.model, config.model_revision, config.source, **trust)
     folder = Path(config.run) / "model"
     if not (folder / "config.json").is_file():

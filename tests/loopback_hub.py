@@ -219,5 +219,3 @@ def closed_endpoint() -> str:
     """An address at which nobody listens."""
     with Server(("127.0.0.1", 0), Handler) as server:
         return f"http://127.0.0.1:{server.server_port}"
-
-
