@@ -87,6 +87,7 @@ def ask_all(
 
 
 def request_listing(repo: Repo, revision: str, endpoint: str, limit: float, send_token: bool) -> Listing:
+    """One request for commit, sizes and hashes of all files; raises what httpx2 and huggingface_hub raise."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=endpoint, token=token_rule(endpoint, send_token))
