@@ -32,7 +32,7 @@ Without the Hub, from what lies on disk to what a run asks for:
     hub_import  config endpoint hub_cache hub_files hub_needs provenance                 folder to cache
     archives    config hub_cache hub_files hub_import provenance                         zip, tar, pack
     hub_client  endpoint hub_cache redaction             questions that always end
-    modelscope_source  config hub_cache hub_client hub_files hub_needs provenance
+    modelscope_source  config endpoint hub_cache hub_client hub_files hub_needs provenance
     hub_fetch   config endpoint hub_cache hub_client hub_files hub_import hub_needs modelscope_source provenance redaction
     hub_config  config                                   options of hub.py
     doctor      config embedded endpoint hub_cache hub_client hub_config hub_files hub_needs redaction

@@ -86,6 +86,14 @@ def datasets_cache() -> Path:
     return Path(os.path.expandvars(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets")).expanduser()
 
 
+def modelscope_endpoint() -> str:
+    return (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
+
+
+def modelscope_cache() -> Path:
+    return Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+
+
 def token_source() -> str | None:
     """Where the user's token is, never the token; None when there is none."""
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):

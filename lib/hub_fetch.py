@@ -52,7 +52,7 @@ def prepare(needs: list[Need], hub: HubConfig, endpoint: str) -> None:
     for need in (need for need in needs if need.source == "modelscope"):
         from lib.modelscope_source import fetch_modelscope
 
-        fetch_modelscope(need)
+        fetch_modelscope(need, hub.hub_timeout)
     needs = [need for need in needs if need.source == "hub"]
     lacking = {need: missing_from_cache(need) for need in needs}
     if asked := offline_asked():

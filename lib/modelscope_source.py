@@ -1,11 +1,17 @@
 """Models of modelscope.cn through the package `modelscope`: brought to a local folder, recorded with revision and hashes."""
 
 import json
+import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
 
 from lib.config import UserError
+from lib.endpoint import modelscope_cache, modelscope_endpoint
 from lib.hub_cache import write_whole
 from lib.hub_client import STALL_SECONDS, bounded, first_line
 from lib.hub_files import damage, missing_parts, missing_shards, model_files, sha256
@@ -38,15 +44,17 @@ def modelscope_folder(model: str, revision: str) -> Path:
     return Path(record["folder"])
 
 
-def fetch_modelscope(need: Need) -> None:
+def fetch_modelscope(need: Need, limit: float) -> None:
     """Bring a model to a local folder, unless it is there already, and record what was brought.
 
-    Raises UserError without the package, without an answer, and for files that are damaged or missing.
+    Raises UserError without the package, without an answer in `limit` seconds, and for files that are damaged or missing.
     """
     if read_record(need.repo.repo_id, need.revision) is not None:
         return
-    print(f"fetching {need} from modelscope.cn", file=sys.stderr, flush=True)
-    folder = download_snapshot(need)
+    snapshot_download, names = package(), ask_modelscope(need, limit)
+    wanted = model_files(names, need.allow_pickle, need.code)
+    print(f"fetching {need} from {modelscope_endpoint()}", file=sys.stderr, flush=True)
+    folder = download_snapshot(need, wanted, snapshot_download)
     files = list_files(folder, folder.resolve())
     used = {name: files[name] for name in model_files(files, need.allow_pickle, need.code)}
     faults = [f"{name} {fault}" for name, path in used.items() if (fault := damage(path, name))]
@@ -55,7 +63,7 @@ def fetch_modelscope(need: Need) -> None:
     if faults:
         raise UserError(f"{need} --source modelscope: {'; '.join(faults)}. See {folder}")
     record = {
-        "source": "modelscope.cn",
+        "source": modelscope_endpoint(),
         "model": need.repo.repo_id,
         "revision": need.revision,
         "folder": str(folder),
@@ -64,29 +72,63 @@ def fetch_modelscope(need: Need) -> None:
     write_whole(record_path(need.repo.repo_id, need.revision), json.dumps(record, indent=1))
 
 
-def download_snapshot(need: Need) -> Path:
-    """The package's own download into its own cache, given up when nothing has come for STALL_SECONDS."""
+def package() -> Any:
+    """The package's own download. Raises UserError when it is not installed."""
     try:
         from modelscope.hub.snapshot_download import snapshot_download
     except ImportError as error:
         raise UserError('--source modelscope needs its package; run: pip install -e ".[modelscope]"') from error
-    started = time.monotonic()
-    box: list[Path] = []
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
+    return snapshot_download
 
-    def grew() -> bool:
-        """Whether the package's cache has changed within the limit; it tells of no progress itself."""
-        newest = max((path.stat().st_mtime for path in box[0].rglob("*") if path.is_file()), default=0) if box else 0
-        return time.time() - newest < STALL_SECONDS
 
-    box.append(Path.home() / ".cache" / "modelscope")
+def ask_modelscope(need: Need, limit: float) -> list[str]:
+    """The names of a model's files: one question before the package is let go, which itself retries for minutes.
+
+    Raises UserError with what is to be done when the answer is not good, or does not come within `limit` seconds.
+    """
+    endpoint, started = modelscope_endpoint(), time.monotonic()
+    place = f"{endpoint}/api/v1/models/{need.repo.repo_id}/repo/files?Revision={quote(need.revision)}&Recursive=True"
+
+    def question() -> bytes:
+        with urlopen(Request(place, headers={"User-Agent": "finetune"}), timeout=limit) as answer:
+            return answer.read()
+
     try:
-        return Path(
-            bounded(
-                lambda: snapshot_download(need.repo.repo_id, revision=need.revision),
-                lambda: time.monotonic() - started > STALL_SECONDS and not grew(),
-            )
-        )
+        files = json.loads(bounded(question, lambda: time.monotonic() - started > limit))["Data"]["Files"]
+        return [file["Path"] for file in files if file.get("Type") != "tree"]
+    except HTTPError as error:
+        fault = f"{endpoint} answered {error.code}" + (": no such model or revision" if error.code == 404 else "")
+    except TimeoutError:
+        fault = f"{endpoint} did not answer within {limit:g} seconds (--hub_timeout)"
+    except (ValueError, KeyError, TypeError):
+        fault = f"{endpoint} answered with something else, such as the page of a login portal or a proxy"
+    except OSError as error:
+        fault = f"{endpoint} cannot be reached ({first_line(error)})"
+    raise UserError(
+        f"{need} --source modelscope: {fault}. It is not on this machine yet; from another one carry the folder that\n"
+        f"  modelscope download --model {need.repo.repo_id} --local_dir FOLDER\n"
+        f"makes, then --model FOLDER, or: python hub.py import FOLDER --repo_id {need.repo.repo_id}"
+    )
+
+
+def download_snapshot(need: Need, wanted: list[str], snapshot_download: Any) -> Path:
+    """The package's own download into its own cache, given up when nothing has come for STALL_SECONDS."""
+    cache, started = modelscope_cache(), time.time()
+
+    def is_stalled() -> bool:
+        # The package tells of no progress; its files do.
+        if time.time() - started < STALL_SECONDS:
+            return False
+        newest = max((path.stat().st_mtime for path in cache.rglob("*") if path.is_file()), default=0.0)
+        return time.time() - newest > STALL_SECONDS
+
+    def work() -> Path:
+        return Path(snapshot_download(need.repo.repo_id, revision=need.revision, allow_patterns=wanted))
+
+    try:
+        return bounded(work, is_stalled)
     except TimeoutError:
         raise UserError(f"{need} --source modelscope: nothing came for {STALL_SECONDS:g} seconds") from None
-    except Exception as error:
+    except Exception as error:  # the package raises all kinds, each about this one model
         raise UserError(f"{need} --source modelscope: {first_line(error)}") from error

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 
 LFS = (".safetensors", ".bin", ".parquet")
 FAULTS = ("hang", "slow", "401", "403", "503", "html", "gated", "broken_off", "short", "flipped", "pointer")
@@ -26,6 +26,7 @@ class Hub:
     endpoint: str = ""
     fault: str | None = None
     on_files: bool = False
+    commit: str | None = None
     requests: list[str] = dataclasses.field(default_factory=list)
     tokens: list[str] = dataclasses.field(default_factory=list)
     closing: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -86,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         fault = self.hub.fault if "/resolve/" in path or not self.hub.on_files else None
         if fault and self.misbehave(fault, body):
             return None
+        if path.startswith("/api/v1/models/"):
+            return self.modelscope(path.removeprefix("/api/v1/models/"))
         if path.startswith("/api/"):
             _, _, kind, *rest = path.split("/")
             repository, verb, tail = self.find(kind, rest)
@@ -142,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             entries.append(entry)
             more = {"lfs": entry["lfs"]} if "lfs" in entry else {}
             siblings.append({"rfilename": name, "size": len(data), "blobId": entry["oid"]} | more)
-        commit = commit_of(repository)
+        commit = self.hub.commit or commit_of(repository)
         if verb == "tree":
             below = "/".join(tail[1:])
             entries = [entry for entry in entries if entry["path"].startswith(below)]
@@ -155,6 +158,21 @@ class Handler(BaseHTTPRequestHandler):
         name = str(repository.relative_to(self.hub.root / kind))
         record = {"id": name, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": []}
         return self.send_json(record | {"siblings": siblings})
+
+    def modelscope(self, path: str) -> None:
+        """The two questions that the package modelscope asks: the list of files, and each of them."""
+        repository, _, tail = self.find("models", path.split("/"))
+        if repository is None:
+            return self.fail("RepoNotFound")
+        files = repository_files(repository)
+        if tail != ["files"]:
+            query = parse_qs(urlparse(self.path).query)
+            return self.send(files[query["FilePath"][0]], {"Content-Type": "application/octet-stream"})
+        rows = [
+            {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        ]
+        return self.send_json({"Code": 200, "Success": True, "Data": {"Files": rows}})
 
     def send_json(self, value: object) -> None:
         self.send(json.dumps(value).encode(), {"Content-Type": "application/json"})
