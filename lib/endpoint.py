@@ -34,6 +34,7 @@ def settle_endpoint(given: str | None, send_token: bool = False) -> str:
     constants: Any = sys.modules.get("huggingface_hub.constants")
     if constants:
         constants.ENDPOINT = endpoint
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     # Its user agent would first ask the same server another question, within our limit.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not is_official(endpoint):

@@ -52,7 +52,7 @@ def prepare(needs: list[Need], hub: HubConfig, endpoint: str) -> None:
     for need in (need for need in needs if need.source == "modelscope"):
         from lib.modelscope_source import fetch_modelscope
 
-        fetch_modelscope(need, hub.hub_timeout)
+        fetch_modelscope(need, hub.hub_timeout, hub.verify_hashes)
     needs = [need for need in needs if need.source == "hub"]
     lacking = {need: missing_from_cache(need) for need in needs}
     if asked := offline_asked():
@@ -200,6 +200,10 @@ def verify_hashes(need: Need) -> None:
 def compare_with_official(need: Need, listing: Listing, hub: HubConfig) -> None:
     """Raise UserError where a mirror lists other contents than the Hub itself; warn where the Hub cannot be asked."""
     answer = ask(need.repo, listing.commit, OFFICIAL, hub.hub_timeout)
+    if isinstance(answer, Fault) and answer.kind == "revision":
+        raise UserError(
+            f"{need}: the mirror names the commit {listing.commit[:12]}, which the Hub does not have; not used"
+        )
     if isinstance(answer, Fault):
         text = f"{need}: hashes are compared with those of the mirror alone, since {answer.text}"
         print(f"warning: {text}", file=sys.stderr, flush=True)

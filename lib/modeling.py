@@ -17,7 +17,7 @@ from lib.endpoint import settle_endpoint
 from lib.hub_cache import REPO_ID, Repo, find_snapshot
 from lib.hub_files import weight_files
 from lib.hub_needs import Need, advice
-from lib.modelscope_source import modelscope_folder
+from lib.modelscope_source import modelscope_folder, read_record
 
 
 def model_name(model: str) -> str:
@@ -35,6 +35,20 @@ def resolve_model(config: ModelConfig) -> str:
         return str(modelscope_folder(config.model, config.model_revision or "master"))
     snapshot = find_snapshot(Repo(config.model), config.model_revision) if REPO_ID.fullmatch(config.model) else None
     return str(snapshot or config.model)
+
+
+def model_origin(config: ModelConfig) -> dict[str, str]:
+    """Commit (or ModelScope revision) and sha256 of the weights of a model that was fetched; nothing for a folder."""
+    folder = Path(resolve_model(config))
+    record = read_record(config.model, config.model_revision or "master") if config.source == "modelscope" else None
+    if record:
+        weights = [record["files"][name] for name in weight_files(record["files"], config.allow_pickle)]
+        return {"model_source": record["source"], "model_commit": record["revision"], "model_sha256": " ".join(weights)}
+    if folder.parent.name != "snapshots" or Path(config.model).is_dir():
+        return {}
+    names = weight_files([path.name for path in folder.iterdir()], config.allow_pickle)
+    blobs = [(folder / name).resolve().name for name in names]
+    return {"model_commit": folder.name, "model_sha256": " ".join(blob for blob in blobs if len(blob) == 64)}
 
 
 def load_settings(config: ModelConfig) -> dict[str, Any]:

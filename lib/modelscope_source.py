@@ -44,12 +44,15 @@ def modelscope_folder(model: str, revision: str) -> Path:
     return Path(record["folder"])
 
 
-def fetch_modelscope(need: Need, limit: float) -> None:
+def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
     """Bring a model to a local folder, unless it is there already, and record what was brought.
 
-    Raises UserError without the package, without an answer in `limit` seconds, and for files that are damaged or missing.
+    `verify` compares what is there already with the hashes recorded then. Raises UserError without the package, without
+    an answer in `limit` seconds, and for files that are damaged, altered or missing.
     """
-    if read_record(need.repo.repo_id, need.revision) is not None:
+    if record := read_record(need.repo.repo_id, need.revision):
+        if verify:
+            compare_with_record(need, record)
         return
     snapshot_download, names = package(), ask_modelscope(need, limit)
     wanted = model_files(names, need.allow_pickle, need.code)
@@ -70,6 +73,12 @@ def fetch_modelscope(need: Need, limit: float) -> None:
         "files": {name: sha256(path) for name, path in sorted(used.items())},
     }
     write_whole(record_path(need.repo.repo_id, need.revision), json.dumps(record, indent=1))
+
+
+def compare_with_record(need: Need, record: dict) -> None:
+    folder = Path(record["folder"])
+    if other := [name for name, digest in record["files"].items() if sha256(folder / name) != digest]:
+        raise UserError(f"{need} --source modelscope: altered since it was brought: {', '.join(other)}. See {folder}")
 
 
 def package() -> Any:

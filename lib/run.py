@@ -13,7 +13,7 @@ from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
 from lib.data import Data
 from lib.evaluation import prefix
 from lib.labels import label_counts
-from lib.modeling import count_parameters, model_name
+from lib.modeling import count_parameters, model_name, model_origin
 from lib.report import finite
 from lib.runtime import describe_devices, peak_memory_gib, run_record
 from lib.sources import dataset_name
@@ -73,6 +73,7 @@ def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, mode
         "trainable_parameters": trainable,
         "parameters": total,
     }
+    record |= model_origin(config.model)
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     return flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
 

@@ -117,7 +117,7 @@ VARIANTS: dict[Callable[[Path], None], tuple[str | None, bool]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.__name__)
 def test_a_hand_built_entry_is_judged_and_used_as_it_deserves(
-    variant: Callable[[Path], None], entry: Path, silent_network: list
+    variant: Callable[[Path], None], entry: Path, sockets: list
 ) -> None:
     told, usable = VARIANTS[variant]
     variant(entry)
@@ -134,25 +134,7 @@ def test_a_hand_built_entry_is_judged_and_used_as_it_deserves(
         with pytest.raises(UserError, match="--model user/tiny could not be loaded") as refused:
             build_model(config, ["a", "b"], load_tokenizer(config))
         assert "python hub.py import FOLDER --repo_id user/tiny" in str(refused.value)
-    assert silent_network == []
-
-
-@pytest.fixture
-def silent_network(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Every address that somebody connects to or looks up; no connection is made."""
-    import socket
-
-    asked: list = []
-
-    def refuse(*arguments: object, **_: object) -> None:
-        asked.append(arguments)
-        raise OSError("no network in this test")
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    return asked
+    assert sockets == []
 
 
 def test_verify_names_the_file_and_the_model_of_a_missing_shard(entry: Path) -> None:
