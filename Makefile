@@ -1,12 +1,13 @@
 # make train   set up, then train and score the default model on the default data
 # make test    set up, then run the tests           make test-slow   the long ones as well
+# make faults  break runs in every way, print a table
 # make lint    ruff and mypy                        make clean       remove the environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format seeds clean
+.PHONY: train test test-slow lint format faults seeds clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
@@ -26,13 +27,16 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+faults: $(READY)
+	$(BIN)/python -m tests.faults $(ARGS)
+
 seeds: $(READY)
 	$(BIN)/python benchmarks/seeds.py $(ARGS)
 
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,dev]"
 	@touch $(READY)
 
 clean:

@@ -16,9 +16,10 @@ from lib.batching import build_collator
 from lib.data import load_data
 from lib.evaluation import check_metrics, evaluate_split
 from lib.modeling import label_names, load_classifier, load_tokenizer
+from lib.processes import finish
 from lib.report import write_report
 from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
-from lib.runtime import build_accelerator, finish, run_script
+from lib.runtime import build_accelerator, run_script
 from lib.sources import default_metrics
 
 

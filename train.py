@@ -3,49 +3,50 @@
     accelerate launch train.py                                         a small model and real data, no Hub needed
     accelerate launch train.py --model roberta-base --dataset sst5
     CUDA_VISIBLE_DEVICES=2,3 accelerate launch train.py --train_file train.csv --validation_file dev.csv
-
 The flow: settings -> data -> model -> steps -> best model -> final test. What each part does is in lib/.
 """
 
-import time
+import functools
 
 from lib.cli import parse_cli
 from lib.config import TrainConfig
 from lib.hub_fetch import fetch
+from lib.stopping import watch_signals
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(TrainConfig)
     fetch(CONFIG)
+    watch_signals()
 
+from lib import run
 from lib.batching import build_collator
-from lib.checkpoint import publish_model, restore_model
+from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.data import load_data
-from lib.evaluation import check_metrics, evaluate_split
+from lib.evaluation import evaluate_split
+from lib.model_card import write_model_card
 from lib.modeling import build_model, load_tokenizer, set_train_mode
-from lib.optim import advance_on_metric, build_optimizer, build_scheduler, learning_rate
+from lib.optim import advance_on_metric, build_optimizer, build_scheduler
+from lib.plan import State, all_windows, build_plan, update_best
+from lib.processes import agree_to_stop, finish
 from lib.progress import Interval, Progress
 from lib.report import write_report
-from lib.run import build_results, describe_scores, introduce, open_folder, run_folder, run_settings, write_results
-from lib.runtime import build_accelerator, finish, run_script, seed_everything
-from lib.sources import default_metrics
+from lib.resume import choose_checkpoint
+from lib.runtime import build_accelerator, run_script, seed_everything
 from lib.tracking import RunLog, check_tracker
-from lib.training import State, all_windows, best_metric, build_plan, optimizer_step, should_stop, update_best
+from lib.training import optimizer_step, try_longest_batch
 
 
 def main(config: TrainConfig) -> None:
     """Run one experiment: its last line on stdout, also saved as results.json, holds the results."""
-    training, tracking = config.training, config.tracking
+    training, tracking, folder = config.training, config.tracking, run.run_folder(config)
     check_tracker(tracking.report_to)
-    folder, eval_batch_size = run_folder(config), training.per_device_eval_batch_size
     accelerator = build_accelerator(config.mixed_precision, tracking.report_to, folder)
 
     # Data: the first process tokenises, the others read its cache.
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer)
-    metrics = config.metrics or default_metrics(config.data)
-    check_metrics(metrics, len(data.label_names))
-    best_by = best_metric(training.metric_for_best_model, metrics)
+    metrics, best_by = run.choose_metrics(config, data)
 
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
@@ -55,57 +56,62 @@ def main(config: TrainConfig) -> None:
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
 
+    # The folder of the run, and the checkpoint in it to go on from.
+    settings = run.run_settings(accelerator, config, data, model)
     if accelerator.is_main_process:
-        open_folder(config, folder)
-        print(introduce(accelerator, config, data, model, plan, collator, new_weights), flush=True)
-    run_log = RunLog(accelerator, folder, tracking)
-    run_log.start(run_settings(accelerator, config, data, model), metrics)
+        run.open_folder(config, folder)
+        print(run.introduce(accelerator, config, data, model, plan, collator, new_weights), flush=True)
     model, optimizer = accelerator.prepare(model, optimizer)
+    state = State(eval_batch_size=training.per_device_eval_batch_size)
+    interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
+    checkpointer = Checkpointer(accelerator, folder, training, settings, model, optimizer, scheduler, state, interval)
+    evaluate = functools.partial(evaluate_split, accelerator, model, data, collator=collator, metrics=metrics)
+    run_id = checkpointer.load(choose_checkpoint(accelerator, training, folder, settings))
+    run_log = RunLog(accelerator, folder, tracking, state.last_logged, run_id)
+    run_log.start(settings, metrics)
 
-    # Training.
-    state, eval_scores = State(), {}
-    progress, interval = Progress(accelerator, plan.total_steps), Interval(accelerator)
-    started = time.perf_counter()
+    # Training. Signals and the time limit wait until all processes can save together.
+    progress = Progress(accelerator, plan.total_steps, state)
+    windows = all_windows(plan, training, data, collator, accelerator.process_index, state.step)
+    one_step = functools.partial(optimizer_step, accelerator, model, optimizer, scheduler)
     set_train_mode(model)
-    for window in all_windows(plan, training, data, collator, accelerator.process_index):
-        rate = learning_rate(optimizer)
-        loss_sum, grad_norm = optimizer_step(
-            accelerator, model, optimizer, scheduler, window, config.optim, training.seed, state
-        )
-        interval.add(loss_sum, grad_norm, window)
-        progress.step()
-
-        values: dict[str, float] = {}
-        if plan.is_eval_step(state.step) or state.step % tracking.logging_steps == 0:
-            values = interval.read() | {"train/learning_rate": rate, "train/epoch": state.step / plan.steps_per_epoch}
-            progress.show(state.step, values)
-        if plan.is_eval_step(state.step):
-            scores, _ = evaluate_split(accelerator, model, data, "validation", collator, eval_batch_size, metrics)
-            progress.write(describe_scores(f"step {state.step}, validation:", scores))
-            values |= {f"eval/{name}": value for name, value in scores.items()}
-            advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[best_by])
-            if update_best(state, scores, best_by):
-                eval_scores = scores
-                publish_model(accelerator, model, tokenizer, folder / "model")
-            interval.reset()
-        if values:
-            run_log.log(state.step, state.samples_seen, values)
-        if should_stop(state, training.early_stopping_patience):
-            progress.write(f"stopped early: no better {best_by} in {state.evals_since_best} evaluations")
-            break
-    progress.close()
-    train_seconds = time.perf_counter() - started
+    with checkpointer.guarding(run_log):
+        try_longest_batch(accelerator, model, optimizer, plan, data, collator, config.optim, state)
+        while not plan.is_finished(state):
+            if not state.pending:  # else the run was stopped between a step and what follows it
+                window = next(windows)
+                loss_sum, grad_norm = one_step(window, config.optim, training.seed, state)
+                interval.add(loss_sum, grad_norm, window, state.step, state.learning_rate)
+                progress.step(state)
+            agree_to_stop(accelerator)
+            if plan.is_eval_step(state.step) or state.step % tracking.logging_steps == 0:
+                values = interval.read() | plan.position(state)
+                progress.show(state.step, values)
+                if plan.is_eval_step(state.step):
+                    scores, predictions = evaluate("validation", batch_size=state.eval_batch_size)
+                    state.eval_batch_size = predictions.batch_size
+                    progress.write(run.describe_scores(f"step {state.step}, validation:", scores))
+                    values |= {f"eval/{name}": value for name, value in scores.items()}
+                    advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[best_by])
+                    if update_best(state, scores, best_by):
+                        publish_model(accelerator, model, tokenizer, folder / "model")
+                run_log.log(state.step, state.samples_seen, values)
+                interval.reset()
+            state.pending = False
+            if plan.is_save_step(state):
+                checkpointer.save(run_log.run_id)
+    progress.close(state.step, best_by)
 
     # Final test of the best model, and the report.
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
-    scores, predictions = evaluate_split(accelerator, model, data, split, collator, eval_batch_size, metrics)
-    results = build_results(accelerator, state, data, model, train_seconds, {"validation": eval_scores, split: scores})
-    if accelerator.is_main_process:
-        print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
+    scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
+    results = run.build_results(accelerator, state, data, model, {"validation": state.best_scores, split: scores})
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
-        print(write_results(folder, results), flush=True)
+        print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
+        write_model_card(folder / "model", data.name, settings, results)
+        print(run.write_results(folder, results), flush=True)
     finish(accelerator, model, optimizer)
 
 

@@ -6,21 +6,41 @@ Who imports whom, asserted by tests/test_architecture.py:
     redaction   -                                        secrets, left out
     cli         config redaction                         flags and YAML
     catalog     -                                        table of known data sets
-    batching    -                                        which samples form which step
-    runtime     config                                   the machine
+    stopping    -                                        signals and the time limit
+    watchdog    -                                        who hangs, and where
+    manifest    -                                        folders that are whole or absent
+    batching    stopping                                 which samples form which step
+    runtime     config stopping                          the machine
+    processes   config stopping                          what processes agree on and add up
+    memory      config                                   fewer samples per forward
     optim       config
     embedded    config                                   minilm and movie_reviews
     labels      config
     modeling    config embedded endpoint hub_cache hub_files hub_needs modelscope_source
     sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
     data        batching config labels sources           data sets as trained on
-    training    batching config data optim runtime
-    evaluation  batching config data
+    plan        batching config data                 the plan of a run, its state, its batches
+    training    batching config data memory optim plan processes runtime watchdog
+    evaluation  batching config data memory processes watchdog
     report      data evaluation
     tracking    config data evaluation report
-    progress    batching
-    checkpoint  config training
-    run         cli config data evaluation labels modeling report runtime sources training
+    progress    batching plan processes
+    checkpoint  config manifest optim plan processes progress stopping tracking watchdog
+    resume      checkpoint config manifest               which checkpoint to go on from
+    run         cli config data evaluation labels modeling plan report resume runtime sources
+    model_card  embedded                                 README.md of an exported model
+
+    predict_config      config                           options of predict.py
+    inputs              config predict_config            new text, row by row
+    inference           batching config inputs runtime   rows to answers, on all processes
+    embeddings          inference inputs predict_config
+    question_answering  batching config inference inputs predict_config
+    generation          config inference inputs predict_config
+    pipelines           config generation inference inputs modeling predict_config
+    tasks      cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    outputs             config inference inputs report   answers to files
+    tokens              report
+    onnx_export         config
 
 Without the Hub, from what lies on disk to what a run asks for:
 

@@ -16,6 +16,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from lib.stopping import quiet_worker
+
 Indices = np.ndarray
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
@@ -115,9 +117,21 @@ def build_loader(
         batch_sampler=[piece.tolist() for piece in pieces],
         collate_fn=collator,
         num_workers=num_workers,
+        worker_init_fn=quiet_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def split_micro_batches(window: Window, size: int | None) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of `window`, cut to at most `size` samples where memory was too short for more."""
+    if size is None:
+        return window.micro_batches
+    pieces = []
+    for micro_batch in window.micro_batches:
+        cuts = {name: tensor.split(size) for name, tensor in micro_batch.items()}
+        pieces += [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
+    return pieces
 
 
 def training_windows(

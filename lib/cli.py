@@ -18,6 +18,7 @@ from lib.redaction import SECRET, redact
 
 Config = TypeVar("Config")
 _SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
+_BOOLEANS = {"True": "True", "False": "False", "true": "True", "false": "False"}
 
 
 class TextLoader(yaml.BaseLoader):
@@ -34,6 +35,7 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     Ends the process with code 2 and a message, as argparse does, when an option is unknown or takes no such value.
     """
     given = [part for item in (sys.argv[1:] if argv is None else argv) for part in split_flag(item)]
+    given = switch_on(given, set(switches(kind)))
     try:
         arguments = expand_config(given)
         refuse_secrets(arguments)
@@ -89,6 +91,26 @@ def split_flag(argument: str) -> list[str]:
         return [argument]
     flag, *value = argument.split("=", 1)
     return [f"--{flag[2:].replace('-', '_')}", *value]
+
+
+def switches(kind: Any) -> Iterator[str]:
+    """The options of `kind`, sections included, that are on or off."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from switches(field.default_factory)
+        elif isinstance(field.default, bool):
+            yield f"--{field.name}"
+
+
+def switch_on(arguments: Sequence[str], names: set[str]) -> list[str]:
+    """A switch without a value is on: `--flag` as `--flag True`, which is what sweeps write."""
+    given = []
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        given += [argument, "True"] if argument in names and following not in _BOOLEANS else [argument]
+    return [
+        _BOOLEANS.get(item, item) if before in names else item
+        for before, item in zip(["", *given], given, strict=False)
+    ]
 
 
 def last_value(arguments: Sequence[str], flag: str) -> str | None:

@@ -1,6 +1,7 @@
 """Every option: its name, type, default, help line and check."""
 
 import dataclasses
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,8 @@ SchedulerName = Literal[
     "warmup_stable_decay",
     "greedy",
 ]
+PROCESS_TIMEOUT = timedelta(days=1)
+"""How long the libraries let processes wait for each other: the first may tokenise for hours. Training has its own limit."""
 
 
 class UserError(Exception):
@@ -163,6 +166,19 @@ class TrainingConfig:
     """Validation metric that chooses the model kept, or `loss`. [default: the first of the metrics]"""
     early_stopping_patience: int | None = None
     """Stop after n evaluations without a better metric."""
+    save_steps: int | None = None
+    """Save a checkpoint every n steps; after each evaluation when absent."""
+    save_total_limit: int = 2
+    """Checkpoints kept; each holds the best model so far as well."""
+    resume_from_checkpoint: str = "auto"
+    """`auto`: from the newest valid checkpoint of the output folder, if any; `must`: stop if there is none; `never`: start
+    anew and remove them; or the folder of a checkpoint or of a run."""
+    allow_changes: bool = False
+    """Resume although settings changed that change the result."""
+    max_minutes: float | None = None
+    """Save and stop with exit code 75 after this time, counted from the start of the process."""
+    ddp_timeout: float = 600.0
+    """Seconds without progress in training after which the run ends and names the process that hangs."""
     dataloader_num_workers: int = 0
     """Processes that prepare batches; 0: the training process does it."""
     seed: int = 42
@@ -173,7 +189,8 @@ class TrainingConfig:
         require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
         require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
         check_positive(self, "max_steps", "train_batch_size", "per_device_train_batch_size", "eval_steps")
-        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience")
+        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience", "save_steps", "save_total_limit")
+        check_positive(self, "max_minutes", "ddp_timeout")
 
 
 @dataclasses.dataclass(frozen=True)

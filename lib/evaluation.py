@@ -13,9 +13,12 @@ from datasets import Dataset
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lib.batching import Collator, build_loader, eval_batches
+from lib.batching import Collator, Indices, build_loader, eval_batches
 from lib.config import UserError
 from lib.data import Data
+from lib.memory import halve, is_out_of_memory
+from lib.processes import agree_to_stop, any_process
+from lib.watchdog import beat
 
 METRICS = Path(__file__).parent / "metrics"
 AVERAGES = ("macro", "micro", "weighted")
@@ -31,6 +34,8 @@ class Predictions:
     logits: np.ndarray
     labels: np.ndarray
     losses: np.ndarray
+    batch_size: int = 0
+    """Samples per forward that memory was enough for."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -43,7 +48,6 @@ class Predictions:
         return shifted / shifted.sum(axis=1, keepdims=True)
 
 
-@torch.inference_mode()
 def predict(
     accelerator: Accelerator,
     model: nn.Module,
@@ -57,24 +61,65 @@ def predict(
 
     Batches depend on lengths and batch size alone, so that any number of processes computes the very same numbers. Each
     process writes its samples into zeros and the arrays are added up; the count of writes proves that none is missing or
-    double. Raises RuntimeError if one is.
+    double. Where memory is too short, batches are halved on all processes. Raises RuntimeError if a sample is missing or
+    double, Stopped when a process is asked to stop.
     """
     training = {module: module.training for module in model.modules()}
     model.eval()
-    batches = eval_batches(lengths, batch_size)[accelerator.process_index :: accelerator.num_processes]
-    results = torch.zeros(len(tokens), num_classes + 2, device=accelerator.device)
-    for indices, batch in zip(batches, build_loader(tokens, batches, collator), strict=True):
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
-        losses = cross_entropy(logits, labels, reduction="none")
-        rows = torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
-        results.index_add_(0, torch.from_numpy(indices.copy()).to(accelerator.device), rows)
+    results = None
+    while results is None:
+        results = predict_table(accelerator, model, tokens, eval_batches(lengths, batch_size), collator, num_classes)
+        if results is None:
+            batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
         module.training = mode
     table = accelerator.reduce(results, "sum").cpu().numpy()
     check_counts(table[:, -1])
-    return Predictions(table[:, :num_classes], np.asarray(tokens["labels"], dtype=np.int64), table[:, num_classes])
+    labels = np.asarray(tokens["labels"], dtype=np.int64)
+    return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size)
+
+
+@torch.inference_mode()
+def predict_table(
+    accelerator: Accelerator,
+    model: nn.Module,
+    tokens: Dataset,
+    batches: list[Indices],
+    collator: Collator,
+    num_classes: int,
+) -> torch.Tensor | None:
+    """Logits, loss and a one for each sample of this process, zeros elsewhere; None when memory was too short for one.
+
+    All processes go from batch to batch together, so that they can agree to stop or to start again with smaller ones.
+    """
+    rounds = -(-len(batches) // accelerator.num_processes)
+    batches = batches[accelerator.process_index :: accelerator.num_processes]
+    results = torch.zeros(len(tokens), num_classes + 2, device=accelerator.device)
+    loader = iter(build_loader(tokens, batches, collator))
+    for index in range(rounds):
+        beat(f"evaluation, batch {index + 1} of {rounds}")
+        agree_to_stop(accelerator)
+        failed = False
+        if index < len(batches):
+            try:
+                rows = predict_batch(model, next(loader), accelerator.device)
+                results.index_add_(0, torch.from_numpy(batches[index].copy()).to(accelerator.device), rows)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failed = True
+        if any_process(accelerator, failed):
+            return None
+    return results
+
+
+def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
+    """float32 (samples, classes + 2): logits, cross entropy in nats, and a one."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    labels = batch.pop("labels")
+    logits = model(**batch).logits.float()
+    losses = cross_entropy(logits, labels, reduction="none")
+    return torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
 
 
 def check_counts(counts: np.ndarray) -> None:

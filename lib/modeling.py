@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib import embedded
@@ -108,17 +108,26 @@ def load_classifier(config: ModelConfig) -> PreTrainedModel:
 
     Raises UserError when it cannot be loaded or its head is not part of the checkpoint.
     """
+    return load_trained(config, AutoModelForSequenceClassification, "classifier")
+
+
+def load_trained(config: ModelConfig, kind: Any, name: str) -> PreTrainedModel:
+    """An already trained model of one of the Auto classes, as it is; `name` is what messages call it.
+
+    Raises UserError when it cannot be loaded or its head is not part of the checkpoint. A pooler may be missing: models
+    without a head do not use it.
+    """
     with loading(config):
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = kind.from_pretrained(
             resolve_model(config),
             **weight_settings(config),
             output_loading_info=True,
         )
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:4])
-        raise UserError(
-            f"--model {config.model} is not a trained classifier: its weights lack {missing}; train it first"
-        )
+    headless = kind is AutoModel
+    lacking = sorted(key for key in info["missing_keys"] if not (headless and "pooler" in key))
+    if lacking:
+        missing = ", ".join(lacking[:4])
+        raise UserError(f"--model {config.model} is not a trained {name}: its weights lack {missing}; train it first")
     return model
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from lib.config import OptimConfig, UserError
@@ -97,3 +98,24 @@ def advance_on_metric(scheduler: Any, name: str, metric: float) -> None:
 def learning_rate(optimizer: Optimizer) -> float:
     rate = optimizer.param_groups[0]["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
+
+
+def restore_optimizer(
+    optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
+) -> None:
+    """Take over moments, counts and the place in the schedule, but no hyper-parameter: those are the settings'."""
+    fresh = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+        group.update(settings)
+    rates = [group["initial_lr"] for group in optimizer.param_groups] if isinstance(scheduler, LambdaLR) else []
+    scheduler.load_state_dict(saved_scheduler)
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = list(rates)
+        scheduler._last_lr = [
+            rate * shape(scheduler.last_epoch) for rate, shape in zip(rates, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate

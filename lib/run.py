@@ -11,20 +11,14 @@ from transformers import DataCollatorWithPadding
 from lib.cli import load_config, save_config
 from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
 from lib.data import Data
-from lib.evaluation import prefix
+from lib.evaluation import check_metrics, prefix
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name, model_origin
+from lib.plan import Plan, State, best_metric, epoch_padding_share, step_indices
 from lib.report import finite
+from lib.resume import compare_settings, experiment_hash
 from lib.runtime import describe_devices, peak_memory_gib, run_record
-from lib.sources import dataset_name
-from lib.training import Plan, State, epoch_padding_share
-
-HARMLESS = {
-    *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size"),
-    *("dataloader_num_workers", "preprocessing_num_workers"),
-}
-"""Settings that do not change what is computed, so that a folder may be used again with others."""
+from lib.sources import dataset_name, default_metrics
 
 
 def run_name(config: TrainConfig) -> str:
@@ -43,19 +37,26 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.tracking.output_dir or Path("outputs") / run_name(config))
 
 
+def choose_metrics(config: TrainConfig, data: Data) -> tuple[tuple[str, ...], str]:
+    """The metrics to compute, and the one that chooses the model; raises UserError when they cannot be computed."""
+    metrics = config.metrics or default_metrics(config.data)
+    check_metrics(metrics, len(data.label_names))
+    return metrics, best_metric(config.training.metric_for_best_model, metrics)
+
+
 def open_folder(config: TrainConfig, folder: Path) -> None:
     """Create the folder of a run and save the configuration there.
 
-    Raises UserError when the folder holds a run with other settings, and names them.
+    Raises UserError when the folder holds a run with other settings, and names them, unless changes are allowed.
     """
     saved = folder / "config.yaml"
-    if saved.exists():
-        before, now = flatten(load_config(TrainConfig, saved)), flatten(config)
-        changed = [key for key in now if key not in HARMLESS and now[key] != before[key]]
+    if saved.exists() and not config.training.allow_changes:
+        changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
         if changed:
-            lines = "\n".join(f"  {key}: {before[key]} there, {now[key]} now" for key in changed)
+            lines = "\n".join(changed)
             raise UserError(
-                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name."
+                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or go "
+                "on with the new settings by --allow_changes."
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,19 @@ def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, mode
     }
     record |= model_origin(config.model)
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
-    return flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
+    settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
+    return settings | {"run/experiment": experiment_hash(settings)}
+
+
+def explain_not_finite(step: int, rate: float, plan: Plan, config: TrainConfig, data: Data) -> UserError:
+    """The message that ends a run whose loss or gradient is not finite."""
+    indices = step_indices(plan, config.training, data.lengths["train"], step)
+    return UserError(
+        f"the loss or its gradient is not finite at step {step} (learning rate {rate:g}), and nothing of that "
+        f"step was learnt. Its samples are rows {' '.join(map(str, sorted(indices)))} of the train split, counted from 0. "
+        "Checkpoints and the best model are those from before; try a lower --learning_rate, a smaller --max_grad_norm, or "
+        "--mixed_precision no."
+    )
 
 
 def introduce(
@@ -123,7 +136,6 @@ def build_results(
     state: State,
     data: Data,
     model: nn.Module,
-    train_seconds: float,
     scores: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
@@ -132,8 +144,8 @@ def build_results(
         "best_step": state.best_step,
         "steps": state.step,
         "samples_seen": state.samples_seen,
-        "train_seconds": round(train_seconds, 2),
-        "samples_per_second": round(state.samples_seen / train_seconds, 1),
+        "train_seconds": round(state.train_seconds, 2),
+        "samples_per_second": round(state.samples_seen / state.train_seconds, 1),
         "run/num_processes": accelerator.num_processes,
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": describe_devices(accelerator)[0],

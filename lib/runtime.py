@@ -1,5 +1,6 @@
 """The only file that asks the machine: accelerator, devices, launch sanity, precision, threads, seeds."""
 
+import contextlib
 import ctypes
 import importlib.metadata
 import logging
@@ -8,7 +9,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from lib.config import UserError
+from lib.config import PROCESS_TIMEOUT, UserError
+from lib.stopping import EXIT_RESUME, Stopped, follow_launcher
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
-PROCESS_TIMEOUT = timedelta(minutes=30)
-"""How long processes wait for each other; long enough for the first one to tokenise a large data set."""
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Call `main`; a mistake of the user ends the process with code 2 and its message, printed once, without a trace."""
+    """Call `main`; a mistake of the user ends the process with code 2 and its message, printed once, without a trace.
+
+    A run that was stopped and saved ends with code 75.
+    """
     try:
         main(config)
+        return
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        # Without cleaning up: processes that wait for this one are ended by the launcher, not by a collective.
+        code, message = 2, f"error: {error}"
+    except Stopped as stopped:
+        code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # whoever read this may be gone
+            print(message, file=sys.stderr, flush=True)
+    # Without cleaning up: processes that wait for this one are ended by the launcher, not by a collective.
+    with contextlib.suppress(OSError):
         sys.stdout.flush()
-        os._exit(2)
+    os._exit(code)
 
 
 def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path | None = None) -> Accelerator:
@@ -42,6 +50,7 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
     which knows the samples of a whole step. Raises UserError when GPUs were asked for and none is visible, when
     processes outnumber GPUs, or when each process believes it is alone.
     """
+    follow_launcher()
     check_devices()
     use_all_cores()
     keep_freed_memory()
@@ -227,11 +236,3 @@ def git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def finish(accelerator: Accelerator, *objects: Any) -> None:
-    """Release the model and end the process group, in this order: the other way round can deadlock at exit."""
-    accelerator.wait_for_everyone()
-    accelerator.free_memory(*objects)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -34,9 +34,21 @@ class RunLog:
     the tracker raises is reported once, and the tracker is then left alone.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, config: TrackingConfig) -> None:
-        self.accelerator, self.folder, self.config = accelerator, folder, config
-        self.file: TextIO | None = (folder / "metrics.jsonl").open("w") if accelerator.is_main_process else None
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        config: TrackingConfig,
+        last_step: int = 0,
+        run_id: str | None = None,
+    ) -> None:
+        """Lines after `last_step` are taken back, and the tracker's run `run_id` goes on where it was."""
+        self.accelerator, self.folder, self.config, self.run_id = accelerator, folder, config, run_id
+        self.file: TextIO | None = None
+        self.tracked_step = 0
+        if accelerator.is_main_process:
+            self.tracked_step = take_back(folder / "metrics.jsonl", last_step)
+            self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
 
     def start(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
@@ -58,7 +70,8 @@ class RunLog:
         import wandb
 
         mode = wandb_mode()
-        kwargs = {
+        kwargs: dict[str, Any] = {"id": self.run_id, "resume": "allow"} if self.run_id else {}
+        kwargs |= {
             "name": settings["run_name"],
             "group": group_name(settings["run_name"]),
             "job_type": "train",
@@ -81,6 +94,7 @@ class RunLog:
             mode = kwargs["mode"] = "offline"
             self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
         run = self.accelerator.get_tracker("wandb", unwrap=True)
+        self.run_id = run.id
         run.define_metric("samples_seen")
         run.define_metric("*", step_metric="samples_seen")
         for name in ("loss", *metrics):
@@ -90,13 +104,13 @@ class RunLog:
             logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
 
     def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Add a line; steps must not go back."""
+        """Add a line; steps must not go back. What the tracker got before an interruption it does not get again."""
         if self.file is None:
             return
         line = {"step": step, "samples_seen": samples_seen} | values
         self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
         self.file.flush()
-        if self.tracker:
+        if self.tracker and step > self.tracked_step:
             try:
                 self.accelerator.log({"samples_seen": samples_seen} | values, step=step)
             except Exception as error:
@@ -104,13 +118,20 @@ class RunLog:
 
     def finish(self, results: dict[str, Any], predictions: Predictions, data: Data, split: str) -> None:
         """Give W&B the final numbers, confusion matrix and surest errors; end the tracker's run in bounded time."""
+        if self.tracker == "wandb":
+            try:
+                self.log_report(results, predictions, data, split)
+            except Exception as error:
+                self.give_up("log the report", error)
+        self.close()
+
+    def close(self) -> None:
+        """End the tracker's run in bounded time."""
         if self.file is not None:
             self.file.close()
         if self.tracker is None:
             return
         try:
-            if self.tracker == "wandb":
-                self.log_report(results, predictions, data, split)
             # Not `end_training`: it also ends the process group, which the other processes still wait in.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
@@ -136,6 +157,20 @@ class RunLog:
             "%s could not %s (%s); the run goes on, metrics.jsonl has everything", self.tracker, what, first_line(error)
         )
         self.tracker = None
+
+
+def take_back(path: Path, last_step: int) -> int:
+    """Cut the lines after `last_step` off, and a torn one; return the last step that was there before."""
+    seen = end = 0
+    if last_step and path.exists():
+        for line in path.read_bytes().splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                break
+            seen = json.loads(line)["step"]
+            end += len(line) if seen <= last_step else 0
+    with path.open("ab") as file:
+        file.truncate(end)
+    return seen
 
 
 def wandb_mode() -> str:

@@ -1,9 +1,6 @@
-"""The plan of a run, its state, and one optimizer step."""
+"""One optimizer step: forward and backward over micro-batches, the sum over processes, AdamW, the schedule."""
 
-import contextlib
-import dataclasses
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,124 +10,20 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lib.batching import Collator, Window, epoch_batches, padding_share, training_windows
-from lib.config import OptimConfig, TrainingConfig, UserError
+from lib.batching import (
+    Collator,
+    Window,
+    build_loader,
+    split_micro_batches,
+)
+from lib.config import OptimConfig
 from lib.data import Data
-from lib.optim import advance_scheduler
+from lib.memory import halve, has_own_memory, is_out_of_memory
+from lib.optim import advance_scheduler, learning_rate
+from lib.plan import Plan, State
+from lib.processes import any_process, lowest, sum_gradients
 from lib.runtime import seed_everything
-
-LOWER_IS_BETTER = ("loss",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What follows from the settings, the data and the number of processes before the first step."""
-
-    num_samples: int
-    train_batch_size: int
-    micro_batch_size: int
-    world_size: int
-    total_steps: int
-    eval_every: int | None
-    """None: at the end of each epoch."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_samples / self.train_batch_size)
-
-    @property
-    def num_epochs(self) -> int:
-        return math.ceil(self.total_steps / self.steps_per_epoch)
-
-    def sentence(self) -> str:
-        """How a step is made: `32 samples per step = 2 processes x 2 micro-batches x 8`."""
-        per_process = math.ceil(min(self.train_batch_size, self.num_samples) / self.world_size)
-        pieces = math.ceil(per_process / self.micro_batch_size)
-        size = min(self.micro_batch_size, per_process)
-        exact = self.world_size * pieces * size == self.train_batch_size
-        processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
-        micro = f"{pieces} micro-batch{'es' if pieces > 1 else ''}"
-        return f"{self.train_batch_size} samples per step = {processes} x {micro} x {'' if exact else 'at most '}{size}"
-
-    def is_eval_step(self, step: int) -> bool:
-        return step == self.total_steps or step % (self.eval_every or self.steps_per_epoch) == 0
-
-
-def build_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
-    """Raises UserError when the data is too small for a single step."""
-    if num_samples == 0:
-        raise UserError("the train split is empty")
-    steps_per_epoch = math.ceil(num_samples / config.train_batch_size)
-    return Plan(
-        num_samples=num_samples,
-        train_batch_size=config.train_batch_size,
-        micro_batch_size=config.per_device_train_batch_size or math.ceil(config.train_batch_size / world_size),
-        world_size=world_size,
-        total_steps=config.max_steps or max(1, math.ceil(config.num_train_epochs * steps_per_epoch)),
-        eval_every=config.eval_steps,
-    )
-
-
-@dataclasses.dataclass
-class State:
-    """All that a run knows beside weights, optimizer and schedule; steps are optimizer steps."""
-
-    step: int = 0
-    samples_seen: int = 0
-    best_metric: float | None = None
-    best_step: int = 0
-    evals_since_best: int = 0
-
-
-def best_metric(wanted: str | None, metrics: Sequence[str]) -> str:
-    """The metric that chooses the model; raises UserError when it is not computed."""
-    name = (wanted or metrics[0]).removeprefix("eval/").removeprefix("eval_")
-    if name not in (*metrics, *LOWER_IS_BETTER):
-        raise UserError(f"--metric_for_best_model {wanted} is not among the metrics: {', '.join(metrics)}, loss")
-    return name
-
-
-def is_better(metric: float, best: float | None, name: str) -> bool:
-    """Whether `metric` beats `best`; a number that is not finite never does."""
-    if not math.isfinite(metric):
-        return False
-    return best is None or (metric < best if name in LOWER_IS_BETTER else metric > best)
-
-
-def update_best(state: State, scores: dict[str, float], name: str) -> bool:
-    """Note an evaluation in `state`; True when it is the best so far.
-
-    A model whose loss is not finite is never the best, though its accuracy may look like a number.
-    """
-    better = math.isfinite(scores["loss"]) and is_better(scores[name], state.best_metric, name)
-    if better:
-        state.best_metric, state.best_step = scores[name], state.step
-    state.evals_since_best = 0 if better else state.evals_since_best + 1
-    return better
-
-
-def should_stop(state: State, patience: int | None) -> bool:
-    return patience is not None and state.evals_since_best >= patience
-
-
-def all_windows(
-    plan: Plan, config: TrainingConfig, data: Data, collator: Collator, rank: int, first_step: int = 0
-) -> Iterator[Window]:
-    """The windows of all steps after `first_step`, epoch after epoch."""
-    tokens, lengths = data.tokens["train"], data.lengths["train"]
-    for epoch in range(first_step // plan.steps_per_epoch, plan.num_epochs):
-        start = epoch * plan.steps_per_epoch
-        batches = epoch_batches(lengths, plan.train_batch_size, config.seed, epoch, config.train_sampling_strategy)
-        batches = batches[max(0, first_step - start) : plan.total_steps - start]
-        yield from training_windows(
-            tokens, batches, plan.micro_batch_size, rank, plan.world_size, collator, config.dataloader_num_workers
-        )
-
-
-def epoch_padding_share(plan: Plan, config: TrainingConfig, lengths: np.ndarray, multiple: int | None = None) -> float:
-    """Share of padding in the first epoch's global batches."""
-    batches = epoch_batches(lengths, plan.train_batch_size, config.seed, 0, config.train_sampling_strategy)
-    return padding_share(lengths, batches, multiple)
+from lib.watchdog import beat
 
 
 def optimizer_step(
@@ -146,29 +39,105 @@ def optimizer_step(
     """Forward and backward over the micro-batches of this process, then one step of AdamW and of the schedule.
 
     The model must be in train mode (`set_train_mode`). The loss is the sum over samples divided by the samples of the
-    whole step, so that neither processes nor micro-batches nor a short last batch change it. Gradients are exchanged
-    once, with the last micro-batch.
+    whole step, so that neither processes nor micro-batches nor a short last batch change it. When memory is too short on
+    one process, all of them halve their micro-batches and repeat the step. A step whose gradient is not finite leaves
+    the weights as they are.
 
     Returns the summed loss of this process and the norm of the gradients before clipping, both on the device: reading
-    them waits for the device, which is left to the caller.
+    them waits for the device, which is left to the caller. Raises UserError when not even one sample fits in memory.
     """
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for index, micro_batch in enumerate(window.micro_batches):
-        seed_everything(seed, state.step, index, accelerator.process_index)
-        last = index == len(window.micro_batches) - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            loss = micro_batch_loss(model, micro_batch, accelerator.device, config.label_smoothing_factor)
-            # DDP averages gradients over processes; the sum is wanted.
-            accelerator.backward(loss * (accelerator.num_processes / window.num_samples))
-        loss_sum += loss.detach()
+    beat(f"step {state.step + 1}")
+    state.learning_rate = learning_rate(optimizer)
+    loss_sum = fit_gradients(accelerator, model, optimizer, window, config, seed, state)
+    sum_gradients(accelerator, model)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    skip_unless_finite(accelerator, optimizer, norm)
     optimizer.step()
-    if not accelerator.optimizer_step_was_skipped:
+    if accelerator.optimizer_step_was_skipped:
+        norm = torch.zeros(())  # fp16 with too large a scale
+    else:
         advance_scheduler(scheduler, config.lr_scheduler_type)
     optimizer.zero_grad()
     state.step += 1
     state.samples_seen += window.num_samples
-    return loss_sum, norm if norm is not None else torch.zeros(())
+    state.pending = True
+    return loss_sum, norm
+
+
+def fit_gradients(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    window: Window,
+    config: OptimConfig,
+    seed: int,
+    state: State,
+) -> torch.Tensor:
+    """Gradients of this process and their summed loss, with micro-batches halved on all processes until they fit."""
+    while True:
+        loss_sum = accumulate_gradients(accelerator, model, window, config, seed, state)
+        if not any_process(accelerator, loss_sum is None):
+            assert loss_sum is not None
+            return loss_sum
+        optimizer.zero_grad()
+        largest = max(len(micro_batch["labels"]) for micro_batch in split_micro_batches(window, state.micro_batch_size))
+        state.micro_batch_size = halve(-lowest(accelerator, -largest), "--per_device_train_batch_size")
+
+
+def try_longest_batch(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    plan: Plan,
+    data: Data,
+    collator: Collator,
+    config: OptimConfig,
+    state: State,
+) -> None:
+    """Forward and backward of the longest samples, so that a lack of memory shows now; nothing is learnt from them.
+
+    Room is left for AdamW's two moments, which the first step makes.
+    """
+    if not has_own_memory(accelerator.device):
+        return
+    beat("trying the longest batch")
+    indices = np.argsort(data.lengths["train"], kind="stable")[::-1][: plan.micro_batch_size]
+    batch = next(iter(build_loader(data.tokens["train"], [indices], collator)))
+    batch["sample_weight"] = torch.ones(len(indices))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    moments = None if optimizer.state else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
+    fit_gradients(accelerator, model, optimizer, Window([batch], len(indices)), config, 0, state)
+    optimizer.zero_grad()
+    del moments
+
+
+def accumulate_gradients(
+    accelerator: Accelerator, model: nn.Module, window: Window, config: OptimConfig, seed: int, state: State
+) -> torch.Tensor | None:
+    """The summed loss of this process, whose gradients are added to the parameters'; None when memory was too short."""
+    loss_sum = torch.zeros((), device=accelerator.device)
+    try:
+        for index, micro_batch in enumerate(split_micro_batches(window, state.micro_batch_size)):
+            seed_everything(seed, state.step, index, accelerator.process_index)
+            with accelerator.no_sync(model):  # gradients are summed once, by `sum_gradients`
+                loss = micro_batch_loss(model, micro_batch, accelerator.device, config.label_smoothing_factor)
+                accelerator.backward(loss / window.num_samples)
+            loss_sum += loss.detach()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return loss_sum
+
+
+def skip_unless_finite(accelerator: Accelerator, optimizer: Any, norm: torch.Tensor) -> None:
+    """Let the coming step of AdamW leave everything as it is when the gradients are not finite, without waiting for them.
+
+    The fused kernels take the flag that a GradScaler gives them; with fp16 there is one, which does this by itself.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if accelerator.scaler is None and inner.defaults.get("fused"):
+        inner.found_inf = (~torch.isfinite(norm)).float()
 
 
 def micro_batch_loss(

@@ -139,6 +139,7 @@ def run(tmp_path: Path) -> Command:
         code: int = 0,
         timeout: int = 150,
         env: dict[str, str] | None = None,
+        stdin: str | None = None,
     ) -> subprocess.CompletedProcess:
         script, *flags = map(str, arguments)
         if processes is None:
@@ -157,6 +158,7 @@ def run(tmp_path: Path) -> Command:
             capture_output=True,
             text=True,
             timeout=timeout,
+            **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
         )
         assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
         return done

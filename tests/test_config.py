@@ -329,3 +329,15 @@ def test_the_run_named_last_is_the_one_scored(finished: Path, tmp_path_factory: 
     recipe = write(other / "eval.yaml", f"run: {finished}\nsplit: validation\n")
     parsed = parse_cli(EvalConfig, ["--config", recipe, "--run", str(other)])
     assert (parsed.run, parsed.data.dataset, parsed.split) == (str(other), "mrpc", "validation")
+
+
+def test_a_switch_is_on_without_a_value_and_takes_one_as_sweeps_write_it() -> None:
+    for words, on in (
+        (["--allow_changes"], True),
+        (["--allow-changes", "--seed", "3"], True),
+        (["--allow_changes=True"], True),
+        (["--allow_changes", "false"], False),
+        (["--allow_changes", "False", "--seed", "3"], False),
+        ([], False),
+    ):
+        assert parse_cli(TrainConfig, words).training.allow_changes is on

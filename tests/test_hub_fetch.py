@@ -431,5 +431,5 @@ def test_a_name_that_nobody_knows_has_its_own_words(monkeypatch: pytest.MonkeyPa
 def test_a_cache_that_cannot_be_written_is_named(served: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
-    with loopback_hub(served) as hub, pytest.raises(UserError, match="cannot be written.*set HF_HUB_CACHE to another"):
+    with loopback_hub(served) as hub, pytest.raises(UserError, match=r"cannot be written.*set HF_HUB_CACHE to another"):
         prepare([MODEL], HubConfig(), hub.endpoint)

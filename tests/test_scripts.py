@@ -222,3 +222,23 @@ def test_the_cpu_configuration_runs_one_process_on_the_cpu(run, roberta, tmp_pat
     )
     assert done.returncode == 0, done.stderr
     assert results_of(done)["run/device"].startswith("CPU")
+
+
+def test_more_epochs_are_another_experiment_and_need_a_word(run, roberta, tmp_path):
+    flags = [*file_flags(tmp_path, roberta), "--report_to", "none", "--run_name", "longer", "--logging_steps", 1]
+    first = results_of(run("train.py", *flags, "--epochs", 1))
+    refused = run("train.py", *flags, "--epochs", 2, code=2).stderr
+    assert "num_train_epochs: 1.0 there, 2.0 now" in refused
+    assert "changes the learning rate of every step" in refused
+    assert "--allow_changes" in refused
+    done = run("train.py", *flags, "--epochs", 2, "--allow_changes")
+    assert f"resumed from {tmp_path}" in done.stdout or "resumed from outputs/longer/checkpoints/step-" in done.stdout
+    second = results_of(done)
+    assert second["steps"] == 2 * first["steps"]
+    steps = [line["step"] for line in read_lines(tmp_path / "outputs" / "longer" / "metrics.jsonl")]
+    assert steps == list(range(1, second["steps"] + 1))
+    again = run("train.py", *flags, "--epochs", 2)
+    assert "bit by bit" in again.stdout
+    assert {k: v for k, v in results_of(again).items() if "/" not in k or k.startswith(("eval", "test"))} == {
+        k: v for k, v in second.items() if "/" not in k or k.startswith(("eval", "test"))
+    }

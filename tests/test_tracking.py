@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from datasets import Dataset
 from lib.config import TrackingConfig, UserError
 from lib.data import Data
 from lib.evaluation import Predictions
-from lib.tracking import RunLog, check_tracker, first_line, group_name, wandb_mode
+from lib.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
 from tests.conftest import ROOT, read_lines
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
@@ -279,3 +279,83 @@ def test_wandb_that_cannot_start_online_goes_on_offline(alone: Callable[..., str
     printed = alone(FALL_BACK, WANDB_API_KEY="0" * 40, WANDB_SILENT="true")
     assert printed.splitlines()[-1] == "online offline wandb mine-s1 mine"
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_lines_after_the_checkpoint_and_torn_ones_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
+    path.write_text("".join(lines) + '{"step": 8, "tra')
+    assert take_back(path, 4) == 6
+    assert path.read_text() == "".join(lines[:2])
+    assert take_back(path, 0) == 0
+    assert path.read_text() == ""
+    assert take_back(tmp_path / "none.jsonl", 4) == 0
+
+
+def test_what_the_tracker_got_before_an_interruption_it_does_not_get_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
+    tracker = FakeTracker()
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = [tracker]
+    log = RunLog(accelerator, tmp_path, TrackingConfig(report_to="tensorboard"), last_step=4)
+    for step in (6, 8):
+        log.log(step, step, {"train/loss": 1.0})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8]
+    assert [call[1] for call in tracker.calls if call[0] == "log"] == [8]
+
+
+RESUME = """
+import pathlib, sys
+from accelerate import Accelerator
+from lib.config import TrackingConfig
+from lib.tracking import RunLog
+
+for last_step, steps in ((0, (2, 4, 6)), (4, (6, 8))):
+    log = RunLog(
+        Accelerator(cpu=True, log_with="wandb"), pathlib.Path(), TrackingConfig(report_to="wandb"), last_step,
+        log.run_id if last_step else None,
+    )
+    log.start({"run_name": "mine-s1"}, ["accuracy"])
+    for step in steps:
+        log.log(step, 8 * step, {"train/loss": 1.0 / step})
+    log.close()
+    print(log.run_id)
+"""
+
+
+def test_a_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable[..., str], tmp_path: Path) -> None:
+    first, second = alone(RESUME, WANDB_SILENT="true").splitlines()[-2:]
+    assert first == second
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert {path.name for path in files} == {f"run-{first}.wandb"}
+    assert [steps_of(path) for path in files] == [[2, 4, 6], [8]]
+
+
+def steps_of(path: Path) -> list[int]:
+    """The steps in a W&B file, in its order."""
+    from wandb.proto import wandb_internal_pb2
+
+    steps = []
+    for data in records_of(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            steps.append(int(values.get("_step", record.history.step.num)))
+    return steps
+
+
+def records_of(content: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB, pieces behind 7 bytes each."""
+    position, pieces = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        pieces += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield pieces
+            pieces = b""

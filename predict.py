@@ -1,0 +1,60 @@
+"""Use a model on new text: labels, embeddings, entities, answers, fillings, summaries, translations.
+
+python predict.py "A film that earns its tears." --model outputs/NAME
+accelerate launch predict.py --input reviews.csv --model outputs/NAME --output labels.jsonl
+python predict.py --task feature-extraction --input reviews.txt --output vectors.npy
+"""
+
+import collections
+import sys
+import time
+from pathlib import Path
+
+from lib.cli import parse_cli
+from lib.predict_config import PredictConfig
+
+if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+    CONFIG = parse_cli(PredictConfig)
+
+from lib.inference import answer_rows
+from lib.inputs import count_rows, read_rows
+from lib.modeling import load_tokenizer
+from lib.onnx_export import export_onnx
+from lib.outputs import write_answers
+from lib.processes import finish
+from lib.runtime import build_accelerator, run_script
+from lib.tasks import build_predict, find_source, load_model, text_columns
+from lib.tokens import explain_tokens
+
+
+def main(config: PredictConfig) -> None:
+    """Answer every row of the input once, in its order; what is said about the work goes to stderr."""
+    source = find_source(config)
+    if config.explain_tokens:
+        print(explain_tokens(load_tokenizer(source.model), config.explain_tokens))
+        return
+    accelerator = build_accelerator(source.precision)
+    model, tokenizer = load_model(config, source, accelerator.device)
+    if config.export_onnx:
+        if accelerator.is_main_process:
+            difference = export_onnx(model, tokenizer, Path(config.export_onnx))
+            print(f"written to {config.export_onnx}; largest difference from PyTorch: {difference:.1e}")
+        finish(accelerator, model)
+        return
+
+    predict = build_predict(config, model, tokenizer, accelerator.device)
+    rows = read_rows(config.inputs, text_columns(config, source))
+    answers = answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed)
+    if accelerator.is_main_process:
+        started = time.perf_counter()
+        count = write_answers(config.output, answers, count_rows(config.inputs) if sys.stderr.isatty() else None)
+        seconds = time.perf_counter() - started
+        if config.output:
+            print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
+    else:
+        collections.deque(answers, maxlen=0)
+    finish(accelerator, model)
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG)

@@ -1,0 +1,83 @@
+"""docs/note.md: every predict.py line of it runs as it stands, and the recipe for metrics gives the numbers of eval.py."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import predict
+from lib.cli import parse_cli
+from lib.evaluation import Predictions, compute_metrics
+from lib.predict_config import PredictConfig
+from tests import tiny_models
+from tests.conftest import ROOT, read_lines, sentences, write_csv
+
+NOTE = (ROOT / "docs" / "note.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"(?:[A-Z_]+=\w+ )*(?:python|accelerate launch[^`|\n]*) predict\.py [^`|\n]+", NOTE)
+STAND_INS = {
+    "outputs/movies": "classifier",
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": "classifier",
+    "distilbert/distilroberta-base": "masked",
+    "dbmdz/bert-large-cased-finetuned-conll03-english": "tagger",
+    "distilbert/distilbert-base-cased-distilled-squad": "reader",
+    "sshleifer/distilbart-cnn-12-6": "bart",
+    "openai-community/gpt2": "decoder",
+    "google-t5/t5-base": "t5",
+    "facebook/bart-large-mnli": "entailer",
+}
+REVIEWS = sentences(17)
+
+
+def flags_of(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[[word.endswith("predict.py") for word in words].index(True) + 1 :]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files of the page, and a tiny model under the name of each: a folder rules over the Hub."""
+    folder = tmp_path_factory.mktemp("note")
+    for name, kind in STAND_INS.items():
+        getattr(tiny_models, kind)(folder / name)
+    write_csv(folder / "reviews.csv", REVIEWS)
+    (folder / "article.txt").write_text(" ".join(text for text, _ in REVIEWS) + "\n")
+    (folder / "lib").symlink_to(ROOT / "lib")
+    return folder
+
+
+@pytest.fixture
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    return place
+
+
+def test_the_page_has_a_command_for_each_task():
+    tasks = {parse_cli(PredictConfig, flags_of(command)).task for command in COMMANDS}
+    assert len(tasks) == 9
+    assert len(COMMANDS) >= 15
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.strip()[-60:])
+def test_a_command_of_the_page_runs_as_it_stands(there, capsys, command):
+    config = parse_cli(PredictConfig, [*flags_of(command), "--mixed_precision", "no"])
+    predict.main(config)
+    assert capsys.readouterr().out or (config.output and Path(config.output).stat().st_size)
+
+
+def test_metrics_by_hand_are_those_of_eval_py(there, capsys):
+    (command,) = [command for command in COMMANDS if "logits.jsonl" in command]
+    predict.main(parse_cli(PredictConfig, [*flags_of(command), "--mixed_precision", "no"]))
+    (recipe,) = re.findall(r"```python\n(.*?)```", NOTE, re.DOTALL)
+    namespace: dict = {}
+    exec(compile(recipe, "docs/note.md", "exec"), namespace)  # the page is ours
+    names = ["bad", "good", "mixed"]
+    logits = np.array([list(row["logits"].values()) for row in read_lines(there / "logits.jsonl")])
+    labels = np.array([names.index(label) for _, label in REVIEWS])
+    metrics = ["accuracy", "matthews_correlation", "cohen_kappa", "f1_macro"]
+    wanted = compute_metrics(Predictions(logits, labels, np.zeros(len(labels))), metrics)
+    found = namespace["scores"]
+    assert found == pytest.approx({"f1" if n == "f1_macro" else n: wanted[n] for n in metrics})
+    assert 0 < found["accuracy"] < 1
+    assert "accuracy" in capsys.readouterr().out

@@ -1,0 +1,118 @@
+"""Tiny models with random weights, one for each task; every text differs to them, as their weights are large."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BartConfig,
+    BertConfig,
+    GPT2Config,
+    PreTrainedConfig,
+    RobertaConfig,
+    T5Config,
+)
+
+from tests.conftest import tiny_tokenizer
+
+SIZES = {"vocab_size": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+ENCODER = SIZES | {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 80,
+    "initializer_range": 0.5,
+}
+NAMES = {0: "bad", 1: "good", 2: "mixed"}
+
+
+def labels(names: dict[int, str]) -> dict:
+    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def save(config: PreTrainedConfig, kind: type, folder: Path) -> Path:
+    """A model with random weights, saved with its tokenizer as a pretrained one."""
+    torch.manual_seed(0)
+    kind.from_config(config).eval().save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+def classifier(folder: Path, **settings) -> Path:
+    settings = labels(NAMES) | {"problem_type": "single_label_classification"} | settings
+    return save(RobertaConfig(**ENCODER, **settings), AutoModelForSequenceClassification, folder)
+
+
+def entailer(folder: Path) -> Path:
+    names = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    return save(BertConfig(**ENCODER, **labels(names)), AutoModelForSequenceClassification, folder)
+
+
+def masked(folder: Path) -> Path:
+    return save(RobertaConfig(**ENCODER), AutoModelForMaskedLM, folder)
+
+
+def tagger(folder: Path) -> Path:
+    names = {0: "B-PER", 1: "B-LOC", 2: "I-PER", 3: "O", 4: "I-LOC"}
+    return save(BertConfig(**ENCODER, **labels(names)), AutoModelForTokenClassification, folder)
+
+
+def reader(folder: Path) -> Path:
+    return save(RobertaConfig(**ENCODER), AutoModelForQuestionAnswering, folder)
+
+
+def decoder(folder: Path) -> Path:
+    config = GPT2Config(**SIZES, n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.5)
+    return save(config, AutoModelForCausalLM, folder)
+
+
+def deciding_decoder(folder: Path) -> Path:
+    """A classifier on a decoder that was trained without padding, as those of the GPT family are."""
+    sizes = SIZES | {"pad_token_id": None, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(**sizes, initializer_range=0.5, **labels(NAMES))
+    return save(config, AutoModelForSequenceClassification, folder)
+
+
+def bart(folder: Path) -> Path:
+    config = BartConfig(
+        **SIZES,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=80,
+        init_std=0.5,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+    )
+    return save(config, AutoModelForSeq2SeqLM, folder)
+
+
+def t5(folder: Path) -> Path:
+    """Told its task by words before the text, as the published T5 models are."""
+    prefixes = {
+        "summarization": {"prefix": "the plot was "},
+        "translation_en_to_fr": {"prefix": "the actor felt "},
+    }
+    config = T5Config(
+        **SIZES,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        decoder_start_token_id=1,
+        initializer_factor=5.0,
+        task_specific_params=prefixes,
+    )
+    return save(config, AutoModelForSeq2SeqLM, folder)

@@ -1,0 +1,104 @@
+"""train.py with a fault put into it from outside: faulty.py FAULT FLAG [FLAG ...], where FAULT is a JSON object.
+
+`sleep`: seconds added to every step. `step`: the step at which the others act, on process `rank` (default: all).
+`do`: oom, oom_backward, eval_oom (above `size` samples), nan, freeze, kill, raise. `once`: a file that, once there, stops
+the fault from acting again. `file_bytes`: the largest file that can be written. `free`: free bytes of the disk.
+`tokenize`: seconds that the first process takes to load the data.
+"""
+
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from lib import data, evaluation, training
+
+FAULT = json.loads(sys.argv.pop(1))
+RANK = int(os.environ.get("RANK", "0"))
+step, batch, loss, load = (
+    training.optimizer_step,
+    evaluation.predict_batch,
+    training.micro_batch_loss,
+    data.load_data,
+)
+backward = Accelerator.backward
+
+
+def acts(what: str) -> bool:
+    """Whether the fault `what` is asked for on this process, and for the first time where it is to act once."""
+    if FAULT.get("do") != what or FAULT.get("rank", RANK) != RANK:
+        return False
+    if "once" in FAULT:
+        if Path(FAULT["once"]).exists():
+            return False
+        Path(FAULT["once"]).touch()
+    return True
+
+
+class Now:
+    step = 0
+
+
+def optimizer_step(*arguments: Any) -> Any:
+    Now.step = arguments[-1].step + 1
+    time.sleep(FAULT.get("sleep", 0))
+    if Now.step == FAULT.get("step"):
+        if acts("freeze"):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if acts("kill"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if acts("raise"):
+            raise RuntimeError("a fault")
+    return step(*arguments)
+
+
+def no_memory(size: int) -> None:
+    if size > FAULT["size"]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def micro_batch_loss(model: Any, micro_batch: Any, *arguments: Any) -> torch.Tensor:
+    Now.size = len(micro_batch["labels"])
+    if Now.step >= FAULT.get("step", 0) and acts("oom"):
+        no_memory(Now.size)
+    value = loss(model, micro_batch, *arguments)
+    return value * float("nan") if Now.step == FAULT.get("step") and acts("nan") else value
+
+
+def failing_backward(self: Accelerator, *arguments: Any) -> None:
+    backward(self, *arguments)
+    if Now.step >= FAULT.get("step", 0) and acts("oom_backward"):
+        no_memory(Now.size)
+
+
+def predict_batch(model: Any, inputs: Any, device: Any) -> torch.Tensor:
+    if acts("eval_oom"):
+        no_memory(len(inputs["labels"]))
+    return batch(model, inputs, device)
+
+
+def load_data(*arguments: Any) -> Any:
+    if RANK == 0:
+        time.sleep(FAULT.get("tokenize", 0))
+    return load(*arguments)
+
+
+training.optimizer_step, training.micro_batch_loss = optimizer_step, micro_batch_loss
+Accelerator.backward = failing_backward
+evaluation.predict_batch, data.load_data = predict_batch, load_data
+if "file_bytes" in FAULT:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["file_bytes"], FAULT["file_bytes"]))
+if "free" in FAULT:
+    shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**12, 10**12, FAULT["free"])
+script = Path(__file__).resolve().parent.parent.parent / "train.py"
+sys.argv[0] = str(script)
+runpy.run_path(str(script), run_name="__main__")

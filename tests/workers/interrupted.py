@@ -1,0 +1,93 @@
+"""Train, stop and resume again and again in one process group; test_resume.py compares the folders left behind.
+
+    interrupted.py PLAN FLAG [FLAG ...]
+
+PLAN is a JSON file with a list of calls of train.py: `folder`; `stop`, the step after which the last process is asked to
+stop, and `during`, whether right after the step or in its evaluation; `broken`, what is broken on purpose; `flags`.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import train
+from lib import evaluation, plan, stopping, training
+from lib.cli import parse_cli
+from lib.config import TrainConfig
+
+
+def is_last_process() -> bool:
+    distributed = torch.distributed.is_initialized()
+    return not distributed or torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
+
+
+def ask_to_stop() -> None:
+    if is_last_process():
+        stopping.REQUEST.reason = "a test"
+
+
+def patches(call: dict[str, Any]) -> list[Any]:
+    """What differs from a plain run: the request to stop, and what is broken on purpose."""
+    stop, steps = call.get("stop"), {"made": 0}
+    step, batch, batches, seed = (
+        train.optimizer_step,
+        evaluation.predict_batch,
+        plan.epoch_batches,
+        training.seed_everything,
+    )
+
+    def optimizer_step(*arguments: Any) -> Any:
+        result = step(*arguments)
+        steps["made"] = arguments[-1].step
+        if steps["made"] == stop and call.get("during") != "evaluation":
+            ask_to_stop()
+        return result
+
+    def predict_batch(*arguments: Any) -> Any:
+        if steps["made"] == stop:
+            ask_to_stop()
+        return batch(*arguments)
+
+    made = [
+        mock.patch.object(train, "write_report", mock.Mock(return_value="")),
+        mock.patch.object(train, "finish", mock.Mock()),
+    ]
+    made += [mock.patch.object(train, "optimizer_step", optimizer_step)]
+    made += [mock.patch.object(evaluation, "predict_batch", predict_batch)]
+    if call.get("broken") == "order":
+        made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: batches(a, b, c + 1, d, e))]
+    if call.get("broken") == "dropout":
+        made += [mock.patch.object(training, "seed_everything", lambda first, *key: seed(first + 1, *key))]
+    return made
+
+
+def run(call: dict[str, Any], flags: list[str]) -> None:
+    config = parse_cli(TrainConfig, [*flags, *call.get("flags", []), "--output_dir", call["folder"]])
+    active = patches(call)
+    for patch in active:
+        patch.start()
+    stopping.REQUEST.reason = ""
+    try:
+        train.main(config)
+        assert not call.get("stop"), "the run did not stop"
+    except stopping.Stopped:
+        assert call.get("stop"), "the run stopped by itself"
+    finally:
+        stopping.REQUEST.reason = ""
+        for patch in active:
+            patch.stop()
+
+
+def main(path: str, *flags: str) -> None:
+    for call in json.loads(Path(path).read_text()):
+        run(call, list(flags))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

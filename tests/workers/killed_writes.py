@@ -1,0 +1,121 @@
+"""Kill a process at every write of a save, before and after it; say what is left each time.
+
+    killed_writes.py FOLDER [broken]
+
+Prints one JSON object: the number of kills, and for how many of them no checkpoint, or no best model, was left.
+With `broken` the old checkpoint is removed before the new one is written.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate import Accelerator
+from conftest import tiny_roberta
+from safetensors.torch import load_file
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lib import checkpoint, manifest
+from lib.checkpoint import Checkpointer, publish_model
+from lib.config import ModelConfig, TrainingConfig, UserError
+from lib.modeling import build_model, load_tokenizer
+from lib.plan import State
+from lib.progress import Interval
+from lib.resume import find_checkpoint
+
+WRITES = [
+    *((os, name) for name in ("fsync", "rename", "link", "unlink", "rmdir", "mkdir")),
+    *((checkpoint, name) for name in ("save_model", "write_manifest")),
+    *((torch, "save"), (shutil, "copyfile"), (manifest, "exchange"), (Path, "write_text")),
+]
+
+
+def kill_at(number: int) -> None:
+    """End this process with SIGKILL at the given write: odd numbers before it, even ones after it."""
+    count = 0
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for owner, name in WRITES:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
+    """What train.py does at an evaluation with a new best model."""
+    accelerator = Accelerator(cpu=True)
+    optimizer = AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float(step))
+    optimizer.step()
+    scheduler = LambdaLR(optimizer, lambda _: 1.0)
+    state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0})
+    interval = Interval(accelerator, lambda *_: UserError(""))
+    config = TrainingConfig(save_total_limit=1)
+    publish_model(accelerator, model, tokenizer, folder / "model")
+    Checkpointer(accelerator, folder, config, {}, model, optimizer, scheduler, state, interval).save(None)
+
+
+def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
+    shutil.rmtree(self.folder / "checkpoints")
+    WRITE(self, record)
+
+
+WRITE = Checkpointer.write
+
+
+def main(out: str, broken: str = "") -> None:
+    source = tiny_roberta(Path(out) / "roberta")
+    config = ModelConfig(model=str(source))
+    tokenizer = load_tokenizer(config)
+    model, _ = build_model(config, ["a", "b"], tokenizer)
+    before = Path(out) / "before"
+    before.mkdir()
+    save(before, 1, model, tokenizer)
+    left = {"kills": 0, "no checkpoint": 0, "no model": 0, "old": 0, "new": 0}
+    number, status = 0, 1
+    while status:
+        number += 1
+        folder = Path(out) / "run"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(before, folder)
+        child = os.fork()
+        if child == 0:
+            with mock.patch.object(Checkpointer, "write", remove_first if broken else WRITE):
+                kill_at(number)
+                save(folder, 2, model, tokenizer)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        left["kills"] += status == signal.SIGKILL
+        found = find_checkpoint("auto", folder / "checkpoints")
+        left["no checkpoint"] += found is None
+        if found is not None:
+            left["old" if found.name == "step-1" else "new"] += 1
+            assert json.loads((found / "state.json").read_text())["state"]["step"] == int(found.name[-1])
+        try:
+            load_file(folder / "model" / "model.safetensors")
+        except OSError:
+            left["no model"] += 1
+    print(json.dumps(left))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
