@@ -5,7 +5,7 @@ accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-late
 """
 
 from lib.cli import parse_cli
-from lib.config import EvalConfig
+from lib.eval_config import EvalConfig
 from lib.hub_fetch import fetch
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once

@@ -4,7 +4,8 @@ Who imports whom, asserted by tests/test_architecture.py:
 
     config      -                                        options, UserError
     redaction   -                                        secrets, left out
-    cli         config redaction                         flags and YAML
+    eval_config  config                                  options of eval.py
+    cli         config eval_config redaction             flags and YAML
     catalog     -                                        table of known data sets
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
@@ -27,7 +28,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     progress    batching plan processes
     checkpoint  config manifest optim plan processes progress stopping tracking watchdog
     resume      checkpoint config manifest               which checkpoint to go on from
-    run         cli config data evaluation labels modeling plan report resume runtime sources
+    run         cli config data eval_config evaluation labels modeling plan report resume runtime sources
     model_card  embedded                                 README.md of an exported model
 
     predict_config      config                           options of predict.py
@@ -37,7 +38,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
-    tasks      cli config data embeddings generation inference inputs modeling pipelines predict_config question_answering run
+    tasks       cli config data embeddings eval_config generation inference inputs modeling pipelines
+    tasks       predict_config question_answering run
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config
@@ -47,7 +49,7 @@ Without the Hub, from what lies on disk to what a run asks for:
     endpoint    config redaction                         the environment of the Hub
     hub_files   -                                        one file: its hash, its damage
     hub_cache   config hub_files                         the cache on disk
-    hub_needs   catalog config endpoint hub_cache hub_files redaction                    what a run needs
+    hub_needs   catalog config endpoint eval_config hub_cache hub_files predict_config redaction   what a run needs
     provenance  config hub_cache hub_files               what a folder knows of its origin
     hub_import  config endpoint hub_cache hub_files hub_needs provenance                 folder to cache
     archives    config hub_cache hub_files hub_import provenance                         zip, tar, pack

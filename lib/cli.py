@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from lib.config import DataConfig, EvalConfig, UserError, flatten, require
+from lib.config import DataConfig, UserError, flatten, require
+from lib.eval_config import EvalConfig
 from lib.redaction import SECRET, redact
 
 Config = TypeVar("Config")

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from lib import endpoint as environment
-from lib.config import EvalConfig, HubConfig, TrainConfig, UserError
+from lib.config import HubConfig, UserError
 from lib.endpoint import OFFICIAL, go_offline, is_first_process, is_official, offline_asked, settle_endpoint
 from lib.hub_cache import (
     COMMIT,
@@ -25,12 +25,21 @@ from lib.hub_cache import (
 from lib.hub_client import Fault, Listing, ask, ask_all, download
 from lib.hub_files import has_name, missing_parts
 from lib.hub_import import import_folder, staging_folder
-from lib.hub_needs import Need, damaged_files, missing_from_cache, missing_report, needs_of, read_card, wanted_files
+from lib.hub_needs import (
+    Need,
+    Settings,
+    damaged_files,
+    missing_from_cache,
+    missing_report,
+    needs_of,
+    read_card,
+    wanted_files,
+)
 from lib.provenance import Provenance, list_files
 from lib.redaction import redact
 
 
-def fetch(config: TrainConfig | EvalConfig) -> None:
+def fetch(config: Settings) -> None:
     """Bring what the run needs into the cache, then switch every library offline; end with code 2 and a message if not.
 
     With all of it in the cache, a Hub that does not answer within `--hub_timeout` costs a warning. Of the processes of a

