@@ -47,14 +47,14 @@ Who imports whom, asserted by tests/test_architecture.py:
 Without the Hub, from what lies on disk to what a run asks for:
 
     endpoint    config redaction                         the environment of the Hub
-    hub_files   -                                        one file: its hash, its damage
+    hub_files   manifest                                 one file: its hash, its damage
     hub_cache   config hub_files                         the cache on disk
     hub_needs   catalog config endpoint eval_config hub_cache hub_files predict_config redaction   what a run needs
     provenance  config hub_cache hub_files               what a folder knows of its origin
-    hub_import  config endpoint hub_cache hub_files hub_needs provenance                 folder to cache
-    archives    config hub_cache hub_files hub_import provenance                         zip, tar, pack
+    hub_import  config endpoint hub_cache hub_files hub_needs manifest provenance        folder to cache
+    archives    config hub_cache hub_files hub_import manifest provenance                zip, tar, pack
     hub_client  endpoint hub_cache redaction             questions that always end
-    modelscope_source  config endpoint hub_cache hub_client hub_files hub_needs provenance
+    modelscope_source  config endpoint hub_cache hub_client hub_files hub_needs manifest provenance
     hub_fetch   config endpoint hub_cache hub_client hub_files hub_import hub_needs modelscope_source provenance redaction
     hub_config  config                                   options of hub.py
     doctor      config embedded endpoint hub_cache hub_client hub_config hub_files hub_needs redaction

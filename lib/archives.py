@@ -23,14 +23,14 @@ from lib.hub_cache import (
     snapshot_files,
     verify_repo,
 )
-from lib.hub_files import has_name, sha256
+from lib.hub_files import has_name
 from lib.hub_import import finish_entry, staging_folder
+from lib.manifest import MANIFEST, sha256
 from lib.provenance import Provenance
 
 MAX_FILES = 100_000
 MAX_RATIO = 200
 """A member that unpacks to more than so many times its size in a .zip is a bomb; weights hardly shrink at all."""
-MANIFEST = "manifest.json"
 
 
 # ---------------------------------------------------------------------------------------------------- open

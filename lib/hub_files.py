@@ -8,6 +8,8 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from lib.manifest import sha256
+
 LFS_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".pkl", ".gguf"),
     *(".parquet", ".arrow", ".npy", ".npz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".model"),
@@ -21,19 +23,8 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 def git_hash(path: Path) -> str:
     """The name git gives to a file's content: 40 hex digits, as `git hash-object` prints."""
-    return _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))
-
-
-def sha256(path: Path) -> str:
-    """The name LFS gives to a file's content: 64 hex digits."""
-    return _digest(path, hashlib.sha256())
-
-
-def _digest(path: Path, state: "hashlib._Hash") -> str:
     with path.open("rb") as file:
-        while block := file.read(2**20):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(b"blob %d\0" % path.stat().st_size)).hexdigest()
 
 
 def has_name(path: Path, name: str) -> bool | None:

@@ -16,8 +16,9 @@ from typing import Any
 from lib.config import UserError
 from lib.endpoint import offline_environment
 from lib.hub_cache import COMMIT, Repo, lock_repo, locks_folder, publish_entry, snapshot_files, umask, write_whole
-from lib.hub_files import OPTIONAL_FILES, damage, git_hash, has_name, is_lfs, missing_parts, missing_shards, sha256
+from lib.hub_files import OPTIONAL_FILES, damage, git_hash, has_name, is_lfs, missing_parts, missing_shards
 from lib.hub_needs import read_card
+from lib.manifest import sha256
 from lib.provenance import Provenance, read_provenance, read_sha256_list
 
 UNKNOWN = "00000000"

@@ -14,8 +14,9 @@ from lib.config import UserError
 from lib.endpoint import modelscope_cache, modelscope_endpoint
 from lib.hub_cache import write_whole
 from lib.hub_client import STALL_SECONDS, bounded, first_line
-from lib.hub_files import damage, missing_parts, missing_shards, model_files, sha256
+from lib.hub_files import damage, missing_parts, missing_shards, model_files
 from lib.hub_needs import Need
+from lib.manifest import sha256
 from lib.provenance import list_files
 
 

@@ -8,18 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants, errors, get_session
 
 from lib import hub_client, hub_fetch
 from lib.config import DataConfig, HubConfig, ModelConfig, TrainConfig, UserError
 from lib.endpoint import go_offline
+from lib.eval_config import EvalConfig
 from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo
 from lib.hub_client import Fault, ask, bounded
 from lib.hub_fetch import prepare
 from lib.hub_needs import Need, config_patterns, needs_of
+from lib.predict_config import PredictConfig
+from lib.tasks import find_source
 from tests.conftest import ROOT
 from tests.hub_layouts import COMMIT, cache_of_another_machine
 from tests.loopback_hub import FAULTS, closed_endpoint, commit_of, loopback_hub, repository_files
+from tests.predicting import answers
 from tests.test_hub import write_sst5
 
 MODEL = Need("--model", Repo("user/tiny"))
@@ -120,6 +125,44 @@ def test_eval_ends_in_the_same_way(served: Path, tmp_path: Path) -> None:
         told, _ = command("eval.py", hub.endpoint, tmp_path, "--dataset", "sst5")
     assert "answered 503" in told
     assert "python hub.py import FOLDER --repo_id user/tiny" in told
+
+
+def test_predict_ends_in_the_same_way(served: Path, tmp_path: Path) -> None:
+    with loopback_hub(served, "gated") as hub:
+        told, seconds = command("predict.py", hub.endpoint, tmp_path, "a text")
+        assert "only to users who accepted its terms" in told
+        assert "hf auth login" in told
+        assert "--send_token_to_mirror True" in told
+        assert "python hub.py doctor --model user/tiny" in told
+    assert seconds < 5
+
+
+def test_the_hub_is_not_asked_about_a_folder_that_is_lost(tmp_path: Path) -> None:
+    config = PredictConfig(model=str(tmp_path / "lost"))
+    assert needs_of(config) == []
+    with pytest.raises(UserError, match="lost: no such folder"):
+        find_source(config)
+
+
+def test_predict_asks_for_a_model_with_the_same_trust_as_train() -> None:
+    (need,) = needs_of(PredictConfig(model="user/tiny", model_revision=COMMIT, trust_remote_code=True))
+    assert (need.repo, need.revision, need.code, need.allow_pickle) == (MODEL.repo, COMMIT, True, False)
+    assert needs_of(PredictConfig(model="minilm")) == []
+    for kind in (PredictConfig, EvalConfig):
+        with pytest.raises(UserError, match="--trust_remote_code needs --model_revision COMMIT"):
+            kind(model="user/tiny", model_revision="main", trust_remote_code=True)
+
+
+def test_predict_loads_pickled_weights_only_when_allowed(served: Path) -> None:
+    from transformers import AutoModel
+
+    repository = served / "models" / "user" / "tiny"
+    torch.save(AutoModel.from_pretrained(repository).state_dict(), repository / "pytorch_model.bin")
+    (repository / "model.safetensors").unlink()
+    flags = ["a film", "--model", repository, "--task", "feature-extraction"]
+    with pytest.raises(UserError, match=r"has pickled weights only .*--allow_pickle"):
+        answers(*flags)
+    assert len(answers(*flags, "--allow_pickle", "True")) == 1
 
 
 def test_offline_and_empty_is_told_at_once_with_what_is_missing_and_where_it_was_looked_for(tmp_path: Path) -> None:
