@@ -63,21 +63,19 @@ def prepare(needs: list[Need], hub: HubConfig, endpoint: str) -> None:
 
         fetch_modelscope(need, hub.hub_timeout, hub.verify_hashes)
     needs = [need for need in needs if need.source == "hub"]
-    lacking = {need: missing_from_cache(need) for need in needs}
+    # A commit never changes: one that is whole in the cache is not asked for.
+    open_needs = [need for need in needs if missing_from_cache(need) or not COMMIT.fullmatch(need.revision)]
+    questions = [(need.repo, need.revision) for need in open_needs]
+    answers: list[Listing | Fault]
     if asked := offline_asked():
-        for need in needs:
-            settle_offline(need, lacking[need], endpoint, f"{asked} forbids to ask the Hub", "offline")
+        answers = [Fault("offline", f"{asked} forbids to ask the Hub")] * len(questions)
     else:
-        # A commit never changes: one that is whole in the cache is not asked for.
-        open_needs = [need for need in needs if lacking[need] or not COMMIT.fullmatch(need.revision)]
-        answers = ask_all(
-            [(need.repo, need.revision) for need in open_needs], endpoint, hub.hub_timeout, hub.send_token_to_mirror
-        )
-        for need, answer in zip(open_needs, answers, strict=True):
-            if isinstance(answer, Fault):
-                settle_offline(need, lacking[need], endpoint, answer.text, answer.kind)
-            else:
-                settle_online(need, answer, hub, endpoint)
+        answers = ask_all(questions, endpoint, hub.hub_timeout, hub.send_token_to_mirror)
+    settled = dict(zip(open_needs, answers, strict=True))
+    settle_offline({need: answer for need, answer in settled.items() if isinstance(answer, Fault)}, endpoint)
+    for need, answer in settled.items():
+        if isinstance(answer, Listing):
+            settle_online(need, answer, hub, endpoint)
     for need in needs:
         if faults := damaged_files(need):
             raise UserError(damage_report(need, faults))
@@ -85,14 +83,21 @@ def prepare(needs: list[Need], hub: HubConfig, endpoint: str) -> None:
             verify_hashes(need)
 
 
-def settle_offline(need: Need, lacking: list[str], endpoint: str, reason: str, kind: str) -> None:
-    """Go on from the cache where all is in it, and say so. Raises UserError where it is not."""
-    if lacking:
-        raise UserError(missing_report(need, reason, lacking, endpoint, kind))
-    snapshot = find_snapshot(need.repo, need.revision)
-    copy = f"commit {snapshot.name[:12]}" if snapshot else "as `datasets` has it"
-    if kind != "offline":
-        print(f"warning: {reason}; {need} is read from the cache ({copy})", file=sys.stderr, flush=True)
+def settle_offline(faults: dict[Need, Fault], endpoint: str) -> None:
+    """Go on from the cache, and say so, with what the Hub did not give. Raises UserError for all that is not in it."""
+    lacking = {need: missing_from_cache(need) for need in faults}
+    reports = [
+        missing_report(need, faults[need].text, parts, endpoint, faults[need].kind)
+        for need, parts in lacking.items()
+        if parts
+    ]
+    if reports:
+        raise UserError("\n\n".join(reports))
+    for need, fault in faults.items():
+        snapshot = find_snapshot(need.repo, need.revision)
+        copy = f"commit {snapshot.name[:12]}" if snapshot else "as `datasets` has it"
+        if fault.kind != "offline":
+            print(f"warning: {fault.text}; {need} is read from the cache ({copy})", file=sys.stderr, flush=True)
 
 
 def settle_online(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -> None:
@@ -107,8 +112,7 @@ def settle_online(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -
         elif read_ref(need.repo.folder, need.revision) != listing.commit:
             write_whole(need.repo.folder / "refs" / need.revision, listing.commit)
     except Fault as fault:
-        lacking = missing_from_cache(need)
-        settle_offline(need, lacking, endpoint, fault.text, fault.kind)
+        settle_offline({need: fault}, endpoint)
 
 
 def is_whole(need: Need, listing: Listing) -> bool:

@@ -47,7 +47,14 @@ def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
     settings = environment(endpoint, tmp_path) | {"HF_HUB_OFFLINE": "1"} | without_network(tmp_path)
     offline = results_of(run("train.py", *flags, "--run_name", "offline", processes=1, env=settings))
     assert (tmp_path / "sockets.log").read_text().splitlines() == []
-    for name in ("eval/loss", "test/loss", "test/accuracy", "run/model_commit", "run/model_sha256"):
+    for name in (
+        "eval/loss",
+        "test/loss",
+        "test/accuracy",
+        "run/model_commit",
+        "run/model_sha256",
+        "run/data_fingerprint",
+    ):
         assert offline[name] == online[name], name
 
 

@@ -249,6 +249,17 @@ def test_with_a_full_cache_a_fault_costs_a_warning_and_seconds(
     assert told.startswith("warning: the Hub at ")
 
 
+def test_what_neither_has_is_told_of_all_at_once_and_nothing_is_downloaded_before(served: Path) -> None:
+    nowhere = Need("--dataset", Repo("nobody/nothing", "dataset"))
+    with loopback_hub(served) as hub:
+        with pytest.raises(UserError, match="has no datasets/nobody/nothing"):
+            prepare([MODEL, nowhere], HubConfig(), hub.endpoint)
+        assert hub.downloads == []
+        hub.fault = "503"
+        with pytest.raises(UserError, match=r"(?s)--model user/tiny could .*--dataset SetFit/sst5 could "):
+            prepare([MODEL, DATA], HubConfig(), hub.endpoint)
+
+
 def test_offline_asked_for_opens_no_socket_and_needs_no_answer(
     served: Path, sockets: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
