@@ -134,6 +134,7 @@ def describe_scores(heading: str, scores: dict[str, float]) -> str:
 
 def build_results(
     accelerator: Accelerator,
+    config: TrainConfig,
     state: State,
     data: Data,
     model: nn.Module,
@@ -153,6 +154,7 @@ def build_results(
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         "run/data_fingerprint": data.fingerprint(),
         "run/trainable_parameters": count_parameters(model)[0],
+        **{f"run/{key}": value for key, value in model_origin(config.model).items()},
     }
 
 
