@@ -60,7 +60,8 @@ class RecordingTrainer(Trainer):
 
     def __init__(self, *arguments: Any, batches: OurBatches | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.batches, self.losses = batches, []
+        self.batches = batches
+        self.losses: list[float] = []
 
     def get_train_dataloader(self) -> DataLoader:
         if self.batches is None:

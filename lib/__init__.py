@@ -38,8 +38,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
-    tasks       cli config data embeddings eval_config generation inference inputs modeling pipelines
-    tasks       predict_config question_answering run
+    tasks               cli config data embeddings eval_config generation inference inputs modeling pipelines
+                        predict_config question_answering run
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config

@@ -1,4 +1,4 @@
-"""Every option of eval.py: its name, type, default, help line and check."""
+"""Options of eval.py."""
 
 import dataclasses
 from typing import Annotated

@@ -25,14 +25,15 @@ FILE_OPTIONS = {"train_file", "validation_file", "test_file"}
 
 
 def picture() -> dict[str, set[str]]:
-    """The imports that the docstring of lib names, in one row or several: {module: modules it imports}."""
+    """The imports that the docstring of lib names: {module: modules it imports}."""
     known = {path.stem for path in MODULES}
-    edges = {}
+    edges: dict[str, set[str]] = {}
     for line in (lib.__doc__ or "").splitlines():
-        name = (line.split() or [""])[0]
+        name, *uses = re.split(r"\s{2,}", line.strip())
+        if line.startswith(" " * 12):  # goes on with the module of the line above
+            name, uses = list(edges)[-1], [line]
         if name in known:
-            row = {word for word in re.split(r"\s{2,}", line.strip())[1].split() if word in known}
-            edges[name] = edges.get(name, set()) | row
+            edges.setdefault(name, set()).update(word for word in uses[0].split() if word in known)
     return edges
 
 

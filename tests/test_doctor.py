@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lib import doctor
+from lib import doctor, hub_needs
 from lib.config import HubConfig
 from lib.doctor import diagnose
 from lib.hub_cache import Repo, find_snapshot
@@ -171,7 +171,8 @@ def test_where_the_hub_is_silent_a_mirror_is_advised_only_if_it_answers(
     with loopback_hub(served) as hub:
         mirror = hub.endpoint if answers else closed_endpoint()
         monkeypatch.setattr(doctor, "MIRRORS", (mirror,))
-        monkeypatch.setattr(doctor, "is_official", lambda endpoint: endpoint == down)
+        for module in (doctor, hub_needs):
+            monkeypatch.setattr(module, "is_official", lambda endpoint: endpoint == down)
         page, healthy = ask(down)
     assert not healthy
     assert (f"export HF_ENDPOINT={mirror}   # this mirror answers and has all of it" in page) is answers

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants, errors, get_session
+from huggingface_hub import HfApi, constants, errors, get_session
 
 from lib import hub_client, hub_fetch
 from lib.config import DataConfig, HubConfig, ModelConfig, TrainConfig, UserError
-from lib.endpoint import go_offline
+from lib.endpoint import go_offline, settle_endpoint
 from lib.eval_config import EvalConfig
 from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo
 from lib.hub_client import Fault, ask, bounded
@@ -326,6 +326,18 @@ def test_a_mirror_gets_the_token_only_when_asked(send: bool, served: Path, monke
         prepare([MODEL], HubConfig(send_token_to_mirror=send), hub.endpoint)
         assert hub.downloads
         assert (f"Bearer {TOKEN}" in hub.tokens) is send
+        assert bool(hub.tokens) is send
+
+
+@pytest.mark.parametrize("send", [False, True])
+def test_the_libraries_send_a_mirror_no_token_of_their_own(
+    send: bool, served: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with loopback_hub(served) as hub:
+        settle_endpoint(hub.endpoint, send)
+        HfApi(endpoint=hub.endpoint).model_info("user/tiny")
+        assert hub.requests
         assert bool(hub.tokens) is send
 
 
