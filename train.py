@@ -106,9 +106,7 @@ def main(config: TrainConfig) -> None:
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
     scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
-    results = run.build_results(
-        accelerator, config, state, data, model, {"validation": state.best_scores, split: scores}
-    )
+    results = run.build_results(accelerator, config, state, data, model, split, scores)
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
         print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)

@@ -138,10 +138,12 @@ def build_results(
     state: State,
     data: Data,
     model: nn.Module,
-    scores: dict[str, dict[str, float]],
+    split: str,
+    scores: dict[str, float],
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
-    flat = {f"{prefix(split)}/{name}": value for split, values in scores.items() for name, value in values.items()}
+    by_split = {"validation": state.best_scores, split: scores}
+    flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
     return flat | {
         "best_step": state.best_step,
         "steps": state.step,
