@@ -6,9 +6,11 @@ accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-late
 
 from lib.cli import parse_cli
 from lib.eval_config import EvalConfig
+from lib.hub_fetch import fetch
 
-if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(EvalConfig)
+    fetch(CONFIG)
 
 from lib.adaptation import load_classifier, tokenizer_source
 from lib.batching import build_collator

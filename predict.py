@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 from lib.cli import parse_cli
+from lib.hub_fetch import fetch
 from lib.predict_config import PredictConfig
 
-if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(PredictConfig)
+    fetch(CONFIG)
 
 from lib.inference import answer_rows
 from lib.inputs import count_rows, read_rows

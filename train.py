@@ -3,18 +3,19 @@
     accelerate launch train.py                                         a small model and real data, no Hub needed
     accelerate launch train.py --model roberta-base --dataset sst5
     CUDA_VISIBLE_DEVICES=2,3 accelerate launch train.py --train_file train.csv --validation_file dev.csv
-
 The flow: settings -> data -> model -> steps -> best model -> final test. What each part does is in lib/.
 """
 
 import functools
 
 from lib.cli import parse_cli
-from lib.config import TrainConfig
+from lib.hub_fetch import fetch
 from lib.stopping import watch_signals
+from lib.train_config import TrainConfig
 
-if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(TrainConfig)
+    fetch(CONFIG)
     watch_signals()
 
 from lib import run
@@ -82,7 +83,6 @@ def main(config: TrainConfig) -> None:
                 interval.add(loss_sum, grad_norm, window, state.step, state.learning_rate)
                 progress.step(state)
             agree_to_stop(accelerator)
-
             if plan.is_eval_step(state.step) or state.step % tracking.logging_steps == 0:
                 values = interval.read() | plan.position(state)
                 progress.show(state.step, values)
@@ -105,7 +105,7 @@ def main(config: TrainConfig) -> None:
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
     scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
-    results = run.build_results(accelerator, state, data, model, {"validation": state.best_scores, split: scores})
+    results = run.build_results(accelerator, config, state, data, model, split, scores)
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
         run.end_run(folder, split, scores, metrics, predictions, data, settings, results)

@@ -27,13 +27,13 @@ from transformers import Trainer, TrainingArguments  # noqa: E402
 from lib import run  # noqa: E402
 from lib.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
 from lib.cli import parse_cli  # noqa: E402
-from lib.config import TrainConfig  # noqa: E402
 from lib.data import Data, load_data  # noqa: E402
 from lib.evaluation import compute_metric  # noqa: E402
 from lib.modeling import build_model, load_tokenizer  # noqa: E402
 from lib.optim import warmup_steps  # noqa: E402
 from lib.plan import Plan, build_plan  # noqa: E402
 from lib.runtime import resolve_precision, seed_everything  # noqa: E402
+from lib.train_config import TrainConfig  # noqa: E402
 
 
 class OurBatches:

@@ -3,8 +3,10 @@
 Who imports whom, asserted by tests/test_architecture.py:
 
     config      -                                        options, UserError
+    redaction   -                                        secrets, left out
+    train_config  config                                 options of train.py
     eval_config  config                                  options of eval.py
-    cli         config eval_config                       flags and YAML
+    cli         config eval_config redaction             flags and YAML
     catalog     -                                        table of known data sets
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
@@ -16,8 +18,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     optim       config
     embedded    config                                   minilm and movie_reviews
     labels      config
-    modeling    config embedded
-    sources     catalog config embedded                  data sets as stored
+    modeling    config embedded endpoint hub_cache hub_files hub_needs modelscope_source
+    sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
     data        batching config labels sources           data sets as trained on
     plan        batching config data                 the plan of a run, its state, its batches
     training    batching config data memory optim plan processes runtime watchdog
@@ -33,6 +35,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     resume      checkpoint config manifest               which checkpoint to go on from
     model_card  embedded                                 README.md of an exported model
     run         cli config data eval_config evaluation labels model_card modeling plan report resume runtime sources
+                train_config
 
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row
@@ -42,8 +45,23 @@ Who imports whom, asserted by tests/test_architecture.py:
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
     tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
-                        predict_config question_answering run
+                        predict_config question_answering run train_config
     outputs             config inference inputs report   answers to files
     tokens              report
     onnx_export         config
+
+Without the Hub, from what lies on disk to what a run asks for:
+
+    endpoint    config redaction                         the environment of the Hub
+    hub_files   manifest                                 one file: its hash, its damage
+    hub_cache   config hub_files                         the cache on disk
+    hub_needs   catalog config endpoint eval_config hub_cache hub_files predict_config redaction train_config
+    provenance  config hub_cache hub_files               what a folder knows of its origin
+    hub_import  config endpoint hub_cache hub_files hub_needs manifest provenance        folder to cache
+    archives    config hub_cache hub_files hub_import manifest provenance                zip, tar, pack
+    hub_client  endpoint hub_cache redaction             questions that always end
+    modelscope_source  config endpoint hub_cache hub_client hub_files hub_needs manifest provenance
+    hub_fetch   config endpoint hub_cache hub_client hub_files hub_import hub_needs modelscope_source provenance redaction
+    hub_config  config                                   options of hub.py
+    doctor      config embedded endpoint hub_cache hub_client hub_config hub_files hub_needs redaction train_config
 """

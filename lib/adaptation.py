@@ -217,19 +217,18 @@ def label_settings(folder: Path) -> dict[str, Any]:
 
 def load_base(base: ModelConfig, folder: Path, labels: dict[str, Any]) -> tuple[Any, set[str]]:
     """The model below an adapter with a head of the right size, and the names of weights that its checkpoint lacks."""
-    path, revision = modeling.resolve_model(base.model), base.model_revision or "main"
+    path = modeling.resolve_model(base)
     with modeling.loading(base):
         if (folder / "config.json").is_file():
             settings = AutoConfig.from_pretrained(folder)
         else:
-            settings = AutoConfig.from_pretrained(path, revision=revision)
+            settings = AutoConfig.from_pretrained(path, **modeling.load_settings(base))
             for name, value in labels.items():
                 setattr(settings, name, value)
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=settings,
-            revision=revision,
-            dtype=torch.float32,
+            **modeling.weight_settings(base),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )

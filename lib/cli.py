@@ -15,6 +15,7 @@ import yaml
 
 from lib.config import DataConfig, UserError, flatten, require
 from lib.eval_config import EvalConfig
+from lib.redaction import SECRET, redact
 
 Config = TypeVar("Config")
 _SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
@@ -38,6 +39,7 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     given = switch_on(given, set(switches(kind)))
     try:
         arguments = expand_config(given)
+        refuse_secrets(arguments)
         run = last_value(arguments, "--run") if kind is EvalConfig else None
         if run is not None:
             arguments = [*flags_of_run(Path(run), arguments), *arguments]
@@ -54,6 +56,34 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
         if ended.code and "--config" in given:
             print(f"(with the options of --config {last_value(given, '--config')})", file=sys.stderr)
         raise
+
+
+def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
+    """Read a command of `kinds` and its flags, as `hub.py import FOLDER --repo_id NAME`; ends with code 2 as above."""
+    arguments = [part for item in (sys.argv[1:] if argv is None else argv) for part in split_flag(item)]
+    try:
+        refuse_secrets(arguments)
+        return tyro.extras.subcommand_cli_from_dict(
+            kinds,
+            args=arguments,
+            description="Models and data sets on machines that cannot reach the Hub.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+            use_underscores=True,
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Raise UserError for a token or password among the flags: trackers and process lists show them to everyone."""
+    for flag, value in itertools.pairwise(["", *arguments]):
+        if SECRET.search(value):
+            raise UserError(
+                f"{flag} {redact(value)}: a secret does not belong on the command line or in a YAML file, where "
+                "logs and trackers keep it. Use `hf auth login` or HF_TOKEN for a token, HF_ENDPOINT for an address with a "
+                "password; and take this one back."
+            )
 
 
 def split_flag(argument: str) -> list[str]:

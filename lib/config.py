@@ -2,12 +2,14 @@
 
 import dataclasses
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
+Source = Literal["hub", "modelscope"]
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -47,12 +49,19 @@ class ModelConfig:
     """`minilm` (comes with the installation), a folder, or a Hub id such as roberta-base."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
+    source: Source = "hub"
+    """Where a model that is no folder comes from: the Hub or its mirror, or ModelScope (package modelscope)."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    trust_remote_code: bool = False
+    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
     freeze: str | None = None
     """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
 
     def __post_init__(self) -> None:
         known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
+        check_trust(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,26 +250,20 @@ class TrackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Fine-tune a text classifier.
+class HubConfig:
+    """Hub and mirrors."""
 
-    Options can be collected in a YAML file: `train.py --config recipe.yaml [flags that override it]`.
-    """
-
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
-    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
-    tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
-    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
-    metrics: tuple[str, ...] | None = None
-    """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
-    cohen_kappa, or one of the Hub. [default: those of the data set, else accuracy and f1_macro]"""
-    mixed_precision: Precision = "auto"
-    """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
+    hub_endpoint: str | None = None
+    """Address of the Hub or a mirror, such as https://hf-mirror.com. [default: HF_ENDPOINT, else the Hub]"""
+    hub_timeout: float = 5.0
+    """Seconds within which the Hub must answer; then the run goes on from the cache, or stops and says what is missing."""
+    verify_hashes: bool = False
+    """Compare all files with the hashes the Hub names before they are used; those of a mirror with the Hub's own."""
+    send_token_to_mirror: bool = False
+    """Send your Hub token also to a mirror."""
 
     def __post_init__(self) -> None:
-        require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
+        check_positive(self, "hub_timeout")
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -268,6 +271,15 @@ def check_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, f"--{name} must be above 0, got {value}")
+
+
+def check_trust(config: Any) -> None:
+    """Raise UserError unless the program that a model may bring is a folder's, or pinned to a commit."""
+    pinned = len(config.model_revision or "") == 40 or Path(config.model or "").is_dir()
+    require(
+        not config.trust_remote_code or pinned,
+        "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
+    )
 
 
 def is_plain_name(name: str) -> bool:

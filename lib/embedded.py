@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 from lib.config import UserError
@@ -26,6 +28,11 @@ VADER_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9
 RATINGS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 ARCHIVE_MEMBER = f"{VADER}-{VADER_VERSION}/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+ANSWER_SECONDS = 5
+"""The package index must answer within so many seconds."""
+DOWNLOAD_SECONDS = 600
+"""Once it has, pip may take so long for the two megabytes."""
 
 FIVE_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
 FIVE_CUTS = (-1.5, -0.5, 0.5, 1.5)
@@ -99,22 +106,53 @@ def tar_member(archive: bytes, name: str) -> bytes:
 
 
 def fetch_package() -> bytes:
-    """The source package through pip, which honours the user's index, proxy and certificates."""
+    """The source package through pip, which honours the user's index, proxy and certificates.
+
+    Raises UserError when the index does not answer within ANSWER_SECONDS, or has no such package.
+    """
     with tempfile.TemporaryDirectory() as folder:
         requirement = Path(folder) / "requirement.txt"
         requirement.write_text(f"{VADER}=={VADER_VERSION} --hash=sha256:{VADER_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", VADER]
-        command += ["--require-hashes", "-r", str(requirement), "-d", folder, "--disable-pip-version-check"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", VADER, "--require-hashes"]
+        command += ["-r", str(requirement), "-d", folder, "--disable-pip-version-check", "--no-input"]
+        reason = run_pip([*command, "--retries", "0", "--timeout", str(ANSWER_SECONDS)])
         packages = list(Path(folder).glob("*.tar.gz"))
-        if done.returncode or not packages:
-            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        if reason or not packages:
             raise UserError(
-                f"--dataset movie_reviews: pip could not fetch {VADER} {VADER_VERSION}: {reason}\n"
+                f"--dataset movie_reviews: pip could not fetch {VADER} {VADER_VERSION}: {reason or 'no reason given'}\n"
                 "Reach a package index once (pip config set global.index-url MIRROR), or train on a file of your own "
                 "with --train_file."
             )
         return packages[0].read_bytes()
+
+
+def run_pip(command: list[str]) -> str | None:
+    """Run pip; None, or why it failed. Its own time-outs do not cover the name server, so that its words are watched:
+
+    unless it says within ANSWER_SECONDS that it is downloading, the index is not there.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    lines: list[str] = []
+
+    def read() -> None:
+        for line in process.stdout or ():
+            lines.append(line)  # noqa: PERF402 - seen by the loop below as it comes
+
+    def is_answered() -> bool:
+        return any(line.strip().startswith(("Downloading", "Using cached")) for line in lines)
+
+    reader, started = threading.Thread(target=read, daemon=True), time.monotonic()
+    reader.start()
+    while process.poll() is None:
+        limit = DOWNLOAD_SECONDS if is_answered() else ANSWER_SECONDS
+        if time.monotonic() - started > limit:
+            process.kill()
+            process.wait()
+            return f"the package index did not answer within {limit} seconds"
+        time.sleep(0.05)
+    reader.join()
+    errors = [line.strip() for line in lines if line.startswith("ERROR")] or lines[-1:]
+    return None if process.returncode == 0 else (errors[-1] if errors else "no reason given")
 
 
 def split_of(text: str) -> str:

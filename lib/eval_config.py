@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Annotated
 
-from lib.config import DataConfig, Precision, alias, check_positive, require
+from lib.config import DataConfig, HubConfig, Precision, Source, alias, check_positive, check_trust, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,19 @@ class EvalConfig:
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     run: str | None = None
     """Folder of a finished run."""
     model: Annotated[str | None, alias("--model_name_or_path")] = None
     """A classifier: folder or Hub id."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
+    source: Source = "hub"
+    """Where a model that is no folder comes from; see train.py --help."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    trust_remote_code: bool = False
+    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
     split: str = "test"
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None
@@ -38,3 +45,4 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(bool(self.run) != bool(self.model), "give either --run FOLDER or --model ID_OR_FOLDER")
         check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
+        check_trust(self)

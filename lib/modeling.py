@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from lib import embedded
 from lib.config import ModelConfig, UserError
+from lib.endpoint import settle_endpoint
+from lib.hub_cache import REPO_ID, Repo, find_snapshot
+from lib.hub_files import weight_files
+from lib.hub_needs import Need, advice
+from lib.modelscope_source import modelscope_folder, read_record
 
 
 def model_name(model: str) -> str:
@@ -19,8 +25,40 @@ def model_name(model: str) -> str:
     return model.rstrip("/").split("/")[-1]
 
 
-def resolve_model(model: str) -> str:
-    return str(embedded.minilm_folder()) if model == "minilm" else model
+def resolve_model(config: ModelConfig) -> str:
+    """The folder of a model: of minilm, the user's, ModelScope's, or the snapshot in the cache; else its Hub name."""
+    if config.model == "minilm":
+        return str(embedded.minilm_folder())
+    if Path(config.model).is_dir():
+        return config.model
+    if config.source == "modelscope":
+        return str(modelscope_folder(config.model, config.model_revision or "master"))
+    snapshot = find_snapshot(Repo(config.model), config.model_revision) if REPO_ID.fullmatch(config.model) else None
+    return str(snapshot or config.model)
+
+
+def model_origin(config: ModelConfig) -> dict[str, str]:
+    """Commit (or ModelScope revision) and sha256 of the weights of a model that was fetched; nothing for a folder."""
+    folder = Path(resolve_model(config))
+    record = read_record(config.model, config.model_revision or "master") if config.source == "modelscope" else None
+    if record:
+        weights = [record["files"][name] for name in weight_files(record["files"], config.allow_pickle)]
+        return {"model_source": record["source"], "model_commit": record["revision"], "model_sha256": " ".join(weights)}
+    if folder.parent.name != "snapshots" or Path(config.model).is_dir():
+        return {}
+    names = weight_files([path.name for path in folder.iterdir()], config.allow_pickle)
+    blobs = [(folder / name).resolve().name for name in names]
+    return {"model_commit": folder.name, "model_sha256": " ".join(blob for blob in blobs if len(blob) == 64)}
+
+
+def load_settings(config: ModelConfig) -> dict[str, Any]:
+    """Revision and trust, for every loader: no program of a repository runs unless it was asked for."""
+    return {"revision": config.model_revision or "main", "trust_remote_code": config.trust_remote_code}
+
+
+def weight_settings(config: ModelConfig) -> dict[str, Any]:
+    """The same for weights, which are safetensors unless pickles are allowed."""
+    return load_settings(config) | {"use_safetensors": None if config.allow_pickle else True, "dtype": torch.float32}
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -29,7 +67,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     Raises UserError when it cannot be loaded.
     """
     with loading(config):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config.model), revision=config.model_revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(config), **load_settings(config))
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
             f"--model {config.model}: its tokenizer has neither a padding nor an end token; add a pad_token to it"
@@ -45,9 +83,9 @@ def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> 
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master; a head of another
     size is replaced. Raises UserError when the model cannot be loaded.
     """
-    path, revision = resolve_model(config.model), config.model_revision or "main"
     with loading(config):
-        settings = AutoConfig.from_pretrained(path, revision=revision)
+        path = resolve_model(config)
+        settings = AutoConfig.from_pretrained(path, **load_settings(config))
         settings.num_labels = len(label_names)
         settings.id2label = dict(enumerate(label_names))
         settings.label2id = {name: number for number, name in enumerate(label_names)}
@@ -56,8 +94,7 @@ def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> 
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
             config=settings,
-            revision=revision,
-            dtype=torch.float32,
+            **weight_settings(config),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
@@ -82,9 +119,8 @@ def load_trained(config: ModelConfig, kind: Any, name: str) -> PreTrainedModel:
     """
     with loading(config):
         model, info = kind.from_pretrained(
-            resolve_model(config.model),
-            revision=config.model_revision or "main",
-            dtype=torch.float32,
+            resolve_model(config),
+            **weight_settings(config),
             output_loading_info=True,
         )
     headless = kind is AutoModel
@@ -109,14 +145,36 @@ def loading(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--model {config.model} could not be loaded: {reason}\n"
-            "Give a folder with config.json and weights, a Hub id with the network or a mirror (HF_ENDPOINT) at hand, "
-            "or --model minilm, which needs neither."
-        ) from error
+        raise UserError(load_report(config, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+def load_report(config: ModelConfig, error: Exception) -> str:
+    """Why a model could not be loaded, and what to do about it."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return (
+            f"--model {config.model} brings a program of its own, which is not run unless you ask for it: read it, then "
+            "--trust_remote_code --model_revision COMMIT"
+        )
+    folder = Path(resolve_model(config))
+    if folder.is_dir() and not config.allow_pickle:
+        names = [path.name for path in folder.iterdir()]
+        if not weight_files(names, False) and weight_files(names, True):
+            return (
+                f"--model {config.model} has pickled weights only (.bin), which can run programs when they are loaded; "
+                "if you trust who made them: --allow_pickle"
+            )
+    given = (
+        f"--model {config.model} could not be loaded: {reason}\n"
+        "Give a folder with config.json and weights, a Hub id with the network or a mirror (HF_ENDPOINT) at hand, "
+        "or --model minilm, which needs neither."
+    )
+    if (folder.is_dir() and Path(config.model).is_dir()) or not REPO_ID.fullmatch(config.model):
+        return given
+    need = Need("--model", Repo(config.model), config.model_revision or "main")
+    return "\n".join([given, "One of:", *(f"  {line}" for line in advice(need, settle_endpoint(None)))])
 
 
 # ---------------------------------------------------------------------------------------------------- freezing

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config import Precision, UserError, alias, check_positive, require
+from lib.config import HubConfig, Precision, Source, UserError, alias, check_positive, check_trust, require
 
 TaskName = Literal[
     "feature-extraction",
@@ -141,6 +141,13 @@ class PredictConfig:
     """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
+    source: Source = "hub"
+    """Where a model that is no folder comes from; see train.py --help."""
+    allow_pickle: bool = False
+    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    trust_remote_code: bool = False
+    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+    hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     output: str | None = None
     """File to write: jsonl or csv; npy or parquet for embeddings. [default: jsonl on the standard output]"""
     top_k: int | None = None
@@ -167,6 +174,7 @@ class PredictConfig:
     def __post_init__(self) -> None:
         check_positive(self, "top_k", "max_length", "per_device_eval_batch_size")
         require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        check_trust(self)
         check_task(self)
         if self.output is not None:
             suffix = Path(self.output).suffix.lower()
@@ -174,6 +182,11 @@ class PredictConfig:
             require(suffix in OUTPUT_FORMATS, f"--output {self.output}: the name must end in one of {endings}")
             text = suffix in (".jsonl", ".csv") or self.task == "feature-extraction"
             require(text, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
+
+
+def is_lost_folder(model: str) -> bool:
+    """Whether a model is the path of a folder that is not there, below one that is; not a name to ask the Hub about."""
+    return "/" in model and Path(model).parent.is_dir() and not Path(model).is_dir()
 
 
 def check_task(config: PredictConfig) -> None:

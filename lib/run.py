@@ -10,18 +10,19 @@ from torch import nn
 from transformers import DataCollatorWithPadding
 
 from lib.cli import load_config, save_config
-from lib.config import AdapterConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.data import Data
 from lib.eval_config import EvalConfig
 from lib.evaluation import Predictions, check_metrics, prefix
 from lib.labels import label_counts
 from lib.model_card import write_model_card
-from lib.modeling import count_parameters, model_name
+from lib.modeling import count_parameters, model_name, model_origin
 from lib.plan import Plan, State, best_metric, epoch_padding_share, step_indices
 from lib.report import finite, write_report
 from lib.resume import choose_checkpoint, compare_settings, experiment_hash
 from lib.runtime import describe_devices, peak_memory_gib, run_record
 from lib.sources import dataset_name, default_metrics
+from lib.train_config import TrainConfig
 
 
 def run_name(config: TrainConfig) -> str:
@@ -90,6 +91,7 @@ def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, mode
         "trainable_parameters": trainable,
         "parameters": total,
     }
+    record |= model_origin(config.model)
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
     return settings | {"run/experiment": experiment_hash(settings)}
@@ -148,13 +150,16 @@ def describe_scores(heading: str, scores: dict[str, float]) -> str:
 
 def build_results(
     accelerator: Accelerator,
+    config: TrainConfig,
     state: State,
     data: Data,
     model: nn.Module,
-    scores: dict[str, dict[str, float]],
+    split: str,
+    scores: dict[str, float],
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
-    flat = {f"{prefix(split)}/{name}": value for split, values in scores.items() for name, value in values.items()}
+    by_split = {"validation": state.best_scores, split: scores}
+    flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
     return flat | {
         "best_step": state.best_step,
         "steps": state.step,
@@ -168,6 +173,7 @@ def build_results(
         "run/data_fingerprint": data.fingerprint(),
         "run/trainable_parameters": count_parameters(model)[0],
         "run/parameters": count_parameters(model)[1],
+        **{f"run/{key}": value for key, value in model_origin(config.model).items()},
     }
 
 
@@ -201,7 +207,8 @@ def eval_model(config: EvalConfig) -> ModelConfig:
     """The model to score: that of the run, or the one named. Raises UserError when the run kept none."""
     if config.run is None:
         assert config.model is not None
-        return ModelConfig(model=config.model, model_revision=config.model_revision)
+        trust: dict[str, Any] = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
+        return ModelConfig(config.model, config.model_revision, config.source, **trust)
     folder = Path(config.run) / "model"
     if not (folder / "config.json").is_file():
         raise UserError(f"--run {config.run} has no model folder yet; let train.py reach its first evaluation")

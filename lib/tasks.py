@@ -14,7 +14,7 @@ from transformers import pipeline
 
 from lib.adaptation import adapter_folder, load_classifier, tokenizer_source
 from lib.cli import load_config
-from lib.config import DataConfig, ModelConfig, TrainConfig, UserError
+from lib.config import DataConfig, ModelConfig, UserError
 from lib.data import TEXT_GUESSES
 from lib.embeddings import build_embedder
 from lib.eval_config import EvalConfig
@@ -23,9 +23,10 @@ from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
 from lib.modeling import load_tokenizer, load_trained
 from lib.pipelines import PIPELINES
-from lib.predict_config import PredictConfig
+from lib.predict_config import PredictConfig, is_lost_folder
 from lib.question_answering import build_reader
 from lib.run import run_precision
+from lib.train_config import TrainConfig
 
 MODELS = {
     "feature-extraction": "AutoModel",
@@ -57,9 +58,10 @@ def find_source(config: PredictConfig) -> Source:
     """
     folder = Path(config.model)
     if not (folder / "config.yaml").is_file():
-        if "/" in config.model and folder.parent.is_dir() and not folder.is_dir():
+        if is_lost_folder(config.model):
             raise UserError(f"--model {config.model}: no such folder")
-        named = ModelConfig(model=config.model, model_revision=config.model_revision)
+        trust: dict[str, Any] = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
+        named = ModelConfig(config.model, config.model_revision, config.source, **trust)
         return Source(named, None, config.mixed_precision)
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"--model {config.model} has no model folder yet; let train.py reach its first evaluation")

@@ -105,6 +105,24 @@ def roberta_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_roberta(tmp_path_factory.mktemp("roberta_without_dropout"), dropout=0.0, initializer_range=0.3)
 
 
+@pytest.fixture
+def sockets(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Every address that somebody connects to or looks up; no connection is made."""
+    import socket
+
+    asked: list = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network in this test")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    return asked
+
+
 Command = Callable[..., subprocess.CompletedProcess]
 
 

@@ -18,9 +18,10 @@ from lib.adaptation import adapt, adapter_folder, load_classifier, restore_weigh
 from lib.adapters import ARCHITECTURES, Bottleneck, bottlenecks_of
 from lib.checkpoint import publish_model
 from lib.cli import parse_cli
-from lib.config import AdapterConfig, ModelConfig, TrainConfig, UserError, flatten
+from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.eval_config import EvalConfig
 from lib.modeling import build_model, count_parameters, load_tokenizer, set_train_mode
+from lib.train_config import TrainConfig
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
 from tests.loopback_hub import loopback_hub

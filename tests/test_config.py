@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lib import config, eval_config
+from lib import config, eval_config, train_config
 from lib.cli import load_config, parse_cli, save_config
-from lib.config import DataConfig, ModelConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig, flatten
+from lib.config import DataConfig, ModelConfig, OptimConfig, TrackingConfig, TrainingConfig, flatten
 from lib.eval_config import EvalConfig
+from lib.train_config import TrainConfig
 from tests.conftest import ROOT
 
 Capture = pytest.CaptureFixture[str]
@@ -224,9 +225,9 @@ def test_yaml_in_another_encoding_is_refused(capsys: Capture, tmp_path: Path) ->
 
 
 def documented_options() -> dict[str, str]:
-    """The help line below each option of lib/config.py and lib/eval_config.py; empty where there is none."""
+    """The help line below each option of train.py and eval.py; empty where there is none."""
     lines: dict[str, str] = {}
-    for section in ast.walk(ast.parse(inspect.getsource(config) + inspect.getsource(eval_config))):
+    for section in ast.walk(ast.parse("".join(map(inspect.getsource, (config, train_config, eval_config))))):
         if isinstance(section, ast.ClassDef) and section.name.endswith("Config"):
             for statement, after in zip(section.body, [*section.body[1:], None], strict=True):
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):

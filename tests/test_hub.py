@@ -36,10 +36,59 @@ def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
         done = run("train.py", *flags, processes=1, env=environment(endpoint, tmp_path))
     assert any("SetFit/sst5" in path for path in requests)
     assert any("model.safetensors" in path for path in requests)
-    assert results_of(done)["samples_seen"] == 40
+    online = results_of(done)
+    assert online["samples_seen"] == 40
     folder = tmp_path / "outputs" / "roberta-base-sst5-lr5e-05-bs32-ep1-s42"
     names = json.loads((folder / "model" / "config.json").read_text())["id2label"]
     assert tuple(names.values()) == NAMES
+    assert "fetching --model roberta-base" in done.stderr
+
+    # Again from the cache, in processes that cannot open a connection and write down who tries.
+    settings = environment(endpoint, tmp_path) | {"HF_HUB_OFFLINE": "1"} | without_network(tmp_path)
+    offline = results_of(run("train.py", *flags, "--run_name", "offline", processes=1, env=settings))
+    assert (tmp_path / "sockets.log").read_text().splitlines() == []
+    for name in (
+        "eval/loss",
+        "test/loss",
+        "test/accuracy",
+        "run/model_commit",
+        "run/model_sha256",
+        "run/data_fingerprint",
+    ):
+        assert offline[name] == online[name], name
+
+
+def without_network(folder):
+    """Settings under which every Python process refuses to connect or to look up a name, and logs that it was asked to."""
+    (folder / "sockets.log").write_text("")
+    (folder / "guard").mkdir()
+    (folder / "guard" / "sitecustomize.py").write_text(GUARD.format(log=str(folder / "sockets.log")))
+    return {"PYTHONPATH": str(folder / "guard")}
+
+
+GUARD = """
+import socket
+
+def refuse(*arguments, **_):
+    if not (isinstance(arguments[0], socket.socket) and arguments[0].family == socket.AF_UNIX):
+        with open({log!r}, "a") as file:
+            file.write(repr(arguments) + chr(10))
+        raise OSError("no network in this test")
+
+for name in ("connect", "connect_ex"):
+    setattr(socket.socket, name, refuse)
+socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
+"""
+
+
+def test_the_guard_of_the_test_above_sees_who_asks(run, tmp_path):
+    (tmp_path / "hub").mkdir()
+    with loopback_hub(tmp_path / "hub") as (endpoint, requests):
+        settings = environment(endpoint, tmp_path) | without_network(tmp_path)
+        done = run("eval.py", "--model", "user/tiny", "--dataset", "sst5", code=2, env=settings)
+    assert requests == []
+    assert "127.0.0.1" in (tmp_path / "sockets.log").read_text()
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_hub_name_ends_with_the_names_there_are(run, tmp_path):

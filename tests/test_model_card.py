@@ -3,8 +3,9 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from lib.config import DataConfig, ModelConfig, TrackingConfig, TrainConfig, flatten
+from lib.config import DataConfig, ModelConfig, TrackingConfig, flatten
 from lib.model_card import write_model_card
+from lib.train_config import TrainConfig
 
 RECORD = {
     "run/label_names": ["bad", "good"],

@@ -9,9 +9,10 @@ import pytest
 
 import predict
 from lib.cli import parse_cli, save_config
-from lib.config import DataConfig, TrainConfig
+from lib.config import DataConfig
 from lib.eval_config import EvalConfig
 from lib.predict_config import PredictConfig
+from lib.train_config import TrainConfig
 from tests import tiny_models
 from tests.conftest import Command, read_lines, sentences, write_csv
 from tests.predicting import answers

@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, pipeline
 
 from lib.cli import save_config
-from lib.config import DataConfig, TrainConfig, UserError
+from lib.config import DataConfig, UserError
 from lib.generation import language_settings, length_settings
 from lib.predict_config import GenerateConfig
+from lib.train_config import TrainConfig
 from tests import tiny_models
 from tests.conftest import sentences, write_csv
 from tests.predicting import answers, lines_file

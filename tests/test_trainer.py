@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import train
 from benchmarks.trainer import RecordingTrainer, build_trainer
 from lib.cli import parse_cli
-from lib.config import TrainConfig
+from lib.train_config import TrainConfig
 from tests.conftest import read_lines, sentences, write_csv
 
 

@@ -18,7 +18,7 @@ import train
 from lib import evaluation, plan, stopping, training
 from lib import run as run_module
 from lib.cli import parse_cli
-from lib.config import TrainConfig
+from lib.train_config import TrainConfig
 
 
 def is_last_process() -> bool:

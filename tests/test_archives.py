@@ -1,0 +1,180 @@
+"""Models and data sets on their way between machines: what comes out is what went in, and no archive is trusted."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from lib.archives import opened, pack, unpack
+from lib.config import DataConfig, ModelConfig, UserError
+from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo, work_folder
+from lib.hub_import import import_folder
+from lib.modeling import load_tokenizer
+from lib.sources import load_raw
+from tests.conftest import Command
+from tests.loopback_hub import repository_files
+from tests.test_hub import write_sst5
+
+MODEL, DATA = Repo("user/tiny"), Repo("SetFit/sst5", "dataset")
+
+
+@pytest.fixture
+def packed(roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of a model and a data set; the cache they came from is out of sight, the new one is empty."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "here"))
+    write_sst5(tmp_path / "sst5")
+    import_folder(roberta, MODEL, load_check=False)
+    import_folder(tmp_path / "sst5", DATA, load_check=False)
+    pack((str(MODEL), str(DATA)), tmp_path / "lab.tar")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "there"))
+    return tmp_path / "lab.tar"
+
+
+def repositories(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.glob("*--*"))
+
+
+def rewrite(archive: Path, change: dict[str, bytes]) -> None:
+    """Give members of an archive other contents."""
+    with tarfile.open(archive) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}  # type: ignore[union-attr]
+    with tarfile.open(archive, "w") as tar:
+        for name, data in (members | change).items():
+            head = tarfile.TarInfo(name)
+            head.size = len(data)
+            tar.addfile(head, io.BytesIO(data))
+
+
+def member(archive: Path, end: str) -> tuple[str, bytes]:
+    with tarfile.open(archive) as tar:
+        name = next(name for name in tar.getnames() if name.endswith(end))
+        return name, tar.extractfile(name).read()  # type: ignore[union-attr]
+
+
+def test_what_is_unpacked_is_what_was_packed_and_loads_offline(
+    packed: Path, roberta: Path, tmp_path: Path, sockets: list
+) -> None:
+    unpack(packed, work_folder())
+    for repo, source in ((MODEL, roberta), (DATA, tmp_path / "sst5")):
+        snapshot = find_snapshot(repo)
+        assert snapshot is not None
+        assert repository_files(snapshot) == repository_files(source)
+        assert all(path.is_symlink() for path in snapshot_files(snapshot).values())
+        assert list(verify_repo(repo)) == []
+    assert load_tokenizer(ModelConfig("user/tiny"))("film").input_ids
+    assert {name: len(split) for name, split in load_raw(DataConfig("sst5")).items()}["train"] == 40
+    assert sockets == []
+
+
+def test_unpacking_again_changes_nothing(packed: Path, tmp_path: Path) -> None:
+    def state() -> dict:
+        files = (tmp_path / "there").rglob("*")
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and ".locks" not in path.parts}
+
+    unpack(packed, work_folder())
+    before = state()
+    unpack(packed, work_folder())
+    assert set(state()) == set(before)
+    assert list(verify_repo(MODEL)) == []
+
+
+def test_a_flipped_bit_on_the_way_is_named_and_nothing_is_unpacked(packed: Path, tmp_path: Path) -> None:
+    name, data = member(packed, "model.safetensors")
+    rewrite(packed, {name: data[:-1] + bytes([data[-1] ^ 1])})
+    with pytest.raises(UserError, match=r"model\.safetensors of user/tiny is not what the manifest says"):
+        unpack(packed, work_folder())
+    assert repositories(tmp_path / "there") == []
+
+
+def test_a_manifest_changed_along_with_a_file_does_not_help(packed: Path, tmp_path: Path) -> None:
+    """The name of a content in the cache is its hash, whatever the manifest says of it."""
+    import hashlib
+
+    name, data = member(packed, "model.safetensors")
+    data = data[:-1] + bytes([data[-1] ^ 1])
+    manifest = json.loads(member(packed, "manifest.json")[1])
+    manifest["repositories"][0]["files"]["model.safetensors"]["sha256"] = hashlib.sha256(data).hexdigest()
+    rewrite(packed, {name: data, "manifest.json": json.dumps(manifest).encode()})
+    with pytest.raises(UserError, match="has a wrong name in the manifest"):
+        unpack(packed, work_folder())
+    assert repositories(tmp_path / "there") == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("revision", "../../../../etc"), ("commit", "../x"), ("files", {"../../evil": {}}), ("repo_id", "../evil")],
+)
+def test_a_manifest_that_leaves_the_cache_is_refused(packed: Path, tmp_path: Path, field: str, value: object) -> None:
+    manifest = json.loads(member(packed, "manifest.json")[1])
+    manifest["repositories"][0][field] = value
+    rewrite(packed, {"manifest.json": json.dumps(manifest).encode()})
+    with pytest.raises(UserError, match=r"outside of the cache|is not a repository"):
+        unpack(packed, work_folder())
+    assert repositories(tmp_path / "there") == []
+
+
+def test_what_is_damaged_or_absent_is_not_packed(packed: Path, tmp_path: Path) -> None:
+    unpack(packed, work_folder())
+    with pytest.raises(UserError, match="nobody/nothing at main is not in the cache"):
+        pack(("nobody/nothing",), tmp_path / "new.tar")
+    snapshot = find_snapshot(MODEL)
+    assert snapshot is not None
+    blob = (snapshot / "model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(UserError, match=r"not packed:\n.*model\.safetensors"):
+        pack((str(MODEL),), tmp_path / "new.tar")
+    assert sorted(path.name for path in tmp_path.glob("new*")) == []
+
+
+def tar_of(path: Path, name: str, **fields: object) -> Path:
+    with tarfile.open(path, "w") as tar:
+        head = tarfile.TarInfo(name)
+        for field, value in fields.items():
+            setattr(head, field, value)
+        tar.addfile(head, io.BytesIO(b""))
+    return path
+
+
+def zip_of(path: Path, name: str, data: bytes = b"x") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+    return path
+
+
+def test_archives_that_would_leave_their_folder_are_refused(tmp_path: Path) -> None:
+    wicked = [
+        tar_of(tmp_path / "1.tar", "../evil"),
+        tar_of(tmp_path / "2.tar", "/tmp/evil"),
+        tar_of(tmp_path / "3.tar", "link", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+        tar_of(tmp_path / "4.tar", "pipe", type=tarfile.FIFOTYPE),
+        zip_of(tmp_path / "5.zip", "../evil"),
+        zip_of(tmp_path / "6.zip", "bomb", bytes(2**22)),
+        zip_of(tmp_path / "7.zip", "C:\\evil"),
+    ]
+    (tmp_path / "beside").mkdir()
+    for path in wicked:
+        with (
+            pytest.raises(UserError, match=f"{path.name}.*(not to be trusted|link or device)"),
+            opened(path, tmp_path / "beside"),
+        ):
+            pass
+    assert list((tmp_path / "beside").iterdir()) == []
+    assert not (tmp_path / "evil").exists()
+
+
+def test_the_command_lines_carry_a_model_to_another_cache(run: Command, packed: Path, tmp_path: Path) -> None:
+    there = {"HF_HUB_CACHE": str(tmp_path / "there")}
+    told = run("hub.py", "unpack", packed, env=there).stdout
+    assert told.splitlines()[0].startswith("unpacked   user/tiny at main (")
+    told = run("hub.py", "verify", env=there).stdout
+    assert told.splitlines() == ["user/tiny: sound", "datasets/SetFit/sst5: sound", "2 in the cache, 0 damaged"]
+    told = run("hub.py", "pack", "user/tiny", "--output", "again.tar.gz", env=there).stdout
+    assert told.splitlines()[-1] == "written    again.tar.gz; on the other machine: python hub.py unpack again.tar.gz"
+    told = run("hub.py", "unpack", "again.tar.gz", env={"HF_HUB_CACHE": str(tmp_path / "third")}).stdout
+    assert "unpacked   user/tiny" in told
+    told = run("hub.py", "unpack", tmp_path / "sst5" / "train.jsonl", env=there, code=2).stderr
+    assert told.startswith("error: ")
