@@ -9,7 +9,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from lib.config import UserError
+from lib.config import ModelConfig, UserError
 from lib.embeddings import pool
 from lib.modeling import resolve_model
 from lib.outputs import write_answers
@@ -94,9 +94,9 @@ def test_like_sentences_lie_closer_than_unlike_ones():
 
 
 def test_real_embeddings_are_those_of_mean_pooling_by_hand():
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model("minilm"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(ModelConfig()))
     with torch.no_grad():
-        states = AutoModel.from_pretrained(resolve_model("minilm"))(
+        states = AutoModel.from_pretrained(resolve_model(ModelConfig()))(
             **tokenizer("A gripping film.", return_tensors="pt")
         )
     wanted = states.last_hidden_state[0].mean(dim=0).numpy()
