@@ -30,7 +30,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     adapters      config                                 bottleneck modules and their places
     adapterhub    adapters config                        ... in files
     peft_methods  config                                 LoRA and friends
-    adaptation    adapterhub adapters config modeling peft_methods
+    adaptation    adapterhub adapters config hub_needs modeling peft_methods
     checkpoint  adaptation config manifest optim plan processes progress stopping tracking watchdog
     resume      checkpoint config manifest               which checkpoint to go on from
     model_card  embedded                                 README.md of an exported model

@@ -5,27 +5,22 @@ is named in adapter_config.json, with its revision.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as safetensors_load_model
 from safetensors.torch import save_model as safetensors_save_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from lib import modeling
 from lib.adapterhub import load_tensors, read_head, read_json, read_settings, save_adapters, write_files
 from lib.adapters import Bottlenecks, add_bottlenecks, bottlenecks_of
 from lib.config import AdapterConfig, ModelConfig, UserError
+from lib.hub_needs import named_base
 from lib.peft_methods import add_peft, load_peft, restore_peft, save_peft
-
-ADAPTER_FILES = ["*.json", "*.txt", "*.model", "*adapter*", "*head*"]
-"""What is fetched of an adapter's repository: settings, tokenizer, weights, but no whole model beside them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,41 +134,21 @@ def restore_weights(model: Any, folder: Path) -> None:
 
 
 def adapter_folder(config: ModelConfig) -> Path | None:
-    """The folder of an adapter, fetched from the Hub where it is one there; None for a whole model.
-
-    Raises UserError when an adapter of the Hub cannot be fetched.
-    """
-    if config.model == "minilm":
-        return None
-    if Path(config.model).is_dir():
-        return Path(config.model) if (Path(config.model) / "adapter_config.json").is_file() else None
-    return fetch_adapter(config.model, config.model_revision or "main")
-
-
-@functools.cache  # asked more than once in a run, and each answer waits for the Hub
-def fetch_adapter(name: str, revision: str) -> Path | None:
-    try:
-        if find_adapter_config_file(name, revision=revision) is None:
-            return None
-    except (OSError, ValueError):
-        return None  # no such model, no network: loading says so
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=ADAPTER_FILES))
-    except OSError as error:
-        raise UserError(f"--model {name} is an adapter that could not be fetched: {error}") from error
+    """The folder of an adapter, a snapshot in the cache where it is one of the Hub; None for a whole model."""
+    folder = Path(modeling.resolve_model(config))
+    return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def base_of(folder: Path) -> ModelConfig:
     """The model below an adapter. Raises UserError when the adapter does not name it, or its folder is gone."""
-    settings = read_json(folder / "adapter_config.json")
-    base = settings.get("base_model_name_or_path") or settings.get("model_name")
+    base, revision = named_base(read_json(folder / "adapter_config.json"))
     if not base:
         raise UserError(f"{folder}/adapter_config.json does not name the model that the adapter belongs to")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(
             f"{folder} is an adapter over {base}, which is not there; put the new place in adapter_config.json"
         )
-    return ModelConfig(model=base, model_revision=settings.get("model_revision") or settings.get("revision"))
+    return ModelConfig(model=base, model_revision=revision)
 
 
 def tokenizer_source(config: ModelConfig) -> ModelConfig:

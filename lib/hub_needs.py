@@ -70,11 +70,16 @@ def base_needs(folder: Path | None) -> list[Need]:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except ValueError:
         return []  # loading says so
-    base = settings.get("base_model_name_or_path") or settings.get("model_name")
+    base, revision = named_base(settings)
     if not base or base == "minilm" or Path(base).is_absolute() or Path(base).is_dir():
         return []
-    revision = settings.get("model_revision") or settings.get("revision") or "main"
-    return [Need("--model", Repo(check_name("--model", base)), revision)]
+    return [Need("--model", Repo(check_name("--model", base)), revision or "main")]
+
+
+def named_base(settings: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The model that adapter_config.json names, and its revision: in the words of peft, or of AdapterHub."""
+    base = settings.get("base_model_name_or_path") or settings.get("model_name")
+    return base, settings.get("model_revision") or settings.get("revision")
 
 
 def data_needs(config: DataConfig) -> list[Need]:
