@@ -15,24 +15,24 @@ Who imports whom, asserted by tests/test_architecture.py:
     processes   config stopping                          what processes agree on and add up
     runtime     config processes stopping                the machine
     memory      config                                   fewer samples per forward
-    optim       config
+    optim       config train_config
     embedded    config                                   minilm and movie_reviews
     labels      config
     modeling    config embedded endpoint hub_cache hub_files hub_needs modelscope_source
     sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
     data        batching config labels sources           data sets as trained on
-    plan        batching config data                 the plan of a run, its state, its batches
-    training    batching config data memory optim plan processes runtime watchdog
+    plan        batching config data train_config    the plan of a run, its state, its batches
+    training    batching data memory optim plan processes runtime train_config watchdog
     evaluation  batching config data memory processes watchdog
     report      data evaluation
-    tracking    config data evaluation report
+    tracking    config data evaluation report train_config
     progress    batching plan processes
     adapters      config                                 bottleneck modules and their places
     adapterhub    adapters config                        ... in files
     peft_methods  config                                 LoRA and friends
     adaptation    adapterhub adapters config hub_needs modeling peft_methods
-    checkpoint  adaptation config manifest optim plan processes progress stopping tracking watchdog
-    resume      checkpoint config manifest               which checkpoint to go on from
+    checkpoint  adaptation config manifest optim plan processes progress stopping tracking train_config watchdog
+    resume      checkpoint config manifest train_config  which checkpoint to go on from
     model_card  embedded                                 README.md of an exported model
     run         cli config data eval_config evaluation labels model_card modeling plan report resume runtime sources
                 train_config

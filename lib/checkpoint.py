@@ -22,7 +22,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lib.adaptation import load_weights, restore_weights, save_model, save_weights
-from lib.config import TrainingConfig, UserError
+from lib.config import UserError
+from lib.train_config import TrainingConfig
 from lib.manifest import link_tree, publish_folder, write_manifest
 from lib.optim import restore_optimizer
 from lib.plan import State

@@ -9,7 +9,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lib.config import OptimConfig, UserError
+from lib.config import UserError
+from lib.train_config import OptimConfig
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the validation metric instead of the step."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lib.batching import Collator, Window, epoch_batches, padding_share, training_windows
-from lib.config import TrainingConfig, UserError
+from lib.config import UserError
+from lib.train_config import TrainingConfig
 from lib.data import Data
 
 LOWER_IS_BETTER = ("loss",)

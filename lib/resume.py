@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lib.checkpoint import list_checkpoints, read_record
-from lib.config import TrainingConfig, UserError
+from lib.config import UserError
+from lib.train_config import TrainingConfig
 from lib.manifest import MANIFEST, find_damage
 
 HARMLESS = {

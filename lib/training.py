@@ -16,7 +16,7 @@ from lib.batching import (
     build_loader,
     split_micro_batches,
 )
-from lib.config import OptimConfig
+from lib.train_config import OptimConfig
 from lib.data import Data
 from lib.memory import halve, has_own_memory, is_out_of_memory
 from lib.optim import advance_scheduler, learning_rate

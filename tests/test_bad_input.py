@@ -11,7 +11,8 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from lib.cli import save_config
-from lib.config import DataConfig, OptimConfig, TrackingConfig, UserError
+from lib.config import DataConfig, UserError
+from lib.train_config import OptimConfig, TrackingConfig
 from lib.data import load_data
 from lib.train_config import TrainConfig
 from tests.conftest import Command, sentences, write_csv

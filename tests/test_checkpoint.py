@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
 
 from lib.checkpoint import Checkpointer, publish_model, restore_model
-from lib.config import ModelConfig, TrainingConfig, UserError
+from lib.config import ModelConfig, UserError
+from lib.train_config import TrainingConfig
 from lib.modeling import build_model, load_tokenizer
 from lib.plan import State
 from lib.progress import Interval

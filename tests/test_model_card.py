@@ -3,7 +3,8 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from lib.config import DataConfig, ModelConfig, TrackingConfig, flatten
+from lib.config import DataConfig, ModelConfig, flatten
+from lib.train_config import TrackingConfig
 from lib.model_card import write_model_card
 from lib.train_config import TrainConfig
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib.config import OptimConfig, SchedulerName, UserError
+from lib.config import UserError
+from lib.train_config import OptimConfig, SchedulerName
 from lib.optim import (
     METRIC_SCHEDULES,
     advance_on_metric,

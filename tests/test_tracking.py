@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 
-from lib.config import TrackingConfig, UserError
+from lib.config import UserError
+from lib.train_config import TrackingConfig
 from lib.data import Data
 from lib.evaluation import Predictions
 from lib.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
@@ -255,7 +256,7 @@ def test_wandb_mode_of_the_environment_rules() -> None:
 FALL_BACK = """
 import pathlib, wandb
 from accelerate import Accelerator
-from lib.config import TrackingConfig
+from lib.train_config import TrackingConfig
 from lib.tracking import RunLog
 
 init, modes = wandb.init, []
@@ -307,7 +308,7 @@ def test_what_the_tracker_got_before_an_interruption_it_does_not_get_again(tmp_p
 RESUME = """
 import pathlib, sys
 from accelerate import Accelerator
-from lib.config import TrackingConfig
+from lib.train_config import TrackingConfig
 from lib.tracking import RunLog
 
 for last_step, steps in ((0, (2, 4, 6)), (4, (6, 8))):

@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lib import training
 from lib.batching import Window, build_collator, split_micro_batches
-from lib.config import DataConfig, ModelConfig, OptimConfig, TrainingConfig, UserError
+from lib.config import DataConfig, ModelConfig, UserError
+from lib.train_config import OptimConfig, TrainingConfig
 from lib.data import load_data
 from lib.memory import halve
 from lib.modeling import build_model, load_tokenizer, set_train_mode

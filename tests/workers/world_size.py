@@ -13,7 +13,8 @@ from conftest import sentences, write_csv
 
 from lib.adaptation import adapt
 from lib.batching import build_collator
-from lib.config import AdapterConfig, DataConfig, ModelConfig, OptimConfig, TrainingConfig
+from lib.config import AdapterConfig, DataConfig, ModelConfig
+from lib.train_config import OptimConfig, TrainingConfig
 from lib.data import Data, load_data
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import build_optimizer, build_scheduler, learning_rate
