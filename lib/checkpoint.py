@@ -23,7 +23,6 @@ from torch.optim import Optimizer
 
 from lib.adaptation import load_weights, restore_weights, save_model, save_weights
 from lib.config import UserError
-from lib.train_config import TrainingConfig
 from lib.manifest import link_tree, publish_folder, write_manifest
 from lib.optim import restore_optimizer
 from lib.plan import State
@@ -31,6 +30,7 @@ from lib.processes import any_process
 from lib.progress import Interval
 from lib.stopping import Stopped, deferring_signals
 from lib.tracking import RunLog
+from lib.train_config import TrainingConfig
 from lib.watchdog import beat, watching
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)

@@ -8,8 +8,8 @@ import numpy as np
 
 from lib.batching import Collator, Window, epoch_batches, padding_share, training_windows
 from lib.config import UserError
-from lib.train_config import TrainingConfig
 from lib.data import Data
+from lib.train_config import TrainingConfig
 
 LOWER_IS_BETTER = ("loss",)
 

@@ -11,8 +11,8 @@ from accelerate.utils import broadcast_object_list
 
 from lib.checkpoint import list_checkpoints, read_record
 from lib.config import UserError
-from lib.train_config import TrainingConfig
 from lib.manifest import MANIFEST, find_damage
+from lib.train_config import TrainingConfig
 
 HARMLESS = {
     *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 from accelerate import Accelerator
 
 from lib.config import UserError
-from lib.train_config import TrackingConfig
 from lib.data import Data
 from lib.evaluation import Predictions, prefix
 from lib.report import confident_errors, finite
+from lib.train_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from lib.config import (
     HubConfig,
     ModelConfig,
     Precision,
-    UserError,
     alias,
     check_positive,
     is_plain_name,

@@ -16,13 +16,13 @@ from lib.batching import (
     build_loader,
     split_micro_batches,
 )
-from lib.train_config import OptimConfig
 from lib.data import Data
 from lib.memory import halve, has_own_memory, is_out_of_memory
 from lib.optim import advance_scheduler, learning_rate
 from lib.plan import Plan, State
 from lib.processes import any_process, lowest, sum_gradients
 from lib.runtime import seed_everything
+from lib.train_config import OptimConfig
 from lib.watchdog import beat
 
 

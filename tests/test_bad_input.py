@@ -12,9 +12,8 @@ from transformers import AutoTokenizer
 
 from lib.cli import save_config
 from lib.config import DataConfig, UserError
-from lib.train_config import OptimConfig, TrackingConfig
 from lib.data import load_data
-from lib.train_config import TrainConfig
+from lib.train_config import OptimConfig, TrackingConfig, TrainConfig
 from tests.conftest import Command, sentences, write_csv
 
 Refusal = Callable[..., str]

@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, pi
 
 from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.config import ModelConfig, UserError
-from lib.train_config import TrainingConfig
 from lib.modeling import build_model, load_tokenizer
 from lib.plan import State
 from lib.progress import Interval
+from lib.train_config import TrainingConfig
 
 NAMES = ["terrible", "fine", "größer"]
 EVALUATED = State(step=3, best_metric=0.5, best_step=3)

@@ -12,9 +12,8 @@ import pytest
 from lib import config, eval_config, train_config
 from lib.cli import load_config, parse_cli, save_config
 from lib.config import DataConfig, ModelConfig, flatten
-from lib.train_config import OptimConfig, TrackingConfig, TrainingConfig
 from lib.eval_config import EvalConfig
-from lib.train_config import TrainConfig
+from lib.train_config import OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
 from tests.conftest import ROOT
 
 Capture = pytest.CaptureFixture[str]

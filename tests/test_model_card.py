@@ -4,9 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from lib.config import DataConfig, ModelConfig, flatten
-from lib.train_config import TrackingConfig
 from lib.model_card import write_model_card
-from lib.train_config import TrainConfig
+from lib.train_config import TrackingConfig, TrainConfig
 
 RECORD = {
     "run/label_names": ["bad", "good"],

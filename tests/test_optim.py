@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lib.config import UserError
-from lib.train_config import OptimConfig, SchedulerName
 from lib.optim import (
     METRIC_SCHEDULES,
     advance_on_metric,
@@ -19,6 +18,7 @@ from lib.optim import (
     scheduler_settings,
     warmup_steps,
 )
+from lib.train_config import OptimConfig, SchedulerName
 
 CPU = torch.device("cpu")
 TOTAL_STEPS = 20

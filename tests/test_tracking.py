@@ -18,10 +18,10 @@ from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 
 from lib.config import UserError
-from lib.train_config import TrackingConfig
 from lib.data import Data
 from lib.evaluation import Predictions
 from lib.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
+from lib.train_config import TrackingConfig
 from tests.conftest import ROOT, read_lines
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}

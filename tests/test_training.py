@@ -12,13 +12,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from lib import training
 from lib.batching import Window, build_collator, split_micro_batches
 from lib.config import DataConfig, ModelConfig, UserError
-from lib.train_config import OptimConfig, TrainingConfig
 from lib.data import load_data
 from lib.memory import halve
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import build_optimizer
 from lib.plan import State, all_windows, build_plan
 from lib.processes import buckets
+from lib.train_config import OptimConfig, TrainingConfig
 from lib.training import optimizer_step, try_longest_batch
 from tests.conftest import sentences, write_csv
 

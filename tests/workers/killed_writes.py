@@ -25,11 +25,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lib import checkpoint, manifest
 from lib.checkpoint import Checkpointer, publish_model
 from lib.config import ModelConfig, UserError
-from lib.train_config import TrainingConfig
 from lib.modeling import build_model, load_tokenizer
 from lib.plan import State
 from lib.progress import Interval
 from lib.resume import find_checkpoint
+from lib.train_config import TrainingConfig
 
 WRITES = [
     *((os, name) for name in ("fsync", "rename", "link", "unlink", "rmdir", "mkdir")),

@@ -14,13 +14,13 @@ from conftest import sentences, write_csv
 from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.config import AdapterConfig, DataConfig, ModelConfig
-from lib.train_config import OptimConfig, TrainingConfig
 from lib.data import Data, load_data
 from lib.modeling import build_model, load_tokenizer, set_train_mode
 from lib.optim import build_optimizer, build_scheduler, learning_rate
 from lib.plan import State, all_windows, build_plan
 from lib.processes import finish
 from lib.runtime import build_accelerator, seed_everything
+from lib.train_config import OptimConfig, TrainingConfig
 from lib.training import optimizer_step
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
