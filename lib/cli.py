@@ -136,16 +136,27 @@ def flags_from_yaml(path: Path, only: frozenset[str] | None = None) -> Iterator[
     """
     require(path.is_file(), f"--config {path}: no such file")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), TextLoader)
+        text = path.read_text(encoding="utf-8")
+        settings, node = yaml.load(text, TextLoader), yaml.compose(text, TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     require(isinstance(settings or {}, dict), f"--config {path}: expected lines of `option: value`")
+    refuse_twice(path, node)
     for key, value in (settings or {}).items():
         items = value if isinstance(value, list) else [value]
         flat = all(isinstance(item, str) for item in items)
         require(flat, f"--config {path}: {key} holds nested options; write them flat, unindented")
         if only is None or key in only:
             yield from (*split_flag(f"--{key}"), *items)
+
+
+def refuse_twice(path: Path, node: yaml.Node | None) -> None:
+    """Raise UserError for an option that a YAML file has twice: YAML itself takes the last without a word."""
+    lines: dict[str, int] = {}
+    for key, _ in node.value if node else []:
+        line = key.start_mark.line + 1
+        first = lines.setdefault(key.value.replace("-", "_"), line)
+        require(first == line, f"--config {path}: {key.value} stands in lines {first} and {line}; remove one of them")
 
 
 def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:

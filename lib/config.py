@@ -116,6 +116,8 @@ class DataConfig:
         files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
         if files and self.dataset:
             raise UserError(f"--dataset and --{files[0]} exclude each other; give one of them")
+        for name in ("dataset_config", "revision") if files else ():
+            require(getattr(self, name) is None, f"--{name} is for --dataset, not for --{files[0]}; leave it out")
         columns = self.text_columns
         require(
             columns is None or len(columns) in (1, 2),

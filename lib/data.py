@@ -174,14 +174,18 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
 
 
 def hold_out_validation(train: Dataset, notes: list[str]) -> dict[str, Dataset]:
-    """Every tenth sample of each class as validation; fixed, so that runs with other seeds can be compared."""
+    """Every tenth sample of each class as validation; fixed, so that runs with other seeds can be compared.
+
+    The only sample of a class stays in train: nothing could be learnt of it in validation.
+    """
     labels = np.asarray(train["labels"])
     order = permutation(len(train), 0)
     order = order[np.argsort(labels[order], kind="stable")]
+    order = order[np.bincount(labels)[labels[order]] > 1]
+    if not len(order):
+        raise UserError("no class of the train split has two rows; there is nothing left to validate on")
     held_out = np.zeros(len(train), dtype=bool)
-    held_out[order[min(5, len(train) - 1) :: 10]] = True
-    if held_out.all():
-        raise UserError("the train split has one row only; there is nothing left to validate on")
+    held_out[order[min(5, len(order) - 1) :: 10]] = True
     notes.append(
         f"no validation split: {held_out.sum()} of {len(train)} training samples held out, stratified by label"
     )

@@ -1,6 +1,7 @@
 """Tokenizer and classifier: loading, label names, freezing."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from lib.hub_cache import REPO_ID, Repo, find_snapshot
 from lib.hub_files import weight_files
 from lib.hub_needs import Need, advice
 from lib.modelscope_source import modelscope_folder, read_record
+
+EMBEDDINGS = re.compile(r"emb|word_emb|layernorm_emb|shared$|wte$|wpe$|project_in$")
+"""How the names begin of what lies below the layers, in the models of transformers."""
 
 
 def model_name(model: str) -> str:
@@ -195,13 +199,28 @@ def frozen_part(model: PreTrainedModel, part: str | None) -> list[nn.Module]:
     backbone = getattr(model, model.base_model_prefix)
     if part == "backbone":
         return [backbone]
-    embeddings = getattr(backbone, "embeddings", None) or backbone.get_input_embeddings()
+    embeddings = find_embeddings(backbone)
     if part == "embeddings":
-        return [embeddings]
+        return embeddings
     layers = find_layers(backbone, model.config.num_hidden_layers)
     if int(part) > len(layers):
         raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
-    return [embeddings, *layers[: int(part)]]
+    return [*embeddings, *layers[: int(part)]]
+
+
+def find_embeddings(backbone: Any) -> list[nn.Module]:
+    """All that makes vectors of tokens and positions before the first layer, wherever an architecture keeps it.
+
+    Beside the table of tokens that may be one of positions (GPT-2's `wpe`) and a change of width (ELECTRA's
+    `embeddings_project`). Tables of relative positions, which each layer reads, are none of it.
+    """
+    found = {
+        name: module
+        for name, module in backbone.named_modules()
+        if EMBEDDINGS.match(name.rpartition(".")[2]) and not any(part.isdecimal() for part in name.split("."))
+    }
+    topmost = [found[name] for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    return topmost or [backbone.get_input_embeddings()]
 
 
 def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:

@@ -51,9 +51,14 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
     if files:
         return {role: load_file(path, f"--{role}_file") for role, path in files.items()}
     name = config.dataset or "movie_reviews"
+    plain = "movie_reviews" if name == "movie_reviews" else "a folder" if Path(name).is_dir() else None
+    if plain and config.revision:
+        raise UserError(f"--revision {config.revision}: {plain} has no revisions; leave it out")
     if name == "movie_reviews":
         return load_movie_reviews(config.dataset_config or "five")
     if Path(name).is_dir():
+        if config.dataset_config:
+            raise UserError(f"--dataset_config {config.dataset_config}: the folder {name} has none; leave it out")
         return load_folder(name, "--dataset")
     if Path(name).is_file():
         raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")

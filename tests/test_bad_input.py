@@ -191,6 +191,19 @@ def test_an_empty_split_of_a_loaded_data_set(complaint: Refusal, monkeypatch: py
     assert complaint(dataset="user/name") == "the test split is empty"
 
 
+def test_a_configuration_or_revision_where_there_is_none(complaint: Refusal, tmp_path: Path) -> None:
+    """They were read and then silently left aside."""
+    (tmp_path / "data").mkdir()
+    assert missing(["--dataset_config x", "data has none"], complaint(dataset="data", dataset_config="x")) == []
+    assert missing(["--revision x", "a folder has no revisions"], complaint(dataset="data", revision="x")) == []
+    assert missing(["--revision x", "movie_reviews has no revisions"], complaint(revision="x")) == []
+
+
+def test_classes_of_one_row_each_leave_nothing_to_validate_on(complaint: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,label\na,x\nb,y\n")
+    assert missing(["no class of the train split has two rows"], complaint(train_file="t.csv")) == []
+
+
 def test_a_folder_without_data(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert complaint(train_file="folder") == "--train_file folder: the folder holds no data files"

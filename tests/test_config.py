@@ -187,6 +187,11 @@ def test_a_misspelt_yaml_key_is_refused_with_a_near_one_and_the_file(capsys: Cap
         (["--freeze=²"], ["--freeze takes"]),
         (["--text_columns", "a", "b", "c"], ["--text_columns takes one or two columns, got 3: a b c"]),
         (["--dataset=sst2", "--test_file=a.csv"], ["--dataset and --test_file exclude each other"]),
+        (
+            ["--dataset_config=binary", "--train_file=a.csv"],
+            ["--dataset_config is for --dataset, not for --train_file"],
+        ),
+        (["--revision=main", "--test_file=a.csv"], ["--revision is for --dataset, not for --test_file"]),
         (["--config"], ["--config takes the path of a YAML file"]),
         (["--config", "nowhere.yaml"], ["--config nowhere.yaml: no such file"]),
     ],
@@ -207,6 +212,8 @@ def test_refused_flags_are_named_with_what_was_found(capsys: Capture, arguments:
         ("seed: [1\n", ["is not YAML", "line 2"]),
         ("seed: many\n", ["--seed", "'many'"]),
         ("learning_rate: 0\n", ["--learning_rate must be above 0"]),
+        ("seed: 1\n# twice\nbs: 8\nseed: 2\n", ["seed stands in lines 1 and 4; remove one of them"]),
+        ("max_steps: 1\nmax-steps: 2\n", ["max-steps stands in lines 1 and 2"]),
     ],
 )
 def test_refused_yaml_is_named_with_what_was_found(

@@ -205,6 +205,17 @@ def test_the_held_out_samples_are_fixed_and_not_a_stretch_of_the_file(load: Load
     assert max(places) - min(places) >= 30
 
 
+def test_the_only_sample_of_a_class_stays_in_train(load: Load, tmp_path: Path) -> None:
+    """Wherever it lies among the sorted labels, and however many such classes there are."""
+    common = [(f"common {row}", "common") for row in range(12)]
+    for number in range(1, 13):
+        rows = common + [(f"rare {row}", f"rare {row}") for row in range(number)]
+        data = load(train_file=write_csv(tmp_path / f"{number}.csv", rows))
+        assert {text for text, label in rows if label != "common"} <= set(texts(data, "train"))
+        assert texts(data, "validation")
+        assert all(text.startswith("common") for text in texts(data, "validation"))
+
+
 def test_a_given_validation_split_leaves_train_whole(load: Load, tmp_path: Path) -> None:
     train, dev = write_csv(tmp_path / "t.csv", sentences(15)), write_csv(tmp_path / "d.csv", sentences(6, seed=1))
     data = load(train_file=train, validation_file=dev)

@@ -33,7 +33,7 @@ SETTINGS = {
     "bert": SMALL,
     "roberta": SMALL | {"max_position_embeddings": 80},
     "distilbert": {"vocab_size": 128, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "electra": SMALL | {"embedding_size": 16},
+    "electra": SMALL | {"embedding_size": 8},
     "deberta-v2": SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
     "modernbert": SMALL | {"pad_token_id": 1},
 }
@@ -77,8 +77,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def frozen_prefixes(kind: str, part: str | None) -> tuple[str, ...]:
     """How the names of the parameters begin that `--freeze part` stops."""
     backbone = PREFIXES.get(kind, kind)
-    embeddings, layer = f"{backbone}.embeddings", f"{backbone}.{LAYERS.get(kind, 'encoder.layer')}.0"
-    return {None: (), "backbone": (backbone,), "embeddings": (embeddings,), "1": (embeddings, layer)}[part]
+    embeddings = (f"{backbone}.embeddings",) + ((f"{backbone}.embeddings_project",) if kind == "electra" else ())
+    layer = f"{backbone}.{LAYERS.get(kind, 'encoder.layer')}.0"
+    return {None: (), "backbone": (backbone,), "embeddings": embeddings, "1": (*embeddings, layer)}[part]
 
 
 def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
@@ -263,10 +264,16 @@ def test_a_decoder_gives_a_batch_the_logits_of_single_texts(decoder: Path) -> No
     assert (single[0] - single[1]).abs().max() > 1e-3
 
 
+def test_positions_of_a_decoder_are_frozen_with_its_other_embeddings(decoder: Path) -> None:
+    model, _ = build(decoder, freeze="embeddings")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
 @pytest.mark.parametrize("part", ["backbone", "1"])
 def test_layers_of_a_decoder_can_be_frozen(decoder: Path, part: str) -> None:
     model, _ = build(decoder, freeze=part)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in trained
-    assert not any(name.startswith(("transformer.wte", "transformer.h.0.")) for name in trained)
+    assert not any(name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0.")) for name in trained)
     assert any(name.startswith("transformer.h.1.") for name in trained) == (part == "1")
