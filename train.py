@@ -24,7 +24,8 @@ from lib.batching import build_collator
 from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.data import load_data
 from lib.evaluation import evaluate_split
-from lib.modeling import build_model, load_tokenizer, set_train_mode
+from lib.freezing import set_train_mode
+from lib.modeling import build_model, load_tokenizer
 from lib.optim import advance_on_metric, build_optimizer, build_scheduler
 from lib.plan import State, all_windows, build_plan, update_best
 from lib.processes import agree_to_stop, finish
@@ -48,8 +49,8 @@ def main(config: TrainConfig) -> None:
 
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
-    model, new_weights = build_model(config.model, data.label_names, tokenizer)
-    model = adapt(model, config.adapter, config.model, new_weights)
+    model, weights = build_model(config.model, data.label_names, tokenizer)
+    model = adapt(model, config.adapter, config.model, weights.new)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
@@ -59,7 +60,7 @@ def main(config: TrainConfig) -> None:
     settings = run.run_settings(accelerator, config, data, model)
     checkpoint = run.open_run(accelerator, config, folder, settings)
     if accelerator.is_main_process:
-        print(run.introduce(accelerator, config, data, model, plan, collator, new_weights), flush=True)
+        print(run.introduce(accelerator, config, data, model, plan, collator, weights), flush=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))

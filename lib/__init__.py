@@ -18,7 +18,9 @@ Who imports whom, asserted by tests/test_architecture.py:
     optim       config train_config
     embedded    config                                   minilm and movie_reviews
     labels      config
-    modeling    config embedded endpoint hub_cache hub_files hub_needs modelscope_source
+    overrides   config                                   changes to a model's configuration
+    freezing    config                                   parts that are not trained
+    modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
     sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
     data        batching config labels sources           data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
@@ -34,8 +36,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     checkpoint  adaptation config manifest optim plan processes progress stopping tracking train_config watchdog
     resume      checkpoint config manifest train_config  which checkpoint to go on from
     model_card  embedded                                 README.md of an exported model
-    run         cli config data eval_config evaluation labels model_card modeling plan report resume runtime sources
-                train_config
+    run         cli config data eval_config evaluation freezing labels model_card modeling plan report resume runtime
+                sources train_config
 
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row

@@ -1,5 +1,6 @@
 """Options that scripts share: name, type, default, help line and check."""
 
+import ast
 import dataclasses
 from datetime import timedelta
 from pathlib import Path
@@ -40,12 +41,21 @@ class ModelConfig:
     """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
     trust_remote_code: bool = False
     """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+    config_overrides: tuple[str, ...] = ()
+    """Changes to the model's configuration as name=value, such as num_hidden_layers=4 hidden_dropout_prob=0.2."""
+    from_scratch: bool = False
+    """Build the model from its configuration alone, with random weights; the tokenizer is kept."""
     freeze: str | None = None
     """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
 
     def __post_init__(self) -> None:
         known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
+        require(
+            not (self.from_scratch and self.freeze), "--from_scratch: --freeze would keep random weights; leave it out"
+        )
+        for item in self.config_overrides:
+            require("=" in item, f"--config_overrides takes name=value, got {item!r}")
         check_trust(self)
 
 
@@ -158,6 +168,14 @@ def check_trust(config: Any) -> None:
         not config.trust_remote_code or pinned,
         "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
     )
+
+
+def literal(text: str) -> Any:
+    """The value that a text spells in Python or YAML, such as 0.2, true or [1, 2]; else the text itself."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
 
 
 def is_plain_name(name: str) -> bool:

@@ -1,13 +1,12 @@
 """Text written by a model: summaries and translations by sequence-to-sequence models, and how long and how they search."""
 
-import ast
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import GenerationConfig
 
-from lib.config import UserError
+from lib.config import UserError, literal
 from lib.inference import Answer, Predict
 from lib.inputs import Row
 from lib.predict_config import GenerateConfig
@@ -85,13 +84,6 @@ def length_settings(model: Any, asked: int | None) -> dict[str, int]:
         return {}
     room = places - 1 if writes_apart else places // 2
     return {"max_new_tokens": asked or min(own.max_new_tokens or DEFAULT_NEW_TOKENS, room)}
-
-
-def literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def task_prefix(task: str, model: Any, config: GenerateConfig) -> str:

@@ -1,6 +1,7 @@
 """Tokenizer and classifier: loading, label names, freezing."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,20 +9,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib import embedded
 from lib.config import ModelConfig, UserError
 from lib.endpoint import settle_endpoint
+from lib.freezing import freeze
 from lib.hub_cache import REPO_ID, Repo, find_snapshot
 from lib.hub_files import weight_files
 from lib.hub_needs import Need, advice
 from lib.modelscope_source import modelscope_folder, read_record
-
-EMBEDDINGS = re.compile(r"emb|word_emb|layernorm_emb|shared$|wte$|wpe$|project_in$")
-"""How the names begin of what lies below the layers, in the models of transformers."""
+from lib.overrides import override
 
 
 def model_name(model: str) -> str:
@@ -78,33 +77,103 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    positions = changed_positions(config) if config.config_overrides else None
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     return tokenizer
 
 
-def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> tuple[PreTrainedModel, list[str]]:
-    """A classifier over `label_names` with float32 weights, and the names of its weights that are new.
+def longest_input(model: Any) -> int | None:
+    """Positions that a model has for text; those of the RoBERTa family begin behind the number of the padding token.
+
+    The virtual tokens of prefix and prompt tuning take some of them.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
+    padding += getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
+
+
+def changed_positions(config: ModelConfig) -> int | None:
+    """The longest input of a model whose number of positions the user changed; None where it is the model's own."""
+    with loading(config), fitting(config):
+        settings = AutoConfig.from_pretrained(resolve_model(config), **load_settings(config))
+        before = getattr(settings, "max_position_embeddings", None)
+        override(settings, config.config_overrides)
+        if getattr(settings, "max_position_embeddings", None) == before:
+            return None
+        with torch.device("meta"):
+            return longest_input(AutoModel.from_config(settings, trust_remote_code=config.trust_remote_code))
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Names of the weights of a model that its checkpoint did not hold, and of those that it held in vain."""
+
+    new: list[str]
+    dropped: list[str]
+
+
+def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> tuple[PreTrainedModel, Weights]:
+    """A classifier over `label_names` with float32 weights, and which of its weights are not those of the checkpoint.
 
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master; a head of another
-    size is replaced. Raises UserError when the model cannot be loaded.
+    size is replaced. Raises UserError when the model cannot be loaded, or its configuration cannot be changed as asked.
     """
+    settings = build_settings(config, label_names, tokenizer)
+    with loading(config), fitting(config):
+        model, weights = make_model(config, settings)
+    freeze(model, config.freeze)
+    return model, weights
+
+
+def build_settings(config: ModelConfig, label_names: list[str], tokenizer: Any) -> Any:
+    """The configuration of the classifier, with the user's changes."""
     with loading(config):
-        path = resolve_model(config)
-        settings = AutoConfig.from_pretrained(path, **load_settings(config))
+        settings = AutoConfig.from_pretrained(resolve_model(config), **load_settings(config))
         settings.num_labels = len(label_names)
         settings.id2label = dict(enumerate(label_names))
         settings.label2id = {name: number for number, name in enumerate(label_names)}
         settings.problem_type = "single_label_classification"
         settings.pad_token_id = tokenizer.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=settings,
-            **weight_settings(config),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+    override(settings, config.config_overrides)
+    return settings
+
+
+def make_model(config: ModelConfig, settings: Any) -> tuple[PreTrainedModel, Weights]:
+    """A classifier of this configuration, with the weights of the checkpoint that fit it unless it starts from scratch."""
+    if config.from_scratch:
+        trust = config.trust_remote_code
+        model = AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32, trust_remote_code=trust)
+        return model, Weights(sorted(model.state_dict()), [])
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        resolve_model(config),
+        config=settings,
+        **weight_settings(config),
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
     mismatched = [item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]]
-    freeze(model, config.freeze)
-    return model, sorted({*info["missing_keys"], *mismatched})
+    return model, Weights(sorted({*info["missing_keys"], *mismatched}), sorted(info["unexpected_keys"]))
+
+
+@contextlib.contextmanager
+def fitting(config: ModelConfig) -> Iterator[None]:
+    """Building a model of a changed configuration, with a message where its parts do not go together."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if not config.config_overrides:
+            raise
+        raise UserError(
+            f"--config_overrides {' '.join(config.config_overrides)}: no model can be made of that: {error}"
+        ) from error
+
+
+def describe_weights(names: list[str]) -> str:
+    """Names of weights in a few words: those of a layer, and of the head of another task, as one."""
+    short = dict.fromkeys(re.sub(r"(\.\d+)\..*|^((?:cls|lm_head|qa_outputs))\..*", r"\1\2.*", name) for name in names)
+    return ", ".join(list(short)[:6]) + (f", ... ({len(names)} tensors)" if len(short) > 6 else "")
 
 
 def load_classifier(config: ModelConfig) -> PreTrainedModel:
@@ -179,76 +248,3 @@ def load_report(config: ModelConfig, error: Exception) -> str:
         return given
     need = Need("--model", Repo(config.model), config.model_revision or "main")
     return "\n".join([given, "One of:", *(f"  {line}" for line in advice(need, settle_endpoint(None)))])
-
-
-# ---------------------------------------------------------------------------------------------------- freezing
-
-
-def freeze(model: PreTrainedModel, part: str | None) -> None:
-    """Stop the gradients of the backbone, of the embeddings, or of the embeddings and the n lowest layers.
-
-    Raises UserError when the model has no such part, or n is more than its layers.
-    """
-    for module in frozen_part(model, part):
-        module.requires_grad_(False)
-
-
-def frozen_part(model: PreTrainedModel, part: str | None) -> list[nn.Module]:
-    if part is None:
-        return []
-    backbone = getattr(model, model.base_model_prefix)
-    if part == "backbone":
-        return [backbone]
-    embeddings = find_embeddings(backbone)
-    if part == "embeddings":
-        return embeddings
-    layers = find_layers(backbone, model.config.num_hidden_layers)
-    if int(part) > len(layers):
-        raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
-    return [*embeddings, *layers[: int(part)]]
-
-
-def find_embeddings(backbone: Any) -> list[nn.Module]:
-    """All that makes vectors of tokens and positions before the first layer, wherever an architecture keeps it.
-
-    Beside the table of tokens that may be one of positions (GPT-2's `wpe`) and a change of width (ELECTRA's
-    `embeddings_project`). Tables of relative positions, which each layer reads, are none of it.
-    """
-    found = {
-        name: module
-        for name, module in backbone.named_modules()
-        if EMBEDDINGS.match(name.rpartition(".")[2]) and not any(part.isdecimal() for part in name.split("."))
-    }
-    topmost = [found[name] for name in found if not any(name.startswith(f"{other}.") for other in found)]
-    return topmost or [backbone.get_input_embeddings()]
-
-
-def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:
-    """The list of transformer blocks, wherever an architecture keeps it: the only list as long as the model is deep."""
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return module
-    raise UserError(
-        f"--freeze: {type(backbone).__name__} does not show its {number} layers; use backbone or embeddings"
-    )
-
-
-def set_train_mode(model: nn.Module) -> None:
-    """Train mode, but for parts without a trainable parameter: a frozen part gives the same output each time.
-
-    With an adapter the whole model is in train mode: its frozen parts read what adapters below them give, and their
-    dropout regularises the adapters, as in the papers and in the libraries whose settings are used here.
-    """
-    model.train()
-    if any(hasattr(module, "adaptation") for module in model.modules()):
-        return
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)

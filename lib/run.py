@@ -1,6 +1,7 @@
 """A run as a thing: its name, its folder, the block that introduces it, the results that end it."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.data import Data
 from lib.eval_config import EvalConfig
 from lib.evaluation import Predictions, check_metrics, prefix
+from lib.freezing import count_parameters
 from lib.labels import label_counts
 from lib.model_card import write_model_card
-from lib.modeling import count_parameters, model_name, model_origin
+from lib.modeling import Weights, describe_weights, model_name, model_origin
 from lib.plan import Plan, State, best_metric, epoch_padding_share, step_indices
 from lib.report import finite, write_report
 from lib.resume import choose_checkpoint, compare_settings, experiment_hash
@@ -32,6 +34,8 @@ def run_name(config: TrainConfig) -> str:
     training = config.training
     length = f"steps{training.max_steps}" if training.max_steps else f"ep{training.num_train_epochs:g}"
     parts = [model_name(config.model.model), dataset_name(config.data)]
+    parts += [re.sub(r"[^\w.-]+", "", item) for item in config.model.config_overrides]
+    parts += ["scratch"] if config.model.from_scratch else []
     parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
     parts += [adapter_name(config.adapter)] if config.adapter.adapter else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
@@ -115,7 +119,7 @@ def introduce(
     model: nn.Module,
     plan: Plan,
     collator: DataCollatorWithPadding,
-    new_weights: list[str],
+    weights: Weights,
 ) -> str:
     """The block printed before the first step: devices, precision, batch, data, what is trained, what was noticed."""
     trainable, total = count_parameters(model)
@@ -135,9 +139,14 @@ def introduce(
         "padding": f"{padding:.1%} of the positions in training ({config.training.train_sampling_strategy})",
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
-    if new_weights:
-        names = ", ".join(new_weights[:6]) + (", ..." if len(new_weights) > 6 else "")
-        rows["new weights"] = f"{names} (not in the checkpoint, trained from scratch)"
+    if config.model.config_overrides:
+        rows["changes"] = f"{' '.join(config.model.config_overrides)} (--config_overrides)"
+    if config.model.from_scratch:
+        rows["new weights"] = "all (--from_scratch)"
+    elif weights.new:
+        rows["new weights"] = f"{describe_weights(weights.new)} (not in the checkpoint, trained from scratch)"
+    if weights.dropped:
+        rows["left out"] = f"{describe_weights(weights.dropped)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
     return "\n".join(
         [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]

@@ -21,7 +21,7 @@ from lib.eval_config import EvalConfig
 from lib.generation import build_writer
 from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
-from lib.modeling import load_tokenizer, load_trained
+from lib.modeling import load_tokenizer, load_trained, longest_input
 from lib.pipelines import PIPELINES
 from lib.predict_config import PredictConfig, is_lost_folder
 from lib.question_answering import build_reader
@@ -103,18 +103,6 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
     if tokenizer.model_max_length <= special:
         raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
     return model.to(device).eval(), tokenizer
-
-
-def longest_input(model: Any) -> int | None:
-    """Positions that a model has for text; those of the RoBERTa family begin behind the number of the padding token.
-
-    The virtual tokens of prefix and prompt tuning take some of them.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
-    padding += getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
 
 
 def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: torch.device) -> Predict:

@@ -163,3 +163,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
+        scratch = self.adapter.adapter and self.model.from_scratch
+        require(
+            not scratch, "--adapter keeps the model below it as it is, which --from_scratch leaves random; choose one"
+        )

@@ -20,7 +20,8 @@ from lib.checkpoint import publish_model
 from lib.cli import parse_cli
 from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.eval_config import EvalConfig
-from lib.modeling import build_model, count_parameters, load_tokenizer, set_train_mode
+from lib.freezing import count_parameters, set_train_mode
+from lib.modeling import build_model, load_tokenizer
 from lib.train_config import TrainConfig
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
@@ -55,10 +56,10 @@ def build(folder: Path, method: str | None, placement: str = "pfeiffer", names: 
     source = ModelConfig(model=str(folder))
     tokenizer = load_tokenizer(source)
     torch.manual_seed(0)
-    model, new_weights = build_model(source, names, tokenizer)
+    model, weights = build_model(source, names, tokenizer)
     more = {"adapter_placement": placement, "adapter_reduction_factor": 4.0} if method == "bottleneck" else {}
     more = {"num_virtual_tokens": 3} if method in ("prefix", "prompt") else more
-    return adapt(model, AdapterConfig(adapter=method, **more), source, new_weights), tokenizer
+    return adapt(model, AdapterConfig(adapter=method, **more), source, weights.new), tokenizer
 
 
 def logits(model, tokenizer) -> torch.Tensor:

@@ -14,7 +14,8 @@ from lib.batching import Collator, build_collator, eval_batches
 from lib.config import ModelConfig
 from lib.data import Data
 from lib.evaluation import Predictions, check_counts, evaluate_split, predict
-from lib.modeling import build_model, load_tokenizer, set_train_mode
+from lib.freezing import set_train_mode
+from lib.modeling import build_model, load_tokenizer
 from tests.conftest import sentences
 
 NAMES = ["bad", "good", "mixed"]

@@ -10,14 +10,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lib.config import ModelConfig, UserError
+from lib.freezing import count_parameters, set_train_mode
 from lib.modeling import (
+    Weights,
     build_model,
-    count_parameters,
     label_names,
     load_classifier,
     load_tokenizer,
     model_name,
-    set_train_mode,
 )
 from tests.conftest import tiny_tokenizer
 
@@ -56,7 +56,7 @@ def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.d
     return folder
 
 
-def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, list[str]]:
+def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, Weights]:
     config = ModelConfig(model=str(folder), **settings)
     return build_model(config, names, load_tokenizer(config))
 
@@ -145,28 +145,28 @@ def test_count_parameters_by_hand() -> None:
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, dtype=torch.bfloat16)
-    model, new_weights = build(folder)
+    model, weights = build(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     stored = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(weight, stored[name].float()) for name, weight in model.state_dict().items())
-    assert new_weights == []
+    assert weights.new == []
     assert load_classifier(ModelConfig(model=str(folder))).dtype == torch.float32
 
 
 def test_a_head_of_another_size_is_new_and_the_rest_is_kept(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, num_labels=5)
-    model, new_weights = build(folder)
-    assert new_weights == ["classifier.bias", "classifier.weight"]
+    model, weights = build(folder)
+    assert weights.new == ["classifier.bias", "classifier.weight"]
     assert model.classifier.weight.shape == (3, 16)
     stored = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
-    kept = {name: weight for name, weight in model.state_dict().items() if name not in new_weights}
+    kept = {name: weight for name, weight in model.state_dict().items() if name not in weights.new}
     assert all(torch.equal(weight, stored[name]) for name, weight in kept.items())
 
 
 def test_the_head_of_a_pretrained_body_is_named_as_new(roberta: Path) -> None:
-    _, new_weights = build(roberta)
-    assert {name.split(".")[0] for name in new_weights} == {"classifier"}
-    assert len(new_weights) == 4
+    _, weights = build(roberta)
+    assert {name.split(".")[0] for name in weights.new} == {"classifier"}
+    assert len(weights.new) == 4
 
 
 def test_label_names_travel_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_pa
 def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
     base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
     tokenizer = load_tokenizer(base)
-    model, new_weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
-    model = adapt(model, AdapterConfig(adapter=method), base, new_weights)
+    model, weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
+    model = adapt(model, AdapterConfig(adapter=method), base, weights.new)
     with torch.no_grad():
         for parameter in saved_tensors(model).values():
             parameter.normal_(0, 0.5)

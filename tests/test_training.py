@@ -13,8 +13,9 @@ from lib import training
 from lib.batching import Window, build_collator, split_micro_batches
 from lib.config import DataConfig, ModelConfig, UserError
 from lib.data import load_data
+from lib.freezing import set_train_mode
 from lib.memory import halve
-from lib.modeling import build_model, load_tokenizer, set_train_mode
+from lib.modeling import build_model, load_tokenizer
 from lib.optim import build_optimizer
 from lib.plan import State, all_windows, build_plan
 from lib.processes import buckets

@@ -15,7 +15,8 @@ from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.config import AdapterConfig, DataConfig, ModelConfig
 from lib.data import Data, load_data
-from lib.modeling import build_model, load_tokenizer, set_train_mode
+from lib.freezing import set_train_mode
+from lib.modeling import build_model, load_tokenizer
 from lib.optim import build_optimizer, build_scheduler, learning_rate
 from lib.plan import State, all_windows, build_plan
 from lib.processes import finish
@@ -35,8 +36,8 @@ def shorten(data: Data, size: int) -> Data:
 def train(accelerator, source: ModelConfig, tokenizer, data: Data, micro_batch_size: int, adapter) -> dict:
     config = TrainingConfig(num_train_epochs=2, train_batch_size=16, per_device_train_batch_size=micro_batch_size)
     seed_everything(0)
-    model, new_weights = build_model(source, data.label_names, tokenizer)
-    model = adapt(model, AdapterConfig(adapter=adapter), source, new_weights)
+    model, weights = build_model(source, data.label_names, tokenizer)
+    model = adapt(model, AdapterConfig(adapter=adapter), source, weights.new)
     plan = build_plan(config, len(data.tokens["train"]), accelerator.num_processes)
     optimizer = build_optimizer(model, OPTIM, accelerator.device)
     scheduler = build_scheduler(optimizer, OPTIM, plan.total_steps, "accuracy")
