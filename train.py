@@ -25,6 +25,7 @@ from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.data import load_data
 from lib.evaluation import evaluate_split
 from lib.freezing import set_train_mode
+from lib.losses import build_objective
 from lib.modeling import build_model, load_tokenizer
 from lib.optim import advance_on_metric, build_optimizer, build_scheduler
 from lib.plan import State, all_windows, build_plan, update_best
@@ -52,6 +53,7 @@ def main(config: TrainConfig) -> None:
     model, weights = build_model(config.model, data.label_names, tokenizer)
     model = adapt(model, config.adapter, config.model, weights.new)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
+    objective = build_objective(config.objective, data)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
@@ -72,11 +74,11 @@ def main(config: TrainConfig) -> None:
 
     # Training. Signals and the time limit wait until all processes can save together.
     progress = Progress(accelerator, plan.total_steps, state)
-    windows = all_windows(plan, training, data, collator, accelerator.process_index, state.step)
-    one_step = functools.partial(optimizer_step, accelerator, model, optimizer, scheduler)
+    windows = all_windows(plan, training, data, collator, accelerator.process_index, state.step, objective.weights)
+    one_step = functools.partial(optimizer_step, accelerator, model, optimizer, scheduler, objective.loss)
     set_train_mode(model)
     with checkpointer.guarding(run_log):
-        try_longest_batch(accelerator, model, optimizer, plan, data, collator, config.optim, state)
+        try_longest_batch(accelerator, model, optimizer, plan, data, collator, objective.loss, state)
         while not plan.is_finished(state):
             if not state.pending:  # else the run was stopped between a step and what follows it
                 window = next(windows)

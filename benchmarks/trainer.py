@@ -93,7 +93,7 @@ def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArgum
         lr_scheduler_type=optim.lr_scheduler_type,
         warmup_steps=warmup_steps(optim, plan.total_steps),
         max_grad_norm=optim.max_grad_norm or 0.0,
-        label_smoothing_factor=optim.label_smoothing_factor,
+        label_smoothing_factor=config.objective.label_smoothing_factor,
         train_sampling_strategy=training.train_sampling_strategy,
         bf16=precision == "bf16",
         fp16=precision == "fp16",

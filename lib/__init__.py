@@ -24,8 +24,9 @@ Who imports whom, asserted by tests/test_architecture.py:
     sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
     data        batching config labels sources           data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
-    training    batching data memory optim plan processes runtime train_config watchdog
-    evaluation  batching config data memory processes watchdog
+    losses      config data train_config                 a loss per sample, and how much each counts
+    training    batching data losses memory optim plan processes runtime train_config watchdog
+    evaluation  batching config data losses memory processes watchdog
     report      data evaluation
     tracking    config data evaluation report train_config
     progress    batching plan processes

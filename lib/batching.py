@@ -29,12 +29,13 @@ BLOCK = 50
 class Window:
     """All that one process computes for one optimizer step.
 
-    `micro_batches` holds padded tensors and, under `sample_weight`, 1.0 for a sample that counts and 0.0 for a stand-in;
-    `num_samples` counts the samples of the step over all processes.
+    `micro_batches` holds padded tensors and, under `sample_weight`, the weight of each sample, 0.0 for a stand-in;
+    `num_samples` counts the samples of the step over all processes, `weight` is the sum of their weights.
     """
 
     micro_batches: list[dict[str, torch.Tensor]]
     num_samples: int
+    weight: float
 
 
 def permutation(n: int, *key: int) -> Indices:
@@ -142,19 +143,22 @@ def training_windows(
     world_size: int,
     collator: Collator,
     num_workers: int = 0,
+    weights: np.ndarray | None = None,
 ) -> Iterator[Window]:
     """One window per global batch of `batches`, holding the slice of this process.
 
+    `weights` holds a float32 for each sample of `dataset`; None: all weigh 1. Every process knows those of the whole step.
     A process whose slice is empty gets the first sample of the batch with weight 0: it must still run forward and
     backward, because the other processes wait for its gradients.
     """
     plans = [micro_batches(rank_slice(batch, rank, world_size), micro_batch_size) for batch in batches]
     pieces = [piece if len(piece) else batch[:1] for batch, plan in zip(batches, plans, strict=True) for piece in plan]
     loader = iter(build_loader(dataset, pieces, collator, num_workers))
+    weights = np.ones(len(dataset), dtype=np.float32) if weights is None else weights
     for batch, plan in zip(batches, plans, strict=True):
         window = []
         for piece in plan:
             tensors = next(loader)
-            tensors["sample_weight"] = torch.full((max(len(piece), 1),), float(len(piece) > 0))
+            tensors["sample_weight"] = torch.from_numpy(weights[piece]) if len(piece) else torch.zeros(1)
             window.append(tensors)
-        yield Window(window, len(batch))
+        yield Window(window, len(batch), float(weights[batch].sum(dtype=np.float64)))

@@ -41,6 +41,8 @@ class Data:
     label_names: list[str]
     text_columns: tuple[str, ...]
     notes: list[str]
+    problem_type: str = "single_label_classification"
+    """As in a transformers configuration."""
 
     def fingerprint(self) -> str:
         """Hash of all token ids and labels, in order: equal exactly when the model sees equal data."""

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from lib.batching import Collator, Indices, build_loader, eval_batches
 from lib.config import UserError
 from lib.data import Data
+from lib.losses import PLAIN, Loss
 from lib.memory import halve, is_out_of_memory
 from lib.processes import agree_to_stop, any_process
 from lib.watchdog import beat
@@ -28,7 +28,8 @@ AVERAGES = ("macro", "micro", "weighted")
 class Predictions:
     """Results of a split in input order, equal on every process.
 
-    `logits` float32 (samples, classes); `labels` int64 (samples,); `losses` float32 (samples,), cross entropy in nats.
+    `logits` float32 (samples, classes); `labels` int64 (samples,); `losses` float32 (samples,): those of `losses.PLAIN`,
+    cross entropy in nats.
     """
 
     logits: np.ndarray
@@ -56,6 +57,7 @@ def predict(
     collator: Collator,
     batch_size: int,
     num_classes: int,
+    loss: Loss,
 ) -> Predictions:
     """Logits and loss of every sample of `tokens`, each computed once, by one of the processes.
 
@@ -68,7 +70,8 @@ def predict(
     model.eval()
     results = None
     while results is None:
-        results = predict_table(accelerator, model, tokens, eval_batches(lengths, batch_size), collator, num_classes)
+        batches = eval_batches(lengths, batch_size)
+        results = predict_table(accelerator, model, tokens, batches, collator, num_classes, loss)
         if results is None:
             batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
@@ -87,6 +90,7 @@ def predict_table(
     batches: list[Indices],
     collator: Collator,
     num_classes: int,
+    loss: Loss,
 ) -> torch.Tensor | None:
     """Logits, loss and a one for each sample of this process, zeros elsewhere; None when memory was too short for one.
 
@@ -102,7 +106,7 @@ def predict_table(
         failed = False
         if index < len(batches):
             try:
-                rows = predict_batch(model, next(loader), accelerator.device)
+                rows = predict_batch(model, next(loader), accelerator.device, loss)
                 results.index_add_(0, torch.from_numpy(batches[index].copy()).to(accelerator.device), rows)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -113,12 +117,12 @@ def predict_table(
     return results
 
 
-def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """float32 (samples, classes + 2): logits, cross entropy in nats, and a one."""
+def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, loss: Loss) -> torch.Tensor:
+    """float32 (samples, classes + 2): logits, loss, and a one."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     labels = batch.pop("labels")
     logits = model(**batch).logits.float()
-    losses = cross_entropy(logits, labels, reduction="none")
+    losses = loss(logits, labels)
     return torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
 
 
@@ -138,7 +142,7 @@ def prefix(split: str) -> str:
 
 
 def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
-    """`loss` (mean over samples, nats) and each metric of `names`, through the `evaluate` interface.
+    """`loss` (mean over samples, unweighted) and each metric of `names`, through the `evaluate` interface.
 
     Raises UserError for a metric that is not one of ours.
     """
@@ -202,8 +206,7 @@ def evaluate_split(
     metrics: Sequence[str],
 ) -> tuple[dict[str, float], Predictions]:
     """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process."""
-    predictions = predict(
-        accelerator, model, data.tokens[split], data.lengths[split], collator, batch_size, len(data.label_names)
-    )
+    tokens, lengths, loss = data.tokens[split], data.lengths[split], PLAIN[data.problem_type]
+    predictions = predict(accelerator, model, tokens, lengths, collator, batch_size, len(data.label_names), loss)
     scores = [compute_metrics(predictions, metrics) if accelerator.is_main_process else None]
     return broadcast_object_list(scores)[0], predictions

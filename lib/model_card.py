@@ -12,8 +12,8 @@ SPLITS = {"eval": "validation", "test": "test"}
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPE = (
     *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", "label_smoothing_factor", "max_length", "seed"),
-    *("config_overrides", "from_scratch", "freeze", "adapter"),
+    *("weight_decay", "max_grad_norm", "loss", "focal_gamma", "class_weights", "label_smoothing_factor"),
+    *("max_length", "seed", "config_overrides", "from_scratch", "freeze", "adapter"),
 )
 LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 """By --adapter, what the Hub calls the library that reads the files; of all others it is peft."""

@@ -136,16 +136,29 @@ def update_best(state: State, scores: dict[str, float], name: str) -> bool:
 
 
 def all_windows(
-    plan: Plan, config: TrainingConfig, data: Data, collator: Collator, rank: int, first_step: int = 0
+    plan: Plan,
+    config: TrainingConfig,
+    data: Data,
+    collator: Collator,
+    rank: int,
+    first_step: int = 0,
+    weights: np.ndarray | None = None,
 ) -> Iterator[Window]:
-    """The windows of all steps after `first_step`, epoch after epoch."""
+    """The windows of all steps after `first_step`, epoch after epoch; `weights` are those of the training samples."""
     tokens, lengths = data.tokens["train"], data.lengths["train"]
     for epoch in range(first_step // plan.steps_per_epoch, plan.num_epochs):
         start = epoch * plan.steps_per_epoch
         batches = epoch_batches(lengths, plan.train_batch_size, config.seed, epoch, config.train_sampling_strategy)
         batches = batches[max(0, first_step - start) : plan.total_steps - start]
         yield from training_windows(
-            tokens, batches, plan.micro_batch_size, rank, plan.world_size, collator, config.dataloader_num_workers
+            tokens,
+            batches,
+            plan.micro_batch_size,
+            rank,
+            plan.world_size,
+            collator,
+            config.dataloader_num_workers,
+            weights,
         )
 
 

@@ -28,6 +28,7 @@ class Interval:
         self.bad_step = torch.zeros((), device=self.accelerator.device)
         self.rates: dict[int, float] = {}
         self.samples = self.steps = 0
+        self.weight = 0.0
         self.started = time.perf_counter()
 
     def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, window: Window, step: int, rate: float) -> None:
@@ -39,10 +40,11 @@ class Interval:
         self.bad_step = torch.where(bad, float(step), self.bad_step)
         self.rates[step] = rate
         self.samples += window.num_samples
+        self.weight += window.weight
         self.steps += 1
 
     def read(self) -> dict[str, float]:
-        """Mean loss per sample since the reset over all processes, mean gradient norm, samples per second.
+        """Weighted mean loss of the samples since the reset over all processes, mean gradient norm, samples per second.
 
         Raises on every process what `explain` makes, when one of them met a loss or gradient that is not finite.
         """
@@ -52,7 +54,7 @@ class Interval:
             raise self.explain(step, self.rates[step])
         seconds = time.perf_counter() - self.started
         return {
-            "train/loss": loss / self.samples,
+            "train/loss": loss / self.weight,
             "train/grad_norm": norm / self.steps / self.accelerator.num_processes,
             "train/samples_per_second": self.samples / seconds,
         }
@@ -65,7 +67,8 @@ class Interval:
         table[self.accelerator.process_index] = self.sums
         sums = self.accelerator.reduce(table, "sum").tolist()
         seconds = time.perf_counter() - self.started
-        return {"sums": sums, "samples": self.samples, "steps": self.steps, "seconds": seconds}
+        counts = {"samples": self.samples, "steps": self.steps, "weight": self.weight}
+        return {"sums": sums, "seconds": seconds} | counts
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from `state`, also on another number of processes."""
@@ -76,7 +79,7 @@ class Interval:
             self.sums = sums[rank]
         else:  # losses are summed over processes, norms are the same on all
             self.sums = torch.stack([sums[:, 0].sum() * (rank == 0), sums[:, 1].mean()])
-        self.samples, self.steps = saved["samples"], saved["steps"]
+        self.samples, self.steps, self.weight = saved["samples"], saved["steps"], saved["weight"]
         self.started -= saved["seconds"]
 
 

@@ -38,6 +38,8 @@ def run_name(config: TrainConfig) -> str:
     parts += ["scratch"] if config.model.from_scratch else []
     parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
     parts += [adapter_name(config.adapter)] if config.adapter.adapter else []
+    parts += [config.objective.loss] if config.objective.loss != "cross_entropy" else []
+    parts += ["weighted"] if config.objective.class_weights else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
     return "-".join(parts)
 

@@ -1,6 +1,7 @@
 """Options of train.py: the shared sections of config.py, and optimizer, training and tracking."""
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 from lib.config import (
@@ -54,17 +55,49 @@ class OptimConfig:
     """Steps of linear warm-up; below 1 it is a share of all steps."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; None: logged but not clipped."""
-    label_smoothing_factor: float = 0.0
-    """Share of the target spread over all labels."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
         require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
-        smoothing = self.label_smoothing_factor
-        require(0 <= smoothing < 1, f"--label_smoothing_factor must lie in [0, 1), got {smoothing}")
         check_positive(self, "max_grad_norm")
         for item in self.lr_scheduler_kwargs:
             require("=" in item, f"--lr_scheduler_kwargs takes name=value, got {item!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Loss. Evaluation always reports plain cross entropy, so that runs can be compared."""
+
+    loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
+    """`focal` leaves more to the hard samples; `ordinal` is for graded labels, numbered from one end to the other, and
+    makes a far miss dearer than a near one."""
+    focal_gamma: float = 2.0
+    """focal: how little easy samples count; 0 is cross entropy."""
+    class_weights: tuple[str, ...] = ()
+    """`balanced`: every class counts alike, however rare; or class=weight for some, such as negative=2 neutral=5."""
+    label_smoothing_factor: float = 0.0
+    """cross_entropy: share of the target spread over all labels."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing_factor
+        require(0 <= smoothing < 1, f"--label_smoothing_factor must lie in [0, 1), got {smoothing}")
+        require(not smoothing or self.loss == "cross_entropy", "--label_smoothing_factor is for --loss cross_entropy")
+        require(0 <= self.focal_gamma < math.inf, f"--focal_gamma must not be negative, got {self.focal_gamma}")
+        untouched = self.focal_gamma == ObjectiveConfig.focal_gamma
+        require(untouched or self.loss == "focal", "--focal_gamma is for --loss focal")
+        for item in self.class_weights if self.class_weights != ("balanced",) else ():
+            require(
+                is_positive(item.rpartition("=")[2]) and "=" in item,
+                f"--class_weights takes `balanced` or class=weight with weights above 0, got {item!r}",
+            )
+
+
+def is_positive(text: str) -> bool:
+    """Whether `text` is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +184,7 @@ class TrainConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     tracking: TrackingConfig = dataclasses.field(default_factory=TrackingConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)

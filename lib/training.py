@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lib.batching import (
@@ -17,6 +16,7 @@ from lib.batching import (
     split_micro_batches,
 )
 from lib.data import Data
+from lib.losses import Loss
 from lib.memory import halve, has_own_memory, is_out_of_memory
 from lib.optim import advance_scheduler, learning_rate
 from lib.plan import Plan, State
@@ -31,6 +31,7 @@ def optimizer_step(
     model: nn.Module,
     optimizer: Optimizer,
     scheduler: Any,
+    loss: Loss,
     window: Window,
     config: OptimConfig,
     seed: int,
@@ -38,17 +39,18 @@ def optimizer_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Forward and backward over the micro-batches of this process, then one step of AdamW and of the schedule.
 
-    The model must be in train mode (`set_train_mode`). The loss is the sum over samples divided by the samples of the
-    whole step, so that neither processes nor micro-batches nor a short last batch change it. When memory is too short on
-    one process, all of them halve their micro-batches and repeat the step. A step whose gradient is not finite leaves
-    the weights as they are.
+    The model must be in train mode (`set_train_mode`). The weighted losses of the samples are summed and divided by the
+    weights of the whole step, so that neither processes nor micro-batches nor a short last batch change it. When memory
+    is too short on one process, all of them halve their micro-batches and repeat the step. A step whose gradient is not
+    finite leaves the weights as they are.
 
-    Returns the summed loss of this process and the norm of the gradients before clipping, both on the device: reading
-    them waits for the device, which is left to the caller. Raises UserError when not even one sample fits in memory.
+    Returns the summed weighted loss of this process and the norm of the gradients before clipping, both on the device:
+    reading them waits for the device, which is left to the caller. Raises UserError when not even one sample fits in
+    memory.
     """
     beat(f"step {state.step + 1}")
     state.learning_rate = learning_rate(optimizer)
-    loss_sum = fit_gradients(accelerator, model, optimizer, window, config, seed, state)
+    loss_sum = fit_gradients(accelerator, model, optimizer, loss, window, seed, state)
     sum_gradients(accelerator, model)
     norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
     skip_unless_finite(accelerator, optimizer, norm)
@@ -68,14 +70,14 @@ def fit_gradients(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
+    loss: Loss,
     window: Window,
-    config: OptimConfig,
     seed: int,
     state: State,
 ) -> torch.Tensor:
     """Gradients of this process and their summed loss, with micro-batches halved on all processes until they fit."""
     while True:
-        loss_sum = accumulate_gradients(accelerator, model, window, config, seed, state)
+        loss_sum = accumulate_gradients(accelerator, model, loss, window, seed, state)
         if not any_process(accelerator, loss_sum is None):
             assert loss_sum is not None
             return loss_sum
@@ -91,7 +93,7 @@ def try_longest_batch(
     plan: Plan,
     data: Data,
     collator: Collator,
-    config: OptimConfig,
+    loss: Loss,
     state: State,
 ) -> None:
     """Forward and backward of the longest samples, so that a lack of memory shows now; nothing is learnt from them.
@@ -106,13 +108,13 @@ def try_longest_batch(
     batch["sample_weight"] = torch.ones(len(indices))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     moments = None if optimizer.state else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
-    fit_gradients(accelerator, model, optimizer, Window([batch], len(indices)), config, 0, state)
+    fit_gradients(accelerator, model, optimizer, loss, Window([batch], len(indices), len(indices)), 0, state)
     optimizer.zero_grad()
     del moments
 
 
 def accumulate_gradients(
-    accelerator: Accelerator, model: nn.Module, window: Window, config: OptimConfig, seed: int, state: State
+    accelerator: Accelerator, model: nn.Module, loss: Loss, window: Window, seed: int, state: State
 ) -> torch.Tensor | None:
     """The summed loss of this process, whose gradients are added to the parameters'; None when memory was too short."""
     loss_sum = torch.zeros((), device=accelerator.device)
@@ -120,9 +122,9 @@ def accumulate_gradients(
         for index, micro_batch in enumerate(split_micro_batches(window, state.micro_batch_size)):
             seed_everything(seed, state.step, index, accelerator.process_index)
             with accelerator.no_sync(model):  # gradients are summed once, by `sum_gradients`
-                loss = micro_batch_loss(model, micro_batch, accelerator.device, config.label_smoothing_factor)
-                accelerator.backward(loss / window.num_samples)
-            loss_sum += loss.detach()
+                micro_sum = micro_batch_loss(model, micro_batch, accelerator.device, loss)
+                accelerator.backward(micro_sum / window.weight)
+            loss_sum += micro_sum.detach()
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -141,10 +143,10 @@ def skip_unless_finite(accelerator: Accelerator, optimizer: Any, norm: torch.Ten
 
 
 def micro_batch_loss(
-    model: nn.Module, micro_batch: dict[str, torch.Tensor], device: torch.device, label_smoothing: float
+    model: nn.Module, micro_batch: dict[str, torch.Tensor], device: torch.device, loss: Loss
 ) -> torch.Tensor:
-    """Summed cross entropy of the samples that count, in float32 and nats."""
+    """Summed weighted losses of the samples, in float32."""
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
     labels, weight = inputs.pop("labels"), inputs.pop("sample_weight")
     logits = model(**inputs).logits.float()
-    return (cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing) * weight).sum()
+    return (loss(logits, labels) * weight).sum()

@@ -491,14 +491,14 @@ def test_train_eval_and_predict_with_an_adapter_as_users_run_them(
 
 def test_processes_and_micro_batches_change_nothing_with_an_adapter(run, roberta_without_dropout, tmp_path):
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    found = []
+    found, flags = [], "--adapter bottleneck"
     for processes, micro_batch_size in ((None, 16), (2, 3)):
-        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size, "bottleneck")
-        run(*worker, 5, 19, processes=processes, env=env)
+        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size, "5,19", flags)
+        run(*worker, processes=processes, env=env)
         found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
     assert [results["world_size"] for results in found] == [1, 2]
     for size in (5, 19):
-        one, two = (results[size] for results in found)
+        one, two = (results[flags, size] for results in found)
         assert one["losses"] == pytest.approx(two["losses"], abs=1e-6)
         torch.testing.assert_close(one["weights"], two["weights"], atol=1e-6, rtol=0)
-    assert not torch.equal(found[0][5]["weights"], found[0][19]["weights"])
+    assert not torch.equal(found[0][flags, 5]["weights"], found[0][flags, 19]["weights"])

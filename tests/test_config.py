@@ -13,7 +13,7 @@ from lib import config, eval_config, train_config
 from lib.cli import load_config, parse_cli, save_config
 from lib.config import DataConfig, ModelConfig, flatten
 from lib.eval_config import EvalConfig
-from lib.train_config import OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
+from lib.train_config import ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
 from tests.conftest import ROOT
 
 Capture = pytest.CaptureFixture[str]
@@ -128,6 +128,8 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     [
         TrainConfig(),
         TrainConfig(optim=OptimConfig(learning_rate=1e-5, max_grad_norm=None, lr_scheduler_kwargs=("min_lr=1e-6",))),
+        TrainConfig(objective=ObjectiveConfig(loss="focal", focal_gamma=0.5, class_weights=("a=b=2", "0=1e-3"))),
+        TrainConfig(objective=ObjectiveConfig(class_weights=("balanced",))),
         TrainConfig(data=DataConfig(train_file="a b.csv", text_columns=("premise", "hypothesis"), label_column="true")),
         TrainConfig(model=ModelConfig(freeze="4"), metrics=("accuracy", "f1"), mixed_precision="no"),
         TrainConfig(tracking=TrackingConfig(report_to="none", tags=("1", "x: y", "null", "ü"), run_name="1e5")),
@@ -180,6 +182,13 @@ def test_a_misspelt_yaml_key_is_refused_with_a_near_one_and_the_file(capsys: Cap
         (["--max_length=0"], ["--max_length must be above 0, got 0"]),
         (["--warmup_steps=-1"], ["--warmup_steps must not be negative"]),
         (["--label_smoothing_factor=1"], ["--label_smoothing_factor must lie in [0, 1), got 1.0"]),
+        (["--loss=focal", "--label_smoothing_factor=0.1"], ["--label_smoothing_factor is for --loss cross_entropy"]),
+        (["--focal_gamma=1"], ["--focal_gamma is for --loss focal"]),
+        (["--loss=focal", "--focal_gamma=-1"], ["--focal_gamma must not be negative, got -1.0"]),
+        (["--class_weights", "balanced", "good=2"], ["`balanced` or class=weight", "got 'balanced'"]),
+        (["--class_weights", "good=0"], ["with weights above 0, got 'good=0'"]),
+        (["--class_weights", "good=nan"], ["with weights above 0, got 'good=nan'"]),
+        (["--class_weights", "good"], ["got 'good'"]),
         (["--lr_scheduler_kwargs", "min_lr"], ["--lr_scheduler_kwargs takes name=value, got 'min_lr'"]),
         (["--seed=-1"], ["--seed must not be negative, got -1"]),
         (["--run_name=a/b"], ["--run_name takes letters, digits and . _ -, got 'a/b'"]),

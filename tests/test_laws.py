@@ -27,12 +27,11 @@ def train_layout(run: Command, layouts: Path, roberta_without_dropout: Path):
         path = layouts / f"results-{processes}-{micro_batch_size}.pt"
         if not path.exists():
             env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-            run(
-                WORKER, roberta_without_dropout, layouts, micro_batch_size, "none", *SIZES, processes=processes, env=env
-            )
+            sizes = ",".join(map(str, SIZES))
+            run(WORKER, roberta_without_dropout, layouts, micro_batch_size, sizes, "", processes=processes, env=env)
         results = torch.load(path)
         assert results.pop("world_size") == processes
-        return results
+        return {size: result for (_, size), result in results.items()}
 
     return call
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from lib.batching import Window
 from lib.progress import Interval
 
-WINDOW = Window([], 8)
+WINDOW = Window([], 8, 8.0)
 
 
 class Bad(Exception):
@@ -47,7 +47,7 @@ def test_sums_go_on_bit_by_bit_after_a_checkpoint(interval):
 
 
 def test_sums_of_two_processes_go_on_on_one(interval):
-    interval.restore({"sums": [[3.0, 2.0], [5.0, 2.0]], "samples": 16, "steps": 2, "seconds": 1.0})
+    interval.restore({"sums": [[3.0, 2.0], [5.0, 2.0]], "samples": 16, "steps": 2, "weight": 16.0, "seconds": 1.0})
     assert interval.sums.tolist() == [8.0, 2.0]
     values = interval.read()
     assert (values["train/loss"], values["train/grad_norm"]) == (0.5, 1.0)

@@ -14,6 +14,7 @@ from lib.batching import Window, build_collator, split_micro_batches
 from lib.config import DataConfig, ModelConfig, UserError
 from lib.data import load_data
 from lib.freezing import set_train_mode
+from lib.losses import plain_cross_entropy
 from lib.memory import halve
 from lib.modeling import build_model, load_tokenizer
 from lib.optim import build_optimizer
@@ -51,7 +52,8 @@ def parts(roberta_without_dropout: Path, tmp_path: Path) -> SimpleNamespace:
 
 
 def step(parts: SimpleNamespace, state: State, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    return optimizer_step(parts.accelerator, parts.model, parts.optimizer, parts.scheduler, window, OPTIM, 0, state)
+    fixed = (parts.accelerator, parts.model, parts.optimizer, parts.scheduler, plain_cross_entropy)
+    return optimizer_step(*fixed, window, OPTIM, 0, state)
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -108,7 +110,14 @@ def test_the_longest_samples_are_tried_first_and_nothing_is_learnt_from_them(par
     monkeypatch.setattr(training, "has_own_memory", lambda _: True)
     before, state, tried = weights(parts.model), State(), fail_above(monkeypatch, 4)
     try_longest_batch(
-        parts.accelerator, parts.model, parts.optimizer, parts.plan, parts.data, parts.collator, OPTIM, state
+        parts.accelerator,
+        parts.model,
+        parts.optimizer,
+        parts.plan,
+        parts.data,
+        parts.collator,
+        plain_cross_entropy,
+        state,
     )
     assert tried == [8, 4, 4]
     assert (state.step, state.micro_batch_size) == (0, 4)
@@ -138,11 +147,11 @@ def test_a_step_whose_gradient_is_not_finite_leaves_weights_and_moments_alone(pa
 def test_cut_micro_batches_hold_every_sample_once_in_order():
     micro = [{"labels": torch.arange(5), "input_ids": torch.arange(10).view(5, 2)}, {"labels": torch.arange(5, 7)}]
     micro[1]["input_ids"] = torch.arange(10, 14).view(2, 2)
-    pieces = split_micro_batches(Window(micro, 7), 2)
+    pieces = split_micro_batches(Window(micro, 7, 7.0), 2)
     assert [len(piece["labels"]) for piece in pieces] == [2, 2, 1, 2]
     assert torch.cat([piece["labels"] for piece in pieces]).tolist() == list(range(7))
     assert torch.cat([piece["input_ids"] for piece in pieces]).flatten().tolist() == list(range(14))
-    assert split_micro_batches(Window(micro, 7), None) is micro
+    assert split_micro_batches(Window(micro, 7, 7.0), None) is micro
 
 
 def test_halving_goes_down_to_one():

@@ -80,10 +80,10 @@ def failing_backward(self: Accelerator, *arguments: Any) -> None:
         no_memory(Now.size)
 
 
-def predict_batch(model: Any, inputs: Any, device: Any) -> torch.Tensor:
+def predict_batch(model: Any, inputs: Any, *arguments: Any) -> torch.Tensor:
     if acts("eval_oom"):
         no_memory(len(inputs["labels"]))
-    return batch(model, inputs, device)
+    return batch(model, inputs, *arguments)
 
 
 def load_data(*arguments: Any) -> Any:
