@@ -36,7 +36,7 @@ def main(config: EvalConfig) -> None:
     check_metrics(metrics, len(data.label_names))
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
+    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
     scores, predictions = evaluate_split(
         accelerator, model, data, config.split, collator, config.per_device_eval_batch_size, metrics
     )

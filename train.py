@@ -56,13 +56,13 @@ def main(config: TrainConfig) -> None:
     objective = build_objective(config.objective, data)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
     scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
-    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
+    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
 
     # The folder of the run, and the checkpoint in it to go on from.
-    settings = run.run_settings(accelerator, config, data, model)
+    settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = run.open_run(accelerator, config, folder, settings)
     if accelerator.is_main_process:
-        print(run.introduce(accelerator, config, data, model, plan, collator, weights), flush=True)
+        print(run.introduce(accelerator, config, data, model, plan, settings, weights), flush=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))

@@ -100,8 +100,12 @@ def round_up(length: int, multiple: int | None) -> int:
     return length if multiple is None else -(-length // multiple) * multiple
 
 
-def build_collator(tokenizer: Any, mixed_precision: str, device: torch.device) -> DataCollatorWithPadding:
-    """Pads a batch to its longest member, rounded up to 8 where tensor cores want it."""
+def build_collator(
+    tokenizer: Any, mixed_precision: str, device: torch.device, length: int | None = None
+) -> DataCollatorWithPadding:
+    """Pads a batch to its longest member, rounded up to 8 where tensor cores want it, or to a fixed `length`."""
+    if length is not None:
+        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
     tensor_cores = device.type == "cuda" and mixed_precision in ("fp16", "bf16")
     return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if tensor_cores else None)
 

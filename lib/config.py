@@ -115,6 +115,8 @@ class DataConfig:
     """Label column; guessed when obvious."""
     max_length: int = 128
     """Longest input in tokens; longer texts are cut and their share is reported."""
+    pad_to_max_length: bool = False
+    """Pad every batch to --max_length instead of its longest text, for devices that need fixed shapes."""
     max_train_samples: int | None = None
     """Use only n training samples, a fixed random choice, for a quick try."""
     max_eval_samples: int | None = None

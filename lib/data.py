@@ -43,6 +43,14 @@ class Data:
     notes: list[str]
     problem_type: str = "single_label_classification"
     """As in a transformers configuration."""
+    max_length: int = 0
+    """Tokens of the longest text that is possible."""
+    pad_to_max_length: bool = False
+
+    @property
+    def padded_to(self) -> int | None:
+        """Length of every batch; None: that of its longest text."""
+        return self.max_length if self.pad_to_max_length else None
 
     def fingerprint(self) -> str:
         """Hash of all token ids and labels, in order: equal exactly when the model sees equal data."""
@@ -91,6 +99,8 @@ def load_data(
         label_names=names,
         text_columns=tuple(text_columns),
         notes=notes,
+        max_length=min(config.max_length, tokenizer.model_max_length),
+        pad_to_max_length=config.pad_to_max_length,
     )
 
 

@@ -162,10 +162,16 @@ def all_windows(
         )
 
 
-def epoch_padding_share(plan: Plan, config: TrainingConfig, lengths: np.ndarray, multiple: int | None = None) -> float:
-    """Share of padding in the first epoch's global batches."""
-    batches = epoch_batches(lengths, plan.train_batch_size, config.seed, 0, config.train_sampling_strategy)
-    return padding_share(lengths, batches, multiple)
+def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:
+    """Share of padding among the positions of the first epoch's batches, by the way they are made and padded."""
+    lengths = data.lengths["train"]
+    shares = {
+        strategy: padding_share(
+            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple
+        )
+        for strategy in ("group_by_length", "random")
+    }
+    return shares | {"pad_to_max_length": 1.0 - float(lengths.mean()) / data.max_length}
 
 
 def step_indices(plan: Plan, config: TrainingConfig, lengths: np.ndarray, step: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from lib.train_config import TrainingConfig
 
 HARMLESS = {
     *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "pad_to_max_length"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
 }
@@ -101,7 +101,14 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
     """What still holds between the two parts of a resumed run."""
     if changed:
         return "with other settings, so that the result is that of neither:\n" + "\n".join(changed)
-    keys = ["run/num_processes", "per_device_train_batch_size", "run/mixed_precision", "run/devices", "run/git_commit"]
+    keys = [
+        "run/num_processes",
+        "per_device_train_batch_size",
+        "pad_to_max_length",
+        "run/mixed_precision",
+        "run/devices",
+        "run/git_commit",
+    ]
     keys += [key for key in now if key.startswith("run/version_")]
     now = json.loads(json.dumps(now))
     other = [f"{k.removeprefix('run/')} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]

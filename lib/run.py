@@ -19,7 +19,7 @@ from lib.freezing import count_parameters
 from lib.labels import label_counts
 from lib.model_card import write_model_card
 from lib.modeling import Weights, describe_weights, model_name, model_origin
-from lib.plan import Plan, State, best_metric, epoch_padding_share, step_indices
+from lib.plan import Plan, State, best_metric, padding_shares, step_indices
 from lib.report import finite, write_report
 from lib.resume import choose_checkpoint, compare_settings, experiment_hash
 from lib.runtime import describe_devices, peak_memory_gib, run_record
@@ -88,16 +88,19 @@ def open_run(accelerator: Accelerator, config: TrainConfig, folder: Path, settin
     return choose_checkpoint(accelerator, config.training, folder, settings)
 
 
-def run_settings(accelerator: Accelerator, config: TrainConfig, data: Data, model: nn.Module) -> dict[str, Any]:
+def run_settings(
+    accelerator: Accelerator, config: TrainConfig, data: Data, model: nn.Module, collator: DataCollatorWithPadding
+) -> dict[str, Any]:
     """All that runs are compared by: resolved options, and under `run/` what they were made with; no secret."""
     trainable, total = count_parameters(model)
+    padding = padding_shares(config.training, data, collator.pad_to_multiple_of)
     record = run_record(accelerator) | {
         "data_fingerprint": data.fingerprint(),
         "label_names": data.label_names,
         "trainable_parameters": trainable,
         "parameters": total,
     }
-    record |= model_origin(config.model)
+    record |= model_origin(config.model) | {f"padding_{name}": round(share, 4) for name, share in padding.items()}
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
     return settings | {"run/experiment": experiment_hash(settings)}
@@ -120,7 +123,7 @@ def introduce(
     data: Data,
     model: nn.Module,
     plan: Plan,
-    collator: DataCollatorWithPadding,
+    settings: dict[str, Any],
     weights: Weights,
 ) -> str:
     """The block printed before the first step: devices, precision, batch, data, what is trained, what was noticed."""
@@ -128,7 +131,6 @@ def introduce(
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     counts = label_counts(data.tokens["train"]["labels"], len(data.label_names))
     labels = ", ".join(f"{name} {count:,}" for name, count in zip(data.label_names[:20], counts, strict=False))
-    padding = epoch_padding_share(plan, config.training, data.lengths["train"], collator.pad_to_multiple_of)
     rows = {
         "run": f"{run_name(config)}  ({run_folder(config)})",
         "devices": "; ".join(describe_devices(accelerator)),
@@ -138,7 +140,7 @@ def introduce(
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
         "labels": f"{labels}{', ...' if len(data.label_names) > 20 else ''}",
-        "padding": f"{padding:.1%} of the positions in training ({config.training.train_sampling_strategy})",
+        "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
     if config.model.config_overrides:
@@ -153,6 +155,14 @@ def introduce(
     return "\n".join(
         [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]
     )
+
+
+def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:
+    """The share of padding in training, and what it would be with the other choices."""
+    shares = {name: settings[f"run/padding_{name}"] for name in ("group_by_length", "random", "pad_to_max_length")}
+    chosen = "pad_to_max_length" if config.data.pad_to_max_length else config.training.train_sampling_strategy
+    others = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != chosen)
+    return f"{shares[chosen]:.1%} of the positions in training ({chosen}); it would be: {others}"
 
 
 def describe_scores(heading: str, scores: dict[str, float]) -> str:

@@ -1,11 +1,13 @@
 """Which samples form which step: each once, in an order that seed and epoch fix, split evenly over processes."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 from lib.batching import (
     Window,
@@ -19,6 +21,9 @@ from lib.batching import (
     round_up,
     training_windows,
 )
+from lib.data import Data
+from lib.plan import padding_shares
+from lib.train_config import TrainingConfig
 
 SIZES = range(1, 41)
 STRATEGIES = ("random", "group_by_length")
@@ -204,6 +209,14 @@ def test_only_tensor_cores_ask_for_multiples_of_8(device: str, precision: str, m
     assert build_collator(Padder(), precision, torch.device(device)).pad_to_multiple_of == multiple
 
 
+def test_fixed_shapes_have_one_length_on_every_device(roberta: Path) -> None:
+    collator = build_collator(AutoTokenizer.from_pretrained(roberta), "bf16", torch.device("cuda"), 21)
+    for texts in ([[0, 2]], [[0, 2], [0] * 21, [0, 5, 2]]):
+        batch = collator([{"input_ids": ids, "labels": 0} for ids in texts])
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(texts), 21)
+        assert batch["attention_mask"].sum(dim=1).tolist() == [len(ids) for ids in texts]
+
+
 # ---------------------------------------------------------------------------------------------------- windows
 
 
@@ -255,3 +268,17 @@ def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_worker
     windows = list(training_windows(numbered_dataset(lengths), batches, 2, 0, 1, collate, num_workers))
     assert [counted_samples((window,)) for window in windows] == [batch.tolist() for batch in batches]
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------- padding
+
+
+def test_the_share_of_padding_of_each_choice_by_hand() -> None:
+    """Two steps of two samples: like lengths together waste nothing; 1 - mean / max_length is what fixed shapes cost."""
+    lengths = np.array([4, 8, 4, 8])
+    data = Data("", {}, {}, {"train": lengths}, [], ("text",), [], max_length=16)
+    shares = padding_shares(TrainingConfig(train_batch_size=2, seed=0), data)
+    (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
+    by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())
+    assert shares == pytest.approx({"group_by_length": 0.0, "random": by_hand, "pad_to_max_length": 1 - 6 / 16})
+    assert padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"] == 0.25

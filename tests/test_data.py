@@ -298,6 +298,13 @@ def test_a_max_length_above_the_models_is_lowered_with_a_note(load: Load, tmp_pa
     assert notes_with(data, "--max_length 100 is more than the model can take: 64 is used")
 
 
+def test_a_fixed_length_is_the_one_asked_for_or_the_models(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", sentences(30))
+    assert load(train_file=path, max_length=33).padded_to is None
+    assert load(train_file=path, max_length=33, pad_to_max_length=True).padded_to == 33
+    assert load(train_file=path, max_length=99, pad_to_max_length=True).padded_to == 64
+
+
 @pytest.mark.parametrize(("header", "shortest"), [(("text", "label"), 3), (("premise", "hypothesis", "label"), 6)])
 def test_a_max_length_without_room_for_text_is_refused(
     load: Load, tmp_path: Path, header: tuple[str, ...], shortest: int

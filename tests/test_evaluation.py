@@ -118,6 +118,20 @@ def test_padding_does_not_change_logits(parts: tuple, single_logits: np.ndarray)
     assert np.abs(without_mask.logits.numpy() - single_logits).max() > 0.1
 
 
+def test_fixed_shapes_do_not_change_predictions(accelerator: Accelerator, parts: tuple, roberta: Path) -> None:
+    """Every batch as long as --max_length asks, the short one at the end included, which only has fewer rows."""
+    model, tokens, lengths, _ = parts
+    fixed = build_collator(load_tokenizer(ModelConfig(str(roberta))), "no", torch.device("cpu"), 40)
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    padded = predict_all(accelerator, (model, tokens, lengths, fixed), 4)
+    hook.remove()
+    assert {tuple(shape) for shape in shapes} == {(4, 40)} | ({(SIZE % 4, 40)} if SIZE % 4 else set())
+    np.testing.assert_allclose(padded.logits, predict_all(accelerator, parts, 4).logits, rtol=0, atol=1e-5)
+
+
 def test_evaluate_split_scores_the_split_asked_for(accelerator: Accelerator, parts: tuple) -> None:
     model, tokens, lengths, collator = parts
     half = {"validation": tokens.select(range(4)), "test": tokens}

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,14 @@ def test_a_run_on_hand_made_files_learns_and_reports(trained):
     assert {"config.yaml", "metrics.jsonl", "results.json", "model", "eval-test"} <= {p.name for p in folder.iterdir()}
 
 
+def test_the_share_of_padding_of_each_choice_is_told_before_the_first_step(trained):
+    _, done, _ = trained
+    (row,) = re.findall(r"^padding +(.*)", done.stdout, re.MULTILINE)
+    pattern = r"([\d.]+)% of the positions in training \(group_by_length\); it would be: random ([\d.]+)%, "
+    grouped, mixed, fixed = map(float, re.fullmatch(pattern + r"pad_to_max_length ([\d.]+)%", row).groups())
+    assert 0 < grouped < mixed < fixed < 100
+
+
 def test_every_logged_step_is_there_once_and_in_order(trained):
     folder, _, _ = trained
     lines = read_lines(folder / "metrics.jsonl")
@@ -86,6 +95,7 @@ def test_scoring_a_run_gives_the_numbers_of_training_and_one_file_for_any_layout
     folder, done, _ = trained
     out = folder / f"again-{processes}"
     flags = ["--run", folder, "--output_dir", out, "--per_device_eval_batch_size", batch_size]
+    flags += ["--pad_to_max_length"] if processes else []
     scored, results = results_of(run("eval.py", *flags, processes=processes)), results_of(done)
     assert scored["run/num_processes"] == (processes or 1)
     for name in ("test/loss", "test/accuracy", "test/f1_macro"):
