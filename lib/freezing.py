@@ -24,16 +24,22 @@ def freeze(model: PreTrainedModel, part: str | None) -> None:
 def frozen_part(model: PreTrainedModel, part: str | None) -> list[nn.Module]:
     if part is None:
         return []
-    backbone = getattr(model, model.base_model_prefix)
+    backbone = backbone_of(model)
     if part == "backbone":
         return [backbone]
     embeddings = find_embeddings(backbone)
     if part == "embeddings":
         return embeddings
-    layers = find_layers(backbone, model.config.num_hidden_layers)
+    layers = find_layers(model, "--freeze")
     if int(part) > len(layers):
         raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
     return [*embeddings, *layers[: int(part)]]
+
+
+def backbone_of(model: Any) -> Any:
+    """The model without its head, also below an adapter of peft."""
+    below = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(below, below.base_model_prefix)
 
 
 def find_embeddings(backbone: Any) -> list[nn.Module]:
@@ -51,14 +57,17 @@ def find_embeddings(backbone: Any) -> list[nn.Module]:
     return topmost or [backbone.get_input_embeddings()]
 
 
-def find_layers(backbone: nn.Module, number: int) -> nn.ModuleList:
-    """The list of transformer blocks, wherever an architecture keeps it: the only list as long as the model is deep."""
+def find_layers(model: Any, flag: str) -> nn.ModuleList:
+    """The list of transformer blocks, wherever an architecture keeps it: the first list as long as the model is deep.
+
+    Raises UserError, in the name of `flag`, when there is none.
+    """
+    backbone, number = backbone_of(model), model.config.num_hidden_layers
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise UserError(
-        f"--freeze: {type(backbone).__name__} does not show its {number} layers; use backbone or embeddings"
-    )
+    instead = "; use backbone or embeddings" if flag == "--freeze" else ""
+    raise UserError(f"{flag}: {type(backbone).__name__} does not show its {number} layers{instead}")
 
 
 def set_train_mode(model: nn.Module) -> None:

@@ -10,29 +10,57 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from lib.config import UserError
+from lib.freezing import backbone_of, find_embeddings, find_layers
 from lib.train_config import OptimConfig
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the validation metric instead of the step."""
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters as decayed matrices and undecayed vectors.
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by peak rate, as decayed matrices and undecayed vectors; those at `learning_rate` come first.
 
     Biases and norm scales have one dimension; decaying them pulls activations towards zero for no regularising benefit.
+    Raises UserError when rates are asked for by layer and the model does not show its layers.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rates, peak = other_rates(model, config), config.learning_rate
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((rates.get(parameter, peak), parameter.ndim >= 2), []).append(parameter)
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": groups[rate, matrix], "lr": rate, "weight_decay": config.weight_decay if matrix else 0.0}
+        for rate, matrix in sorted(groups, key=lambda key: (key[0] != peak, -key[0], not key[1]))
     ]
+
+
+def other_rates(model: Any, config: OptimConfig) -> dict[nn.Parameter, float]:
+    """Peak rates of the parameters that do not learn at `learning_rate`: layers below the top one, embeddings, the head.
+
+    What lies between the top layer and the head, such as a pooler, and tables that all layers share learn at
+    `learning_rate`, as the top layer does (discriminative fine-tuning, Howard and Ruder 2018). The head is all outside of
+    the backbone but virtual tokens.
+    """
+    rates: dict[nn.Parameter, float] = {}
+    if config.layerwise_lr_decay != 1:
+        if model.config.is_encoder_decoder:
+            raise UserError(f"--layerwise_lr_decay: {type(model).__name__} is made of an encoder and a decoder")
+        layers = find_layers(model, "--layerwise_lr_decay")
+        embeddings = nn.ModuleList(find_embeddings(backbone_of(model)))
+        for distance, part in enumerate([*reversed(layers), embeddings]):
+            rate = config.learning_rate * config.layerwise_lr_decay**distance
+            rates |= dict.fromkeys(part.parameters(), rate)
+    if config.head_learning_rate is not None:
+        body = set(backbone_of(model).parameters())
+        head = [p for name, p in model.named_parameters() if p not in body and "prompt_encoder." not in name]
+        rates |= dict.fromkeys(head, config.head_learning_rate)
+    return rates
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device."""
-    groups = parameter_groups(model, config.weight_decay)
     return AdamW(
-        [group for group in groups if group["params"]],
+        parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -97,6 +125,7 @@ def advance_on_metric(scheduler: Any, name: str, metric: float) -> None:
 
 
 def learning_rate(optimizer: Optimizer) -> float:
+    """That of the first group: of `--learning_rate`, unless only others are trained."""
     rate = optimizer.param_groups[0]["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
 
@@ -104,7 +133,16 @@ def learning_rate(optimizer: Optimizer) -> float:
 def restore_optimizer(
     optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
 ) -> None:
-    """Take over moments, counts and the place in the schedule, but no hyper-parameter: those are the settings'."""
+    """Take over moments, counts and the place in the schedule, but no hyper-parameter: those are the settings'.
+
+    Raises UserError when other parameters are trained, or in other groups.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            "the checkpoint's parameters stand in other groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
+            "--adapter changed; start anew by --resume_from_checkpoint never"
+        )
     fresh = [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]

@@ -39,6 +39,11 @@ class OptimConfig:
 
     learning_rate: Annotated[float, alias("--lr")] = 5e-5
     """Peak learning rate of AdamW."""
+    head_learning_rate: float | None = None
+    """Peak learning rate of the head, which is new; it follows the same schedule. [default: learning_rate]"""
+    layerwise_lr_decay: float = 1.0
+    """Each layer learns at this share of the rate of the layer above it, the embeddings below the lowest; the top layer
+    learns at learning_rate."""
     weight_decay: float = 0.01
     """Decay of matrices; biases and norms are not decayed."""
     adam_beta1: float = 0.9
@@ -59,7 +64,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
         require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
-        check_positive(self, "max_grad_norm")
+        decay = self.layerwise_lr_decay
+        require(0 < decay <= 1, f"--layerwise_lr_decay must lie in (0, 1], got {decay}")
+        check_positive(self, "max_grad_norm", "head_learning_rate")
         for item in self.lr_scheduler_kwargs:
             require("=" in item, f"--lr_scheduler_kwargs takes name=value, got {item!r}")
 

@@ -230,7 +230,11 @@ def test_a_weighted_step_is_the_weighted_mean_of_pytorch(
             torch.testing.assert_close(parameter.grad, gradients, atol=1e-6, rtol=1e-5)
 
 
-OBJECTIVES = ["--loss focal --class_weights balanced", "--loss ordinal", "--class_weights bad=4 mixed=0.5"]
+OBJECTIVES = [
+    "--loss focal --class_weights balanced",
+    "--loss ordinal",
+    "--class_weights bad=4 mixed=0.5 --layerwise_lr_decay 0.5 --head_learning_rate 2e-2",
+]
 
 
 def test_processes_and_micro_batches_change_nothing_for_any_objective(run: Command, roberta_without_dropout, tmp_path):

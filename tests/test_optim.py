@@ -1,12 +1,16 @@
 """Parameter groups, AdamW, and the learning rate of each step."""
 
 import typing
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lib.config import UserError
+from lib.adaptation import adapt
+from lib.config import AdapterConfig, ModelConfig, UserError
+from lib.freezing import freeze
 from lib.optim import (
     METRIC_SCHEDULES,
     advance_on_metric,
@@ -15,10 +19,12 @@ from lib.optim import (
     build_scheduler,
     learning_rate,
     parameter_groups,
+    restore_optimizer,
     scheduler_settings,
     warmup_steps,
 )
 from lib.train_config import OptimConfig, SchedulerName
+from tests.test_modeling import SETTINGS
 
 CPU = torch.device("cpu")
 TOTAL_STEPS = 20
@@ -55,10 +61,112 @@ def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one(frozen: tup
 
 
 def test_matrices_are_decayed_and_vectors_are_not() -> None:
-    decayed, undecayed = parameter_groups(small_model(), 0.3)
+    decayed, undecayed = parameter_groups(small_model(), OptimConfig(weight_decay=0.3))
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in undecayed["params"]} == {1}
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.3, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- rates by depth
+
+BY_DEPTH = OptimConfig(learning_rate=1.0, layerwise_lr_decay=0.5, head_learning_rate=10.0)
+EMBEDDINGS = ("embeddings", "embeddings_project", "wte", "wpe")
+
+
+def tiny_classifier(kind: str, **settings: typing.Any) -> typing.Any:
+    settings = SETTINGS.get(kind, {}) | settings
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **settings))
+
+
+def peak_rates(model: typing.Any, config: OptimConfig) -> dict[str, float]:
+    """The rate at which each trainable parameter learns, by its name; each must be in one group."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, config, CPU).param_groups
+    rates = [(names[id(p)], group["lr"]) for group in groups for p in group["params"]]
+    assert len(rates) == len(dict(rates)) == sum(p.requires_grad for p in model.parameters())
+    return dict(rates)
+
+
+def rate_by_name(name: str, backbone: str) -> float:
+    """The rate in `BY_DEPTH` of a parameter of a model of two layers, told from its name."""
+    first, *parts = name.split(".")
+    if first != backbone:
+        return 10.0
+    if "0" in parts:
+        return 0.5
+    return 0.25 if parts[0] in EMBEDDINGS else 1.0
+
+
+@pytest.mark.parametrize("kind", [*SETTINGS, "gpt2"])
+def test_a_layer_learns_slower_than_the_one_above_it_and_the_head_at_its_own_rate(kind: str) -> None:
+    model = tiny_classifier(
+        kind, **({"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 9} if kind == "gpt2" else {})
+    )
+    rates = peak_rates(model, BY_DEPTH)
+    assert rates == {name: rate_by_name(name, model.base_model_prefix) for name in rates}
+    assert set(rates.values()) == {0.25, 0.5, 1.0, 10.0}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "modernbert"])
+@pytest.mark.parametrize("method", ["bottleneck", "lora"])
+def test_adapters_learn_at_the_rate_of_their_layer(kind: str, method: str, tmp_path: Path) -> None:
+    """ModernBERT calls its body `model`, and so does peft the whole below an adapter."""
+    model = adapt(tiny_classifier(kind), AdapterConfig(adapter=method), ModelConfig(model=str(tmp_path)), [])
+    rates = peak_rates(model, BY_DEPTH)
+    assert {rate for name, rate in rates.items() if ".0." in name} == {0.5}
+    assert {rate for name, rate in rates.items() if ".1." in name} == {1.0}
+    assert {rate for name, rate in rates.items() if "classifier" in name} == {10.0}
+
+
+def test_frozen_layers_are_in_no_group() -> None:
+    model = tiny_classifier("roberta")
+    freeze(model, "1")
+    assert set(peak_rates(model, BY_DEPTH).values()) == {1.0, 10.0}
+    freeze(model, "backbone")
+    assert set(peak_rates(model, BY_DEPTH).values()) == {10.0}
+
+
+def test_without_decay_and_head_rate_there_are_two_groups() -> None:
+    groups = build_optimizer(tiny_classifier("roberta"), OptimConfig(learning_rate=3e-4), CPU).param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(3e-4, 0.01), (3e-4, 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "albert",
+            {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 8},
+            "AlbertModel does not show its 3",
+        ),
+        ("bart", {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16}, "is made of an encoder and a decoder"),
+    ],
+)
+def test_models_that_do_not_show_their_layers_are_refused(kind: str, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=f"--layerwise_lr_decay: .*{message}"):
+        build_optimizer(tiny_classifier(kind, vocab_size=16, **settings), BY_DEPTH, CPU)
+
+
+@pytest.mark.parametrize("name", typing.get_args(SchedulerName))
+def test_all_rates_follow_one_schedule_and_the_one_told_is_that_of_learning_rate(name: str) -> None:
+    config = OptimConfig(learning_rate=1e-3, layerwise_lr_decay=0.5, head_learning_rate=1e-2, lr_scheduler_type=name)
+    optimizer = build_optimizer(tiny_classifier("roberta"), config, CPU)
+    scheduler = build_scheduler(optimizer, config, TOTAL_STEPS, "accuracy")
+    for step in range(TOTAL_STEPS):
+        told = learning_rate(optimizer)
+        found = sorted({round(group["lr"] / told, 9) for group in optimizer.param_groups}) if told else []
+        assert found == ([0.25, 0.5, 1.0, 10.0] if told else [])
+        assert told == pytest.approx(rates(lr_scheduler_type=name, learning_rate=1e-3)[step])
+        optimizer.step()
+        advance_scheduler(scheduler, name)
+
+
+def test_moments_of_other_groups_are_refused() -> None:
+    model = tiny_classifier("roberta")
+    one, two = (build_optimizer(model, config, CPU) for config in (OptimConfig(), BY_DEPTH))
+    scheduler = build_scheduler(two, BY_DEPTH, TOTAL_STEPS, "accuracy")
+    with pytest.raises(UserError, match=r"stand in other groups: --layerwise_lr_decay.*--resume_from_checkpoint never"):
+        restore_optimizer(two, scheduler, one.state_dict(), scheduler.state_dict())
 
 
 # ---------------------------------------------------------------------------------------------------- AdamW
@@ -70,7 +178,7 @@ def test_fused_adamw_equals_the_plain_one() -> None:
     optimizers = (
         build_optimizer(ours, config, CPU),
         torch.optim.AdamW(
-            parameter_groups(plain, 0.1), lr=1e-2, betas=(0.8, 0.95), eps=1e-6, foreach=False, fused=False
+            parameter_groups(plain, config), lr=1e-2, betas=(0.8, 0.95), eps=1e-6, foreach=False, fused=False
         ),
     )
     assert optimizers[0].defaults["fused"]
