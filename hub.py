@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the other imports: --help answers at once
 
 from lib.archives import opened, pack, unpack
 from lib.doctor import diagnose
-from lib.hub_cache import cached_repos, parse_repo, verify_repo, work_folder
+from lib.hub_cache import cached_repos, is_nameless, parse_repo, verify_repo
 from lib.hub_import import import_folder
 
 
@@ -32,12 +32,13 @@ def run_import(config: ImportConfig) -> int:
         "load_check": config.load_check,
     }
     listed = Path(config.sha256) if config.sha256 else None
-    with opened(Path(config.source), work_folder()) as folder:
-        print(import_folder(folder, repo, config.revision, config.commit, listed, **checks))
+    with opened(Path(config.source)) as folder:
+        done = import_folder(folder, repo, config.revision, config.commit, listed, **checks)
     flag, at = ("--model", "--model_revision") if repo.repo_type == "model" else ("--dataset", "--revision")
     revision = "" if config.revision == "main" else f" {at} {config.revision}"
     loaded = "   # loaded once offline" if config.load_check else ""
-    print(f"use        python train.py {flag} {repo.repo_id}{revision}{loaded}")
+    script = 'predict.py "a text"' if done.base else "train.py"
+    print(f"{done}\nuse        python {script} {flag} {repo.repo_id}{revision}{loaded}")
     return 0
 
 
@@ -49,6 +50,8 @@ def run_verify(config: VerifyConfig) -> int:
         faults = list(verify_repo(repo))
         damaged += bool(faults)
         print("\n".join(faults) if faults else f"{repo}: sound", flush=True)
+        if not faults and is_nameless(repo):
+            print("  but no branch names it: only a run with its commit finds it, and `hf cache prune` would delete it")
     print(f"{len(repos)} in the cache, {damaged} damaged" if repos else "the cache is empty")
     return 1 if damaged else 0
 
@@ -63,7 +66,7 @@ def run_pack(config: PackConfig) -> int:
 
 def run_unpack(config: UnpackConfig) -> int:
     """Read an archive."""
-    for part in unpack(Path(config.archive), work_folder(), config.move_ref):
+    for part in unpack(Path(config.archive), config.move_ref):
         print(f"unpacked   {part}")
     return 0
 
@@ -90,7 +93,7 @@ def main(config: object) -> int:
 if __name__ == "__main__":
     try:
         CODE = main(CONFIG)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         CODE = 2
     sys.exit(CODE)

@@ -21,7 +21,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     overrides   config                                   changes to a model's configuration
     freezing    config                                   parts that are not trained
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
-    sources     catalog config embedded endpoint hub_cache hub_needs                     data sets as stored
+    sources     catalog config embedded endpoint hub_cache hub_needs hub_publish         data sets as stored
     data        batching config labels sources           data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
     losses      config data train_config                 a loss per sample, and how much each counts
@@ -58,13 +58,17 @@ Without the Hub, from what lies on disk to what a run asks for:
     endpoint    config redaction                         the environment of the Hub
     hub_files   manifest                                 one file: its hash, its damage
     hub_cache   config hub_files                         the cache on disk
+    hub_publish  config hub_cache hub_files               into the cache
     hub_needs   catalog config endpoint eval_config hub_cache hub_files predict_config redaction train_config
     provenance  config hub_cache hub_files               what a folder knows of its origin
-    hub_import  config endpoint hub_cache hub_files hub_needs manifest provenance        folder to cache
-    archives    config hub_cache hub_files hub_import manifest provenance                zip, tar, pack
+    load_check  config endpoint hub_cache hub_files hub_needs                            does it load?
+    hub_import  config hub_cache hub_files hub_needs hub_publish load_check manifest provenance      folder to cache
+    archives    config hub_cache hub_files hub_import hub_publish manifest provenance    zip, tar, pack
     hub_client  endpoint hub_cache redaction             questions that always end
-    modelscope_source  config endpoint hub_cache hub_client hub_files hub_needs manifest provenance
-    hub_fetch   config endpoint hub_cache hub_client hub_files hub_import hub_needs modelscope_source provenance redaction
+    hub_download  hub_cache hub_client hub_files redaction                               files over any line
+    modelscope_source  config endpoint hub_client hub_download hub_files hub_needs hub_publish manifest provenance
+    hub_fetch   config endpoint hub_cache hub_client hub_download hub_files hub_import hub_needs hub_publish
+                modelscope_source provenance redaction
     hub_config  config                                   options of hub.py
     doctor      config embedded endpoint hub_cache hub_client hub_config hub_files hub_needs redaction train_config
 """

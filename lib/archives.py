@@ -4,41 +4,36 @@ import contextlib
 import dataclasses
 import io
 import json
+import lzma
+import shutil
 import stat
 import tarfile
-import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from lib.config import UserError
-from lib.hub_cache import (
-    COMMIT,
-    Repo,
-    find_snapshot,
-    lock_repo,
-    parse_repo,
-    publish_entry,
-    read_tree,
-    snapshot_files,
-    verify_repo,
-)
+from lib.hub_cache import COMMIT, Repo, check_tree, find_snapshot, parse_repo, read_tree, snapshot_files, verify_repo
 from lib.hub_files import has_name
-from lib.hub_import import finish_entry, staging_folder
+from lib.hub_import import finish_entry
+from lib.hub_publish import lock_repo, publish_entry, staging_folder, writing
 from lib.manifest import MANIFEST, sha256
 from lib.provenance import Provenance
 
 MAX_FILES = 100_000
 MAX_RATIO = 200
-"""A member that unpacks to more than so many times its size in a .zip is a bomb; weights hardly shrink at all."""
+"""What unpacks to more than so many times the size of the archive is a bomb; weights hardly shrink at all."""
+BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError)
+"""What the libraries raise for archives that are cut, altered, or packed by a method they do not know."""
 
 
 # ---------------------------------------------------------------------------------------------------- open
 
 
 @contextlib.contextmanager
-def opened(source: Path, beside: Path) -> Iterator[Path]:
-    """`source` itself if it is a folder; an archive unpacked to a folder in `beside` that is gone afterwards.
+def opened(source: Path) -> Iterator[Path]:
+    """`source` itself if it is a folder; an archive unpacked to a folder beside the cache that is gone afterwards.
 
     Raises UserError for an archive that is broken or holds links, or names that leave it.
     """
@@ -47,8 +42,7 @@ def opened(source: Path, beside: Path) -> Iterator[Path]:
         return
     if not source.is_file():
         raise UserError(f"{source}: no such folder or archive")
-    with tempfile.TemporaryDirectory(dir=beside, prefix="archive-") as folder:
-        target = Path(folder)
+    with staging_folder(Repo("incoming")) as target:
         try:
             if zipfile.is_zipfile(source):
                 unzip(source, target)
@@ -56,9 +50,10 @@ def opened(source: Path, beside: Path) -> Iterator[Path]:
                 untar(source, target)
             else:
                 raise UserError(
-                    f"{source} is neither a folder nor a .zip or .tar archive; a cut download looks like this too"
+                    f"{source} is neither a folder nor a .zip or .tar archive; a cut download looks like this too. "
+                    "Unpack other archives, and give the folder; the folder also of single files."
                 )
-        except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+        except BROKEN as error:
             raise UserError(f"{source} cannot be unpacked: {error}") from error
         yield target
 
@@ -71,6 +66,17 @@ def check_member(source: Path, name: str, ordinary: bool) -> None:
         raise UserError(f"{source}: {name!r} is a link or device; pack ordinary files, or use `hub.py pack`")
 
 
+def check_size(source: Path, size: int, target: Path) -> None:
+    """Raise UserError for contents of so many bytes if that is a bomb, or more than the disk has room for."""
+    if size > max(MAX_RATIO * source.stat().st_size, 2**20):
+        raise UserError(f"{source} grows more than {MAX_RATIO}-fold when unpacked; this archive is not to be trusted")
+    if size > (free := shutil.disk_usage(target).free):
+        raise UserError(
+            f"{source} unpacks to {size / 1e9:.1f} GB and more, {free / 1e9:.1f} GB are free beside the cache; "
+            "set HF_HUB_CACHE to a larger disk"
+        )
+
+
 def unzip(source: Path, target: Path) -> None:
     """Unpack a .zip of ordinary files."""
     with zipfile.ZipFile(source) as archive:
@@ -80,20 +86,33 @@ def unzip(source: Path, target: Path) -> None:
         for member in members:
             mode = member.external_attr >> 16
             check_member(source, member.filename, member.is_dir() or stat.S_IFMT(mode) in (0, stat.S_IFREG))
-            if member.file_size > 2**20 and member.file_size > MAX_RATIO * max(member.compress_size, 1):
-                raise UserError(
-                    f"{source}: {member.filename!r} grows {MAX_RATIO}-fold when unpacked; not to be trusted"
-                )
-        archive.extractall(target)
+            if member.flag_bits & 1:
+                raise UserError(f"{source} needs a password; unpack it with that, and give the folder")
+            member.filename = member.filename.replace("\\", "/")  # as some programs of Windows write them
+        check_size(source, sum(member.file_size for member in members), target)
+        archive.extractall(target, members)
 
 
 def untar(source: Path, target: Path) -> None:
-    """Unpack a .tar, compressed or not, of ordinary files, and of links that stay inside it."""
+    """Unpack a .tar, compressed or not, of ordinary files, and of links that stay inside it.
+
+    Links come last, so that no file can be written through one.
+    """
+    size, links = 0, []
     with tarfile.open(source) as archive:
         for number, member in enumerate(archive):
             if number > MAX_FILES:
                 raise UserError(f"{source} holds more than {MAX_FILES:,} files; this is no model or data set")
-            check_member(source, member.name, member.isfile() or member.isdir() or member.issym())
+            check_member(source, member.name, member.isfile() or member.isdir() or member.issym() or member.islnk())
+            if member.issym() or member.islnk():
+                links.append(member)
+                continue
+            size += member.size
+            check_size(source, size, target)
+            archive.extract(member, target, filter="data")
+        if archive.fileobj:
+            archive.fileobj.read(2**20)  # on to the checksum of a .gz, which lies behind the last member
+        for member in sorted(links, key=lambda link: link.issym()):
             try:
                 archive.extract(member, target, filter="data")
             except tarfile.FilterError as error:
@@ -175,9 +194,9 @@ def add_files(archive: tarfile.TarFile, part: Packed) -> None:
             archive.addfile(member, file)
 
 
-def unpack(archive: Path, beside: Path, move_ref: bool = False) -> list[Packed]:
+def unpack(archive: Path, move_ref: bool = False) -> list[Packed]:
     """Put what `pack` wrote into the cache. Raises UserError, before anything is there, where a file is not its hash."""
-    with opened(archive, beside) as folder:
+    with opened(archive) as folder:
         parts = read_manifest(archive, folder)
         for part in parts:
             check_unpacked(archive, folder, part)
@@ -193,8 +212,9 @@ def read_manifest(archive: Path, folder: Path) -> list[Packed]:
         parts = []
         for item in items:
             repo = parse_repo(item["repo_id"], item["repo_type"])
+            check_tree(item["tree"] or {})
             parts.append(Packed(repo, item["revision"], item["commit"], item["files"], item["tree"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{archive} was not written by `hub.py pack`; use `hub.py import {archive} --repo_id ...`"
         ) from error
@@ -222,7 +242,7 @@ def check_unpacked(archive: Path, folder: Path, part: Packed) -> None:
 def publish_packed(folder: Path, part: Packed, move_ref: bool) -> None:
     """One repository, checked already, into the cache."""
     files = {name: folder / part.repo.folder_name / part.commit / name for name in part.files}
-    with lock_repo(part.repo), staging_folder(part.repo) as root:
+    with lock_repo(part.repo), staging_folder(part.repo) as root, writing():
         staged = root / part.repo.folder_name
         (staged / "blobs").mkdir(parents=True)
         names = {name: entry["blob"] for name, entry in part.files.items()}

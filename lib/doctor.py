@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from lib import embedded
@@ -17,17 +18,21 @@ from lib.endpoint import (
     misspelt,
     offline_asked,
     proxies,
+    proxy_of,
     settle_endpoint,
     shorten,
     token_source,
 )
-from lib.hub_cache import cache_root, find_snapshot, read_tree
-from lib.hub_client import Fault, Listing, ask_all, bounded
+from lib.hub_cache import Repo, cache_root, find_snapshot, read_tree
+from lib.hub_client import Fault, Listing, ask_all, at_once, bounded
 from lib.hub_config import DoctorConfig
 from lib.hub_files import data_files, model_files
 from lib.hub_needs import MIRRORS, Need, advice, damaged_files, missing_from_cache, needs_of
 from lib.redaction import redact
 from lib.train_config import TrainConfig
+
+MIRROR_SECONDS = 3.0
+"""How long a mirror may take, when the Hub has not answered already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Finding:
 
 
 def diagnose(config: DoctorConfig) -> tuple[str, bool]:
-    """The doctor's page, and whether a run could start; takes at most twice the time-out of the Hub.
+    """The doctor's page, and whether a run could start; takes at most the time-out of the Hub and MIRROR_SECONDS.
 
     Raises UserError for a model or data set that is no name.
     """
@@ -111,7 +116,9 @@ def cache_findings() -> list[Finding]:
         ("Hub cache", cache_root(), "HF_HUB_CACHE"),
         ("tables", datasets_cache(), "HF_DATASETS_CACHE"),
     ):
-        place = next(folder for folder in (path, *path.parents) if folder.exists())
+        place = next(
+            folder for folder in (path, *path.parents) if os.path.exists(folder)
+        )  # False where it may not look
         free = shutil.disk_usage(place).free
         if not place.is_dir() or not os.access(place, os.W_OK):
             command = f"export {variable}=FOLDER   # one you can write; or ask the owner for g+w on {shorten(place)}"
@@ -170,9 +177,13 @@ def endpoint_findings(config: DoctorConfig, endpoint: str, lacking: dict[Need, l
             not_to_be_had(need, endpoint, "the Hub may not be asked", "offline") for need in lacking if lacking[need]
         ]
     needs, limit, send = list(lacking), config.hub.hub_timeout, config.hub.send_token_to_mirror
-    found, started = [name_finding(endpoint, limit)], time.monotonic()
-    answers = ask_all([(need.repo, need.revision) for need in needs], endpoint, limit, send)
-    seconds = time.monotonic() - started
+    questions, started = [(need.repo, need.revision) for need in needs], time.monotonic()
+    calls: list[Any] = [
+        lambda: name_finding(endpoint, limit),
+        lambda: (ask_all(questions, endpoint, limit, send), time.monotonic() - started),
+    ]
+    name, (answers, seconds) = at_once(lambda call: call(), calls, len(calls))
+    found = [name]
     if any(isinstance(answer, Listing) for answer in answers):
         kind = "the Hub" if is_official(endpoint) else "a mirror"
         found.append(Finding("ok", "endpoint", f"{redact(endpoint)} ({kind}) answers, in {seconds:.1f} of {limit:g} s"))
@@ -184,7 +195,7 @@ def endpoint_findings(config: DoctorConfig, endpoint: str, lacking: dict[Need, l
         else:
             found.append(Finding("note", "endpoint", f"{answer.text}; {need} would be read from the cache"))
     if is_official(endpoint) and all(isinstance(answer, Fault) for answer in answers):
-        mirrors = mirror_findings(needs, limit)
+        mirrors = mirror_findings(questions, min(limit, MIRROR_SECONDS))
         silent = not any(finding.level == "ok" for finding in mirrors)
         found = [without_mirror(finding) if silent else finding for finding in found] + mirrors
     return found
@@ -205,6 +216,8 @@ def not_to_be_had(need: Need, endpoint: str, reason: str, kind: str) -> Finding:
 def name_finding(endpoint: str, limit: float) -> Finding:
     """Whether the name server knows the endpoint's host."""
     host, started = urlsplit(endpoint).hostname or "", time.monotonic()
+    if proxy := proxy_of(endpoint):
+        return Finding("note", "name", f"{host} is looked up by the proxy {proxy}")
     try:
         addresses = bounded(lambda: socket.getaddrinfo(host, None), lambda: time.monotonic() - started > limit)
         return Finding("ok", "name", f"{host} is {addresses[0][4][0]}")
@@ -221,7 +234,7 @@ def fetch_finding(need: Need, listing: Listing, lacking: list[str], endpoint: st
         return Finding("ok", "fetch", f"{need}: nothing, the cache has the newest commit")
     names = model_files(listing.tree) if need.repo.repo_type == "model" else data_files(listing.tree)
     size = sum(listing.tree[name]["size"] for name in names)
-    place = next(folder for folder in (cache_root(), *cache_root().parents) if folder.exists())
+    place = next(folder for folder in (cache_root(), *cache_root().parents) if os.path.exists(folder))
     text = f"{need}: at most {len(names)} files, {size / 1e6:,.1f} MB, from {redact(endpoint)}"
     if size > shutil.disk_usage(place).free:
         command = "export HF_HUB_CACHE=FOLDER   # on a larger disk"
@@ -229,11 +242,11 @@ def fetch_finding(need: Need, listing: Listing, lacking: list[str], endpoint: st
     return Finding("ok", "fetch", text)
 
 
-def mirror_findings(needs: list[Need], limit: float) -> list[Finding]:
+def mirror_findings(questions: list[tuple[Repo, str]], limit: float) -> list[Finding]:
     """Which of the known mirrors answer."""
     found = []
     for mirror in MIRRORS:
-        answers = ask_all([(need.repo, need.revision) for need in needs], mirror, limit)
+        answers = ask_all(questions, mirror, limit)
         if all(isinstance(answer, Listing) for answer in answers):
             command = f"export HF_ENDPOINT={mirror}   # this mirror answers and has all of it"
             found.append(Finding("ok", "mirror", f"{mirror} answers", (command,)))

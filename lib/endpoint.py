@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from lib.config import UserError
 from lib.redaction import redact
@@ -109,6 +110,15 @@ def proxies() -> dict[str, str]:
     names = ("https_proxy", "http_proxy", "all_proxy", "no_proxy")
     found = {name: os.environ.get(name) or os.environ.get(name.upper()) for name in names}
     return {name: redact(value) for name, value in found.items() if value}
+
+
+def proxy_of(endpoint: str) -> str | None:
+    """The proxy on the way to an address, without its password; None when there is none."""
+    parts, found = urlsplit(endpoint), getproxies()
+    if proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = found.get(parts.scheme) or found.get("all")
+    return redact(proxy) if proxy else None
 
 
 def misspelt() -> list[tuple[str, str]]:

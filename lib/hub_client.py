@@ -1,20 +1,17 @@
 """Questions to the Hub that always end: each has a limit in seconds and, where it fails, a reason in plain words."""
 
 import dataclasses
-import glob
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from lib.endpoint import is_official
-from lib.hub_cache import Repo
+from lib.endpoint import is_official, proxy_of
+from lib.hub_cache import COMMIT, Repo, check_tree
 from lib.redaction import redact
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
-STALL_SECONDS = 30.0
-"""A download that brings no byte for so long is given up."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -73,17 +70,33 @@ def ask_all(
     questions: Sequence[tuple[Repo, str]], endpoint: str, limit: float, send_token: bool = False
 ) -> list[Listing | Fault]:
     """`ask` for several revisions at once: together they take no longer than one."""
-    answers: list[Any] = [None] * len(questions)
+    return at_once(lambda asked: ask(asked[0], asked[1], endpoint, limit, send_token), questions, len(questions))
 
-    def work(index: int) -> None:
-        answers[index] = ask(*questions[index], endpoint, limit, send_token)
 
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(len(questions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers
+def at_once(call: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
+    """`call` for all items, by so many threads, none of which keeps a process that wants to end.
+
+    Raises the first error; what has not begun by then is left.
+    """
+    results: list[Any] = [None] * len(items)
+    waiting, errors = list(enumerate(items))[::-1], list[BaseException]()
+
+    def work() -> None:
+        while waiting and not errors:
+            try:
+                index, item = waiting.pop()
+                results[index] = call(item)
+            except BaseException as error:  # handed to the caller below
+                errors.append(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(threads, len(items)))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if errors:
+        raise errors[0]
+    return results
 
 
 def request_listing(repo: Repo, revision: str, endpoint: str, limit: float, send_token: bool) -> Listing:
@@ -98,8 +111,9 @@ def request_listing(repo: Repo, revision: str, endpoint: str, limit: float, send
     for file in info.siblings or []:
         lfs = {"lfs_sha256": file.lfs["sha256"], "lfs_size": file.lfs["size"]} if file.lfs else {}
         tree[file.rfilename] = {"size": file.size, "blob_id": file.blob_id} | lfs
-    if not info.sha or any(entry["size"] is None or entry["blob_id"] is None for entry in tree.values()):
-        raise ValueError("no commit or no sizes in the answer")
+    if not COMMIT.fullmatch(info.sha or ""):
+        raise ValueError("no commit in the answer")
+    check_tree(tree)
     return Listing(info.sha, tree)
 
 
@@ -116,10 +130,10 @@ def explain(error: Exception, repo: Repo, revision: str, endpoint: str, limit: f
     server, status = f"the Hub at {redact(endpoint)}", getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, TimeoutError | httpx2.TimeoutException):
         return Fault("silent", f"{server} did not answer within {limit:g} seconds (--hub_timeout)")
-    if isinstance(error, httpx2.ProxyError):
-        return Fault("proxy", f"the proxy on the way to {endpoint} refused: {first_line(error)}")
+    if isinstance(error, httpx2.ProxyError | ImportError) and (proxy := proxy_of(endpoint)):
+        return Fault("proxy", f"the proxy {proxy} on the way to {redact(endpoint)} does not serve: {first_line(error)}")
     if isinstance(error, httpx2.ConnectError):
-        return explain_connect(error, server)
+        return explain_connect(error, server, proxy_of(endpoint))
     if isinstance(error, errors.GatedRepoError):
         return Fault("gated", f"{server} gives {repo} only to users who accepted its terms")
     if isinstance(error, errors.RevisionNotFoundError):
@@ -141,8 +155,10 @@ def explain(error: Exception, repo: Repo, revision: str, endpoint: str, limit: f
     return Fault("network", f"{server} could not be asked: {first_line(error)}")
 
 
-def explain_connect(error: Exception, server: str) -> Fault:
+def explain_connect(error: Exception, server: str, proxy: str | None) -> Fault:
     reason = first_line(error)
+    if proxy:
+        return Fault("proxy", f"the proxy {proxy} on the way to {server} cannot be reached ({reason})")
     if any(word in reason for word in ("Name or service", "name resolution", "getaddrinfo", "nodename")):
         return Fault("dns", f"{server} is not known to the name server ({reason})")
     if "CERTIFICATE" in reason.upper():
@@ -155,73 +171,3 @@ def explain_connect(error: Exception, server: str) -> Fault:
 def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return redact(lines[0]) if lines else type(error).__name__
-
-
-def download(
-    repo: Repo, listing: Listing, names: Sequence[str], folder: Path, endpoint: str, send_token: bool = False
-) -> None:
-    """Bring files of a commit into `folder`, with what huggingface_hub notes about them.
-
-    Raises Fault when the server refuses, breaks off, or brings no byte for STALL_SECONDS.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import logging as hub_logging
-
-    last = [time.monotonic()]
-
-    def work() -> None:
-        snapshot_download(
-            repo.repo_id,
-            repo_type=repo.repo_type,
-            revision=listing.commit,
-            local_dir=folder,
-            cache_dir=folder / ".cache",
-            allow_patterns=[glob.escape(name) for name in names],
-            endpoint=endpoint,
-            token=token_rule(endpoint, send_token),
-            tqdm_class=pulse(last),
-            max_workers=4,
-        )
-
-    hub_logging.set_verbosity_error()
-    try:
-        bounded(work, lambda: time.monotonic() - last[0] > STALL_SECONDS)
-    except TimeoutError:
-        raise Fault("stalled", f"the Hub at {redact(endpoint)} sent nothing for {STALL_SECONDS:g} seconds") from None
-    except Exception as error:
-        raise explain_download(error, repo, listing.commit, endpoint) from error
-
-
-def pulse(last: list[float]) -> Any:
-    """The library's progress bar, shown on a terminal only, that keeps in `last` when something came."""
-    from huggingface_hub.utils import tqdm
-
-    class Pulse(tqdm):
-        def __init__(self, *arguments: Any, **settings: Any) -> None:
-            super().__init__(*arguments, **settings | {"disable": settings.get("disable") or None})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            last[0] = time.monotonic()
-            return super().update(n)
-
-    return Pulse
-
-
-def explain_download(error: Exception, repo: Repo, commit: str, endpoint: str) -> Fault:
-    """A download that broke off as one sentence; files cut by the server have one of their own."""
-    if isinstance(error, OSError) and ("Consistency check" in str(error) or "incomplete" in str(error)):
-        return Fault("truncated", f"the Hub at {redact(endpoint)} sent a file that is cut off: {first_line(error)}")
-    if type(error).__name__ == "RemoteProtocolError":
-        return Fault("truncated", f"the Hub at {redact(endpoint)} broke off in the middle of a file, again and again")
-    if type(error).__name__ in ("FileMetadataError", "LocalEntryNotFoundError") and "X-Repo-Commit" in chain(error):
-        return Fault("foreign", f"the Hub at {redact(endpoint)} answered with a web page in the place of a file")
-    cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" else None
-    return explain(cause if isinstance(cause, Exception) else error, repo, commit, endpoint, STALL_SECONDS)
-
-
-def chain(error: BaseException | None) -> str:
-    texts = []
-    while error is not None:
-        texts.append(str(error))
-        error = error.__cause__ or error.__context__
-    return "\n".join(texts)

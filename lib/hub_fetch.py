@@ -2,29 +2,19 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from filelock import Timeout
-
-from lib import endpoint as environment
 from lib.config import HubConfig, UserError
-from lib.endpoint import OFFICIAL, go_offline, is_first_process, is_official, offline_asked, settle_endpoint
-from lib.hub_cache import (
-    COMMIT,
-    blob_name,
-    cache_root,
-    find_snapshot,
-    lock_repo,
-    read_ref,
-    read_tree,
-    snapshot_files,
-    write_whole,
-)
-from lib.hub_client import Fault, Listing, ask, ask_all, download
+from lib.endpoint import OFFICIAL, go_offline, is_first_process, is_official, offline_asked, settle_endpoint, shorten
+from lib.hub_cache import COMMIT, blob_name, cache_root, find_snapshot, read_ref, read_tree, snapshot_files
+from lib.hub_client import Fault, Listing, ask, ask_all
+from lib.hub_download import download
 from lib.hub_files import has_name, missing_parts
-from lib.hub_import import import_folder, staging_folder
+from lib.hub_import import REFUSED, import_folder
 from lib.hub_needs import (
     Need,
     Settings,
@@ -36,6 +26,7 @@ from lib.hub_needs import (
     read_card,
     wanted_files,
 )
+from lib.hub_publish import CacheError, lock_repo, locks_folder, write_whole, writing
 from lib.provenance import Provenance, list_files
 from lib.redaction import redact
 
@@ -108,14 +99,15 @@ def settle_online(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -
     if hub.verify_hashes and not is_official(endpoint):
         compare_with_official(need, listing, hub)
     try:
-        with lock_repo(need.repo):
-            pass  # only whether the cache can be written
         if not is_whole(need, listing):
             bring(need, listing, hub, endpoint)
         elif read_ref(need.repo.folder, need.revision) != listing.commit:
-            write_whole(need.repo.folder / "refs" / need.revision, listing.commit)
+            with writing():
+                write_whole(need.repo.folder / "refs" / need.revision, listing.commit)
     except Fault as fault:
         settle_offline({need: fault}, endpoint)
+    except CacheError as error:
+        settle_offline({need: Fault("disk", str(error))}, endpoint)
 
 
 def is_whole(need: Need, listing: Listing) -> bool:
@@ -127,8 +119,12 @@ def is_whole(need: Need, listing: Listing) -> bool:
 
 
 def bring(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -> None:
-    """Download to a folder beside the cache, check, and publish, as an import does: nothing bad is ever in the cache."""
-    with one_fetcher(need), staging_folder(need.repo) as folder:
+    """Download to a folder beside the cache, check, and publish, as an import does: nothing bad is ever in the cache.
+
+    What a download that broke off has brought stays beside the cache, and the next one goes on from there.
+    """
+    told = f"{need}: another process is fetching it; waiting"
+    with lock_repo(need.repo, "fetch", told), kept_folder(need, listing.commit) as folder:
         if is_whole(need, listing):  # another process has brought it meanwhile
             return
         card = None
@@ -138,43 +134,63 @@ def bring(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -> None:
         wanted = wanted_files(need, listing.tree, card)
         check_wanted(need, wanted, listing, endpoint)
         size = sum(listing.tree[name]["size"] for name in wanted)
-        place = f"from {redact(endpoint)} into {environment.shorten(cache_root())}"
+        place = f"from {redact(endpoint)} into {shorten(cache_root())}"
         print(f"fetching {need}: {len(wanted)} files, {size / 1e6:,.1f} MB, {place}", file=sys.stderr, flush=True)
+        check_room(size, folder)
         download(need.repo, listing, wanted, folder, endpoint, hub.send_token_to_mirror)
         files = list_files(folder, folder.resolve())
         names = {name: blob_name(entry) for name, entry in listing.tree.items()}
         known = Provenance("download", files, listing.commit, names, listing.tree)
-        try:
-            import_folder(
-                folder,
-                need.repo,
-                need.revision,
-                allow_pickle=need.allow_pickle,
-                move_ref=True,
-                load_check=False,
-                known=known,
-            )
-        except UserError as error:
-            text = str(error).replace(f"{folder} cannot be imported as {need.repo}, nothing was changed:", "").strip()
-            raise UserError(
-                f"{need}: what {redact(endpoint)} sent is not what it lists; nothing of it was kept.\n  {text}\n"
-                f"Try again, or another --hub_endpoint; then: python hub.py doctor {need.flag} {need.repo.repo_id}"
-            ) from None
+        publish(need, folder, known, endpoint)
+
+
+def publish(need: Need, folder: Path, known: Provenance, endpoint: str) -> None:
+    """Import what was brought. Raises UserError when it is not what the server lists, CacheError as an import does."""
+    trust: dict[str, Any] = {"allow_pickle": need.allow_pickle, "move_ref": True, "load_check": False}
+    try:
+        import_folder(folder, need.repo, need.revision, known=known, **trust)
+    except CacheError:
+        raise
+    except UserError as error:
+        text = str(error).replace(f"{need.repo} {REFUSED}", "").strip()
+        raise UserError(
+            f"{need}: what {redact(endpoint)} sent is not what it lists; nothing of it was kept.\n  {text}\n"
+            f"Try again, or another --hub_endpoint; then: python hub.py doctor {need.flag} {need.repo.repo_id}"
+        ) from None
 
 
 @contextlib.contextmanager
-def one_fetcher(need: Need) -> Iterator[None]:
-    """Let one process of a machine download a repository; the others wait, and say so."""
-    lock = lock_repo(need.repo, "fetch")
+def kept_folder(need: Need, commit: str) -> Iterator[Path]:
+    """The folder of a download; it stays when that broke off, until it is whole or another commit is wanted."""
+    folder = locks_folder(need.repo) / f"fetch-{commit}"
+    for other in locks_folder(need.repo).glob("fetch-*"):
+        if other.is_dir() and other != folder:
+            shutil.rmtree(other, ignore_errors=True)
+    with writing():
+        folder.mkdir(exist_ok=True)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"{need}: another process is fetching it; waiting", file=sys.stderr, flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        yield folder
+    except Fault as fault:
+        kept = any(path.is_file() for path in folder.rglob("*"))
+        raise Fault(
+            fault.kind, fault.text + "; what came is kept, and the next start goes on from there" * kept
+        ) from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_room(size: int, folder: Path) -> None:
+    """Raise Fault when the disk of the cache has not so many bytes free, without those that are there already."""
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size - there > (free := shutil.disk_usage(folder).free):
+        text = (
+            f"{(size - there) / 1e9:.1f} GB are to be fetched, {free / 1e9:.1f} GB are free in {shorten(cache_root())}"
+        )
+        raise Fault("disk", text)
 
 
 def check_wanted(need: Need, wanted: list[str], listing: Listing, endpoint: str) -> None:
@@ -235,6 +251,6 @@ def damage_report(need: Need, faults: list[str]) -> str:
     listed = "\n".join(f"  {fault}" for fault in faults)
     entry = f"{need.repo.repo_type}/{need.repo.repo_id}"
     return (
-        f"{need} is damaged in the cache {environment.shorten(need.repo.folder)}:\n{listed}\n"
+        f"{need} is damaged in the cache {shorten(need.repo.folder)}:\n{listed}\n"
         f"Remove it with `hf cache rm {entry} --yes` and bring it again; `python hub.py verify` looks at all others."
     )

@@ -17,7 +17,11 @@ LFS_SUFFIXES = {
 """Suffixes that the Hub's own .gitattributes hands to LFS."""
 LFS_SIZE = 10 * 1024 * 1024
 """Files above this size, in bytes, are always in LFS."""
+HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""The names of contents: a git hash, or a sha256 for what is in LFS."""
 POINTER = b"version https://git-lfs.github.com/spec/"
+ANSWERS = (b"Access to ", b"Entry not found", b"Repository not found", b"Invalid username", b"Invalid rev id")
+"""How the Hub's answers begin that wget and curl save under the name of the file that was asked for."""
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -29,11 +33,9 @@ def git_hash(path: Path) -> str:
 
 def has_name(path: Path, name: str) -> bool | None:
     """Whether a file's content is that of `name`, a git or LFS hash; None when `name` is no hash."""
-    if re.fullmatch(r"[0-9a-f]{64}", name):
-        return sha256(path) == name
-    if re.fullmatch(r"[0-9a-f]{40}", name):
-        return git_hash(path) == name
-    return None
+    if not HASH.fullmatch(name):
+        return None
+    return (sha256(path) if len(name) == 64 else git_hash(path)) == name
 
 
 def is_lfs(name: str, size: int, attributes: str | None = None) -> bool:
@@ -49,15 +51,19 @@ def is_lfs(name: str, size: int, attributes: str | None = None) -> bool:
 def damage(path: Path, name: str) -> str | None:
     """What is wrong with a file's content, by its looks alone; None when nothing is seen.
 
-    Knows git-LFS pointers, web pages, empty and cut JSON, and cut safetensors, parquet and zipped .bin files.
+    Knows git-LFS pointers, web pages and other answers of servers, empty and cut JSON, and cut safetensors, parquet and
+    zipped .bin files.
     """
     size, suffix = path.stat().st_size, Path(name).suffix.lower()
     with path.open("rb") as file:
-        head = file.read(512)
+        head = file.read(512).removeprefix(b"\xef\xbb\xbf")
     if head.startswith(POINTER):
         return "is a git-LFS pointer, not the file itself; run `git lfs pull` in the clone, or download the file"
     if suffix not in (".html", ".htm", ".md") and head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         return "is a web page, not the file itself: the server answered with an error or login page; download it again"
+    if size < 1000 and suffix != ".md" and head.startswith(ANSWERS):
+        text = head.decode(errors="replace").splitlines()[0][:80]
+        return f"is an answer of the server, not the file itself: {text!r}; download it again"
     if size == 0 and (suffix in LFS_SUFFIXES or suffix == ".json"):
         return "is empty; download it again"
     if suffix == ".safetensors":

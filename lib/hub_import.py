@@ -1,71 +1,78 @@
 """A folder of files becomes an entry of the Hugging Face cache, as if it had been downloaded."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lib.config import UserError
-from lib.endpoint import offline_environment
-from lib.hub_cache import COMMIT, Repo, lock_repo, locks_folder, publish_entry, snapshot_files, umask, write_whole
-from lib.hub_files import OPTIONAL_FILES, damage, git_hash, has_name, is_lfs, missing_parts, missing_shards
-from lib.hub_needs import read_card
+from lib.hub_cache import COMMIT, Repo
+from lib.hub_files import (
+    OPTIONAL_FILES,
+    TOKENIZER_FILES,
+    damage,
+    git_hash,
+    has_name,
+    is_adapter,
+    is_lfs,
+    missing_parts,
+    missing_shards,
+)
+from lib.hub_needs import named_base
+from lib.hub_publish import lock_repo, publish_entry, staging_folder, umask, write_whole, writing
+from lib.load_check import check_loads
 from lib.manifest import sha256
 from lib.provenance import Provenance, read_provenance, read_sha256_list
 
+REFUSED = "cannot be imported, nothing was changed:"
+COPIED = re.compile(r"\s*(\(\d+\)|- (Copy|副本))(?=\.|$)|[?_]download=true$|(?<=\.json)\.txt$")
+"""What copies, and downloads by wget or from a text window, have in their names."""
 UNKNOWN = "00000000"
 """What the commit begins with when nobody told it: eight zeros, then a hash of names and contents."""
-
-LOAD_MODEL = """
-import sys
-from transformers import AutoConfig, AutoModel, AutoTokenizer
-for kind, more in ((AutoConfig, {}), (AutoTokenizer, {}), (AutoModel, {"dtype": "auto"})):
-    kind.from_pretrained(sys.argv[1], revision=sys.argv[2], trust_remote_code=False, **more)
-"""
-LOAD_DATASET = """
-import sys
-from lib.config import UserError
-from lib.sources import load_hub
-try:
-    load_hub(sys.argv[1], sys.argv[3] or None, sys.argv[2])
-except UserError as error:
-    sys.exit(str(error).splitlines()[0])
-"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """What an import did; `verified`: every file has the hash that its source gave it."""
+    """What an import did; verified: every file has the hash that its source gave it, but for those that are `unproven`."""
 
     repo: Repo
     revision: str
     commit: str
     layout: str
-    verified: bool
+    unproven: tuple[str, ...]
     files: int
     size: int
     missing: tuple[str, ...] = ()
+    base: str | None = None
+
+    @property
+    def verified(self) -> bool:
+        return not self.unproven
 
     def __str__(self) -> str:
         known = "" if not self.commit.startswith(UNKNOWN) else " (made up from the contents, the real one is not known)"
         rows = {
             "imported": f"{self.repo}, {self.files} files, {self.size / 1e6:,.1f} MB, from a {self.layout}",
             "revision": f"{self.revision} = commit {self.commit}{known}",
-            "contents": "verified: every file has the hash its source gave it"
-            if self.verified
-            else "unverified: nothing came with the files to compare them with (--sha256 LIST would)",
+            "contents": "verified: every file has the hash its source gave it",
         }
+        if len(self.unproven) == self.files:
+            rows["contents"] = "unverified: nothing came with the files to compare them with (--sha256 LIST would)"
+        elif self.unproven:
+            rows["contents"] = f"unverified: there is no hash for {few(self.unproven)}; the others are verified"
         if self.missing:
-            rows["not there"] = f"{', '.join(self.missing[:6])}{', ...' if len(self.missing) > 6 else ''}"
+            rows["not there"] = few(self.missing)
+        if self.base:
+            rows["base"] = f"{self.base}, which this adapter needs as well"
         return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+
+
+def few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
 
 
 def import_folder(
@@ -91,8 +98,10 @@ def import_folder(
     known = known or read_provenance(folder, repo, revision)
     if sha256_list:
         known = dataclasses.replace(known, hashes=read_sha256_list(sha256_list))
-    check_files(folder, known, repo, allow_pickle)
-    with lock_repo(repo), staging_folder(repo) as root:
+        if not set(known.hashes) & set(known.files):
+            raise UserError(f"--sha256 {sha256_list} names no file of {folder}; make it there: sha256sum * > LIST")
+    check_files(known, repo, allow_pickle)
+    with lock_repo(repo), staging_folder(repo) as root, writing():
         staged = root / repo.folder_name
         names = stage_files(known, staged)
         commit = commit or known.commit or unknown_commit(names)
@@ -102,10 +111,15 @@ def import_folder(
         publish_entry(staged, repo, move_ref)
     size = sum(path.stat().st_size for path in known.files.values())
     lacking = tuple(sorted(set(known.tree or {}) - set(known.files)))
-    return Imported(repo, revision, commit, known.layout, known.verified, len(known.files), size, lacking)
+    unproven, base = known.unproven, adapter_base(known) if is_adapter(known.files) else None
+    return Imported(repo, revision, commit, known.layout, unproven, len(known.files), size, lacking, base)
 
 
-def check_files(folder: Path, known: Provenance, repo: Repo, allow_pickle: bool) -> None:
+def adapter_base(known: Provenance) -> str | None:
+    return named_base(json.loads(known.files["adapter_config.json"].read_text(encoding="utf-8")))[0]
+
+
+def check_files(known: Provenance, repo: Repo, allow_pickle: bool) -> None:
     """Raise UserError naming every file that is damaged or missing."""
     faults = [f"{name} {fault}" for name, path in known.files.items() if (fault := damage(path, name))]
     faults += [f"{name} is missing; download it" for name in missing_shards(known.files)]
@@ -116,28 +130,32 @@ def check_files(folder: Path, known: Provenance, repo: Repo, allow_pickle: bool)
         hint = "; its weights are pickled, which can run programs: if you trust them, --allow_pickle" if pickled else ""
         found = ", ".join(sorted(known.files)[:8]) or "nothing"
         kind = "a model" if repo.repo_type == "model" else "a data set"
-        faults = [f"it lacks {', '.join(lacking)} to be {kind} (found: {found}){hint}"]
+        faults = [f"it lacks {', '.join(lacking)} to be {kind} (found: {found}){hint}", *renamed_files(known.files)]
     if faults:
-        listed = "\n".join(f"  {fault}" for fault in faults)
-        raise UserError(f"{folder} cannot be imported as {repo}, nothing was changed:\n{listed}")
+        raise UserError("\n".join([f"{repo} {REFUSED}", *(f"  {fault}" for fault in faults)]))
+
+
+def renamed_files(names: Iterable[str]) -> Iterator[str]:
+    """Files that look like one of a model under another name, as browsers and net disks make of a second copy."""
+    for name in sorted(names):
+        plain = COPIED.sub("", name).lower()
+        if plain in ("config.json", "model.safetensors", *TOKENIZER_FILES) and plain not in names:
+            yield f"{name!r} looks like {plain} under another name; rename it"
 
 
 def size_faults(known: Provenance) -> Iterator[str]:
     for name, entry in (known.tree or {}).items():
         if name in known.files and (size := known.files[name].stat().st_size) != entry["size"]:
             fault = "is cut off" if size < entry["size"] else "is not the listed file"
+            mend = "download it again"
+            if size - windows_lines(known.files[name], size) == entry["size"]:
+                fault, mend = "has Windows line ends", "clone with `git clone -c core.autocrlf=false`"
             if not damage(known.files[name], name):
-                yield f"{name} {fault}: {size:,} of {entry['size']:,} bytes; download it again"
+                yield f"{name} {fault}: {size:,} of {entry['size']:,} bytes; {mend}"
 
 
-@contextlib.contextmanager
-def staging_folder(repo: Repo) -> Iterator[Path]:
-    """A folder on the file system of the cache that no reader looks at; gone afterwards."""
-    folder = Path(tempfile.mkdtemp(dir=locks_folder(repo), prefix="staging-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def windows_lines(path: Path, size: int) -> int:
+    return path.read_bytes().count(b"\r\n") if size < 10_000_000 else 0
 
 
 def stage_files(known: Provenance, staged: Path) -> dict[str, str]:
@@ -167,7 +185,7 @@ def stage_files(known: Provenance, staged: Path) -> dict[str, str]:
 
 
 def check_content(path: Path, name: str, wanted: str) -> None:
-    if has_name(path, wanted) is False:
+    if has_name(path, wanted) is not True:
         found = sha256(path) if len(wanted) == 64 else git_hash(path)
         raise UserError(
             f"{name} is not the file that its source names: expected {wanted[:16]}..., found {found[:16]}...; "
@@ -231,19 +249,3 @@ def tree_entry(blob: Path, name: str) -> dict:
 
 def tree_text(tree: dict[str, dict]) -> str:
     return json.dumps({"format_version": 1, "files": dict(sorted(tree.items()))}, indent=1)
-
-
-def check_loads(root: Path, repo: Repo, revision: str, snapshot: Path) -> None:
-    """Load the entry in a fresh process that has no network; raise UserError with its reason when it does not load."""
-    code = LOAD_MODEL if repo.repo_type == "model" else LOAD_DATASET
-    configs = read_card(snapshot / "README.md").get("configs") if repo.repo_type == "dataset" else None
-    first = str(configs[0].get("config_name", "")) if isinstance(configs, list) and len(configs) > 1 else ""
-    command = [sys.executable, "-c", code, repo.repo_id, revision, first]
-    place: dict[str, Any] = {"env": offline_environment(root), "cwd": Path(__file__).resolve().parent.parent}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **place)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(
-            f"{repo} does not load from these files, nothing was changed: {reason}\n"
-            f"Files: {', '.join(snapshot_files(snapshot))}. To import it all the same: --load_check False"
-        )

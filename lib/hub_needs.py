@@ -12,7 +12,7 @@ from lib.catalog import CATALOG
 from lib.config import DataConfig, UserError
 from lib.endpoint import OFFICIAL, datasets_cache, is_official, shorten
 from lib.eval_config import EvalConfig
-from lib.hub_cache import REPO_ID, Repo, find_snapshot, read_tree, snapshot_files
+from lib.hub_cache import REPO_ID, Repo, cached_repos, find_snapshot, read_tree, snapshot_files
 from lib.hub_files import damage, data_files, missing_parts, missing_shards, model_files
 from lib.predict_config import PredictConfig, is_lost_folder
 from lib.redaction import redact
@@ -76,8 +76,10 @@ def base_needs(folder: Path | None) -> list[Need]:
     return [Need("--model", Repo(check_name("--model", base)), revision or "main")]
 
 
-def named_base(settings: dict[str, Any]) -> tuple[str | None, str | None]:
+def named_base(settings: Any) -> tuple[str | None, str | None]:
     """The model that adapter_config.json names, and its revision: in the words of peft, or of AdapterHub."""
+    if not isinstance(settings, dict):
+        return None, None
     base = settings.get("base_model_name_or_path") or settings.get("model_name")
     return base, settings.get("model_revision") or settings.get("revision")
 
@@ -214,9 +216,40 @@ def missing_report(need: Need, reason: str, lacking: list[str], endpoint: str, k
         f"{need} could not be loaded: {reason}.",
         f"  missing:    {', '.join(lacking[:6])}{', ...' if len(lacking) > 6 else ''}",
         f"  looked in:  {shorten(entry)} (revision {need.revision})",
+        *(f"  there is:   {name}, which may be the same" for name in namesakes(need.repo)),
         f"  asked:      {redact(endpoint)}" if kind != "offline" else "  asked:      nobody",
     ]
     return "\n".join([*lines, "To go on, one of:", *(f"  {line}" for line in advice(need, endpoint, kind))])
+
+
+def namesakes(repo: Repo) -> list[str]:
+    """Repositories of the cache with the same name but for owner or capital letters, as FacebookAI/roberta-base."""
+    wanted = repo.repo_id.rpartition("/")[2].lower()
+    others = [other for other in cached_repos() if other.repo_type == repo.repo_type and other != repo]
+    return [other.repo_id for other in others if other.repo_id.rpartition("/")[2].lower() == wanted]
+
+
+def mending(need: Need, endpoint: str, kind: str) -> list[tuple[str, str]]:
+    """(command, comment) for what a fault of this kind is mended by, and for a mirror."""
+    lines: list[tuple[str, str]] = []
+    if kind == "offline":
+        lines.append(("export HF_HUB_OFFLINE=0", "the Hub is forbidden by this variable"))
+    if kind in ("unknown", "unauthorized", "revision"):
+        lines.append((f"{need}", "is the name, and the revision, spelt as on the Hub?"))
+    if kind in ("gated", "unauthorized", "forbidden"):
+        lines.append(("hf auth login", f"after accepting the terms on {OFFICIAL}/{need.repo}"))
+        lines += [] if is_official(endpoint) else [("--send_token_to_mirror True", "a mirror gets no token otherwise")]
+    if kind == "disk":
+        lines.append(("export HF_HUB_CACHE=FOLDER", "one that you can write, on a disk with room"))
+    if kind == "proxy":
+        lines.append(
+            ("unset https_proxy http_proxy all_proxy", "if the Hub can be reached without; else mend the address")
+        )
+    if kind == "foreign":
+        lines.append(("export https_proxy=http://HOST:PORT", "or log in to the network in a browser"))
+    if is_official(endpoint) and kind not in ("gated", "unauthorized", "forbidden", "unknown", "revision"):
+        lines.append((f"--hub_endpoint {MIRRORS[0]}", "a mirror of the Hub"))
+    return lines
 
 
 def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
@@ -226,18 +259,7 @@ def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
     hf_name, our_name = repo.repo_id + revision, repo.repo_id + revision
     if repo.repo_type == "dataset":  # the two programs spell the flag differently
         hf_name, our_name = f"{hf_name} --repo-type dataset", f"{our_name} --repo_type dataset"
-    lines: list[tuple[str, str]] = []
-    if kind == "offline":
-        lines.append(("export HF_HUB_OFFLINE=0", "the Hub is forbidden by this variable"))
-    if kind in ("unknown", "unauthorized", "revision"):
-        lines.append((f"{need}", "is the name, and the revision, spelt as on the Hub?"))
-    if kind in ("gated", "unauthorized", "forbidden"):
-        lines.append(("hf auth login", f"after accepting the terms on {OFFICIAL}/{repo}"))
-        lines += [] if is_official(endpoint) else [("--send_token_to_mirror True", "a mirror gets no token otherwise")]
-    if kind == "foreign":
-        lines.append(("export https_proxy=http://HOST:PORT", "or log in to the network in a browser"))
-    if is_official(endpoint) and kind not in ("gated", "unauthorized", "forbidden", "unknown", "revision"):
-        lines.append((f"--hub_endpoint {MIRRORS[0]}", "a mirror of the Hub"))
+    lines = mending(need, endpoint, kind)
     if repo.repo_type == "model":
         lines.append(("--source modelscope", "the same model from modelscope.cn"))
     lines += [

@@ -11,11 +11,12 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from lib.config import UserError
-from lib.endpoint import modelscope_cache, modelscope_endpoint
-from lib.hub_cache import write_whole
-from lib.hub_client import STALL_SECONDS, bounded, first_line
+from lib.endpoint import modelscope_cache, modelscope_endpoint, offline_asked
+from lib.hub_client import bounded, first_line
+from lib.hub_download import STALL_SECONDS
 from lib.hub_files import damage, missing_parts, missing_shards, model_files
 from lib.hub_needs import Need
+from lib.hub_publish import write_whole
 from lib.manifest import sha256
 from lib.provenance import list_files
 
@@ -55,6 +56,8 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
         if verify:
             compare_with_record(need, record)
         return
+    if asked := offline_asked():
+        raise UserError(f"{need} --source modelscope: not on this machine yet, and {asked} forbids to ask for it")
     snapshot_download, names = package(), ask_modelscope(need, limit)
     wanted = model_files(names, need.allow_pickle, need.code)
     print(f"fetching {need} from {modelscope_endpoint()}", file=sys.stderr, flush=True)

@@ -16,8 +16,9 @@ from lib import embedded
 from lib.catalog import CATALOG, Source
 from lib.config import DataConfig, UserError
 from lib.endpoint import datasets_cache, settle_endpoint
-from lib.hub_cache import Repo, find_snapshot, merge_folder, snapshot_files
+from lib.hub_cache import Repo, find_snapshot, snapshot_files
 from lib.hub_needs import Need, advice, chosen_config, missing_from_cache, read_card
+from lib.hub_publish import merge_folder
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

@@ -106,6 +106,39 @@ def roberta_without_dropout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty caches, no token, and a process that may ask the Hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    settled = ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "DOWNLOAD_CHUNK_SIZE")
+    for name in settled:
+        monkeypatch.setattr(constants, name, getattr(constants, name))  # restored, whatever a test settles
+    for name in ("OFFLINE", "CACHE", "DISABLE_IMPLICIT_TOKEN", "DISABLE_XET"):
+        monkeypatch.setenv(f"HF_HUB_{name}", "")
+        monkeypatch.delenv(f"HF_HUB_{name}")
+    for name in ("HF_ENDPOINT", "HF_TOKEN"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "tables"))
+
+
+@pytest.fixture
+def served(roberta: Path, tmp_path: Path) -> Path:
+    """A Hub's repositories: user/tiny and SetFit/sst5."""
+    import shutil
+
+    from tests.test_hub import write_sst5
+
+    shutil.copytree(roberta, tmp_path / "served" / "models" / "user" / "tiny")
+    write_sst5(tmp_path / "served" / "datasets" / "SetFit" / "sst5")
+    return tmp_path / "served"
+
+
+@pytest.fixture
 def sockets(monkeypatch: pytest.MonkeyPatch) -> list:
     """Every address that somebody connects to or looks up; no connection is made."""
     import socket

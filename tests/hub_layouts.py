@@ -20,6 +20,7 @@ def browser(repository: Path, target: Path) -> Path:
     for path in target.iterdir():
         path.chmod(0o644)
     (target / ".DS_Store").write_bytes(b"\0")
+    (target / "._config.json").write_bytes(b"\0\5\x16\7")
     return target
 
 

@@ -15,18 +15,29 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlparse
 
 LFS = (".safetensors", ".bin", ".parquet")
-FAULTS = ("hang", "slow", "401", "403", "503", "html", "gated", "broken_off", "short", "flipped", "pointer")
+FAULTS = (
+    *("hang", "slow", "401", "403", "429", "503", "html", "portal", "gated"),
+    *("broken_off", "short", "flipped", "pointer"),
+)
 
 
 @dataclasses.dataclass
 class Hub:
-    """A running server; `fault` may be set at any time, `on_files` keeps it to the files, away from the questions."""
+    """A running server; `fault` may be set at any time, `on_files` keeps it to the files, away from the questions.
+
+    `moved` sends those who ask for a repository by an old name on to the new one, `elsewhere` those who ask for LFS files
+    to another server. `rate` is in bytes per second.
+    """
 
     root: Path
     endpoint: str = ""
     fault: str | None = None
     on_files: bool = False
     commit: str | None = None
+    moved: dict[str, str] = dataclasses.field(default_factory=dict)
+    rate: int | None = None
+    elsewhere: str = ""
+    ranges: list[str] = dataclasses.field(default_factory=list)
     requests: list[str] = dataclasses.field(default_factory=list)
     tokens: list[str] = dataclasses.field(default_factory=list)
     closing: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -64,6 +75,9 @@ def blob_of(name: str, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest() if name.endswith(LFS) else git_hash(data)
 
 
+PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
+
+
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
@@ -82,8 +96,15 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bool = True, payload: bytes = b"") -> None:
         path = unquote(urlparse(self.path).path)
         self.hub.requests.append(path)
+        if path == "/login":
+            return self.send(PAGE, {"Content-Type": "text/html"}, body)
+        for old, new in self.hub.moved.items():
+            if f"/{old}/" in f"{path}/":
+                return self.redirect(path.replace(f"/{old}", f"/{new}", 1), 307)
         if "Authorization" in self.headers:
             self.hub.tokens.append(self.headers["Authorization"])
+        if "Range" in self.headers:
+            self.hub.ranges.append(self.headers["Range"])
         fault = self.hub.fault if "/resolve/" in path or not self.hub.on_files else None
         if fault and self.misbehave(fault, body):
             return None
@@ -104,6 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         file = repository.joinpath(*tail[1:])
         if verb != "resolve" or not file.is_file():
             return self.fail("EntryNotFound", commit_of(repository))
+        if self.hub.elsewhere and file.name.endswith(LFS):
+            return self.redirect(self.hub.elsewhere + path, 302)
         return self.send_file(file, repository, body, fault)
 
     def misbehave(self, fault: str, body: bool) -> bool:
@@ -117,10 +140,12 @@ class Handler(BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):
                     self.wfile.write(bytes([byte]))
         elif fault == "html":
-            self.send(b"<!DOCTYPE html><html><body>Please log in</body></html>", {"Content-Type": "text/html"}, body)
+            self.send(PAGE, {"Content-Type": "text/html"}, body)
+        elif fault == "portal":
+            self.redirect("/login", 302)
         elif fault == "gated":
             self.fail("GatedRepo", status=403)
-        elif fault in ("401", "403", "503"):
+        elif fault in ("401", "403", "429", "503"):
             self.fail("", status=int(fault))
         else:
             return False
@@ -195,12 +220,25 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(data, headers, body)
 
     def send(self, data: bytes, headers: dict[str, str], body: bool = True) -> None:
-        self.send_response(200)
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        if start:
+            headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}", **headers}
+            data = data[start:]
+        self.send_response(206 if start else 200)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
-            self.wfile.write(data)
+        rate = self.hub.rate or 0
+        for begin in range(0, len(data) if body else 0, rate // 10 or len(data)):
+            self.wfile.write(data[begin : begin + (rate // 10 or len(data))])
+            if rate and self.hub.closing.wait(0.1):
+                return
+
+    def redirect(self, place: str, status: int) -> None:
+        self.send_response(status)
+        self.send_header("Location", place)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def fail(self, reason: str, commit: str = "", status: int = 404) -> None:
         self.send_response(status)

@@ -14,33 +14,10 @@ from lib.hub_config import DoctorConfig
 from lib.hub_import import import_folder
 from tests.conftest import Command
 from tests.loopback_hub import Hub, closed_endpoint, loopback_hub
-from tests.test_hub import write_sst5
 
 MODEL = Repo("user/tiny")
 TOKEN = "hf_" + "Secret" * 6
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty caches, no token, and a process that may ask the Hub."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
-        monkeypatch.setattr(constants, name, getattr(constants, name))  # restored, whatever a test settles
-    for name in ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "HF_HUB_DISABLE_IMPLICIT_TOKEN", "HF_HUB_DISABLE_XET"):
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-
-
-@pytest.fixture
-def served(roberta: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    shutil.copytree(roberta, tmp_path / "served" / "models" / "user" / "tiny")
-    write_sst5(tmp_path / "served" / "datasets" / "SetFit" / "sst5")
-    return tmp_path / "served"
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def ask(endpoint: str | None, dataset: str | None = "sst5") -> tuple[str, bool]:

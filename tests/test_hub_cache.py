@@ -103,7 +103,7 @@ VARIANTS: dict[Callable[[Path], None], tuple[str | None, bool]] = {
     plain_files: (None, True),
     wrong_blob_names: (None, True),
     newline: ("refs/main ends with a newline, which hides the entry; run: printf", True),
-    no_refs: ("no refs/main, so that `hf cache prune` would delete it", False),
+    no_refs: (None, False),
     invented_commit: (None, True),
     weights_missing: ("model.safetensors is a link without a file", False),
     bit_flip: ("model.safetensors is damaged: its content is not that of its name", True),

@@ -16,10 +16,11 @@ from transformers import AutoModel, AutoTokenizer
 
 from lib.archives import opened
 from lib.config import UserError
-from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo, work_folder
+from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo
 from lib.hub_import import UNKNOWN, Imported, import_folder
+from lib.hub_publish import staging_folder
 from tests.conftest import ROOT
-from tests.hub_layouts import COMMIT, LAYOUTS, browser, git, git_clone, local_dir, tree_entry
+from tests.hub_layouts import COMMIT, LAYOUTS, browser, cache_of_another_machine, git, git_clone, local_dir, tree_entry
 from tests.loopback_hub import loopback_hub, pointer_of, repository_files
 
 REPO = Repo("user/tiny")
@@ -35,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def take(source: Path, repo: Repo = REPO, **settings: object) -> Imported:
     """Import without the fresh process that the command line ends with."""
-    with opened(source, work_folder()) as folder:
+    with opened(source) as folder:
         return import_folder(folder, repo, **{"load_check": False, **settings})  # type: ignore[arg-type]
 
 
@@ -230,6 +231,22 @@ def break_unfinished(folder: Path) -> None:
     (folder / "model.safetensors.aria2").write_bytes(b"")
 
 
+def break_renamed(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model (1).safetensors")
+
+
+def break_saved_answer(folder: Path) -> None:
+    (folder / "vocab.txt").write_text("Entry not found")
+
+
+def break_browser_folder(folder: Path) -> None:
+    (folder / "model.safetensors.download").mkdir()
+
+
+def break_odd_name(folder: Path) -> None:
+    (folder / os.fsdecode(b"\xff.txt")).write_text("")
+
+
 def break_empty(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
@@ -250,6 +267,10 @@ BREAKS = {
     break_link: "vocab.txt is a link that leaves the folder",
     break_folder_link: "more is a link that leaves the folder",
     break_unfinished: "model.safetensors.aria2: a download is not finished",
+    break_renamed: r"'model \(1\).safetensors' looks like model.safetensors under another name; rename it",
+    break_saved_answer: "vocab.txt is an answer of the server, not the file itself: 'Entry not found'",
+    break_browser_folder: "model.safetensors.download: a download is not finished",
+    break_odd_name: "no file of the Hub has such a name",
     break_empty: r"it lacks config.json, .* \(found: nothing\)",
 }
 
@@ -275,6 +296,86 @@ def test_content_that_is_not_what_its_source_names_is_refused(roberta: Path, tmp
     assert everything(cache) == {}
 
 
+def test_notes_of_a_folder_cannot_write_outside_of_the_entry_or_prove_a_file(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
+    for number, name in enumerate(("../../../../../evil", "abc")):
+        given = local_dir(roberta, tmp_path / f"given{number}")
+        (given / ".cache/huggingface/trees" / f"{COMMIT}.json").write_text('{"files": {"../x": {"size": "no"}}}')
+        note = given / ".cache/huggingface/download/config.json.metadata"
+        note.write_text(f"{COMMIT}\n{name}\n1700000000.0\n")
+        done = take(given, move_ref=True)
+        assert done.unproven == ("config.json",)
+        assert "unverified: there is no hash for config.json; the others are verified" in str(done)
+    assert list(verify_repo(REPO)) == []
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_clone_is_proven_though_it_is_somebody_elses_and_its_lfs_files_are_not_checked_out(
+    roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = git_clone(roberta, tmp_path / "given")
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    data = (roberta / "model.safetensors").read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    fetched = given / ".git" / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
+    fetched.parent.mkdir(parents=True)
+    fetched.write_bytes(data)
+    (given / "model.safetensors").write_bytes(pointer_of(data))
+    done = take(given)
+    assert (done.layout, done.verified) == ("git clone", True)
+    (given / "config.json").write_bytes((given / "config.json").read_bytes().replace(b"\n", b"\r\n"))
+    with pytest.raises(UserError, match=r"config\.json has Windows line ends: .*git clone -c core\.autocrlf=false"):
+        take(given)
+
+
+def test_a_link_to_a_neighbour_of_the_entry_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
+    entry = cache_of_another_machine(roberta, tmp_path / "theirs" / "models--user--tiny")
+    (tmp_path / "theirs" / "secret").write_text("secret")
+    (entry / "snapshots" / COMMIT / "vocab.txt").symlink_to("../../../secret")
+    with pytest.raises(UserError, match=r"vocab\.txt is a link that leaves the folder"):
+        take(entry)
+
+
+def test_a_folder_is_found_inside_of_others_and_that_of_a_data_set_stays(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
+    browser(roberta, tmp_path / "a" / "b" / "c")
+    assert take(tmp_path / "a").files == 4
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    (tmp_path / "set" / "data" / "train.csv").write_text("text,label\na,0\n")
+    data = Repo("user/set", "dataset")
+    take(tmp_path / "set", data)
+    snapshot = find_snapshot(data)
+    assert snapshot is not None
+    assert set(snapshot_files(snapshot)) == {"data/train.csv"}
+    cache_of_another_machine(roberta, tmp_path / "theirs" / "models--other--tiny")
+    cache_of_another_machine(roberta, tmp_path / "theirs" / "models--third--tiny")
+    with pytest.raises(
+        UserError, match=r"a cache that holds models--other--tiny, models--third--tiny, but not models--"
+    ):
+        take(tmp_path / "theirs")
+
+
+def test_an_adapter_is_checked_by_its_own_files_and_names_its_base(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy
+    from safetensors.numpy import save_file
+
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "roberta-base"}')
+    save_file({"a": numpy.zeros(3, numpy.float32)}, given / "adapter_model.safetensors")
+    done = take(given, load_check=True)
+    assert "base       roberta-base, which this adapter needs as well" in str(done)
+    header = (given / "adapter_model.safetensors").read_bytes().replace(b'"F32"', b'"F99"')
+    (given / "adapter_model.safetensors").unlink()
+    (given / "adapter_model.safetensors").write_bytes(header)
+    with pytest.raises(UserError, match="does not load from these files"):
+        take(given, load_check=True, move_ref=True)
+
+
 def test_a_list_of_sha256_verifies_a_loose_folder(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     names = repository_files(roberta)
@@ -286,6 +387,14 @@ def test_a_list_of_sha256_verifies_a_loose_folder(roberta: Path, tmp_path: Path,
         take(given, sha256_list=tmp_path / "list")
     (tmp_path / "list").write_text("not a list")
     with pytest.raises(UserError, match=r"--sha256 .*list, line 1"):
+        take(given, sha256_list=tmp_path / "list")
+    # As PowerShell and the programs of Windows write it.
+    (tmp_path / "list").write_bytes("\r\n".join(line.replace("  ", " *.\\") for line in lines).encode("utf-16"))
+    assert take(given, sha256_list=tmp_path / "list").verified
+    (tmp_path / "list").write_text(f"{lines[0]}\n{'0' * 64}  of-another-folder.bin")
+    assert take(given, sha256_list=tmp_path / "list").unproven == tuple(sorted(names)[1:])
+    (tmp_path / "list").write_text(lines[0].replace("  ", "  folder/"))
+    with pytest.raises(UserError, match="names no file of"):
         take(given, sha256_list=tmp_path / "list")
 
 
@@ -399,6 +508,19 @@ def test_two_at_once_both_succeed(roberta: Path, tmp_path: Path, cache: Path) ->
     assert len(told) == 1, told
     assert re.fullmatch(r"0{8}[0-9a-f]{32}", told.pop())
     assert list(verify_repo(REPO)) == []
+
+
+def test_what_a_killed_import_left_is_removed_and_what_a_living_one_needs_is_not(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
+    with staging_folder(REPO) as living:
+        left = living.with_name("staging-left")
+        left.mkdir()
+        left.with_suffix(".lock").touch()
+        take(browser(roberta, tmp_path / "given"))
+        assert living.is_dir()
+        assert not left.exists()
+    assert not list((cache / ".locks").rglob("staging-*"))
 
 
 def test_a_process_killed_in_the_middle_leaves_no_readable_half(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from lib.checkpoint import list_checkpoints
+from lib.config import HubConfig, flatten
+from lib.resume import compare_settings
 from tests.conftest import ROOT, Command, read_lines, results_of
 from tests.resuming import differences, run_flags
 
@@ -41,6 +43,14 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
             assert not found, call["folder"]
     steps = [line["step"] for line in read_lines(tmp_path / "after-5" / "metrics.jsonl")]
     assert steps == [2, 3, 4, 6, 8, 9, 10]
+
+
+def test_a_run_goes_on_through_another_mirror():
+    """Where files came from does not change what they are."""
+    there = flatten(HubConfig())
+    now = flatten(HubConfig("https://hf-mirror.com", 20, True, True))
+    assert there.keys() == {key for key in now if there[key] != now[key]}
+    assert compare_settings(there, now) == []
 
 
 @pytest.mark.parametrize("flags", [["--lr_scheduler_type", "reduce_lr_on_plateau"], ["--freeze", "backbone"]])
