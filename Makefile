@@ -1,13 +1,14 @@
 # make train   set up, then train and score the default model on the default data
 # make test    set up, then run the tests           make test-slow   the long ones as well
 # make faults  break runs in every way, print a table
+# make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make lint    ruff and mypy                        make clean       remove the environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format faults seeds clean
+.PHONY: train test test-slow lint format faults seeds bench clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
@@ -32,6 +33,9 @@ faults: $(READY)
 
 seeds: $(READY)
 	$(BIN)/python benchmarks/seeds.py $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt

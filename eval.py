@@ -49,7 +49,7 @@ def main(config: EvalConfig) -> None:
                 folder, config.split, scores, metrics, predictions, data, config.bootstrap_samples, config.seed
             )
         )
-        results = build_eval_results(accelerator, config, data, scores)
+        results = build_eval_results(accelerator, config, data, scores, predictions.seconds)
         print(f"\nwritten to {folder}: report.json, predictions.jsonl, confusion_matrix.png")
         print(write_results(folder, results), flush=True)
     finish(accelerator, model)

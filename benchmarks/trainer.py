@@ -3,6 +3,8 @@
     python benchmarks/trainer.py --model roberta-base --dataset sst5        any flags of train.py
     python benchmarks/trainer.py --our_order ...                            with the batches of train.py, in their order
 
+The last line on stdout is JSON: scores of the test split, speed, and what else `benchmarks/bench.py` compares.
+
 With `--our_order`, dropout off and no accumulation its losses are those of train.py, step by step. What must be set for
 that: the batches themselves (Trainer draws others, and pads what it draws at random), `warmup_steps` in steps, and the
 seed before the model is built, for its new head. Accumulation stays different where micro-batches are of unequal size:
@@ -10,9 +12,8 @@ Trainer divides the mean of each by their number, a mean of means, while train.p
 """
 
 import argparse
-import json
+import math
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from transformers import Trainer, TrainingArguments  # noqa: E402
+from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
+from benchmarks.measuring import Measures  # noqa: E402
 from lib import run  # noqa: E402
 from lib.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
 from lib.cli import parse_cli  # noqa: E402
@@ -34,6 +36,25 @@ from lib.optim import warmup_steps  # noqa: E402
 from lib.plan import Plan, build_plan  # noqa: E402
 from lib.runtime import resolve_precision, seed_everything  # noqa: E402
 from lib.train_config import TrainConfig  # noqa: E402
+
+
+class Watch(TrainerCallback):
+    """Tells `measures` of the epochs, steps and evaluations that Trainer makes."""
+
+    def __init__(self, measures: Measures) -> None:
+        self.measures = measures
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.measures.begin_epoch()
+
+    def on_epoch_end(self, *_: Any, **__: Any) -> None:
+        self.measures.end_epoch()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.measures.step()
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, float], **__: Any) -> None:
+        self.measures.evaluated(metrics.get("eval_accuracy", math.nan))
 
 
 class OurBatches:
@@ -56,16 +77,25 @@ class OurBatches:
 
 
 class RecordingTrainer(Trainer):
-    """A Trainer that keeps the loss of every micro-batch, and that can be given batches."""
+    """A Trainer that keeps the loss of every micro-batch and measures itself, and that can be given batches."""
 
     def __init__(self, *arguments: Any, batches: OurBatches | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.batches = batches
         self.losses: list[float] = []
+        self.measures = Measures()
+        self.add_callback(Watch(self.measures))
+
+    data_collator: Any
 
     def get_train_dataloader(self) -> DataLoader:
-        if self.batches is None:
-            return super().get_train_dataloader()
+        plain = self.data_collator
+        self.data_collator = self.measures.counting(plain)
+        loader = super().get_train_dataloader() if self.batches is None else self.given_batches()
+        self.data_collator = plain
+        return loader
+
+    def given_batches(self) -> DataLoader:
         return DataLoader(self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator)
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -143,14 +173,14 @@ def main() -> None:
     parser.add_argument("--our_order", action="store_true", help="the batches of train.py, in their order")
     options, flags = parser.parse_known_args()
     trainer, data = build_trainer(parse_cli(TrainConfig, flags), options.our_order)
-    started = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - started
     split = "test" if "test" in data.tokens else "validation"
     prediction = trainer.predict(data.tokens[split], metric_key_prefix=split)
-    samples = len(data.tokens["train"]) * trainer.state.epoch
-    speed = {"train_seconds": round(seconds, 2), "samples_per_second": round(samples / seconds, 1)}
-    print(json.dumps({"steps": trainer.state.global_step, **speed, **(prediction.metrics or {})}))
+    scores = prediction.metrics or {}
+    measures = trainer.measures
+    measures.eval_samples, measures.eval_seconds = len(data.tokens[split]), scores[f"{split}_runtime"]
+    speed = round(measures.train_samples / measures.train_seconds, 1)
+    print(measures.report(steps=trainer.state.global_step, samples_per_second=speed, **scores))
 
 
 if __name__ == "__main__":

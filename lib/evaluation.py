@@ -1,6 +1,7 @@
 """Predict every sample of a split once, and score the predictions: the only place where processes put results together."""
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Predictions:
     losses: np.ndarray
     batch_size: int = 0
     """Samples per forward that memory was enough for."""
+    seconds: float = 0.0
+    """From tokens at hand to results at hand."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -66,6 +69,7 @@ def predict(
     double. Where memory is too short, batches are halved on all processes. Raises RuntimeError if a sample is missing or
     double, Stopped when a process is asked to stop.
     """
+    started = time.perf_counter()
     training = {module: module.training for module in model.modules()}
     model.eval()
     results = None
@@ -78,8 +82,9 @@ def predict(
         module.training = mode
     table = accelerator.reduce(results, "sum").cpu().numpy()
     check_counts(table[:, -1])
+    seconds = time.perf_counter() - started
     labels = np.asarray(tokens["labels"], dtype=np.int64)
-    return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size)
+    return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size, seconds)
 
 
 @torch.inference_mode()

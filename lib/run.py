@@ -258,15 +258,17 @@ def eval_folder(config: EvalConfig) -> Path:
 
 
 def build_eval_results(
-    accelerator: Accelerator, config: EvalConfig, data: Data, scores: dict[str, float]
+    accelerator: Accelerator, config: EvalConfig, data: Data, scores: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """The scores of one split, flat, and under `run/` what made them."""
+    """The scores of one split, flat, the seconds that its forward passes took, and under `run/` what made them."""
     return {f"{prefix(config.split)}/{name}": value for name, value in scores.items()} | {
         "model": config.run or config.model,
         "dataset": data.name,
         "samples": len(data.tokens[config.split]),
+        "seconds": round(seconds, 3),
         "run/num_processes": accelerator.num_processes,
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": describe_devices(accelerator)[0],
+        "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         "run/data_fingerprint": data.fingerprint(),
     }

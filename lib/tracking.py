@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -32,8 +33,8 @@ def check_tracker(name: str) -> None:
 class RunLog:
     """Writes what a run logs, on the main process; on the others every call does nothing.
 
-    metrics.jsonl gets one object a line, flushed as it is written: `step`, `samples_seen`, then the values. Whatever
-    the tracker raises is reported once, and the tracker is then left alone.
+    metrics.jsonl gets one object a line, flushed as it is written: `step`, `samples_seen`, `time` (seconds since 1970),
+    then the values. Whatever the tracker raises is reported once, and the tracker is then left alone.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class RunLog:
         """Add a line; steps must not go back. What the tracker got before an interruption it does not get again."""
         if self.file is None:
             return
-        line = {"step": step, "samples_seen": samples_seen} | values
+        line = {"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3)} | values
         self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
         self.file.flush()
         if self.tracker and step > self.tracked_step:

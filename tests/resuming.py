@@ -9,7 +9,7 @@ import torch
 from lib.checkpoint import list_checkpoints
 from tests.conftest import read_lines, sentences, write_csv
 
-TIMING = {"train/samples_per_second", "samples_per_second", "train_seconds", "seconds", "run/peak_memory_gib"}
+TIMING = {"time", "train/samples_per_second", "samples_per_second", "train_seconds", "seconds", "run/peak_memory_gib"}
 
 
 def run_flags(folder: Path, model: Path) -> list[Any]:
