@@ -28,7 +28,7 @@ def linear_weights(module: nn.Module) -> int:
 
 def forward_flops(model: Any, lengths: Sequence[int]) -> float:
     """FLOPs of one forward pass of a classifier over texts of so many tokens; training takes three times as much."""
-    layers = find_layers(model.base_model, model.config.num_hidden_layers)
+    layers = find_layers(model, "benchmarks")
     body = linear_weights(layers)
     head = linear_weights(model) - body
     attention = 4 * len(layers) * model.config.hidden_size
