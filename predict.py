@@ -25,7 +25,7 @@ from lib.onnx_export import export_onnx
 from lib.outputs import write_answers
 from lib.processes import finish
 from lib.runtime import build_accelerator, run_script
-from lib.tasks import build_predict, find_source, load_model, text_columns
+from lib.tasks import build_predict, count_cut, find_source, load_model, text_columns
 from lib.tokens import explain_tokens
 
 
@@ -49,10 +49,15 @@ def main(config: PredictConfig) -> None:
     answers = answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed)
     if accelerator.is_main_process:
         started = time.perf_counter()
-        count = write_answers(config.output, answers, count_rows(config.inputs) if sys.stderr.isatty() else None)
+        cut = count_cut(config, model, tokenizer)
+        count = write_answers(
+            config.output, cut.watch(answers), count_rows(config.inputs) if sys.stderr.isatty() else None
+        )
         seconds = time.perf_counter() - started
         if config.output:
             print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
+        if cut.cut:
+            print(cut, file=sys.stderr)
     else:
         collections.deque(answers, maxlen=0)
     finish(accelerator, model)

@@ -43,14 +43,14 @@ Who imports whom, asserted by tests/test_architecture.py:
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row
     inference           batching config inputs runtime   rows to answers, on all processes
-    embeddings          inference inputs predict_config
+    embeddings          config inference inputs predict_config
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
     pipelines           config generation inference inputs modeling predict_config
     tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
-                        predict_config question_answering run train_config
+                        predict_config question_answering run tokens train_config
     outputs             config inference inputs report   answers to files
-    tokens              report
+    tokens              inference inputs report
     onnx_export         config
 
 Without the Hub, from what lies on disk to what a run asks for:

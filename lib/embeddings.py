@@ -6,16 +6,25 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from lib.config import UserError
 from lib.inference import Answer, Predict
 from lib.inputs import Row
 from lib.predict_config import EmbeddingConfig
 
 
 def build_embedder(model: Any, tokenizer: Any, config: EmbeddingConfig) -> Predict:
-    """Answers of one key, `embedding`, float32 (size,), that do not depend on the texts beside it in the batch."""
+    """Answers of one key, `embedding`, float32 (size,), that do not depend on the texts beside it in the batch.
+
+    Raises UserError when the vector of the first token is asked for and knows nothing of the text.
+    """
     # Absolute positions count from the left: padding there would move the text.
     tokenizer.padding_side = "right"
     encoder: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
+    if config.pooling == "cls" and reads_left_to_right(encoder):
+        raise UserError(
+            "--pooling cls: this model is a decoder, whose first token knows nothing of what follows, so that all texts that "
+            "begin alike would be equal; use --pooling last or mean"
+        )
 
     def predict(rows: list[Row]) -> list[Answer]:
         texts = list(zip(*(row.texts for row in rows), strict=True))
@@ -26,6 +35,14 @@ def build_embedder(model: Any, tokenizer: Any, config: EmbeddingConfig) -> Predi
         return [{"embedding": vector} for vector in vectors.cpu().numpy()]
 
     return predict
+
+
+@torch.inference_mode()
+def reads_left_to_right(encoder: Any) -> bool:
+    """Whether another last token leaves the vector of the first as it was: no entry of a configuration tells for sure."""
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=next(encoder.parameters()).device)
+    first, second = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+    return torch.equal(first, second)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from lib.config import DataConfig, ModelConfig, UserError
 from lib.data import TEXT_GUESSES
 from lib.embeddings import build_embedder
 from lib.eval_config import EvalConfig
-from lib.generation import build_writer
+from lib.generation import build_writer, task_prefix
 from lib.inference import Answer, Predict
 from lib.inputs import Columns, Row
 from lib.modeling import load_tokenizer, load_trained, longest_input
@@ -26,6 +26,7 @@ from lib.pipelines import PIPELINES
 from lib.predict_config import PredictConfig, is_lost_folder
 from lib.question_answering import build_reader
 from lib.run import run_precision
+from lib.tokens import CutTexts
 from lib.train_config import TrainConfig
 
 MODELS = {
@@ -118,6 +119,18 @@ def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: tor
         raise UserError(f"--model {config.model}: its tokenizer has no mask; name a masked language model")
     predict = PIPELINES[config.task](config, pipeline(config.task, model=model, tokenizer=tokenizer, device=device))
     return predict if config.task == "text-generation" else with_a_token(predict, tokenizer)
+
+
+def count_cut(config: PredictConfig, model: Any, tokenizer: Any) -> CutTexts:
+    """The count of texts that lose their end; of tasks that read a text in windows, or cut its beginning, none does."""
+    task, settings = config.task, config.zero_shot
+    if task in ("question-answering", "ner", "text-generation"):
+        return CutTexts(tokenizer, lambda row: ())
+    if task == "zero-shot-classification":
+        hypothesis = settings.hypothesis_template.format(max(settings.candidate_labels, key=len))
+        return CutTexts(tokenizer, lambda row: (row.texts[0], hypothesis))
+    prefix = task_prefix(task, model, config.generate) if task in ("summarization", "translation") else ""
+    return CutTexts(tokenizer, lambda row: (prefix + row.texts[0], *row.texts[1:]))
 
 
 def with_a_token(predict: Predict, tokenizer: Any) -> Predict:

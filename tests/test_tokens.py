@@ -1,8 +1,11 @@
 """The steps from text to batch, as they are shown."""
 
+from transformers import AutoTokenizer
+
 from lib.config import ModelConfig
+from lib.inputs import Row
 from lib.modeling import load_tokenizer
-from lib.tokens import explain_tokens
+from lib.tokens import CutTexts, explain_tokens, is_cut
 
 
 def test_each_step_is_shown_and_adds_up(roberta):
@@ -18,6 +21,21 @@ def test_each_step_is_shown_and_adds_up(roberta):
         assert lines["3  with special tokens"].split() == [str(i) for i in (0, *ids, 2)]
         assert lines["4  input_ids, padded"].split() == [str(i) for i in batch["input_ids"][number]]
         assert lines["attention_mask"].split() == [str(i) for i in batch["attention_mask"][number]]
+
+
+def test_texts_that_are_cut_are_counted_with_their_share(roberta):
+    """As the tokenizer cuts them: of lengths around the limit, single texts and pairs, words of one token and of none."""
+    tokenizer = AutoTokenizer.from_pretrained(roberta)
+    tokenizer.model_max_length = 8
+    texts = [" ".join(["film"] * n) for n in range(12)] + ["é" * 40, ""]
+    for rows in ([(text,) for text in texts], [(text, "a plot") for text in texts]):
+        whole = [len(tokenizer(*row)["input_ids"]) for row in rows]
+        kept = [len(tokenizer(*row, truncation=True)["input_ids"]) for row in rows]
+        assert [is_cut(tokenizer, row) for row in rows] == [a > b for a, b in zip(whole, kept, strict=True)]
+    count = CutTexts(tokenizer, lambda row: row.texts)
+    passed = [(Row(n, n, (text,)), {}) for n, text in enumerate(texts)]
+    assert list(count.watch(iter(passed))) == passed
+    assert str(count) == "5 of 14 texts (35.7%) are longer than 8 tokens and were cut (--max_length)"
 
 
 def test_special_tokens_and_padding_are_named(roberta):

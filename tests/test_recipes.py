@@ -1,0 +1,56 @@
+"""Recipes: each parses, and the note's complete script runs against a Hub that has what it names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib.cli import parse_cli
+from lib.train_config import TrainConfig
+from tests import tiny_models
+from tests.conftest import ROOT, Command, read_lines, results_of
+from tests.loopback_hub import loopback_hub
+from tests.test_hub import environment, write_sst5
+
+SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_read_and_names_its_data(recipe: Path) -> None:
+    assert parse_cli(TrainConfig, ["--config", str(recipe)]).data.dataset
+
+
+def publish_as_pickle(folder: Path) -> Path:
+    """A model with three classes as cardiffnlp published theirs: named LABEL_0, LABEL_1, LABEL_2, its weights a pickle."""
+    tiny_models.classifier(folder, **tiny_models.labels({number: f"LABEL_{number}" for number in range(3)}))
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
+def test_the_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> None:
+    """A new head of five classes on a body that stays as it was, 20 validations, the best model tested."""
+    served = publish_as_pickle(tmp_path / "served/models/cardiffnlp/twitter-roberta-base-sentiment")
+    write_sst5(tmp_path / "served/datasets/SetFit/sst5")
+    flags = ["--config", SST5_HEAD, "--report_to", "none", "--run_name", "note", "--mixed_precision", "no"]
+    flags += ["--save_steps", 1000]
+    with loopback_hub(tmp_path / "served") as hub:
+        done = run("train.py", *flags, env=environment(hub.endpoint, tmp_path), timeout=400)
+    results = results_of(done)
+    assert "new weights  classifier.out_proj.bias, classifier.out_proj.weight" in done.stdout
+    lines = [line for line in read_lines(tmp_path / "outputs/note/metrics.jsonl") if "eval/accuracy" in line]
+    assert len(lines) == 20
+    assert results["eval/accuracy"] == max(line["eval/accuracy"] for line in lines)
+    assert results["steps"] == 20 * 2
+    rates = [line["train/learning_rate"] for line in lines]
+    assert rates == sorted(rates)
+    assert rates[-1] == pytest.approx(1e-3 * 39 / 300, rel=0.05)
+    before = torch.load(served / "pytorch_model.bin", weights_only=True)
+    after = load_file(tmp_path / "outputs/note/model/model.safetensors")
+    assert after["classifier.out_proj.weight"].shape[0] == 5
+    body = [name for name in before if name.startswith("roberta.")]
+    assert len(body) > 30
+    assert all(torch.equal(before[name], after[name]) for name in body)
+    assert not torch.equal(before["classifier.dense.weight"], after["classifier.dense.weight"])
