@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     CONFIG = parse_cli(EvalConfig)
     fetch(CONFIG)
 
+from lib import lean  # noqa: F401 - before what imports transformers
 from lib.adaptation import load_classifier, tokenizer_source
 from lib.batching import build_collator
 from lib.data import load_data

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     CONFIG = parse_cli(PredictConfig)
     fetch(CONFIG)
 
+from lib import lean  # noqa: F401 - before what imports transformers
 from lib.inference import answer_rows
 from lib.inputs import count_rows, read_rows
 from lib.modeling import load_tokenizer

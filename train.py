@@ -18,7 +18,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     fetch(CONFIG)
     watch_signals()
 
-from lib import run
+from lib import lean, run  # noqa: F401 - lean: before what imports transformers
 from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.checkpoint import Checkpointer, publish_model, restore_model

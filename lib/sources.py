@@ -19,6 +19,7 @@ from lib.endpoint import datasets_cache, settle_endpoint
 from lib.hub_cache import Repo, find_snapshot, snapshot_files
 from lib.hub_needs import Need, advice, chosen_config, missing_from_cache, read_card
 from lib.hub_publish import merge_folder
+from lib.lean import hidden
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -45,6 +46,7 @@ def catalog_source(config: DataConfig) -> Source | None:
     return CATALOG.get(config.dataset or "movie_reviews")
 
 
+@hidden("scipy")  # which `datasets` imports to read files of Matlab
 def load_raw(config: DataConfig) -> dict[str, Dataset]:
     """All splits as they are stored, by their own names."""
     quieten()

@@ -1,0 +1,35 @@
+"""A run imports what it uses, and before its first step nothing that it needs later."""
+
+import re
+
+from tests.conftest import ROOT, Command, sentences, write_csv
+
+
+def imported(stderr: str) -> set[str]:
+    """Top-level packages in the import log that Python writes."""
+    return {name.split(".")[0] for name in re.findall(r"import time:.*\|\s+(\S+)", stderr)}
+
+
+def test_no_package_is_imported_before_the_first_step_that_the_step_does_not_use(run: Command, roberta, tmp_path):
+    train = write_csv(tmp_path / "train.csv", sentences(30))
+    flags = ["--model", roberta, "--train_file", train, "--max_steps", 1, "--logging_steps", 1, "--report_to", "none"]
+    done = run("train.py", *flags, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    start, end = done.stderr.split("step 1/1 ")
+    late = {"evaluate", "sklearn", "scipy", "matplotlib"}
+    assert {"torch", "transformers", "accelerate", "tyro"} <= imported(start)
+    assert not imported(start) & (late | {"wandb", "peft", "onnx", "onnxruntime", "tensorboard", "trackio"})
+    assert late <= imported(end)
+
+
+def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lib.lean import UNUSED\n"
+        "import sys, importlib\n"
+        "assert not set(UNUSED) & set(sys.modules)\n"
+        "assert all(importlib.import_module(name).__file__ for name in UNUSED)\n"
+        "from transformers.utils import is_peft_available\n"
+        "from transformers import Trainer\n"
+        "assert not is_peft_available()\n"
+    )
+    run(script, env={"PYTHONPATH": str(ROOT)})
