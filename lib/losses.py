@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
 
 from lib.config import UserError
@@ -111,6 +110,8 @@ def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequenc
     """
     weights = np.ones(len(label_names))
     if list(given) == ["balanced"]:
+        from sklearn.utils.class_weight import compute_class_weight  # takes seconds to import
+
         present = np.unique(labels)
         weights[present] = compute_class_weight("balanced", classes=present, y=labels)
         return weights
