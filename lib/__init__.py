@@ -14,7 +14,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     manifest    -                                        folders that are whole or absent
     batching    stopping                                 which samples form which step
     processes   config stopping                          what processes agree on and add up
-    runtime     config processes stopping                the machine
+    dropout     -                                        its random numbers on a CPU
+    runtime     config dropout processes stopping        the machine
     memory      config                                   fewer samples per forward
     optim       config freezing train_config
     embedded    config                                   minilm and movie_reviews

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lib.config import PROCESS_TIMEOUT, UserError
+from lib.dropout import use_fast_dropout
 from lib.processes import join_again
 from lib.stopping import EXIT_RESUME, Stopped, follow_launcher
 
@@ -70,6 +71,8 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
         ],
     )
     show_log(accelerator)
+    if accelerator.device.type == "cpu" and "GenuineIntel" not in cpu_description():
+        use_fast_dropout()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(
