@@ -1,6 +1,6 @@
 """The libraries without what a text classifier never uses: each such package costs half a second of every start.
 
-Scripts import this module before anything else that imports transformers.
+Scripts import this module before anything else that imports transformers; later it does nothing.
 """
 
 import contextlib
@@ -24,5 +24,6 @@ def hidden(*names: str) -> Iterator[None]:
 
 
 # What transformers has decided about a package it does not decide anew; the packages can be imported afterwards.
-with hidden(*UNUSED):
-    from transformers import PreTrainedModel, get_scheduler  # noqa: F401
+if "transformers" not in sys.modules:
+    with hidden(*UNUSED):
+        from transformers import PreTrainedModel, get_scheduler  # noqa: F401

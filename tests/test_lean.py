@@ -33,3 +33,14 @@ def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Comma
         "assert not is_peft_available()\n"
     )
     run(script, env={"PYTHONPATH": str(ROOT)})
+
+
+def test_nothing_is_hidden_from_a_program_that_has_imported_transformers_before(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import transformers.utils\n"
+        "assert transformers.utils.is_scipy_available()\n"
+        "import lib.lean\n"
+        "from transformers import Trainer, PreTrainedModel\n"
+    )
+    run(script, env={"PYTHONPATH": str(ROOT)})
