@@ -27,14 +27,16 @@ Who imports whom, asserted by tests/test_architecture.py:
     freezing    config                                   parts that are not trained
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides problems
     sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean problems       data sets as stored
-    data        batching config problems sources targets                                 data sets as trained on
+    windows     config                                   long texts in pieces, their logits pooled
+    columns     config sources                           which splits and columns are meant
+    data        batching columns config problems sources targets windows                 data sets as trained on
     plan        batching config data problems train_config    the plan of a run, its state, its batches
     predictions  problems                                what a model says of a split
     scores      config predictions problems              metrics
     thresholds  predictions                              of several labels
     losses      config data problems train_config        a loss per sample, and how much each counts
-    training    batching data losses memory optim plan processes runtime train_config watchdog
-    evaluation  batching data losses memory predictions problems processes scores thresholds watchdog
+    training    batching data losses memory optim plan processes runtime train_config watchdog windows
+    evaluation  batching data losses memory predictions problems processes scores thresholds watchdog windows
     tables      predictions problems
     pictures    predictions problems tables
     intervals   predictions problems scores tables
@@ -58,9 +60,10 @@ Who imports whom, asserted by tests/test_architecture.py:
     embeddings          config inference inputs predict_config
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
-    pipelines           config generation inference inputs modeling predict_config predictions problems thresholds
-    tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
-                        predict_config question_answering run tokens train_config
+    pipelines           batching config generation inference inputs modeling predict_config predictions problems
+                        thresholds windows
+    tasks               adaptation cli columns config eval_config embeddings generation inference inputs modeling
+                        pipelines predict_config question_answering run tokens train_config windows
     outputs             config inference inputs report   answers to files
     tokens              inference inputs tables
     onnx_export         config

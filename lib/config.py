@@ -119,7 +119,10 @@ class DataConfig:
     problem_type: ProblemType = "auto"
     """What is learnt. `auto`: real numbers are regression, lists or --label_columns several labels, all else classes."""
     max_length: int = 128
-    """Longest input in tokens; longer texts are cut and their share is reported."""
+    """Longest input in tokens; longer texts are cut and their share is reported, unless --window_stride is given."""
+    window_stride: int | None = None
+    """Read longer texts in windows of max_length of which neighbours share n tokens; a text's logits are the mean of its
+    windows', in training as well."""
     pad_to_max_length: bool = False
     """Pad every batch to --max_length instead of its longest text, for devices that need fixed shapes."""
     max_train_samples: int | None = None
@@ -144,6 +147,8 @@ class DataConfig:
         several = self.label_columns
         require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
         require(several is None or len(set(several)) == len(several) > 1, "--label_columns takes two or more columns")
+        stride = self.window_stride
+        require(stride is None or stride >= 0, f"--window_stride must not be negative, got {stride}")
         check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
 
 

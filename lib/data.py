@@ -6,26 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from datasets import Dataset, Value
+from datasets import Dataset
 
 from lib.batching import permutation
+from lib.columns import check_columns, choose_splits, find_columns, further_splits
 from lib.config import DataConfig, UserError
 from lib.problems import CLASSIFICATION, REGRESSION
-from lib.sources import ROLES, catalog_source, dataset_name, load_raw
+from lib.sources import ROLES, dataset_name, load_raw
 from lib.targets import encode_targets
-
-TEXT_GUESSES = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("text",),
-    ("sentence",),
-    ("review",),
-    ("content",),
-)
-LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", "stars", "rating", "score")
+from lib.windows import Windows, choose_windows, encode_windows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +22,9 @@ class Data:
     """Splits ready for training.
 
     `texts[split]` holds the text columns as given; `tokens[split]` holds input_ids (lists of int), labels, and
-    token_type_ids where the tokenizer makes them. Labels are int for classes, float for numbers, lists of 0.0 and 1.0 for
-    several labels. `lengths[split]` counts tokens. `notes` are sentences for the log.
+    token_type_ids where the tokenizer makes them; where texts are read in windows, a list of each for every window, and
+    num_windows. Labels are int for classes, float for numbers, lists of 0.0 and 1.0 for several labels.
+    `lengths[split]` counts tokens. `notes` are sentences for the log.
     """
 
     name: str
@@ -47,7 +37,7 @@ class Data:
     problem_type: str = CLASSIFICATION
     """As in a transformers configuration."""
     max_length: int = 0
-    """Tokens of the longest text that is possible."""
+    """Tokens of the longest text, or window, that is possible."""
     pad_to_max_length: bool = False
 
     @property
@@ -63,7 +53,8 @@ class Data:
             for batch in tokens.with_format("arrow").iter(batch_size=10_000):
                 for column in ("input_ids", "labels"):
                     values = batch[column].combine_chunks()
-                    values = values.flatten() if isinstance(values, pa.ListArray | pa.LargeListArray) else values
+                    while hasattr(values.type, "value_type"):
+                        values = values.flatten()
                     digest.update(values.to_numpy(zero_copy_only=False).tobytes())
             digest.update(self.lengths[split].tobytes())
         return digest.hexdigest()[:16]
@@ -94,9 +85,11 @@ def load_data(
         labelled |= hold_out_validation(labelled["train"], problem, notes)
     labelled = {split: take(labelled[split], split, config) for split in splits if split in labelled}
     report_overlap(labelled, text_columns, notes)
-    tokens = {split: tokenize(dataset, tokenizer, text_columns, config) for split, dataset in labelled.items()}
+    limit = min(config.max_length, tokenizer.model_max_length)
+    windows = choose_windows(tokenizer, limit, config.window_stride, len(text_columns), label_names is not None)
+    tokens = {split: tokenize(dataset, tokenizer, text_columns, config, windows) for split, dataset in labelled.items()}
     lengths = {split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()}
-    report_truncation(tokens, tokenizer, config, notes)
+    report_truncation(tokens, limit, config, windows, notes)
     return Data(
         name=dataset_name(config),
         texts={split: dataset.select_columns(list(text_columns)) for split, dataset in labelled.items()},
@@ -105,107 +98,10 @@ def load_data(
         label_names=names,
         text_columns=tuple(text_columns),
         notes=notes,
-        max_length=min(config.max_length, tokenizer.model_max_length),
+        max_length=windows.max_length if windows else limit,
         pad_to_max_length=config.pad_to_max_length,
         problem_type=problem,
     )
-
-
-# ---------------------------------------------------------------------------------------------------- choosing
-
-
-def find_columns(
-    raw: dict[str, Dataset], config: DataConfig, notes: list[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Text columns and label columns: those named, those of the catalog, else guessed."""
-    known_texts, known_label = known_columns(config)
-    texts = config.text_columns or known_texts or guess_text_columns(raw, config, notes)
-    return texts, config.label_columns or (config.label_column or known_label or guess_label_column(raw, notes),)
-
-
-def known_columns(config: DataConfig) -> tuple[tuple[str, ...] | None, str | None]:
-    source = catalog_source(config)
-    return (source.text_columns, source.label_column) if source else (None, None)
-
-
-def further_splits(config: DataConfig) -> tuple[str, ...]:
-    """Validation sets that are scored beside the one that chooses the model."""
-    source = catalog_source(config)
-    return source.further_validation if source else ()
-
-
-def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, str]:
-    """Which stored split plays which role: {role: stored name}; raises UserError when one that must be there is not."""
-    source = catalog_source(config)
-    aliases = {"validation": ("validation", source.validation if source else "validation", "dev", "valid", "val")}
-    chosen = {}
-    for role in wanted:
-        found = next((name for name in aliases.get(role, (role,)) if name in raw), None)
-        if found is not None:
-            chosen[role] = found
-        elif role == "validation" and "train" in raw:
-            chosen["train"] = "train"  # from which a validation split is made
-        elif role == "train" or len(wanted) == 1:
-            raise UserError(f"there is no {role} split; {dataset_name(config)} has: {', '.join(raw)}")
-    return chosen
-
-
-def guess_text_columns(raw: dict[str, Dataset], config: DataConfig, notes: list[str]) -> tuple[str, ...]:
-    """Usual names, else the only text column; raises UserError when there are several."""
-    features = next(iter(raw.values())).features
-    for guess in TEXT_GUESSES:
-        if all(column in features for column in guess):
-            break
-    else:
-        strings = tuple(name for name, feature in features.items() if is_text(feature) and name not in LABEL_GUESSES)
-        strings = tuple(name for name in strings if name not in (config.label_column, "label_text", "id", "idx"))
-        if len(strings) != 1:
-            raise UserError(
-                f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns"
-            )
-        guess = strings
-    notes.append(f"text columns: {' '.join(guess)} (guessed; set --text_columns to change)")
-    return guess
-
-
-def guess_label_column(raw: dict[str, Dataset], notes: list[str]) -> str:
-    features = next(iter(raw.values())).features
-    for guess in LABEL_GUESSES:
-        if guess in features:
-            if guess not in ("label", "labels"):
-                notes.append(f"label column: {guess} (guessed; set --label_column to change)")
-            return guess
-    raise UserError(f"which column holds the label? The columns are {', '.join(features)}; name it with --label_column")
-
-
-def is_text(feature: Any) -> bool:
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
-
-
-def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
-    """Raise UserError when the split is empty, lacks a column, or has text that is not text."""
-    have = ", ".join(dataset.features)
-    if not len(dataset):
-        raise UserError(f"the {split} split is empty")
-    label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
-    for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
-        for column in columns:
-            if column not in dataset.features:
-                raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
-    for column in text_columns:
-        if not is_text(dataset.features[column]):
-            kind = getattr(dataset.features[column], "dtype", dataset.features[column])
-            raise UserError(
-                f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
-            )
-        missing = [i for i, text in enumerate(dataset[column]) if text is None]
-        if missing:
-            raise UserError(
-                f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
-            )
-
-
-# ---------------------------------------------------------------------------------------------------- shaping
 
 
 def hold_out_validation(train: Dataset, problem: str, notes: list[str]) -> dict[str, Dataset]:
@@ -250,8 +146,10 @@ def report_overlap(splits: dict[str, Dataset], text_columns: Sequence[str], note
             notes.append(f"warning: {count} of {len(dataset)} {split} texts are in train as well")
 
 
-def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig) -> Dataset:
-    """Token ids, cut to max_length and not padded; padding belongs to the batch."""
+def tokenize(
+    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
+) -> Dataset:
+    """Token ids, cut to max_length or into windows and not padded; padding belongs to the batch."""
     limit = min(config.max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
     if limit < special + len(text_columns):
@@ -259,7 +157,13 @@ def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], conf
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # Empty texts stay: they still get special tokens, and dropping them would shift the order of predictions.
-        batch = tokenizer(*(list(rows[column]) for column in text_columns), truncation=True, max_length=limit)
+        texts = [list(rows[column]) for column in text_columns]
+        if windows:
+            split = encode_windows(tokenizer, texts[0], windows)
+            sizes = [sum(map(len, pieces)) for pieces in split["input_ids"]]
+            long = [count > 1 for count in split["num_windows"]]
+            return split | {"labels": rows["labels"], "length": sizes, "truncated": long}
+        batch = tokenizer(*texts, truncation=True, max_length=limit)
         ids = batch["input_ids"]
         cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else [len(i) >= limit for i in ids]
         encoded = {"input_ids": ids, "labels": rows["labels"], "length": [len(i) for i in ids], "truncated": cut}
@@ -271,11 +175,19 @@ def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], conf
     return dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=workers, desc="tokenize")
 
 
-def report_truncation(tokens: dict[str, Dataset], tokenizer: Any, config: DataConfig, notes: list[str]) -> None:
-    limit = min(config.max_length, tokenizer.model_max_length)
+def report_truncation(
+    tokens: dict[str, Dataset], limit: int, config: DataConfig, windows: Windows | None, notes: list[str]
+) -> None:
+    """Note the share of long texts, and what becomes of them."""
     if limit < config.max_length:
         notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
     for split, dataset in tokens.items():
         share = float(np.mean(dataset["truncated"]))
-        if share:
+        if windows:
+            counts = np.asarray(dataset["num_windows"])
+            notes.append(
+                f"{share:.1%} of the {split} texts are longer than {windows.max_length} tokens and are read in windows that "
+                f"share {windows.stride}: {counts.mean():.1f} a text, {counts.max()} at most"
+            )
+        elif share:
             notes.append(f"{share:.1%} of the {split} texts are longer than {limit} tokens and were cut (--max_length)")

@@ -21,6 +21,7 @@ from lib.processes import agree_to_stop, any_process
 from lib.scores import compute_metrics
 from lib.thresholds import store_thresholds, stored_thresholds, tune_thresholds
 from lib.watchdog import beat
+from lib.windows import compute_logits
 
 Scored = tuple[dict[str, float], Predictions]
 """The scores of a split and what they were computed from."""
@@ -98,9 +99,9 @@ def predict_table(
 
 def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, loss: Loss) -> torch.Tensor:
     """float32 (samples, classes + 2): logits, loss, and a one."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    labels = batch.pop("labels")
-    logits = model(**batch).logits.float()
+    inputs = dict(batch)
+    labels = inputs.pop("labels").to(device, non_blocking=True)
+    logits = compute_logits(model, inputs, device)
     losses = loss(logits, labels)
     return torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
 

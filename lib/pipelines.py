@@ -1,11 +1,16 @@
 """The five tasks that a pipeline of transformers answers, each as a function from a batch of rows to their answers."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import DataCollatorWithPadding
 from transformers.pipelines import PipelineException
 
+from lib.batching import cut
 from lib.config import UserError
 from lib.generation import answer, generate_settings, generating
 from lib.inference import Answer, Predict
@@ -15,6 +20,7 @@ from lib.predict_config import PredictConfig
 from lib.predictions import PLAIN_THRESHOLD
 from lib.problems import MULTI_LABEL, REGRESSION
 from lib.thresholds import stored_thresholds
+from lib.windows import Windows, check_windows, encode_windows, pool_logits, stored_windows
 
 
 def classify(config: PredictConfig, pipe: Any) -> Predict:
@@ -24,14 +30,17 @@ def classify(config: PredictConfig, pipe: Any) -> Predict:
     asked for; of a regression the `score` alone, or `scores` by name where it has several.
     """
     names, problem = label_names(pipe.model), pipe.model.config.problem_type
-    apply = config.function_to_apply
+    apply, windows = config.function_to_apply, stored_windows(pipe.tokenizer)
     key = "logits" if apply == "none" else "scores" if apply is None and problem == REGRESSION else "probabilities"
     least = least_scores(pipe.model.config, names, apply)
 
     def predict(rows: list[Row]) -> list[Answer]:
         inputs = [dict(zip(("text", "text_pair"), row.texts, strict=False)) for row in rows]
-        settings = {"function_to_apply": apply} if apply else {}
-        outputs = pipe(inputs, batch_size=len(rows), top_k=None, truncation=True, **settings)
+        settings = {"top_k": None} | ({"function_to_apply": apply} if apply else {})
+        if windows:
+            outputs = read_windows(pipe, rows, windows, config.per_device_eval_batch_size, settings)
+        else:
+            outputs = pipe(inputs, batch_size=len(rows), truncation=True, **settings)
         return [shape([(item["label"], item["score"]) for item in output]) for output in outputs]
 
     def shape(ranked: list[tuple[str, float]]) -> Answer:
@@ -53,6 +62,25 @@ def least_scores(config: Any, names: list[str], apply: str | None) -> dict[str, 
     least = np.full(len(names), PLAIN_THRESHOLD) if stored is None else stored
     least = np.log(least) - np.log1p(-least) if apply == "none" else least
     return dict(zip(names, least.tolist(), strict=True))
+
+
+def read_windows(pipe: Any, rows: list[Row], windows: Windows, batch_size: int, settings: dict[str, Any]) -> list[Any]:
+    """What the pipeline would give for texts of any length, from the mean logits of their windows.
+
+    Raises UserError for pairs, which the model was not trained on.
+    """
+    windows = dataclasses.replace(windows, max_length=pipe.tokenizer.model_max_length)
+    check_windows(pipe.tokenizer, windows, max(len(row.texts) for row in rows))
+    encoded = encode_windows(pipe.tokenizer, [row.texts[0] for row in rows], windows)
+    counts = encoded.pop("num_windows")
+    flat = {name: list(itertools.chain(*pieces)) for name, pieces in encoded.items()}
+    collator, found = DataCollatorWithPadding(pipe.tokenizer), []
+    for piece in cut(np.arange(sum(counts)), batch_size):
+        batch = collator([{name: values[i] for name, values in flat.items()} for i in piece])
+        found.append(pipe.model(**batch.to(pipe.device)).logits.float())
+    _, _, settings = pipe._sanitize_parameters(**settings)
+    logits = pool_logits(torch.cat(found), counts).cpu()
+    return [pipe.postprocess({"logits": row[None]}, **settings) for row in logits]
 
 
 def choose_label(config: PredictConfig, pipe: Any) -> Predict:
