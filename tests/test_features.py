@@ -1,6 +1,7 @@
 """Training on what a frozen part gave once equals training through it, whatever the architecture."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import nn
 
 from lib import features
 from lib.batching import build_collator
+from lib.checkpoint import list_checkpoints
 from lib.config import DataConfig, ModelConfig
 from lib.data import load_data
 from lib.evaluation import evaluate_split
@@ -25,7 +28,8 @@ from lib.plan import State, all_windows, build_plan
 from lib.runtime import seed_everything
 from lib.train_config import OptimConfig, TrainConfig, TrainingConfig
 from lib.training import optimizer_step
-from tests.conftest import sentences, write_csv
+from tests.conftest import Command, read_lines, results_of, sentences, write_csv
+from tests.resuming import TIMING, differences, run_flags, without
 from tests.tiny_models import any_classifier
 
 WHOLE = [
@@ -133,3 +137,33 @@ def test_training_the_upper_layers_on_what_the_lower_gave_once_equals_training_t
     cached, note = compare(settings(any_classifier(name, tmp_path / "model", 3), tmp_path, "2"), capsys)
     assert cached.is_cached, note
     assert cached.runs == [0]
+
+
+def launch(
+    run: Command, model: Path, tmp_path: Path, name: str, *extra: object, processes: int = 1
+) -> tuple[Path, str]:
+    """Folder and output of a run of train.py whose texts, steps and micro-batches are ragged."""
+    flags = [*run_flags(tmp_path, model), "--freeze", "backbone", "--output_dir", tmp_path / name, *extra]
+    env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = run("train.py", *flags, "--save_total_limit", 9, processes=processes, env=env)
+    assert results_of(done)["run/num_processes"] == processes
+    return tmp_path / name, done.stdout
+
+
+def test_two_processes_share_the_work_and_a_resumed_run_finds_it_done(run, roberta_without_dropout, tmp_path):
+    slow, _ = launch(run, roberta_without_dropout, tmp_path, "slow", "--no_cache_features")
+    fast, said = launch(run, roberta_without_dropout, tmp_path, "fast", processes=2)
+    assert "train computed, validation computed, test computed" in said
+    for one, two in zip(*(read_lines(folder / "metrics.jsonl") for folder in (slow, fast)), strict=True):
+        assert without(two, TIMING) == pytest.approx(without(one, TIMING), abs=1e-4)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (slow, fast)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+    shutil.copytree(fast, tmp_path / "resumed")
+    for path in list_checkpoints(tmp_path / "resumed" / "checkpoints"):
+        if path.name != "step-3":
+            shutil.rmtree(path)
+    resumed, said = launch(run, roberta_without_dropout, tmp_path, "resumed", processes=2)
+    assert "step-3" in said
+    assert "train found, validation found, test found" in said
+    assert differences(fast, resumed) == []
