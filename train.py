@@ -24,6 +24,7 @@ from lib.batching import build_collator
 from lib.checkpoint import Checkpointer, publish_model, restore_model
 from lib.data import load_data
 from lib.evaluation import evaluate_split
+from lib.features import cache_features
 from lib.freezing import set_train_mode
 from lib.losses import build_objective
 from lib.modeling import build_model, load_tokenizer
@@ -61,24 +62,24 @@ def main(config: TrainConfig) -> None:
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = run.open_run(accelerator, config, folder, settings)
-    if accelerator.is_main_process:
-        print(run.introduce(accelerator, config, data, model, plan, settings, weights), flush=True)
+    run.introduce(accelerator, config, data, model, plan, settings, weights)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
     checkpointer = Checkpointer(accelerator, folder, training, settings, model, optimizer, scheduler, state, interval)
-    evaluate = functools.partial(evaluate_split, accelerator, model, data, collator=collator, metrics=metrics)
     run_id = checkpointer.load(checkpoint)
+    inputs, collate = cache_features(accelerator, model, config, data, collator)
+    evaluate = functools.partial(evaluate_split, accelerator, model, inputs, collator=collate, metrics=metrics)
     run_log = RunLog(accelerator, folder, tracking, state.last_logged, run_id)
     run_log.start(settings, metrics)
 
     # Training. Signals and the time limit wait until all processes can save together.
     progress = Progress(accelerator, plan.total_steps, state)
-    windows = all_windows(plan, training, data, collator, accelerator.process_index, state.step, objective.weights)
+    windows = all_windows(plan, training, inputs, collate, accelerator.process_index, state.step, objective.weights)
     one_step = functools.partial(optimizer_step, accelerator, model, optimizer, scheduler, objective.loss)
     set_train_mode(model)
     with checkpointer.guarding(run_log):
-        try_longest_batch(accelerator, model, optimizer, plan, data, collator, objective.loss, state)
+        try_longest_batch(accelerator, model, optimizer, plan, inputs, collate, objective.loss, state)
         while not plan.is_finished(state):
             if not state.pending:  # else the run was stopped between a step and what follows it
                 window = next(windows)
@@ -109,8 +110,7 @@ def main(config: TrainConfig) -> None:
     scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in run.final_splits(data)}
     results = run.build_results(accelerator, config, state, data, model, scored)
     run_log.finish(results, scored, data)
-    if accelerator.is_main_process:
-        run.end_run(folder, scored, metrics, data, settings, results)
+    run.end_run(accelerator, folder, scored, metrics, data, settings, results)
     finish(accelerator, model, optimizer)
 
 

@@ -49,6 +49,9 @@ Who imports whom, asserted by tests/test_architecture.py:
     adaptation    adapterhub adapters config hub_needs modeling peft_methods
     checkpoint  adaptation config manifest optim plan processes progress stopping thresholds tracking train_config
                 watchdog
+    replay      data freezing                            a stand-in for a frozen part
+    feature_cache  endpoint manifest                     what frozen parts gave, on disk
+    features    batching data evaluation feature_cache freezing memory processes replay runtime train_config
     resume      checkpoint config manifest train_config  which checkpoint to go on from
     model_card  embedded problems                        README.md of an exported model
     run         cli config data eval_config evaluation freezing model_card modeling plan report resume runtime scores

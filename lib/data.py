@@ -88,13 +88,12 @@ def load_data(
     limit = min(config.max_length, tokenizer.model_max_length)
     windows = choose_windows(tokenizer, limit, config.window_stride, len(text_columns), label_names is not None)
     tokens = {split: tokenize(dataset, tokenizer, text_columns, config, windows) for split, dataset in labelled.items()}
-    lengths = {split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()}
     report_truncation(tokens, limit, config, windows, notes)
     return Data(
         name=dataset_name(config),
         texts={split: dataset.select_columns(list(text_columns)) for split, dataset in labelled.items()},
         tokens={split: dataset.remove_columns(["length", "truncated"]) for split, dataset in tokens.items()},
-        lengths=lengths,
+        lengths={split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()},
         label_names=names,
         text_columns=tuple(text_columns),
         notes=notes,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,29 +73,44 @@ def predict_table(
     num_classes: int,
     loss: Loss,
 ) -> torch.Tensor | None:
-    """Logits, loss and a one for each sample of this process, zeros elsewhere; None when memory was too short for one.
+    """Logits, loss and a one for each sample of this process, zeros elsewhere; None when memory was too short for one."""
+    results = torch.zeros(len(tokens), num_classes + 2, device=accelerator.device)
+
+    def compute(indices: torch.Tensor, batch: dict[str, torch.Tensor]) -> None:
+        results.index_add_(0, indices, predict_batch(model, batch, accelerator.device, loss))
+
+    return results if share_batches(accelerator, tokens, batches, collator, compute, "evaluation") else None
+
+
+def share_batches(
+    accelerator: Accelerator,
+    tokens: Any,
+    batches: list[Indices],
+    collator: Collator,
+    compute: Callable[[torch.Tensor, dict[str, torch.Tensor]], None],
+    what: str,
+) -> bool:
+    """Call `compute` with the indices and tensors of each batch that falls to this process; False when one did not fit.
 
     All processes go from batch to batch together, so that they can agree to stop or to start again with smaller ones.
     """
     rounds = -(-len(batches) // accelerator.num_processes)
     batches = batches[accelerator.process_index :: accelerator.num_processes]
-    results = torch.zeros(len(tokens), num_classes + 2, device=accelerator.device)
     loader = iter(build_loader(tokens, batches, collator))
     for index in range(rounds):
-        beat(f"evaluation, batch {index + 1} of {rounds}")
+        beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
         failed = False
         if index < len(batches):
             try:
-                rows = predict_batch(model, next(loader), accelerator.device, loss)
-                results.index_add_(0, torch.from_numpy(batches[index].copy()).to(accelerator.device), rows)
+                compute(torch.from_numpy(batches[index].copy()).to(accelerator.device), next(loader))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failed = True
         if any_process(accelerator, failed):
-            return None
-    return results
+            return False
+    return True
 
 
 def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, loss: Loss) -> torch.Tensor:

@@ -120,7 +120,13 @@ def explain_not_finite(step: int, rate: float, plan: Plan, config: TrainConfig, 
     )
 
 
-def introduce(
+def introduce(accelerator: Accelerator, *run: Any) -> None:
+    """Print what `describe_run` says, on the main process."""
+    if accelerator.is_main_process:
+        print(describe_run(accelerator, *run), flush=True)
+
+
+def describe_run(
     accelerator: Accelerator,
     config: TrainConfig,
     data: Data,
@@ -129,7 +135,7 @@ def introduce(
     settings: dict[str, Any],
     weights: Weights,
 ) -> str:
-    """The block printed before the first step: devices, precision, batch, data, what is trained, what was noticed."""
+    """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
     trainable, total = count_parameters(model)
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     rows = {
@@ -214,6 +220,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
 
 
 def end_run(
+    accelerator: Accelerator,
     folder: Path,
     scored: dict[str, Scored],
     metrics: Sequence[str],
@@ -221,7 +228,12 @@ def end_run(
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> None:
-    """Print the reports of the final splits and, as the last line, the results; save both, and the model's card."""
+    """Print the reports of the final splits and, as the last line, the results; save both, and the model's card.
+
+    The main process does it.
+    """
+    if not accelerator.is_main_process:
+        return
     for split, (scores, predictions) in scored.items():
         print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
     thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))

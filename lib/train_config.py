@@ -144,6 +144,10 @@ class TrainingConfig:
     """Seconds without progress in training after which the run ends and names the process that hangs."""
     dataloader_num_workers: int = 0
     """Processes that prepare batches; 0: the training process does it."""
+    no_cache_features: bool = False
+    """With --freeze, run the frozen part in every step instead of keeping what it gives."""
+    feature_cache_gib: float = 2.0
+    """With --freeze, keep at most so much of what the frozen part gives in memory; four times as much on disk."""
     seed: int = 42
     """Fixes the new head, the order of samples and dropout."""
 
@@ -153,7 +157,7 @@ class TrainingConfig:
         require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
         check_positive(self, "max_steps", "train_batch_size", "per_device_train_batch_size", "eval_steps")
         check_positive(self, "per_device_eval_batch_size", "early_stopping_patience", "save_steps", "save_total_limit")
-        check_positive(self, "max_minutes", "ddp_timeout")
+        check_positive(self, "max_minutes", "ddp_timeout", "feature_cache_gib")
 
 
 @dataclasses.dataclass(frozen=True)

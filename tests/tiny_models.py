@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AlbertConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -12,7 +13,12 @@ from transformers import (
     AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
     GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
     T5Config,
@@ -116,3 +122,36 @@ def t5(folder: Path) -> Path:
         task_specific_params=prefixes,
     )
     return save(config, AutoModelForSeq2SeqLM, folder)
+
+
+def any_classifier(name: str, folder: Path, layers: int = 2) -> Path:
+    """A classifier of an architecture, with dropout in its head and between its layers where it has any."""
+    wide = SIZES | {"initializer_range": 0.5}
+    both = ENCODER | {"num_hidden_layers": layers}
+    modern = {key: value for key, value in both.items() if key != "max_position_embeddings"} | {
+        "max_position_embeddings": 80,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 4,
+        "classifier_dropout": 0.1,
+        "cls_token_id": 0,
+        "sep_token_id": 2,
+    }
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    llama = both | {"num_key_value_heads": 1}
+    configs = {
+        "albert": lambda: AlbertConfig(**both, embedding_size=8),
+        "bart": lambda: BartConfig(**SIZES, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2),
+        "bert": lambda: BertConfig(**both),
+        "deberta": lambda: DebertaV2Config(**both, **relative, conv_kernel_size=3, pooler_hidden_size=16),
+        "distilbert": lambda: DistilBertConfig(**wide, dim=16, n_layers=layers, n_heads=2, hidden_dim=32),
+        "electra": lambda: ElectraConfig(**both, embedding_size=8),
+        "gpt2": lambda: GPT2Config(**wide, n_embd=16, n_layer=layers, n_head=2, n_positions=64),
+        "llama": lambda: LlamaConfig(**llama),
+        "modernbert": lambda: ModernBertConfig(**modern),
+        "modernbert-mean": lambda: ModernBertConfig(**modern, classifier_pooling="mean"),
+        "roberta": lambda: RobertaConfig(**both),
+    }
+    config = configs[name]()
+    for number, label in NAMES.items():
+        config.id2label[number], config.label2id[label] = label, number
+    return save(config, AutoModelForSequenceClassification, folder)
