@@ -62,7 +62,7 @@ def main(config: TrainConfig) -> None:
     settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = run.open_run(accelerator, config, folder, settings)
     if accelerator.is_main_process:
-        print(run.introduce(accelerator, config, data, model, plan, settings, weights), flush=True)
+        print(run.introduce(accelerator, config, data, plan, settings, weights), flush=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
@@ -108,7 +108,7 @@ def main(config: TrainConfig) -> None:
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
     scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
-    results = run.build_results(accelerator, config, state, data, model, split, scores)
+    results = run.build_results(accelerator, state, settings, split, scores)
     run_log.finish(results, predictions, data, split)
     if accelerator.is_main_process:
         run.end_run(folder, split, scores, metrics, predictions, data, settings, results)
