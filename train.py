@@ -62,7 +62,7 @@ def main(config: TrainConfig) -> None:
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = run.open_run(accelerator, config, folder, settings)
-    run.introduce(accelerator, config, data, model, plan, settings, weights)
+    run.introduce(accelerator, config, data, plan, settings, weights)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
@@ -108,7 +108,7 @@ def main(config: TrainConfig) -> None:
     # Final test of the best model, and the report.
     restore_model(accelerator, model, folder / "model", state)
     scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in run.final_splits(data)}
-    results = run.build_results(accelerator, config, state, data, model, scored)
+    results = run.build_results(accelerator, config, state, settings, scored)
     run_log.finish(results, scored, data)
     run.end_run(accelerator, folder, scored, metrics, data, settings, results)
     finish(accelerator, model, optimizer)

@@ -41,6 +41,20 @@ def further_splits(config: DataConfig) -> tuple[str, ...]:
     return source.further_validation if source else ()
 
 
+def select_splits(
+    raw: dict[str, Dataset],
+    config: DataConfig,
+    wanted: Sequence[str],
+    text_columns: Sequence[str],
+    label_columns: Sequence[str],
+) -> dict[str, Dataset]:
+    """The splits by the roles they play. Raises UserError for what `choose_splits` and `check_columns` refuse."""
+    chosen = {role: raw[source] for role, source in choose_splits(raw, config, wanted).items()}
+    for split, dataset in chosen.items():
+        check_columns(dataset, split, text_columns, label_columns)
+    return chosen
+
+
 def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, str]:
     """Which stored split plays which role: {role: stored name}; raises UserError when one that must be there is not."""
     source = catalog_source(config)

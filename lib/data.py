@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from lib.batching import permutation
-from lib.columns import check_columns, choose_splits, find_columns, further_splits
+from lib.columns import find_columns, further_splits, select_splits
 from lib.config import DataConfig, UserError
 from lib.problems import CLASSIFICATION, REGRESSION
 from lib.sources import ROLES, dataset_name, load_raw
@@ -77,9 +77,7 @@ def load_data(
     raw, notes = load_raw(config), list[str]()
     text_columns, targets = find_columns(raw, config, notes)
     splits = (*splits, *further_splits(config)) if tuple(splits) == ROLES else splits
-    raw = {role: raw[source] for role, source in choose_splits(raw, config, splits).items()}
-    for split, dataset in raw.items():
-        check_columns(dataset, split, text_columns, targets)
+    raw = select_splits(raw, config, splits, text_columns, targets)
     labelled, names, problem = encode_targets(raw, targets, config.problem_type, label_names, model_problem, notes)
     if "train" in labelled and "validation" in splits and "validation" not in labelled:
         labelled |= hold_out_validation(labelled["train"], problem, notes)
