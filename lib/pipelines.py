@@ -64,6 +64,7 @@ def least_scores(config: Any, names: list[str], apply: str | None) -> dict[str, 
     return dict(zip(names, least.tolist(), strict=True))
 
 
+@torch.inference_mode()
 def read_windows(pipe: Any, rows: list[Row], windows: Windows, batch_size: int, settings: dict[str, Any]) -> list[Any]:
     """What the pipeline would give for texts of any length, from the mean logits of their windows.
 

@@ -208,8 +208,8 @@ def test_eval_and_predict_read_long_texts_as_the_run_did(run: Command, roberta: 
     assert (tokenizer.model_max_length, stored_windows(tokenizer)) == (8, Windows(8, 2))
     predict = build_predict(config, model, tokenizer, CPU)
     counted = count_cut(config, model, tokenizer)
-    assert len(list(counted.watch(iter([(Row(0, ("good " * 30,)), {})])))) == 1
+    assert len(list(counted.watch(iter([(Row(0, 0, ("good " * 30,)), {})])))) == 1
     assert (counted.seen, counted.cut) == (1, 0)
-    assert predict([Row(0, (rows[0]["text"],))])[0]["label"] == rows[0]["predicted"]
+    assert predict([Row(0, 0, (rows[0]["text"],))])[0]["label"] == rows[0]["predicted"]
     with pytest.raises(UserError, match="--window_stride 2 is for one text column, not for pairs"):
-        predict([Row(0, ("a good film", "a bad plot"))])
+        predict([Row(0, 0, ("a good film", "a bad plot"))])
