@@ -16,13 +16,16 @@ from lib import lean  # noqa: F401 - before what imports transformers
 from lib.adaptation import load_classifier, tokenizer_source
 from lib.batching import build_collator
 from lib.data import load_data
-from lib.evaluation import check_metrics, evaluate_split
+from lib.evaluation import evaluate_split
 from lib.modeling import label_names, load_tokenizer
+from lib.pictures import FILES
 from lib.processes import finish
 from lib.report import write_report
 from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
 from lib.runtime import build_accelerator, run_script
+from lib.scores import check_metrics
 from lib.sources import default_metrics
+from lib.targets import model_problem
 
 
 def main(config: EvalConfig) -> None:
@@ -32,9 +35,9 @@ def main(config: EvalConfig) -> None:
     tokenizer = load_tokenizer(tokenizer_source(source))
     model = load_classifier(source)
     with accelerator.main_process_first():
-        data = load_data(config.data, tokenizer, splits=(config.split,), label_names=label_names(model))
-    metrics = config.metrics or default_metrics(config.data)
-    check_metrics(metrics, len(data.label_names))
+        data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))
+    metrics = config.metrics or default_metrics(config.data, data.problem_type)
+    check_metrics(metrics, len(data.label_names), data.problem_type)
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
@@ -51,7 +54,7 @@ def main(config: EvalConfig) -> None:
             )
         )
         results = build_eval_results(accelerator, config, data, scores, predictions.seconds)
-        print(f"\nwritten to {folder}: report.json, predictions.jsonl, confusion_matrix.png")
+        print(f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}")
         print(write_results(folder, results), flush=True)
     finish(accelerator, model)
 

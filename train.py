@@ -51,7 +51,7 @@ def main(config: TrainConfig) -> None:
 
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
-    model, weights = build_model(config.model, data.label_names, tokenizer)
+    model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     model = adapt(model, config.adapter, config.model, weights.new)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     objective = build_objective(config.objective, data)
@@ -91,7 +91,7 @@ def main(config: TrainConfig) -> None:
                 values = interval.read() | plan.position(state)
                 progress.show(state.step, values)
                 if plan.is_eval_step(state.step):
-                    scores, predictions = evaluate("validation", batch_size=state.eval_batch_size)
+                    scores, predictions = evaluate("validation", batch_size=state.eval_batch_size, tune=True)
                     state.eval_batch_size = predictions.batch_size
                     progress.write(run.describe_scores(f"step {state.step}, validation:", scores))
                     values |= {f"eval/{name}": value for name, value in scores.items()}
@@ -107,11 +107,10 @@ def main(config: TrainConfig) -> None:
 
     # Final test of the best model, and the report.
     restore_model(accelerator, model, folder / "model", state)
-    split = "test" if "test" in data.tokens else "validation"
-    scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
-    results = run.build_results(accelerator, config, state, data, model, split, scores)
-    run_log.finish(results, predictions, data, split)
-    run.end_run(accelerator, folder, split, scores, metrics, predictions, data, settings, results)
+    scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in run.final_splits(data)}
+    results = run.build_results(accelerator, config, state, data, model, scored)
+    run_log.finish(results, scored, data)
+    run.end_run(accelerator, folder, scored, metrics, data, settings, results)
     finish(accelerator, model, optimizer)
 
 

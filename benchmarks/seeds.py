@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))
 from lib.cli import parse_cli  # noqa: E402
 from lib.data import Data, load_data  # noqa: E402
 from lib.modeling import load_tokenizer  # noqa: E402
-from lib.report import format_table, row_texts  # noqa: E402
+from lib.report import row_texts  # noqa: E402
 from lib.run import run_folder  # noqa: E402
+from lib.tables import format_table  # noqa: E402
 from lib.train_config import TrainConfig  # noqa: E402
 
 

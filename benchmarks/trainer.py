@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
@@ -30,11 +31,12 @@ from lib import run  # noqa: E402
 from lib.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
 from lib.cli import parse_cli  # noqa: E402
 from lib.data import Data, load_data  # noqa: E402
-from lib.evaluation import compute_metric  # noqa: E402
 from lib.modeling import build_model, load_tokenizer  # noqa: E402
 from lib.optim import warmup_steps  # noqa: E402
 from lib.plan import Plan, build_plan  # noqa: E402
+from lib.predictions import Predictions  # noqa: E402
 from lib.runtime import resolve_precision, seed_everything  # noqa: E402
+from lib.scores import compute_metric  # noqa: E402
 from lib.train_config import TrainConfig  # noqa: E402
 
 
@@ -144,7 +146,7 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
     data = load_data(config.data, tokenizer)
     metrics, best_by = run.choose_metrics(config, data)
     seed_everything(config.training.seed)
-    model, _ = build_model(config.model, data.label_names, tokenizer)
+    model, _ = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     plan = build_plan(config.training, len(data.tokens["train"]), 1)
     arguments = arguments_of(config, plan, best_by)
 
@@ -152,7 +154,8 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
         scores: dict[str, float] = {}
         for name in metrics:
             logits = prediction.predictions
-            scores |= compute_metric(name, logits.argmax(axis=-1), prediction.label_ids, logits.shape[1])
+            made = Predictions(logits, prediction.label_ids, np.zeros(len(logits)), problem_type=data.problem_type)
+            scores |= compute_metric(name, made)
         return scores
 
     trainer = RecordingTrainer(

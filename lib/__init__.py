@@ -9,6 +9,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     eval_config  config                                  options of eval.py
     cli         config eval_config redaction             flags and YAML
     catalog     -                                        table of known data sets
+    problems    -                                        classes, numbers, several labels
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
     manifest    -                                        folders that are whole or absent
@@ -17,33 +18,42 @@ Who imports whom, asserted by tests/test_architecture.py:
     dropout     -                                        its random numbers on a CPU
     runtime     config dropout processes stopping        the machine
     memory      config                                   fewer samples per forward
-    optim       config freezing train_config
+    optim       config freezing problems train_config
     embedded    config                                   minilm and movie_reviews
-    labels      config
+    labels      config                                   one class a row
+    label_sets  config labels                            several labels a row
+    targets     config label_sets labels problems        what is learnt of a row
     overrides   config                                   changes to a model's configuration
     freezing    config                                   parts that are not trained
-    modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
-    sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean    data sets as stored
-    data        batching config labels sources           data sets as trained on
-    plan        batching config data train_config    the plan of a run, its state, its batches
-    losses      config data train_config                 a loss per sample, and how much each counts
+    modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides problems
+    sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean problems       data sets as stored
+    data        batching config problems sources targets                                 data sets as trained on
+    plan        batching config data problems train_config    the plan of a run, its state, its batches
+    predictions  problems                                what a model says of a split
+    scores      config predictions problems              metrics
+    thresholds  predictions                              of several labels
+    losses      config data problems train_config        a loss per sample, and how much each counts
     training    batching data losses memory optim plan processes runtime train_config watchdog
-    evaluation  batching config data losses memory processes watchdog
-    report      data evaluation
-    tracking    config data evaluation report train_config
+    evaluation  batching data losses memory predictions problems processes scores thresholds watchdog
+    tables      predictions problems
+    pictures    predictions problems tables
+    intervals   predictions problems scores tables
+    report      data intervals pictures predictions problems tables
+    tracking    config data evaluation predictions problems report tables train_config
     progress    batching plan processes
     adapters      config                                 bottleneck modules and their places
     adapterhub    adapters config                        ... in files
     peft_methods  config                                 LoRA and friends
     adaptation    adapterhub adapters config hub_needs modeling peft_methods
-    checkpoint  adaptation config manifest optim plan processes progress stopping tracking train_config watchdog
+    checkpoint  adaptation config manifest optim plan processes progress stopping thresholds tracking train_config
+                watchdog
     replay      data freezing                            a stand-in for a frozen part
     feature_cache  endpoint manifest                     what frozen parts gave, on disk
     features    batching data evaluation feature_cache freezing memory processes replay runtime train_config
     resume      checkpoint config manifest train_config  which checkpoint to go on from
-    model_card  embedded                                 README.md of an exported model
-    run         cli config data eval_config evaluation freezing labels model_card modeling plan report resume runtime
-                sources train_config
+    model_card  embedded problems                        README.md of an exported model
+    run         cli config data eval_config evaluation freezing model_card modeling plan report resume runtime scores
+                sources targets train_config
 
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row
@@ -51,11 +61,11 @@ Who imports whom, asserted by tests/test_architecture.py:
     embeddings          config inference inputs predict_config
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
-    pipelines           config generation inference inputs modeling predict_config
+    pipelines           config generation inference inputs modeling predict_config predictions problems thresholds
     tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
                         predict_config question_answering run tokens train_config
     outputs             config inference inputs report   answers to files
-    tokens              inference inputs report
+    tokens              inference inputs tables
     onnx_export         config
 
 Without the Hub, from what lies on disk to what a run asks for:

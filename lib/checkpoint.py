@@ -29,6 +29,7 @@ from lib.plan import State
 from lib.processes import any_process
 from lib.progress import Interval
 from lib.stopping import Stopped, deferring_signals
+from lib.thresholds import restore_thresholds
 from lib.tracking import RunLog
 from lib.train_config import TrainingConfig
 from lib.watchdog import beat, watching
@@ -223,10 +224,12 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
 
 
 def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
-    """Load the weights that `publish_model` saved into `model`, in place.
+    """Load what `publish_model` saved into `model`, in place: weights, and the thresholds of several labels.
 
     Raises UserError when no evaluation of the run gave a finite number, so that none was saved.
     """
     if state.best_metric is None:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
-    restore_weights(accelerator.unwrap_model(model), folder)
+    inner = accelerator.unwrap_model(model)
+    restore_weights(inner, folder)
+    restore_thresholds(inner.config, folder)

@@ -10,6 +10,7 @@ import tyro
 
 Precision = Literal["auto", "no", "fp16", "bf16"]
 Source = Literal["hub", "modelscope"]
+ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
 PROCESS_TIMEOUT = timedelta(days=1)
 """How long the libraries let processes wait for each other: the first may tokenise for hours. Training has its own limit."""
 
@@ -113,6 +114,10 @@ class DataConfig:
     """One text column, or two for pairs; guessed when obvious."""
     label_column: str | None = None
     """Label column; guessed when obvious."""
+    label_columns: tuple[str, ...] | None = None
+    """Several columns of 0 and 1, each a label, of which a text may have several."""
+    problem_type: ProblemType = "auto"
+    """What is learnt. `auto`: real numbers are regression, lists or --label_columns several labels, all else classes."""
     max_length: int = 128
     """Longest input in tokens; longer texts are cut and their share is reported."""
     pad_to_max_length: bool = False
@@ -136,6 +141,9 @@ class DataConfig:
             f"--text_columns takes one or two columns, got {len(columns or ())}: {' '.join(columns or ())}; "
             "for example --text_columns premise hypothesis",
         )
+        several = self.label_columns
+        require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
+        require(several is None or len(set(several)) == len(several) > 1, "--label_columns takes two or more columns")
         check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
 
 

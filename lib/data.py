@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Value
 
 from lib.batching import permutation
 from lib.config import DataConfig, UserError
-from lib.labels import encode_labels
+from lib.problems import CLASSIFICATION, REGRESSION
 from lib.sources import ROLES, catalog_source, dataset_name, load_raw
+from lib.targets import encode_targets
 
 TEXT_GUESSES = (
     ("sentence1", "sentence2"),
@@ -23,15 +25,16 @@ TEXT_GUESSES = (
     ("review",),
     ("content",),
 )
-LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", "stars", "rating")
+LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", "stars", "rating", "score")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Splits ready for training.
 
-    `texts[split]` holds the text columns as given; `tokens[split]` holds input_ids (lists of int), labels (int), and
-    token_type_ids where the tokenizer makes them. `lengths[split]` counts tokens. `notes` are sentences for the log.
+    `texts[split]` holds the text columns as given; `tokens[split]` holds input_ids (lists of int), labels, and
+    token_type_ids where the tokenizer makes them. Labels are int for classes, float for numbers, lists of 0.0 and 1.0 for
+    several labels. `lengths[split]` counts tokens. `notes` are sentences for the log.
     """
 
     name: str
@@ -41,7 +44,7 @@ class Data:
     label_names: list[str]
     text_columns: tuple[str, ...]
     notes: list[str]
-    problem_type: str = "single_label_classification"
+    problem_type: str = CLASSIFICATION
     """As in a transformers configuration."""
     max_length: int = 0
     """Tokens of the longest text that is possible."""
@@ -60,32 +63,37 @@ class Data:
             for batch in tokens.with_format("arrow").iter(batch_size=10_000):
                 for column in ("input_ids", "labels"):
                     values = batch[column].combine_chunks()
-                    values = values.flatten() if column == "input_ids" else values
+                    values = values.flatten() if isinstance(values, pa.ListArray | pa.LargeListArray) else values
                     digest.update(values.to_numpy(zero_copy_only=False).tobytes())
             digest.update(self.lengths[split].tobytes())
         return digest.hexdigest()[:16]
 
 
 def load_data(
-    config: DataConfig, tokenizer: Any, splits: Sequence[str] = ROLES, label_names: list[str] | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    splits: Sequence[str] = ROLES,
+    label_names: list[str] | None = None,
+    model_problem: str | None = None,
 ) -> Data:
     """Load, check and tokenise the data set that `config` describes.
 
-    `splits` are the splits wanted; of those in `ROLES`, missing ones are made (validation) or left out (test). With
-    `label_names`, labels are matched to the classes of an existing model instead of being derived from the data.
+    `splits` are the splits wanted; of those in `ROLES`, missing ones are made (validation) or left out (test), and further
+    validation sets of the catalog come along. With `label_names`, labels are matched to the outputs of an existing model
+    instead of being derived from the data; `model_problem` is what that model was trained for, where it says so.
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
     raw = load_raw(config)
     notes: list[str] = []
-    text_columns = config.text_columns or known_columns(config)[0] or guess_text_columns(raw, config, notes)
-    label_column = config.label_column or known_columns(config)[1] or guess_label_column(raw, notes)
+    text_columns, targets = find_columns(raw, config, notes)
+    splits = (*splits, *further_splits(config)) if tuple(splits) == ROLES else splits
     raw = {role: raw[source] for role, source in choose_splits(raw, config, splits).items()}
     for split, dataset in raw.items():
-        check_columns(dataset, split, text_columns, label_column)
-    labelled, names = encode_labels(raw, label_column, label_names, notes)
+        check_columns(dataset, split, text_columns, targets)
+    labelled, names, problem = encode_targets(raw, targets, config.problem_type, label_names, model_problem, notes)
     if "train" in labelled and "validation" in splits and "validation" not in labelled:
-        labelled |= hold_out_validation(labelled["train"], notes)
+        labelled |= hold_out_validation(labelled["train"], problem, notes)
     labelled = {split: take(labelled[split], split, config) for split in splits if split in labelled}
     report_overlap(labelled, text_columns, notes)
     tokens = {split: tokenize(dataset, tokenizer, text_columns, config) for split, dataset in labelled.items()}
@@ -101,15 +109,31 @@ def load_data(
         notes=notes,
         max_length=min(config.max_length, tokenizer.model_max_length),
         pad_to_max_length=config.pad_to_max_length,
+        problem_type=problem,
     )
 
 
 # ---------------------------------------------------------------------------------------------------- choosing
 
 
+def find_columns(
+    raw: dict[str, Dataset], config: DataConfig, notes: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Text columns and label columns: those named, those of the catalog, else guessed."""
+    known_texts, known_label = known_columns(config)
+    texts = config.text_columns or known_texts or guess_text_columns(raw, config, notes)
+    return texts, config.label_columns or (config.label_column or known_label or guess_label_column(raw, notes),)
+
+
 def known_columns(config: DataConfig) -> tuple[tuple[str, ...] | None, str | None]:
     source = catalog_source(config)
     return (source.text_columns, source.label_column) if source else (None, None)
+
+
+def further_splits(config: DataConfig) -> tuple[str, ...]:
+    """Validation sets that are scored beside the one that chooses the model."""
+    source = catalog_source(config)
+    return source.further_validation if source else ()
 
 
 def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, str]:
@@ -160,12 +184,13 @@ def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
-def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], label_column: str) -> None:
+def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
     """Raise UserError when the split is empty, lacks a column, or has text that is not text."""
     have = ", ".join(dataset.features)
     if not len(dataset):
         raise UserError(f"the {split} split is empty")
-    for flag, columns in (("--text_columns", text_columns), ("--label_column", [label_column])):
+    label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
+    for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
         for column in columns:
             if column not in dataset.features:
                 raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
@@ -185,16 +210,19 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
 # ---------------------------------------------------------------------------------------------------- shaping
 
 
-def hold_out_validation(train: Dataset, notes: list[str]) -> dict[str, Dataset]:
+def hold_out_validation(train: Dataset, problem: str, notes: list[str]) -> dict[str, Dataset]:
     """Every tenth sample of each class as validation; fixed, so that runs with other seeds can be compared.
 
-    The only sample of a class stays in train: nothing could be learnt of it in validation.
+    Every tenth number in their order; of several labels, every tenth sample of each set of them. The only sample of a
+    class, or of a set, stays in train: nothing could be learnt of it in validation.
     """
     labels = np.asarray(train["labels"])
+    kinds = labels if problem == REGRESSION else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
     order = permutation(len(train), 0)
-    order = order[np.argsort(labels[order], kind="stable")]
-    order = order[np.bincount(labels)[labels[order]] > 1]
-    if not len(order):
+    order = order[np.argsort(kinds[order], kind="stable")]
+    if problem != REGRESSION:
+        order = order[np.bincount(kinds)[kinds[order]] > 1]
+    if len(order) < 2:
         raise UserError("no class of the train split has two rows; there is nothing left to validate on")
     held_out = np.zeros(len(train), dtype=bool)
     held_out[order[min(5, len(order) - 1) :: 10]] = True

@@ -3,8 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,42 +12,18 @@ from datasets import Dataset
 from torch import nn
 
 from lib.batching import Collator, Indices, build_loader, eval_batches
-from lib.config import UserError
 from lib.data import Data
 from lib.losses import PLAIN, Loss
 from lib.memory import halve, is_out_of_memory
+from lib.predictions import Predictions
+from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.processes import agree_to_stop, any_process
+from lib.scores import compute_metrics
+from lib.thresholds import store_thresholds, stored_thresholds, tune_thresholds
 from lib.watchdog import beat
 
-METRICS = Path(__file__).parent / "metrics"
-AVERAGES = ("macro", "micro", "weighted")
-
-
-@dataclasses.dataclass(frozen=True)
-class Predictions:
-    """Results of a split in input order, equal on every process.
-
-    `logits` float32 (samples, classes); `labels` int64 (samples,); `losses` float32 (samples,): those of `losses.PLAIN`,
-    cross entropy in nats.
-    """
-
-    logits: np.ndarray
-    labels: np.ndarray
-    losses: np.ndarray
-    batch_size: int = 0
-    """Samples per forward that memory was enough for."""
-    seconds: float = 0.0
-    """From tokens at hand to results at hand."""
-
-    @property
-    def predicted(self) -> np.ndarray:
-        return self.logits.argmax(axis=1)
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        """float64 (samples, classes), rows summing to 1."""
-        shifted = np.exp(self.logits.astype(np.float64) - self.logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+Scored = tuple[dict[str, float], Predictions]
+"""The scores of a split and what they were computed from."""
 
 
 def predict(
@@ -60,7 +34,7 @@ def predict(
     collator: Collator,
     batch_size: int,
     num_classes: int,
-    loss: Loss,
+    problem_type: str = CLASSIFICATION,
 ) -> Predictions:
     """Logits and loss of every sample of `tokens`, each computed once, by one of the processes.
 
@@ -75,7 +49,7 @@ def predict(
     results = None
     while results is None:
         batches = eval_batches(lengths, batch_size)
-        results = predict_table(accelerator, model, tokens, batches, collator, num_classes, loss)
+        results = predict_table(accelerator, model, tokens, batches, collator, num_classes, PLAIN[problem_type])
         if results is None:
             batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
@@ -83,8 +57,8 @@ def predict(
     table = accelerator.reduce(results, "sum").cpu().numpy()
     check_counts(table[:, -1])
     seconds = time.perf_counter() - started
-    labels = np.asarray(tokens["labels"], dtype=np.int64)
-    return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size, seconds)
+    labels = np.asarray(tokens["labels"], dtype=np.float32 if problem_type == REGRESSION else np.int64)
+    return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size, seconds, problem_type)
 
 
 @torch.inference_mode()
@@ -161,61 +135,6 @@ def prefix(split: str) -> str:
     return "eval" if split == "validation" else split
 
 
-def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
-    """`loss` (mean over samples, unweighted) and each metric of `names`, through the `evaluate` interface.
-
-    Raises UserError for a metric that is not one of ours.
-    """
-    scores = {"loss": float(predictions.losses.astype(np.float64).mean())}
-    for name in names:
-        scores |= compute_metric(name, predictions.predicted, predictions.labels, predictions.logits.shape[1])
-    return scores
-
-
-def compute_metric(name: str, predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
-    """A metric by its name; a module may give several values."""
-    module, settings = metric_settings(name, num_classes)
-    result = load_metric(module).compute(predictions=predicted, references=labels, **settings)
-    return {name if key == module else key: float(value) for key, value in result.items() if np.ndim(value) == 0}
-
-
-def metric_settings(name: str, num_classes: int) -> tuple[str, dict[str, Any]]:
-    """Module and settings of a metric: `f1_macro` is f1 averaged over all classes, `f1` that of class 1 of two.
-
-    Raises UserError for f1, precision or recall of more than two classes without a way to average.
-    """
-    module, _, average = name.rpartition("_")
-    module, average = (module, average) if average in AVERAGES else (name, "")
-    if module not in ("f1", "precision", "recall"):
-        return name, {}
-    if average:
-        return module, {"average": average, "labels": list(range(num_classes))}
-    if num_classes != 2:
-        raise UserError(f"--metrics {name} is for two classes, the data has {num_classes}; use {name}_macro")
-    return module, {"average": "binary"}
-
-
-def check_metrics(names: Sequence[str], num_classes: int) -> None:
-    """Raise UserError for a metric that cannot be computed, before a run depends on it."""
-    for name in names:
-        module, _ = metric_settings(name, num_classes)
-        if not (METRICS / module).is_dir():
-            load_metric(module)
-
-
-def load_metric(module: str) -> Any:
-    """An `evaluate` module of ours, by its path. Raises UserError for others: one of the Hub is a program, run unseen."""
-    ours = sorted(folder.name for folder in METRICS.iterdir() if folder.is_dir() and folder.name[0] != "_")
-    if module not in ours:
-        raise UserError(
-            f"--metrics {module}: not one of ours ({', '.join(ours)}). Metrics of the Hub are programs and are not run; "
-            f"read the one you mean, and put it into lib/metrics as {module}/{module}.py"
-        )
-    import evaluate  # takes seconds to import
-
-    return evaluate.load(str(METRICS / module), keep_in_memory=True)
-
-
 def evaluate_split(
     accelerator: Accelerator,
     model: nn.Module,
@@ -224,9 +143,19 @@ def evaluate_split(
     collator: Collator,
     batch_size: int,
     metrics: Sequence[str],
-) -> tuple[dict[str, float], Predictions]:
-    """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process."""
-    tokens, lengths, loss = data.tokens[split], data.lengths[split], PLAIN[data.problem_type]
-    predictions = predict(accelerator, model, tokens, lengths, collator, batch_size, len(data.label_names), loss)
+    tune: bool = False,
+) -> Scored:
+    """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process.
+
+    Where a text may have several labels, their thresholds are those that the model brings along; with `tune`, which is for
+    validation alone, they are tuned on this split first and handed to the model, which is then saved with them.
+    """
+    tokens, lengths, problem = data.tokens[split], data.lengths[split], data.problem_type
+    predictions = predict(accelerator, model, tokens, lengths, collator, batch_size, len(data.label_names), problem)
+    if problem == MULTI_LABEL:
+        config = accelerator.unwrap_model(model).config
+        if tune:
+            store_thresholds(config, tune_thresholds(predictions))
+        predictions = dataclasses.replace(predictions, thresholds=stored_thresholds(config))
     scores = [compute_metrics(predictions, metrics) if accelerator.is_main_process else None]
     return broadcast_object_list(scores)[0], predictions

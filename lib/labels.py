@@ -1,10 +1,10 @@
 """Label names and class numbers, from whatever a data set calls its labels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from lib.config import UserError
 
@@ -26,12 +26,9 @@ def encode_labels(
     Raises UserError for unlabeled rows, labels that are not in train, one class only, and real numbers.
     """
     labels = {split: read_labels(dataset, column) for split, dataset in splits.items()}
-    for split in list(labels):
-        if split == "test" and len(splits) > 1 and not any(is_label(label) for label in labels[split]):
-            notes.append("the test split has no labels and is left out; results are those on validation")
-            del labels[split]
-        else:
-            check_labelled(labels[split], split, column)
+    leave_out_hidden(labels, notes)
+    for split, given in labels.items():
+        check_labelled(given, split, column)
     first = next(iter(splits.values()))
     known = labels["train"] if "train" in labels else all_labels(labels)
     values, names = label_values(first, known, column)
@@ -43,10 +40,22 @@ def encode_labels(
     encoded = {}
     for split, given in labels.items():
         check_known(given, numbers, split, column)
-        coded = [numbers[label] for label in given]
-        dataset = splits[split].remove_columns([c for c in ("labels",) if c in splits[split].column_names])
-        encoded[split] = dataset.add_column("labels", coded)
+        encoded[split] = replace_labels(splits[split], [numbers[label] for label in given], Value("int64"))
     return encoded, names
+
+
+def leave_out_hidden(labels: dict[str, Labels], notes: list[str]) -> None:
+    """Drop a test split none of whose rows is labelled, but not when it is all there is; -1 stands for a hidden label."""
+    given = labels.get("test", [])
+    if len(labels) > 1 and "test" in labels and not any(is_label(label) and label not in ([], [-1]) for label in given):
+        notes.append("the test split has no labels and is left out; results are those on validation")
+        del labels["test"]
+
+
+def replace_labels(dataset: Dataset, labels: Labels, feature: Any) -> Dataset:
+    """The data set with `labels` as its column of that name."""
+    dataset = dataset.remove_columns([c for c in ("labels",) if c in dataset.column_names])
+    return dataset.add_column("labels", labels, feature=feature)
 
 
 def all_labels(labels: dict[str, Labels]) -> Labels:
@@ -57,21 +66,22 @@ def read_labels(dataset: Dataset, column: str) -> Labels:
     """Labels as stored, but names for a ClassLabel, so that splits which number the same names differently agree.
 
     Whole numbers stored as floats, as readers of csv files with gaps make them, become integers. Raises UserError for
-    real numbers and for lists.
+    real numbers and for lists, which are problems of their own (targets.py).
     """
     feature, labels = dataset.features[column], list(dataset[column])
     if isinstance(feature, ClassLabel):
         return [feature.names[label] if is_label(label) else None for label in labels]
     if any(isinstance(label, list | dict) for label in labels):
         raise UserError(
-            f"--label_column {column} holds lists: one class a row is needed; multi-label is not supported yet"
+            f"--label_column {column} holds lists: one class a row is needed; several are learnt "
+            "with --problem_type multi_label_classification"
         )
     floats = [label for label in labels if isinstance(label, float) and is_label(label)]
     real = next((label for label in floats if not label.is_integer()), None)
     if real is not None:
         raise UserError(
-            f"--label_column {column} holds real numbers such as {real}: classes are needed; "
-            "regression is not supported yet"
+            f"--label_column {column} holds real numbers such as {real}: classes are needed; numbers are learnt "
+            "with --problem_type regression"
         )
     return [int(label) if isinstance(label, float) and is_label(label) else label for label in labels]
 
@@ -81,11 +91,16 @@ def is_label(label: Any) -> bool:
     return label is not None and label not in ("", -1) and label == label
 
 
-def check_labelled(labels: Labels, split: str, column: str) -> None:
-    bare = [row for row, label in enumerate(labels, 1) if not is_label(label)]
+def check_labelled(labels: Labels, split: str, column: str, is_given: Callable[[Any], bool] = is_label) -> None:
+    """Raise UserError for rows without a label, by their number; `is_given` tells what is one."""
+    bare = [row for row, label in enumerate(labels, 1) if not is_given(label)]
     if bare:
         rows = ", ".join(map(str, bare[:5])) + (", ..." if len(bare) > 5 else "")
-        hint = "; -1 stands for a hidden label, write a class as another number or a word" if -1 in labels else ""
+        hint = (
+            "; -1 stands for a hidden label, write a class as another number or a word"
+            if -1 in labels and is_given is is_label
+            else ""
+        )
         raise UserError(
             f"{len(bare)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; "
             f"label or remove them{hint}"
@@ -97,17 +112,11 @@ def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels,
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return list(feature.names), list(feature.names)
-    values = list(set(labels))
-    texts = [value for value in values if isinstance(value, str)]
-    if 0 < len(texts) < len(values):
-        number = next(value for value in values if not isinstance(value, str))
-        raise UserError(
-            f"--label_column {column} holds text and numbers, such as {texts[0]!r} and {number}; use one of them"
-        )
-    values.sort()
+    values = sort_values(set(labels), column)
     if len(values) > max(50, len(labels) // 2):
+        numbers = " A number is --problem_type regression." if not isinstance(values[0], str) else ""
         raise UserError(
-            f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?"
+            f"--label_column {column} has {len(values)} different values in {len(labels)} rows; is it the label?{numbers}"
         )
     spelled = next((name for name in NAME_COLUMNS if name in dataset.column_names and name != column), None)
     if spelled and all(isinstance(value, int) for value in values):
@@ -116,6 +125,17 @@ def label_values(dataset: Dataset, labels: Labels, column: str) -> tuple[Labels,
         if all(names) and len(set(names)) == len(names):
             return values, [str(name) for name in names]
     return values, [str(value) for value in values]
+
+
+def sort_values(different: set[Any], column: str) -> Labels:
+    """Different labels in their order; raises UserError for text beside numbers."""
+    texts = [value for value in different if isinstance(value, str)]
+    if 0 < len(texts) < len(different):
+        number = next(value for value in different if not isinstance(value, str))
+        raise UserError(
+            f"--label_column {column} holds text and numbers, such as {texts[0]!r} and {number}; use one of them"
+        )
+    return sorted(different)
 
 
 def check_known(labels: Labels, known: dict[Any, int], split: str, column: str) -> None:

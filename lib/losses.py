@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy, log_softmax, one_hot, softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, log_softmax, one_hot, softmax
 
 from lib.config import UserError
 from lib.data import Data
+from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
 from lib.train_config import ObjectiveConfig
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,9 +48,26 @@ def ordinal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (cumulative - (grades >= labels[:, None]).to(logits.dtype)).square().sum(dim=-1)
 
 
+# ---------------------------------------------------------------------------------------------------- other problems
+
+
+def squared_error(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(prediction - number)^2 of one output; its mean is transformers' loss of a regression."""
+    return (logits[:, 0] - labels.to(logits.dtype)).square()
+
+
+def mean_binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy in nats, averaged over the labels; its mean is transformers' loss of several labels."""
+    return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------- choosing
 
-PLAIN: dict[str, Loss] = {"single_label_classification": plain_cross_entropy}
+PLAIN: dict[str, Loss] = {
+    CLASSIFICATION: plain_cross_entropy,
+    REGRESSION: squared_error,
+    MULTI_LABEL: mean_binary_cross_entropy,
+}
 """The loss of each problem type (`problem_type` of a transformers configuration) that evaluation reports: the same for
 every objective, so that the runs of one can be compared with those of another."""
 
@@ -58,9 +76,9 @@ def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
     """The loss to train with. Raises UserError when there is no such loss for the problem."""
     if config.loss == "cross_entropy" and not config.label_smoothing_factor:
         return PLAIN[problem_type]
-    if problem_type != "single_label_classification":
+    if problem_type != CLASSIFICATION:
         flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
-        raise UserError(f"{flag} is for data with one label of several, these are for {problem_type}")
+        raise UserError(f"{flag} is for data with one label of several, these are for {words(problem_type)}")
     losses: dict[str, Loss] = {
         "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
         "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
@@ -93,8 +111,10 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
         data.notes.append(f"ordinal loss: the classes are graded {' < '.join(data.label_names)}")
     if not config.class_weights:
         return Objective(loss)
-    if data.problem_type != "single_label_classification":
-        raise UserError(f"--class_weights is for data with one label of several, these are for {data.problem_type}")
+    if data.problem_type != CLASSIFICATION:
+        raise UserError(
+            f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
+        )
     labels = np.asarray(data.tokens["train"]["labels"], dtype=np.int64)
     weights = class_weights(config.class_weights, labels, data.label_names)
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))

@@ -7,8 +7,20 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lib.embedded import VADER, VADER_VERSION
+from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
-SPLITS = {"eval": "validation", "test": "test"}
+SPLITS = {"eval": "validation"}
+"""What a split is called where its keys have another word."""
+KINDS = {
+    CLASSIFICATION: "A text classifier of {} classes",
+    REGRESSION: "A text model that predicts a number",
+    MULTI_LABEL: "A text classifier of {} labels, of which a text may have several",
+}
+LOSSES = {
+    CLASSIFICATION: "the mean cross entropy in nats",
+    REGRESSION: "the mean squared error",
+    MULTI_LABEL: "the binary cross entropy in nats, averaged over labels",
+}
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPE = (
     *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
@@ -21,13 +33,17 @@ LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 MADE_WITH = ("torch", "transformers", "accelerate", "datasets")
 
 
-def write_model_card(folder: Path, dataset: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
+def write_model_card(
+    folder: Path, dataset: str, settings: dict[str, Any], results: dict[str, Any], thresholds: Sequence[float] = ()
+) -> None:
     """Write README.md to the folder of a model, with a head that the Hub reads.
 
     `dataset` is the name of the data, `settings` all options of the run by their flag and under `run/` what it was made
-    with, `results` the numbers of the finished run, such as `test/accuracy`. Folders of the machine are not named.
+    with, `results` the numbers of the finished run, such as `test/accuracy`, `thresholds` those of several labels.
+    Folders of the machine are not named.
     """
-    text = f"---\n{metadata(dataset, settings, results)}\n---\n\n{card_text(dataset, settings, results)}"
+    body = card_text(dataset, settings, results, thresholds)
+    text = f"---\n{metadata(dataset, settings, results)}\n---\n\n{body}"
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -38,7 +54,7 @@ def metadata(dataset: str, settings: dict[str, Any], results: dict[str, Any]) ->
             task_type="text-classification",
             dataset_type=hub_id(settings.get("dataset")) or dataset,
             dataset_name=dataset,
-            dataset_split=SPLITS[split],
+            dataset_split=SPLITS.get(split, split),
             metric_type=metric,
             metric_value=round(value, 6),
         )
@@ -57,31 +73,49 @@ def metadata(dataset: str, settings: dict[str, Any], results: dict[str, Any]) ->
     return card.to_yaml()
 
 
-def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any]) -> str:
-    """The card below its head: scores, use, classes, options, and what the model was made with."""
+def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any], thresholds: Sequence[float] = ()) -> str:
+    """The card below its head: scores, use, outputs, options, and what the model was made with."""
     name, names = base_model(settings)[0], settings["run/label_names"]
+    problem = settings.get("run/problem_type", CLASSIFICATION)
     scores = score_rows(results)
     metrics = list(dict.fromkeys(metric for _, metric, _ in scores))
     table = {(split, metric): f"{value:.4f}" for split, metric, value in scores}
-    splits = [split for split in SPLITS if any(found == split for found, _, _ in scores)]
+    splits = list(dict.fromkeys(split for split, _, _ in scores))
     lines = [
         f"# {settings['run_name']}",
         "",
-        f"A text classifier of {len(names)} classes: {name}, fine-tuned on {dataset}.",
+        f"{KINDS[problem].format(len(names))}: {name}, fine-tuned on {dataset}.",
         *(["", movie_review_note()] if dataset.startswith("movie_reviews") else []),
         *("", "## Results", ""),
-        *markdown_table(["split", *metrics], [[SPLITS[s], *(table.get((s, m), "") for m in metrics)] for s in splits]),
+        *markdown_table(
+            ["split", *metrics], [[SPLITS.get(s, s), *(table.get((s, m), "") for m in metrics)] for s in splits]
+        ),
         "",
         f"One run with seed {settings['seed']}; the best model on validation after {results.get('best_step', '?')} of "
-        f"{results.get('steps', '?')} steps. `loss` is the mean cross entropy in nats.",
+        f"{results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
         *("", "## Use", "", *use_lines(settings.get("adapter"), name), ""),
-        f"Classes, in order: {', '.join(f'`{label}`' for label in names)}.",
+        *output_lines(problem, names, thresholds),
         *("", "## How it was made", ""),
         *markdown_table(["option", "value"], [[key, str(settings[key])] for key in RECIPE if key in settings]),
         "",
         made_with(settings, results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]) -> list[str]:
+    """The outputs of the model; of several labels each with its threshold, where it was tuned."""
+    if problem == REGRESSION:
+        return [f"Its one output is `{names[0]}`, a number as in the data."]
+    if problem == MULTI_LABEL and thresholds:
+        rows = [[f"`{name}`", f"{value:.4f}"] for name, value in zip(names, thresholds, strict=True)]
+        return [
+            "A text has a label from this probability on; tuned on validation to the best F1 of each, so that scores on",
+            "validation are too good. `config.json` holds them as `thresholds`; `predict.py` and `eval.py` use them.",
+            "",
+            *markdown_table(["label", "threshold"], rows),
+        ]
+    return [f"Classes, in order: {', '.join(f'`{label}`' for label in names)}."]
 
 
 def use_lines(adapter: str | None, base: str) -> list[str]:
@@ -110,8 +144,12 @@ def made_with(settings: dict[str, Any], results: dict[str, Any]) -> str:
 
 def score_rows(results: dict[str, Any]) -> list[tuple[str, str, float]]:
     """(split, metric, value) of every score that is a number."""
-    rows = [(*key.split("/", 1), value) for key, value in results.items() if key.split("/")[0] in SPLITS]
-    return [(split, metric, float(value)) for split, metric, value in rows if isinstance(value, (int, float))]
+    rows = [(*key.split("/", 1), value) for key, value in results.items() if "/" in key]
+    return [
+        (split, metric, float(value))
+        for split, metric, value in rows
+        if isinstance(value, (int, float)) and split.startswith(("eval", "test", "validation"))
+    ]
 
 
 def base_model(settings: dict[str, Any]) -> tuple[str, str | None]:

@@ -21,6 +21,7 @@ from lib.hub_files import weight_files
 from lib.hub_needs import Need, advice
 from lib.modelscope_source import modelscope_folder, read_record
 from lib.overrides import override
+from lib.problems import CLASSIFICATION
 
 
 def model_name(model: str) -> str:
@@ -114,27 +115,30 @@ class Weights:
     dropped: list[str]
 
 
-def build_model(config: ModelConfig, label_names: list[str], tokenizer: Any) -> tuple[PreTrainedModel, Weights]:
-    """A classifier over `label_names` with float32 weights, and which of its weights are not those of the checkpoint.
+def build_model(
+    config: ModelConfig, label_names: list[str], tokenizer: Any, problem_type: str = CLASSIFICATION
+) -> tuple[PreTrainedModel, Weights]:
+    """A model with an output for each of `label_names`, float32 weights, and which of its weights are not those of the checkpoint.
 
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master; a head of another
     size is replaced. Raises UserError when the model cannot be loaded, or its configuration cannot be changed as asked.
     """
-    settings = build_settings(config, label_names, tokenizer)
+    settings = build_settings(config, label_names, tokenizer, problem_type)
     with loading(config), fitting(config):
         model, weights = make_model(config, settings)
     freeze(model, config.freeze)
     return model, weights
 
 
-def build_settings(config: ModelConfig, label_names: list[str], tokenizer: Any) -> Any:
-    """The configuration of the classifier, with the user's changes."""
+def build_settings(config: ModelConfig, label_names: list[str], tokenizer: Any, problem_type: str) -> Any:
+    """The configuration of the model, with the user's changes."""
     with loading(config):
         settings = AutoConfig.from_pretrained(resolve_model(config), **load_settings(config))
         settings.num_labels = len(label_names)
         settings.id2label = dict(enumerate(label_names))
         settings.label2id = {name: number for number, name in enumerate(label_names)}
-        settings.problem_type = "single_label_classification"
+        settings.problem_type = problem_type
+        vars(settings).pop("thresholds", None)  # those of labels that it had before
         settings.pad_token_id = tokenizer.pad_token_id if settings.pad_token_id is None else settings.pad_token_id
     override(settings, config.config_overrides)
     return settings

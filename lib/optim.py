@@ -11,6 +11,7 @@ from transformers import get_scheduler
 
 from lib.config import UserError
 from lib.freezing import backbone_of, find_embeddings, find_layers
+from lib.problems import LOWER_IS_BETTER
 from lib.train_config import OptimConfig
 
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
@@ -84,7 +85,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
     name, settings = config.lr_scheduler_type, scheduler_settings(config)
     warmup = warmup_steps(config, total_steps)
     if name in METRIC_SCHEDULES:
-        settings.setdefault("mode", "min" if metric == "loss" else "max")
+        settings.setdefault("mode", "min" if metric in LOWER_IS_BETTER else "max")
     if name == "greedy":
         settings.setdefault("min_lr", 0.0)  # its own default, 1e-3, is above the rates of fine-tuning
     if name == "warmup_stable_decay":

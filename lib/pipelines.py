@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from transformers.pipelines import PipelineException
 
 from lib.config import UserError
@@ -11,16 +12,21 @@ from lib.inference import Answer, Predict
 from lib.inputs import Row
 from lib.modeling import label_names
 from lib.predict_config import PredictConfig
+from lib.predictions import PLAIN_THRESHOLD
+from lib.problems import MULTI_LABEL, REGRESSION
+from lib.thresholds import stored_thresholds
 
 
 def classify(config: PredictConfig, pipe: Any) -> Predict:
-    """Answers with `label` and `probabilities` by class; `labels` above one half where several may hold.
+    """Answers with `label` and `probabilities` by class; `labels` that reach their threshold where several may hold.
 
-    Instead of `probabilities`, `logits` where they were asked for, and `scores` of a regression.
+    Thresholds are those in the model's configuration, else one half. Instead of `probabilities`, `logits` where they were
+    asked for; of a regression the `score` alone, or `scores` by name where it has several.
     """
     names, problem = label_names(pipe.model), pipe.model.config.problem_type
     apply = config.function_to_apply
-    key = "logits" if apply == "none" else "scores" if apply is None and problem == "regression" else "probabilities"
+    key = "logits" if apply == "none" else "scores" if apply is None and problem == REGRESSION else "probabilities"
+    least = least_scores(pipe.model.config, names, apply)
 
     def predict(rows: list[Row]) -> list[Answer]:
         inputs = [dict(zip(("text", "text_pair"), row.texts, strict=False)) for row in rows]
@@ -29,15 +35,24 @@ def classify(config: PredictConfig, pipe: Any) -> Predict:
         return [shape([(item["label"], item["score"]) for item in output]) for output in outputs]
 
     def shape(ranked: list[tuple[str, float]]) -> Answer:
-        if problem == "multi_label_classification":
-            least = 0.0 if key == "logits" else 0.5
-            chosen: Answer = {"labels": [name for name, score in ranked if score >= least]}
+        if key == "scores" and len(names) == 1:
+            return {"score": ranked[0][1]}
+        if problem == MULTI_LABEL:
+            chosen: Answer = {"labels": [name for name, score in ranked if score >= least[name]]}
         else:
             chosen = {"label": ranked[0][0]} if len(names) > 1 else {}
         ranked = ranked[: config.top_k] if config.top_k else sorted(ranked, key=lambda item: names.index(item[0]))
         return chosen | {key: dict(ranked)}
 
     return predict
+
+
+def least_scores(config: Any, names: list[str], apply: str | None) -> dict[str, float]:
+    """For each label the least score at which it is given, in the units of the scores."""
+    stored = stored_thresholds(config)
+    least = np.full(len(names), PLAIN_THRESHOLD) if stored is None else stored
+    least = np.log(least) - np.log1p(-least) if apply == "none" else least
+    return dict(zip(names, least.tolist(), strict=True))
 
 
 def choose_label(config: PredictConfig, pipe: Any) -> Predict:

@@ -9,9 +9,8 @@ import numpy as np
 from lib.batching import Collator, Window, epoch_batches, padding_share, training_windows
 from lib.config import UserError
 from lib.data import Data
+from lib.problems import LOWER_IS_BETTER
 from lib.train_config import TrainingConfig
-
-LOWER_IS_BETTER = ("loss",)
 
 
 @dataclasses.dataclass
@@ -111,7 +110,7 @@ def build_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Pla
 def best_metric(wanted: str | None, metrics: Sequence[str]) -> str:
     """The metric that chooses the model; raises UserError when it is not computed."""
     name = (wanted or metrics[0]).removeprefix("eval/").removeprefix("eval_")
-    if name not in (*metrics, *LOWER_IS_BETTER):
+    if name not in (*metrics, "loss"):
         raise UserError(f"--metric_for_best_model {wanted} is not among the metrics: {', '.join(metrics)}, loss")
     return name
 

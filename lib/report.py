@@ -1,8 +1,8 @@
-"""What is said about a scored split: intervals, per-class table, confusion matrix, calibration, predictions file."""
+"""What is said about a scored split: intervals, tables, a picture, calibration, predictions file."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ import numpy as np
 from datasets import Dataset
 
 from lib.data import Data
-from lib.evaluation import METRICS, Predictions, load_metric, metric_settings
+from lib.intervals import bootstrap_intervals
+from lib.pictures import draw
+from lib.predictions import Predictions
+from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.tables import describe, format_table, format_tables
 
 BINS = 15
-
-
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts, int64 (classes, classes): rows are gold labels, columns predictions."""
-    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
+DIGITS = 6
+ERRORS = ["index", "text", "gold", "predicted"]
 
 
 def expected_calibration_error(predictions: Predictions) -> float:
@@ -30,62 +30,6 @@ def expected_calibration_error(predictions: Predictions) -> float:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def bootstrap_intervals(
-    predictions: Predictions, metrics: Sequence[str], resamples: int, seed: int
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval of the loss and of each metric of ours (Efron and Tibshirani 1993).
-
-    Metrics depend on the confusion matrix alone, and resampling samples with replacement is drawing its cells from a
-    multinomial distribution: the cost does not grow with the number of samples.
-    """
-    rng = np.random.default_rng(seed)
-    num_classes, size = predictions.logits.shape[1], len(predictions.labels)
-    counts = confusion_matrix(predictions.labels, predictions.predicted, num_classes).ravel()
-    gold, predicted = np.divmod(np.arange(num_classes**2), num_classes)
-    draws = rng.multinomial(size, counts / size, size=resamples)
-    losses = [rng.choice(predictions.losses, size).mean(dtype=np.float64) for _ in range(resamples)]
-    intervals = {"loss": percentiles(losses)}
-    for name in metrics:
-        module, settings = metric_settings(name, num_classes)
-        if (METRICS / module).is_dir():
-            compute = load_metric(module)._compute
-            values = [
-                compute(predicted[row > 0], gold[row > 0], sample_weight=row[row > 0], **settings)[module]
-                for row in draws
-            ]
-            intervals[name] = percentiles(values)
-    return intervals
-
-
-def percentiles(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def class_table(predictions: Predictions, label_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and number of samples of each class."""
-    matrix = confusion_matrix(predictions.labels, predictions.predicted, len(label_names))
-    hits, predicted, gold = matrix.diagonal(), matrix.sum(axis=0), matrix.sum(axis=1)
-    ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
-    columns = (ratio(hits, predicted), ratio(hits, gold), ratio(2 * hits, predicted + gold))
-    return [
-        {"class": name, "precision": p, "recall": r, "f1": f, "samples": int(n)}
-        for name, p, r, f, n in zip(label_names, *(column.tolist() for column in columns), gold.tolist(), strict=True)
-    ]
-
-
-def format_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as aligned columns: the first to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
 def format_report(
     split: str,
     scores: dict[str, float],
@@ -93,42 +37,12 @@ def format_report(
     predictions: Predictions,
     label_names: Sequence[str],
 ) -> str:
-    """The report as text: scores with intervals, the per-class table, the confusion matrix."""
+    """The report as text: scores with intervals, then the tables of the problem."""
     score_rows = [[f"{split} ({len(predictions.labels)} samples)", "value", "95 % interval"]]
     for name, value in scores.items():
         low, high = intervals.get(name, (None, None))
         score_rows.append([name, f"{value:.4f}", f"{low:.4f} to {high:.4f}" if low is not None else ""])
-    class_rows = [["class", "precision", "recall", "f1", "samples"]]
-    for row in class_table(predictions, label_names):
-        shares = [f"{row[key]:.3f}" for key in ("precision", "recall", "f1")]
-        class_rows += [[row["class"], *shares, str(row["samples"])]]
-    matrix = confusion_matrix(predictions.labels, predictions.predicted, len(label_names))
-    matrix_rows = [["gold \\ predicted", *label_names]]
-    matrix_rows += [[name, *map(str, row)] for name, row in zip(label_names, matrix.tolist(), strict=True)]
-    return "\n\n".join(format_table(rows) for rows in (score_rows, class_rows, matrix_rows))
-
-
-def draw_confusion_matrix(predictions: Predictions, label_names: Sequence[str], title: str, path: Path) -> None:
-    """A PNG: shares of each gold class as colour, counts as text."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    matrix = confusion_matrix(predictions.labels, predictions.predicted, len(label_names))
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = 2.5 + 0.7 * len(label_names)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(label_names)), label_names, rotation=30, ha="right")
-    axes.set_yticks(range(len(label_names)), label_names)
-    axes.set(xlabel="predicted", ylabel="gold", title=title)
-    if len(label_names) <= 30:
-        for row, column in np.ndindex(*matrix.shape):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axes, label="share of the gold class", shrink=0.8)
-    figure.savefig(path, dpi=120)
+    return "\n\n".join([format_table(score_rows), *format_tables(predictions, label_names)])
 
 
 def finite(value: Any) -> Any:
@@ -149,18 +63,51 @@ def row_texts(texts: Dataset) -> list[Any]:
 
 
 def write_predictions(path: Path, predictions: Predictions, texts: Dataset, label_names: Sequence[str]) -> None:
-    """One JSON object a line, in input order: index, text, gold, predicted, probabilities by class name."""
-    predicted, probabilities = predictions.predicted.tolist(), predictions.probabilities.tolist()
+    """One JSON object a line, in input order: index, text, gold, predicted, and probabilities by name where there are."""
+    rows = zip(row_texts(texts), describe_rows(predictions, label_names), strict=True)
     with path.open("w", encoding="utf-8") as file:
-        for index, (text, gold) in enumerate(zip(row_texts(texts), predictions.labels.tolist(), strict=True)):
-            row = {
-                "index": index,
-                "text": text,
-                "gold": label_names[gold],
-                "predicted": label_names[predicted[index]],
-                "probabilities": {name: round(p, 6) for name, p in zip(label_names, probabilities[index], strict=True)},
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for index, (text, row) in enumerate(rows):
+            line = {"index": index, "text": text} | row
+            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
+
+
+def describe_rows(predictions: Predictions, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Gold, predicted and probabilities of each sample, by name: a class, a number, or a list of labels."""
+    golds, predicteds = predictions.labels.tolist(), predictions.predicted.tolist()
+    if predictions.problem_type == REGRESSION:
+        for gold, predicted in zip(golds, predicteds, strict=True):
+            yield {"gold": round(gold, DIGITS), "predicted": round(predicted, DIGITS)}
+        return
+    several = predictions.problem_type == MULTI_LABEL
+    for gold, predicted, shares in zip(golds, predicteds, predictions.probabilities.tolist(), strict=True):
+        yield {
+            "gold": chosen_names(gold, names) if several else names[gold],
+            "predicted": chosen_names(predicted, names) if several else names[predicted],
+            "probabilities": {name: round(share, DIGITS) for name, share in zip(names, shares, strict=True)},
+        }
+
+
+def chosen_names(row: Sequence[int], names: Sequence[str]) -> list[str]:
+    return [name for name, chosen in zip(names, row, strict=True) if chosen]
+
+
+def worst_rows(
+    predictions: Predictions, texts: Dataset, names: Sequence[str], limit: int = 100
+) -> tuple[list[Any], list[list[Any]]]:
+    """(columns, rows) of what went most wrong: the surest errors of classes, else the largest losses."""
+    if predictions.problem_type == CLASSIFICATION:
+        return [*ERRORS, "probability"], confident_errors(predictions, texts, names, limit)
+    worst = np.argsort(-predictions.losses, kind="stable")[:limit]
+    rows = zip(
+        worst.tolist(), row_texts(texts.select(worst)), describe_rows(predictions.take(worst), names), strict=True
+    )
+    losses = predictions.losses[worst].tolist()
+    table = [[i, one_line(text), one_line(row["gold"]), one_line(row["predicted"])] for i, text, row in rows]
+    return [*ERRORS, "loss"], [[*row, loss] for row, loss in zip(table, losses, strict=True)]
+
+
+def one_line(value: Any) -> Any:
+    return " | ".join(value) if isinstance(value, list) else value
 
 
 def confident_errors(
@@ -174,7 +121,7 @@ def confident_errors(
     return [
         [
             int(i),
-            " | ".join(t) if isinstance(t, list) else t,
+            one_line(t),
             label_names[predictions.labels[i]],
             label_names[predicted[i]],
             float(confidence[i]),
@@ -193,24 +140,22 @@ def write_report(
     resamples: int = 1000,
     seed: int = 42,
 ) -> str:
-    """Write `report.json`, `predictions.jsonl` and `confusion_matrix.png` to `folder`; return the report as text."""
+    """Write `report.json`, `predictions.jsonl` and a picture to `folder`; return the report as text."""
     folder.mkdir(parents=True, exist_ok=True)
-    texts, label_names = data.texts[split], data.label_names
-    scores = scores | {"calibration_error": expected_calibration_error(predictions)}
+    texts, names = data.texts[split], data.label_names
+    if predictions.problem_type == CLASSIFICATION:
+        scores = scores | {"calibration_error": expected_calibration_error(predictions)}
     intervals = bootstrap_intervals(predictions, metrics, resamples, seed)
-    write_predictions(folder / "predictions.jsonl", predictions, texts, label_names)
-    draw_confusion_matrix(
-        predictions, label_names, f"{split}, {len(predictions.labels)} samples", folder / "confusion_matrix.png"
-    )
+    write_predictions(folder / "predictions.jsonl", predictions, texts, names)
+    draw(predictions, names, f"{split}, {len(predictions.labels)} samples", folder)
     record = {
         "split": split,
         "samples": len(predictions.labels),
         "scores": scores,
         "intervals_95": intervals,
-        "classes": class_table(predictions, label_names),
-        "confusion_matrix": confusion_matrix(predictions.labels, predictions.predicted, len(label_names)).tolist(),
+        **describe(predictions, names),
     }
     (folder / "report.json").write_text(
         json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    return format_report(split, scores, intervals, predictions, label_names)
+    return format_report(split, scores, intervals, predictions, names)

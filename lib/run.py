@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollatorWithPadding
@@ -14,16 +15,17 @@ from lib.cli import load_config, save_config
 from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.data import Data
 from lib.eval_config import EvalConfig
-from lib.evaluation import Predictions, check_metrics, prefix
+from lib.evaluation import Scored, prefix
 from lib.freezing import count_parameters
-from lib.labels import label_counts
 from lib.model_card import write_model_card
 from lib.modeling import Weights, describe_weights, model_name, model_origin
 from lib.plan import Plan, State, best_metric, padding_shares, step_indices
 from lib.report import finite, write_report
 from lib.resume import choose_checkpoint, compare_settings, experiment_hash
 from lib.runtime import describe_devices, peak_memory_gib, run_record
-from lib.sources import dataset_name, default_metrics
+from lib.scores import check_metrics
+from lib.sources import ROLES, catalog_source, dataset_name, default_metrics
+from lib.targets import label_lines
 from lib.train_config import TrainConfig
 
 
@@ -55,8 +57,8 @@ def run_folder(config: TrainConfig) -> Path:
 
 def choose_metrics(config: TrainConfig, data: Data) -> tuple[tuple[str, ...], str]:
     """The metrics to compute, and the one that chooses the model; raises UserError when they cannot be computed."""
-    metrics = config.metrics or default_metrics(config.data)
-    check_metrics(metrics, len(data.label_names))
+    metrics = config.metrics or default_metrics(config.data, data.problem_type)
+    check_metrics(metrics, len(data.label_names), data.problem_type)
     return metrics, best_metric(config.training.metric_for_best_model, metrics)
 
 
@@ -97,6 +99,7 @@ def run_settings(
     record = run_record(accelerator) | {
         "data_fingerprint": data.fingerprint(),
         "label_names": data.label_names,
+        "problem_type": data.problem_type,
         "trainable_parameters": trainable,
         "parameters": total,
     }
@@ -135,8 +138,6 @@ def describe_run(
     """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
     trainable, total = count_parameters(model)
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
-    counts = label_counts(data.tokens["train"]["labels"], len(data.label_names))
-    labels = ", ".join(f"{name} {count:,}" for name, count in zip(data.label_names[:20], counts, strict=False))
     rows = {
         "run": f"{run_name(config)}  ({run_folder(config)})",
         "devices": "; ".join(describe_devices(accelerator)),
@@ -145,7 +146,7 @@ def describe_run(
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
-        "labels": f"{labels}{', ...' if len(data.label_names) > 20 else ''}",
+        "labels": label_lines(data.tokens["train"]["labels"], data.label_names, data.problem_type),
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
@@ -175,17 +176,24 @@ def describe_scores(heading: str, scores: dict[str, float]) -> str:
     return "  ".join([heading, *(f"{name} {value:.4f}" for name, value in scores.items())])
 
 
+def final_splits(data: Data) -> list[str]:
+    """What the best model is scored on: test, or validation where there is none, and further validation sets."""
+    return ["test" if "test" in data.tokens else "validation", *(split for split in data.tokens if split not in ROLES)]
+
+
 def build_results(
     accelerator: Accelerator,
     config: TrainConfig,
     state: State,
     data: Data,
     model: nn.Module,
-    split: str,
-    scores: dict[str, float],
+    scored: dict[str, Scored],
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
-    by_split = {"validation": state.best_scores, split: scores}
+    by_split = {"validation": state.best_scores} | {split: scores for split, (scores, _) in scored.items()}
+    source = catalog_source(config.data)
+    if source and source.further_validation:  # several, so that each has its own name as well
+        by_split[source.validation] = state.best_scores
     flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
     return flat | {
         "best_step": state.best_step,
@@ -214,22 +222,22 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
 def end_run(
     accelerator: Accelerator,
     folder: Path,
-    split: str,
-    scores: dict[str, float],
+    scored: dict[str, Scored],
     metrics: Sequence[str],
-    predictions: Predictions,
     data: Data,
     settings: dict[str, Any],
     results: dict[str, Any],
 ) -> None:
-    """Print the report of the final test and, as the last line, the results; save both, and the model's card.
+    """Print the reports of the final splits and, as the last line, the results; save both, and the model's card.
 
     The main process does it.
     """
     if not accelerator.is_main_process:
         return
-    print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
-    write_model_card(folder / "model", data.name, settings, results)
+    for split, (scores, predictions) in scored.items():
+        print(write_report(folder / f"eval-{split}", split, scores, metrics, predictions, data), flush=True)
+    thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
+    write_model_card(folder / "model", data.name, settings, results, thresholds.tolist())
     print(write_results(folder, results), flush=True)
 
 

@@ -20,6 +20,7 @@ from lib.hub_cache import Repo, find_snapshot, snapshot_files
 from lib.hub_needs import Need, advice, chosen_config, missing_from_cache, read_card
 from lib.hub_publish import merge_folder
 from lib.lean import hidden
+from lib.problems import CLASSIFICATION, USUAL_METRICS
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -34,9 +35,9 @@ def dataset_name(config: DataConfig) -> str:
     return f"{name}-{config.dataset_config}" if config.dataset_config else name
 
 
-def default_metrics(config: DataConfig) -> tuple[str, ...]:
+def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
     source = catalog_source(config)
-    return source.metrics if source else ("accuracy", "f1_macro")
+    return source.metrics if source and problem_type == CLASSIFICATION else USUAL_METRICS[problem_type]
 
 
 def catalog_source(config: DataConfig) -> Source | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lib.inference import Answer
 from lib.inputs import Row
-from lib.report import format_table
+from lib.tables import format_table
 
 
 @dataclasses.dataclass

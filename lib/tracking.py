@@ -13,8 +13,11 @@ from accelerate import Accelerator
 
 from lib.config import UserError
 from lib.data import Data
-from lib.evaluation import Predictions, prefix
-from lib.report import confident_errors, finite
+from lib.evaluation import Scored, prefix
+from lib.predictions import Predictions
+from lib.problems import LOWER_IS_BETTER, MULTI_LABEL, REGRESSION
+from lib.report import finite, worst_rows
+from lib.tables import label_table
 from lib.train_config import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ class RunLog:
         run.define_metric("samples_seen")
         run.define_metric("*", step_metric="samples_seen")
         for name in ("loss", *metrics):
-            best = "min" if name == "loss" else "max"
+            best = "min" if name in LOWER_IS_BETTER else "max"
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
             logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
@@ -121,11 +124,11 @@ class RunLog:
             except Exception as error:
                 self.give_up("log", error)
 
-    def finish(self, results: dict[str, Any], predictions: Predictions, data: Data, split: str) -> None:
-        """Give W&B the final numbers, confusion matrix and surest errors; end the tracker's run in bounded time."""
+    def finish(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
+        """Give W&B the final numbers, a picture and the worst errors; end the tracker's run in bounded time."""
         if self.tracker == "wandb":
             try:
-                self.log_report(results, predictions, data, split)
+                self.log_report(results, scored, data)
             except Exception as error:
                 self.give_up("log the report", error)
         self.close()
@@ -143,18 +146,17 @@ class RunLog:
         except Exception as error:
             self.give_up("finish", error)
 
-    def log_report(self, results: dict[str, Any], predictions: Predictions, data: Data, split: str) -> None:
+    def log_report(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
         import wandb
 
-        errors = confident_errors(predictions, data.texts[split], data.label_names)
-        matrix = wandb.plot.confusion_matrix(
-            y_true=predictions.labels.tolist(), preds=predictions.predicted.tolist(), class_names=data.label_names
-        )
-        table = wandb.Table(columns=["index", "text", "gold", "predicted", "probability"], data=errors)
         run = self.accelerator.get_tracker("wandb", unwrap=True)
-        scores = {key: value for key, value in results.items() if key.startswith(f"{prefix(split)}/")}
-        media = {f"{prefix(split)}/confusion_matrix": matrix, f"{prefix(split)}/errors": table}
-        run.log({"samples_seen": results["samples_seen"]} | scores | media, step=results["steps"])
+        logged: dict[str, Any] = {"samples_seen": results["samples_seen"]}
+        for split, (_, predictions) in scored.items():
+            columns, rows = worst_rows(predictions, data.texts[split], data.label_names)
+            media = wandb_picture(predictions, data.label_names) | {"errors": wandb.Table(columns=columns, data=rows)}
+            logged |= {key: value for key, value in results.items() if key.startswith(f"{prefix(split)}/")}
+            logged |= {f"{prefix(split)}/{name}": item for name, item in media.items()}
+        run.log(logged, step=results["steps"])
         run.summary.update(results)
 
     def give_up(self, what: str, error: Exception) -> None:
@@ -162,6 +164,21 @@ class RunLog:
             "%s could not %s (%s); the run goes on, metrics.jsonl has everything", self.tracker, what, first_line(error)
         )
         self.tracker = None
+
+
+def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:
+    """What W&B draws: a confusion matrix, predicted over gold numbers, or the table of the labels."""
+    import wandb
+
+    gold, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
+    if predictions.problem_type == REGRESSION:
+        points = wandb.Table(columns=["gold", "predicted"], data=list(map(list, zip(gold, predicted, strict=True))))
+        return {"scatter": wandb.plot.scatter(points, "gold", "predicted", title="predicted over gold")}
+    if predictions.problem_type == MULTI_LABEL:
+        rows = label_table(predictions, label_names)
+        return {"labels": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])}
+    matrix = wandb.plot.confusion_matrix(y_true=gold, preds=predicted, class_names=label_names)
+    return {"confusion_matrix": matrix}
 
 
 def take_back(path: Path, last_step: int) -> int:

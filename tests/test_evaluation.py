@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from lib.batching import Collator, build_collator, eval_batches
 from lib.config import ModelConfig
 from lib.data import Data
-from lib.evaluation import Predictions, check_counts, evaluate_split, predict
+from lib.evaluation import check_counts, evaluate_split, predict
 from lib.freezing import set_train_mode
-from lib.losses import plain_cross_entropy
 from lib.modeling import build_model, load_tokenizer
+from lib.predictions import Predictions
 from tests.conftest import sentences
 
 NAMES = ["bad", "good", "mixed"]
@@ -47,7 +47,7 @@ def parts(roberta: Path) -> tuple[PreTrainedModel, Dataset, np.ndarray, Collator
 
 
 def predict_all(accelerator: Accelerator, parts: tuple, batch_size: int) -> Predictions:
-    return predict(accelerator, *parts, batch_size, len(NAMES), plain_cross_entropy)
+    return predict(accelerator, *parts, batch_size, len(NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_predictions_stand_in_input_order_for_any_size(accelerator: Accelerator,
     lengths = np.random.default_rng(size).integers(1, 6, size)
     ids = [[number] * int(length) for number, length in enumerate(lengths)]
     tokens = Dataset.from_dict({"input_ids": ids, "labels": [0] * size})
-    predictions = predict(accelerator, Echo(), tokens, lengths, parts[3], 4, 2, plain_cross_entropy)
+    predictions = predict(accelerator, Echo(), tokens, lengths, parts[3], 4, 2)
     assert predictions.logits[:, 0].tolist() == list(range(size))
 
 
@@ -186,7 +186,7 @@ def test_a_batching_that_drops_or_repeats_samples_is_an_error(
     model, tokens, lengths, collator = parts
     monkeypatch.setattr("lib.evaluation.eval_batches", lambda *_: [np.array(order)])
     with pytest.raises(RuntimeError, match="evaluation is not complete"):
-        predict(accelerator, model, tokens.select(range(4)), lengths[:4], collator, 4, len(NAMES), plain_cross_entropy)
+        predict(accelerator, model, tokens.select(range(4)), lengths[:4], collator, 4, len(NAMES))
 
 
 # ---------------------------------------------------------------------------------------------------- probabilities

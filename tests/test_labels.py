@@ -181,7 +181,7 @@ def test_one_class_only_is_refused(train: Dataset) -> None:
 def test_real_numbers_are_refused_with_one_of_them(number: float, shown: str) -> None:
     message = refusal(train=split(1.0, number))
     assert f"--label_column label holds real numbers such as {shown}" in message
-    assert "regression is not supported" in message
+    assert "--problem_type regression" in message
 
 
 @pytest.mark.parametrize("labels", [([0, 1], [1]), ({"x": 1}, {"x": 2})])

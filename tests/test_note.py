@@ -9,8 +9,9 @@ import pytest
 
 import predict
 from lib.cli import parse_cli
-from lib.evaluation import Predictions, compute_metrics
 from lib.predict_config import PredictConfig
+from lib.predictions import Predictions
+from lib.scores import compute_metrics
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 

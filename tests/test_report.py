@@ -9,17 +9,11 @@ import pytest
 from datasets import Dataset
 
 from lib.data import Data
-from lib.evaluation import Predictions, compute_metrics
-from lib.report import (
-    bootstrap_intervals,
-    class_table,
-    confident_errors,
-    confusion_matrix,
-    expected_calibration_error,
-    format_report,
-    row_texts,
-    write_report,
-)
+from lib.intervals import bootstrap_intervals
+from lib.predictions import Predictions
+from lib.report import confident_errors, expected_calibration_error, format_report, row_texts, write_report
+from lib.scores import compute_metrics
+from lib.tables import class_table, confusion_matrix
 
 NAMES = ["bad", "good", "größer"]
 METRICS = ["accuracy", "f1_macro", "matthews_correlation"]

@@ -20,13 +20,14 @@ from datasets import Dataset
 
 from lib.config import UserError
 from lib.data import Data
-from lib.evaluation import Predictions
+from lib.predictions import Predictions
 from lib.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
 from lib.train_config import TrackingConfig
 from tests.conftest import ROOT, read_lines
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
 PREDICTIONS = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]), np.zeros(2, dtype=np.float32))
+SCORED = {"test": ({"accuracy": 1.0}, PREDICTIONS)}
 DATA = Data("x", {"test": Dataset.from_dict({"text": ["a", "b"]})}, {}, {}, ["bad", "good"], ("text",), [])
 RESULTS = {"test/accuracy": 1.0, "steps": 3, "samples_seen": 24}
 
@@ -78,7 +79,7 @@ def log_run(folder: Path, tracker: FakeTracker) -> None:
     log.start(SETTINGS, ["accuracy"])
     for step in (1, 2, 3):
         log.log(step, 8 * step, {"train/loss": 1 / step})
-    log.finish(RESULTS, PREDICTIONS, DATA, "test")
+    log.finish(RESULTS, SCORED, DATA)
 
 
 # ---------------------------------------------------------------------------------------------------- trackers
@@ -136,7 +137,7 @@ def test_without_a_tracker_nothing_is_told(tmp_path: Path) -> None:
     log = open_log(tmp_path, tracked(tracker), "none")
     log.start(SETTINGS, [])
     log.log(1, 8, {})
-    log.finish(RESULTS, PREDICTIONS, DATA, "test")
+    log.finish(RESULTS, SCORED, DATA)
     assert tracker.calls == []
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
@@ -145,7 +146,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     log = open_log(tmp_path, SimpleNamespace(is_main_process=False), "wandb")
     log.start(SETTINGS, [])
     log.log(1, 8, {})
-    log.finish(RESULTS, PREDICTIONS, DATA, "test")
+    log.finish(RESULTS, SCORED, DATA)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,7 +175,7 @@ def test_a_line_begins_with_step_samples_and_time_and_keeps_the_order_of_values(
     (row,) = read_lines(tmp_path / "metrics.jsonl")
     assert abs(time.time() - row["time"]) < 60
     assert list(row.items()) == [("step", 2), ("samples_seen", 16), ("time", row["time"]), ("z", 1.5), ("a", 2)]
-    log.finish({}, PREDICTIONS, DATA, "test")
+    log.finish({}, SCORED, DATA)
 
 
 def test_a_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
@@ -182,13 +183,13 @@ def test_a_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.log(step, 8 * step, {"train/loss": 0.5})
         assert len(read_lines(tmp_path / "metrics.jsonl")) == step
-    log.finish({}, PREDICTIONS, DATA, "test")
+    log.finish({}, SCORED, DATA)
 
 
 def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.log(1, 8, {"nan": float("nan"), "up": float("inf"), "down": float("-inf"), "fine": 1e-9})
-    log.finish({}, PREDICTIONS, DATA, "test")
+    log.finish({}, SCORED, DATA)
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse_constant)
     assert (row["nan"], row["up"], row["down"], row["fine"]) == ("NaN", "Infinity", "-Infinity", 1e-9)
 

@@ -9,11 +9,13 @@ class Precision(evaluate.Metric):
     """`compute(predictions, references, sample_weight=None, average="binary", labels=None)` gives {"precision": float}."""
 
     def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+        number = datasets.Value("int64")
+        kind = datasets.List(number) if self.config_name == "multilabel" else number
+        features = datasets.Features({"predictions": kind, "references": kind})
         return evaluate.MetricInfo(
             description=__doc__,
             citation="Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011",
-            inputs_description="predictions and references: class numbers",
+            inputs_description="predictions and references: class numbers; multilabel: 0 or 1 for each label",
             features=features,
         )
 
