@@ -32,6 +32,18 @@ from lib.training import optimizer_step
 FIXED = "--lr 1e-2 --adam_epsilon 1e-2 --warmup_steps 1 --lr_scheduler_type cosine --epochs 2 --train_batch_size 16"
 
 
+HEADER = ("text", "label", "score", "bad", "good", "plot")
+
+
+def rows() -> list[list[str]]:
+    """Sentences with a class, a number and three labels."""
+    made = []
+    for text, label in sentences(40):
+        several = [str(int(word in text.split())) for word in ("bad", "good", "plot")]
+        made.append([text, label, str(len(text.split()) / 4), *several])
+    return made
+
+
 def shorten(data: Data, size: int) -> Data:
     train = {"train": data.tokens["train"].select(range(size))}
     return dataclasses.replace(data, tokens=train, lengths={"train": data.lengths["train"][:size]})
@@ -39,7 +51,7 @@ def shorten(data: Data, size: int) -> Data:
 
 def train(accelerator, config: TrainConfig, tokenizer, data: Data) -> dict:
     seed_everything(0)
-    model, weights = build_model(config.model, data.label_names, tokenizer)
+    model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     model = adapt(model, config.adapter, config.model, weights.new)
     plan = build_plan(config.training, len(data.tokens["train"]), accelerator.num_processes)
     objective = build_objective(config.objective, data)
@@ -66,7 +78,7 @@ def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_fl
     fixed = [*FIXED.split(), "--model", model_folder, "--per_device_train_batch_size", micro_batch_size]
     with accelerator.main_process_first():
         for role in ("train", "validation"):
-            fixed += [f"--{role}_file", str(write_csv(Path(out) / f"{role}.csv", sentences(40)))]
+            fixed += [f"--{role}_file", str(write_csv(Path(out) / f"{role}.csv", rows(), HEADER))]
     results: dict = {"world_size": accelerator.num_processes}
     for flags in all_flags:
         config = parse_cli(TrainConfig, [*fixed, *shlex.split(flags)])
