@@ -27,6 +27,7 @@ RECIPE = (
     *("weight_decay", "max_grad_norm", "loss", "focal_gamma", "class_weights", "label_smoothing_factor"),
     *("max_length", "seed", "config_overrides", "from_scratch", "freeze", "adapter"),
 )
+OF_CLASSES = ("loss", "focal_gamma", "class_weights", "label_smoothing_factor")
 LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 """By --adapter, what the Hub calls the library that reads the files; of all others it is peft."""
 
@@ -77,6 +78,7 @@ def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any], t
     """The card below its head: scores, use, outputs, options, and what the model was made with."""
     name, names = base_model(settings)[0], settings["run/label_names"]
     problem = settings.get("run/problem_type", CLASSIFICATION)
+    recipe = [key for key in RECIPE if problem == CLASSIFICATION or key not in OF_CLASSES]
     scores = score_rows(results)
     metrics = list(dict.fromkeys(metric for _, metric, _ in scores))
     table = {(split, metric): f"{value:.4f}" for split, metric, value in scores}
@@ -96,7 +98,7 @@ def card_text(dataset: str, settings: dict[str, Any], results: dict[str, Any], t
         *("", "## Use", "", *use_lines(settings.get("adapter"), name), ""),
         *output_lines(problem, names, thresholds),
         *("", "## How it was made", ""),
-        *markdown_table(["option", "value"], [[key, str(settings[key])] for key in RECIPE if key in settings]),
+        *markdown_table(["option", "value"], [[key, str(settings[key])] for key in recipe if key in settings]),
         "",
         made_with(settings, results),
     ]

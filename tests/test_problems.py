@@ -67,14 +67,16 @@ def flags_of(folder: Path, model: Path, name: str, *more: Any) -> list[Any]:
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, roberta: Path) -> tuple:
+def finished(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, roberta_without_dropout: Path
+) -> tuple:
     """(name of the problem, folder of a run by the real command with W&B offline, what it said)"""
     import os
     import subprocess
     import sys
 
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
-    command = [sys.executable, ROOT / "train.py", *flags_of(folder, roberta, request.param)]
+    command = [sys.executable, ROOT / "train.py", *flags_of(folder, roberta_without_dropout, request.param)]
     done = subprocess.run(
         list(map(str, command)),
         cwd=folder,
