@@ -118,7 +118,7 @@ class Weights:
 def build_model(
     config: ModelConfig, label_names: list[str], tokenizer: Any, problem_type: str = CLASSIFICATION
 ) -> tuple[PreTrainedModel, Weights]:
-    """A model with an output for each of `label_names`, float32 weights, and which of its weights are not those of the checkpoint.
+    """A model with an output for each of `label_names`, in float32, and which of its weights are not the checkpoint's.
 
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master; a head of another
     size is replaced. Raises UserError when the model cannot be loaded, or its configuration cannot be changed as asked.

@@ -257,18 +257,12 @@ def test_only_the_split_that_tunes_changes_the_thresholds(roberta: Path) -> None
     other = tokens.remove_columns("labels").add_column("labels", [[1 - cell for cell in row] for row in labels])
     splits, sizes = {"validation": tokens, "test": other}, {"validation": lengths, "test": lengths}
     data = Data("", {}, splits, sizes, LABELS, (), [], MULTI_LABEL)
-    score = lambda split, **more: (
-        evaluate_split(  # noqa: E731
-            Accelerator(cpu=True),
-            model,
-            data,
-            split,
-            build_collator(tokenizer, "no", torch.device("cpu")),
-            8,
-            [],
-            **more,
-        )[1].thresholds
-    )
+    collator = build_collator(tokenizer, "no", torch.device("cpu"))
+
+    def score(split: str, tune: bool = False) -> Any:
+        scored = evaluate_split(Accelerator(cpu=True), model, data, split, collator, 8, [], tune)
+        return scored[1].thresholds
+
     assert score("test") is None
     tuned = score("validation", tune=True)
     assert model.config.thresholds == tuned.tolist()
