@@ -79,13 +79,12 @@ def load_data(
     """Load, check and tokenise the data set that `config` describes.
 
     `splits` are the splits wanted; of those in `ROLES`, missing ones are made (validation) or left out (test), and further
-    validation sets of the catalog come along. With `label_names`, labels are matched to the outputs of an existing model
-    instead of being derived from the data; `model_problem` is what that model was trained for, where it says so.
+    validation sets of the catalog come along. With `label_names` and, where it is known, `model_problem`, the outputs of
+    an existing model rule instead of the data.
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
-    raw = load_raw(config)
-    notes: list[str] = []
+    raw, notes = load_raw(config), list[str]()
     text_columns, targets = find_columns(raw, config, notes)
     splits = (*splits, *further_splits(config)) if tuple(splits) == ROLES else splits
     raw = {role: raw[source] for role, source in choose_splits(raw, config, splits).items()}

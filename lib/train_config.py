@@ -202,7 +202,8 @@ class TrainConfig:
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     metrics: tuple[str, ...] | None = None
     """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
-    cohen_kappa, or a module in lib/metrics. [default: those of the data set, else accuracy and f1_macro]"""
+    cohen_kappa; of numbers pearson, spearman, mse, mae, r2; of several labels average_precision, f1_samples; or a module in
+    lib/metrics. [default: those of the data set, else the usual ones of what is learnt]"""
     mixed_precision: Precision = "auto"
     """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
 
