@@ -78,9 +78,8 @@ def load_data(
 ) -> Data:
     """Load, check and tokenise the data set that `config` describes.
 
-    `splits` are the splits wanted; of those in `ROLES`, missing ones are made (validation) or left out (test), and further
-    validation sets of the catalog come along. With `label_names` and, where it is known, `model_problem`, the outputs of
-    an existing model rule instead of the data.
+    `splits` are those wanted; missing ones are made (validation) or left out (test), further validation sets come along.
+    With `label_names` and, where it is known, `model_problem`, the outputs of an existing model rule.
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
