@@ -13,7 +13,6 @@ from datasets import Dataset
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from lib import losses
 from lib.batching import build_collator, training_windows
 from lib.config import ModelConfig, UserError
 from lib.data import Data
@@ -189,8 +188,7 @@ def test_weights_and_the_order_of_grades_are_told() -> None:
 @pytest.mark.parametrize(
     "settings", [{"loss": "focal"}, {"loss": "ordinal"}, {"label_smoothing_factor": 0.1}, {"class_weights": ("0=2",)}]
 )
-def test_what_is_for_one_label_of_several_is_refused_elsewhere(settings: dict, monkeypatch) -> None:
-    monkeypatch.setitem(losses.PLAIN, "regression", ordinal_loss)
+def test_what_is_for_one_label_of_several_is_refused_elsewhere(settings: dict) -> None:
     data = dataclasses.replace(made_up(LABELS), problem_type="regression")
     with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label of several"):
         build_objective(ObjectiveConfig(**settings), data)

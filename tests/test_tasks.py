@@ -88,8 +88,7 @@ def test_several_labels_and_ratings_have_words_of_their_own(tmp_path):
     )
     assert [row["labels"] for row in probabilities] == [row["labels"] for row in logits]
     (row,) = answers("a film", "--model", rating)
-    assert set(row) == {"id", "text", "scores"}
-    assert list(row["scores"]) == ["stars"]
+    assert set(row) == {"id", "text", "score"}
 
 
 def test_a_decoder_classifies_texts_of_different_length_together(tmp_path):
