@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve
 
 from lib.predictions import Predictions
 from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
@@ -56,6 +55,8 @@ def draw_scatter(figure: Any, axes: Any, predictions: Predictions, label_names: 
 
 def draw_curves(figure: Any, axes: Any, predictions: Predictions, label_names: Sequence[str]) -> None:
     """A curve for each of the most frequent labels, with a point where its threshold lies."""
+    from sklearn.metrics import precision_recall_curve
+
     rows = label_table(predictions, label_names)
     frequent = sorted(range(len(rows)), key=lambda place: -rows[place]["samples"])[:MOST_CURVES]
     for place in frequent:

@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-from scipy.special import expit
 
 from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
@@ -45,6 +44,8 @@ class Predictions:
         """float64 (samples, outputs): of classes, rows summing to 1; of several labels, each by itself."""
         logits = self.logits.astype(np.float64)
         if self.problem_type == MULTI_LABEL:
+            from scipy.special import expit  # scipy and scikit-learn are imported when something is scored
+
             return expit(logits)
         shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
         return shifted / shifted.sum(axis=1, keepdims=True)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
 from lib.predictions import PLAIN_THRESHOLD, Predictions
 from lib.problems import MULTI_LABEL, REGRESSION
@@ -82,6 +81,8 @@ def range_table(predictions: Predictions) -> list[Row]:
 
 def label_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
     """Threshold, precision, recall, F1, average precision and number of samples of each label."""
+    from sklearn.metrics import average_precision_score, precision_recall_fscore_support
+
     gold, probabilities = predictions.labels, predictions.probabilities
     thresholds = np.full(len(names), PLAIN_THRESHOLD) if predictions.thresholds is None else predictions.thresholds
     columns = precision_recall_fscore_support(gold, predictions.predicted, average=None, zero_division=0)

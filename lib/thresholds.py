@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve
 
 from lib.predictions import PLAIN_THRESHOLD, Predictions
 
@@ -21,8 +20,11 @@ def tune_thresholds(predictions: Predictions) -> np.ndarray:
 
 
 def best_threshold(scores: np.ndarray, gold: np.ndarray) -> float:
+    """That of one label, from the probabilities of all rows and whether they have it."""
     if not gold.any() or not np.isfinite(scores).all():
         return PLAIN_THRESHOLD
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, values = precision_recall_curve(gold, scores)
     # The last point of the curve gives no label at all; values rise.
     precision, recall = precision[:-1], recall[:-1]
