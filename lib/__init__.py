@@ -24,11 +24,12 @@ Who imports whom, asserted by tests/test_architecture.py:
     freezing    config                                   parts that are not trained
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
     sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean    data sets as stored
-    data        batching config labels sources           data sets as trained on
+    windows     config                                   long texts in pieces, their logits pooled
+    data        batching config labels sources windows           data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
     losses      config data train_config                 a loss per sample, and how much each counts
-    training    batching data losses memory optim plan processes runtime train_config watchdog
-    evaluation  batching config data losses memory processes watchdog
+    training    batching data losses memory optim plan processes runtime train_config watchdog windows
+    evaluation  batching config data losses memory processes watchdog windows
     report      data evaluation
     tracking    config data evaluation report train_config
     progress    batching plan processes
@@ -48,9 +49,9 @@ Who imports whom, asserted by tests/test_architecture.py:
     embeddings          config inference inputs predict_config
     question_answering  batching config inference inputs predict_config
     generation          config inference inputs predict_config
-    pipelines           config generation inference inputs modeling predict_config
+    pipelines           batching config generation inference inputs modeling predict_config windows
     tasks               adaptation cli config data eval_config embeddings generation inference inputs modeling pipelines
-                        predict_config question_answering run tokens train_config
+                        predict_config question_answering run tokens train_config windows
     outputs             config inference inputs report   answers to files
     tokens              inference inputs report
     onnx_export         config

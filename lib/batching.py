@@ -21,6 +21,9 @@ from lib.stopping import quiet_worker
 Indices = np.ndarray
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
+PER_SAMPLE = ("labels", "sample_weight", "num_windows")
+"""What a batch holds once a sample; all else it holds once a window, of which a long text may have several."""
+
 BLOCK = 50
 """Batches whose samples are sorted together: enough to fill batches with like lengths, few enough to keep them random."""
 
@@ -88,26 +91,52 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
     return cut(sort_by_length(np.arange(len(lengths)), lengths)[::-1], batch_size)
 
 
-def padding_share(lengths: np.ndarray, pieces: Sequence[Indices], multiple: int | None = None) -> float:
-    """Share of padding among the positions that `pieces` occupy once each is padded to its longest member."""
+def padding_share(
+    lengths: np.ndarray, pieces: Sequence[Indices], multiple: int | None = None, window: int | None = None
+) -> float:
+    """Share of padding among the positions that `pieces` occupy once each is padded to its longest member.
+
+    Samples of more than `window` tokens are windows of so many and a last one.
+    """
     if not len(lengths):
         return 0.0
-    longest = [round_up(int(lengths[piece].max()), multiple) * len(piece) for piece in pieces if len(piece)]
-    return 1.0 - sum(int(lengths[piece].sum()) for piece in pieces) / sum(longest)
+    counts = count_windows(lengths, window)
+    longest = np.minimum(lengths, window or lengths)
+    positions = [round_up(int(longest[piece].max()), multiple) * counts[piece].sum() for piece in pieces if len(piece)]
+    return 1.0 - sum(int(lengths[piece].sum()) for piece in pieces) / float(sum(positions))
+
+
+def count_windows(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    return np.ones_like(lengths) if window is None else np.maximum(1, -(-lengths // window))
 
 
 def round_up(length: int, multiple: int | None) -> int:
     return length if multiple is None else -(-length // multiple) * multiple
 
 
+class WindowCollator(DataCollatorWithPadding):
+    """Pads a batch; where samples have `num_windows`, their windows below each other."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        if "num_windows" not in features[0]:
+            return super().__call__(features)
+        names = [name for name in features[0] if name not in PER_SAMPLE]
+        rows = [{name: sample[name][i] for name in names} for sample in features for i in range(sample["num_windows"])]
+        batch = super().__call__(rows)
+        for name in PER_SAMPLE:
+            if name in features[0]:
+                batch[name] = torch.tensor([sample[name] for sample in features])
+        return batch
+
+
 def build_collator(
     tokenizer: Any, mixed_precision: str, device: torch.device, length: int | None = None
-) -> DataCollatorWithPadding:
+) -> WindowCollator:
     """Pads a batch to its longest member, rounded up to 8 where tensor cores want it, or to a fixed `length`."""
     if length is not None:
-        return DataCollatorWithPadding(tokenizer, padding="max_length", max_length=length)
+        return WindowCollator(tokenizer, padding="max_length", max_length=length)
     tensor_cores = device.type == "cuda" and mixed_precision in ("fp16", "bf16")
-    return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=8 if tensor_cores else None)
+    return WindowCollator(tokenizer, pad_to_multiple_of=8 if tensor_cores else None)
 
 
 def build_loader(
@@ -134,7 +163,9 @@ def split_micro_batches(window: Window, size: int | None) -> list[dict[str, torc
         return window.micro_batches
     pieces = []
     for micro_batch in window.micro_batches:
-        cuts = {name: tensor.split(size) for name, tensor in micro_batch.items()}
+        counts = micro_batch.get("num_windows", torch.ones_like(micro_batch["labels"]))
+        windows = [int(piece.sum()) for piece in counts.split(size)]
+        cuts = {n: tensor.split(size if n in PER_SAMPLE else windows) for n, tensor in micro_batch.items()}
         pieces += [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
     return pieces
 

@@ -167,7 +167,7 @@ def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:
     require(
         (folder / "config.yaml").is_file(), f"--run {folder}: no config.yaml there, so it is not the folder of a run"
     )
-    shared = {"metrics", "max_length", "preprocessing_num_workers"}
+    shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
     if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
         shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
     return list(flags_from_yaml(folder / "config.yaml", frozenset(shared)))

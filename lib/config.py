@@ -114,7 +114,10 @@ class DataConfig:
     label_column: str | None = None
     """Label column; guessed when obvious."""
     max_length: int = 128
-    """Longest input in tokens; longer texts are cut and their share is reported."""
+    """Longest input in tokens; longer texts are cut and their share is reported, unless --window_stride is given."""
+    window_stride: int | None = None
+    """Read longer texts in windows of max_length of which neighbours share n tokens; a text's logits are the mean of its
+    windows', in training as well."""
     pad_to_max_length: bool = False
     """Pad every batch to --max_length instead of its longest text, for devices that need fixed shapes."""
     max_train_samples: int | None = None
@@ -136,6 +139,8 @@ class DataConfig:
             f"--text_columns takes one or two columns, got {len(columns or ())}: {' '.join(columns or ())}; "
             "for example --text_columns premise hypothesis",
         )
+        stride = self.window_stride
+        require(stride is None or stride >= 0, f"--window_stride must not be negative, got {stride}")
         check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
 
 

@@ -12,6 +12,7 @@ from lib.batching import permutation
 from lib.config import DataConfig, UserError
 from lib.labels import encode_labels
 from lib.sources import ROLES, catalog_source, dataset_name, load_raw
+from lib.windows import Windows, choose_windows, encode_windows
 
 TEXT_GUESSES = (
     ("sentence1", "sentence2"),
@@ -31,7 +32,8 @@ class Data:
     """Splits ready for training.
 
     `texts[split]` holds the text columns as given; `tokens[split]` holds input_ids (lists of int), labels (int), and
-    token_type_ids where the tokenizer makes them. `lengths[split]` counts tokens. `notes` are sentences for the log.
+    token_type_ids where the tokenizer makes them; where texts are read in windows, a list of each for every window, and
+    num_windows. `lengths[split]` counts tokens. `notes` are sentences for the log.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Data:
     problem_type: str = "single_label_classification"
     """As in a transformers configuration."""
     max_length: int = 0
-    """Tokens of the longest text that is possible."""
+    """Tokens of the longest text, or window, that is possible."""
     pad_to_max_length: bool = False
 
     @property
@@ -60,7 +62,8 @@ class Data:
             for batch in tokens.with_format("arrow").iter(batch_size=10_000):
                 for column in ("input_ids", "labels"):
                     values = batch[column].combine_chunks()
-                    values = values.flatten() if column == "input_ids" else values
+                    while hasattr(values.type, "value_type"):
+                        values = values.flatten()
                     digest.update(values.to_numpy(zero_copy_only=False).tobytes())
             digest.update(self.lengths[split].tobytes())
         return digest.hexdigest()[:16]
@@ -88,9 +91,11 @@ def load_data(
         labelled |= hold_out_validation(labelled["train"], notes)
     labelled = {split: take(labelled[split], split, config) for split in splits if split in labelled}
     report_overlap(labelled, text_columns, notes)
-    tokens = {split: tokenize(dataset, tokenizer, text_columns, config) for split, dataset in labelled.items()}
+    limit = min(config.max_length, tokenizer.model_max_length)
+    windows = choose_windows(tokenizer, limit, config.window_stride, len(text_columns), label_names is not None)
+    tokens = {split: tokenize(dataset, tokenizer, text_columns, config, windows) for split, dataset in labelled.items()}
     lengths = {split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()}
-    report_truncation(tokens, tokenizer, config, notes)
+    report_truncation(tokens, limit, config, windows, notes)
     return Data(
         name=dataset_name(config),
         texts={split: dataset.select_columns(list(text_columns)) for split, dataset in labelled.items()},
@@ -99,7 +104,7 @@ def load_data(
         label_names=names,
         text_columns=tuple(text_columns),
         notes=notes,
-        max_length=min(config.max_length, tokenizer.model_max_length),
+        max_length=windows.max_length if windows else limit,
         pad_to_max_length=config.pad_to_max_length,
     )
 
@@ -224,8 +229,10 @@ def report_overlap(splits: dict[str, Dataset], text_columns: Sequence[str], note
             notes.append(f"warning: {count} of {len(dataset)} {split} texts are in train as well")
 
 
-def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig) -> Dataset:
-    """Token ids, cut to max_length and not padded; padding belongs to the batch."""
+def tokenize(
+    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
+) -> Dataset:
+    """Token ids, cut to max_length or into windows and not padded; padding belongs to the batch."""
     limit = min(config.max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
     if limit < special + len(text_columns):
@@ -233,7 +240,13 @@ def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], conf
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # Empty texts stay: they still get special tokens, and dropping them would shift the order of predictions.
-        batch = tokenizer(*(list(rows[column]) for column in text_columns), truncation=True, max_length=limit)
+        texts = [list(rows[column]) for column in text_columns]
+        if windows:
+            split = encode_windows(tokenizer, texts[0], windows)
+            sizes = [sum(map(len, pieces)) for pieces in split["input_ids"]]
+            long = [count > 1 for count in split["num_windows"]]
+            return split | {"labels": rows["labels"], "length": sizes, "truncated": long}
+        batch = tokenizer(*texts, truncation=True, max_length=limit)
         ids = batch["input_ids"]
         cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else [len(i) >= limit for i in ids]
         encoded = {"input_ids": ids, "labels": rows["labels"], "length": [len(i) for i in ids], "truncated": cut}
@@ -245,11 +258,19 @@ def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], conf
     return dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=workers, desc="tokenize")
 
 
-def report_truncation(tokens: dict[str, Dataset], tokenizer: Any, config: DataConfig, notes: list[str]) -> None:
-    limit = min(config.max_length, tokenizer.model_max_length)
+def report_truncation(
+    tokens: dict[str, Dataset], limit: int, config: DataConfig, windows: Windows | None, notes: list[str]
+) -> None:
+    """Note the share of long texts, and what becomes of them."""
     if limit < config.max_length:
         notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
     for split, dataset in tokens.items():
         share = float(np.mean(dataset["truncated"]))
-        if share:
+        if windows:
+            counts = np.asarray(dataset["num_windows"])
+            notes.append(
+                f"{share:.1%} of the {split} texts are longer than {windows.max_length} tokens and are read in windows that "
+                f"share {windows.stride}: {counts.mean():.1f} a text, {counts.max()} at most"
+            )
+        elif share:
             notes.append(f"{share:.1%} of the {split} texts are longer than {limit} tokens and were cut (--max_length)")

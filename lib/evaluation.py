@@ -20,6 +20,7 @@ from lib.losses import PLAIN, Loss
 from lib.memory import halve, is_out_of_memory
 from lib.processes import agree_to_stop, any_process
 from lib.watchdog import beat
+from lib.windows import compute_logits
 
 METRICS = Path(__file__).parent / "metrics"
 AVERAGES = ("macro", "micro", "weighted")
@@ -124,9 +125,9 @@ def predict_table(
 
 def predict_batch(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, loss: Loss) -> torch.Tensor:
     """float32 (samples, classes + 2): logits, loss, and a one."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-    labels = batch.pop("labels")
-    logits = model(**batch).logits.float()
+    inputs = dict(batch)
+    labels = inputs.pop("labels").to(device, non_blocking=True)
+    logits = compute_logits(model, inputs, device)
     losses = loss(logits, labels)
     return torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
 

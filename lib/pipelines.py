@@ -1,16 +1,23 @@
 """The five tasks that a pipeline of transformers answers, each as a function from a batch of rows to their answers."""
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+from transformers import DataCollatorWithPadding
 from transformers.pipelines import PipelineException
 
+from lib.batching import cut
 from lib.config import UserError
 from lib.generation import answer, generate_settings, generating
 from lib.inference import Answer, Predict
 from lib.inputs import Row
 from lib.modeling import label_names
 from lib.predict_config import PredictConfig
+from lib.windows import Windows, check_windows, encode_windows, pool_logits, stored_windows
 
 
 def classify(config: PredictConfig, pipe: Any) -> Predict:
@@ -19,13 +26,16 @@ def classify(config: PredictConfig, pipe: Any) -> Predict:
     Instead of `probabilities`, `logits` where they were asked for, and `scores` of a regression.
     """
     names, problem = label_names(pipe.model), pipe.model.config.problem_type
-    apply = config.function_to_apply
+    apply, windows = config.function_to_apply, stored_windows(pipe.tokenizer)
     key = "logits" if apply == "none" else "scores" if apply is None and problem == "regression" else "probabilities"
 
     def predict(rows: list[Row]) -> list[Answer]:
         inputs = [dict(zip(("text", "text_pair"), row.texts, strict=False)) for row in rows]
-        settings = {"function_to_apply": apply} if apply else {}
-        outputs = pipe(inputs, batch_size=len(rows), top_k=None, truncation=True, **settings)
+        settings = {"top_k": None} | ({"function_to_apply": apply} if apply else {})
+        if windows:
+            outputs = read_windows(pipe, rows, windows, config.per_device_eval_batch_size, settings)
+        else:
+            outputs = pipe(inputs, batch_size=len(rows), truncation=True, **settings)
         return [shape([(item["label"], item["score"]) for item in output]) for output in outputs]
 
     def shape(ranked: list[tuple[str, float]]) -> Answer:
@@ -38,6 +48,26 @@ def classify(config: PredictConfig, pipe: Any) -> Predict:
         return chosen | {key: dict(ranked)}
 
     return predict
+
+
+@torch.inference_mode()
+def read_windows(pipe: Any, rows: list[Row], windows: Windows, batch_size: int, settings: dict[str, Any]) -> list[Any]:
+    """What the pipeline would give for texts of any length, from the mean logits of their windows.
+
+    Raises UserError for pairs, which the model was not trained on.
+    """
+    windows = dataclasses.replace(windows, max_length=pipe.tokenizer.model_max_length)
+    check_windows(pipe.tokenizer, windows, max(len(row.texts) for row in rows))
+    encoded = encode_windows(pipe.tokenizer, [row.texts[0] for row in rows], windows)
+    counts = encoded.pop("num_windows")
+    flat = {name: list(itertools.chain(*pieces)) for name, pieces in encoded.items()}
+    collator, found = DataCollatorWithPadding(pipe.tokenizer), []
+    for piece in cut(np.arange(sum(counts)), batch_size):
+        batch = collator([{name: values[i] for name, values in flat.items()} for i in piece])
+        found.append(pipe.model(**batch.to(pipe.device)).logits.float())
+    _, _, settings = pipe._sanitize_parameters(**settings)
+    logits = pool_logits(torch.cat(found), counts).cpu()
+    return [pipe.postprocess({"logits": row[None]}, **settings) for row in logits]
 
 
 def choose_label(config: PredictConfig, pipe: Any) -> Predict:

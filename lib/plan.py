@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lib.batching import Collator, Window, epoch_batches, padding_share, training_windows
+from lib.batching import Collator, Window, count_windows, epoch_batches, padding_share, training_windows
 from lib.config import UserError
 from lib.data import Data
 from lib.train_config import TrainingConfig
@@ -164,14 +164,14 @@ def all_windows(
 
 def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:
     """Share of padding among the positions of the first epoch's batches, by the way they are made and padded."""
-    lengths = data.lengths["train"]
+    lengths, limit = data.lengths["train"], data.max_length
     shares = {
         strategy: padding_share(
-            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple
+            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple, limit
         )
         for strategy in ("group_by_length", "random")
     }
-    return shares | {"pad_to_max_length": 1.0 - float(lengths.mean()) / data.max_length}
+    return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
 
 
 def step_indices(plan: Plan, config: TrainingConfig, lengths: np.ndarray, step: int) -> np.ndarray:

@@ -28,6 +28,7 @@ from lib.question_answering import build_reader
 from lib.run import run_precision
 from lib.tokens import CutTexts
 from lib.train_config import TrainConfig
+from lib.windows import stored_windows
 
 MODELS = {
     "feature-extraction": "AutoModel",
@@ -97,7 +98,9 @@ def load_model(config: PredictConfig, source: Source, device: torch.device) -> t
         getattr(model.config, "pad_token_id", None) is None
     ):  # a decoder that classifies looks for the last token before it
         model.config.pad_token_id = tokenizer.pad_token_id
-    asked = config.max_length or (source.data.max_length if source.data else None)
+    windows = stored_windows(tokenizer)
+    trained_with = source.data.max_length if source.data else windows.max_length if windows else None
+    asked = config.max_length or trained_with
     limits = [asked, tokenizer.model_max_length, longest_input(model)]
     tokenizer.model_max_length = min(limit for limit in limits if limit is not None)
     special = tokenizer.num_special_tokens_to_add()
@@ -124,7 +127,8 @@ def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: tor
 def count_cut(config: PredictConfig, model: Any, tokenizer: Any) -> CutTexts:
     """The count of texts that lose their end; of tasks that read a text in windows, or cut its beginning, none does."""
     task, settings = config.task, config.zero_shot
-    if task in ("question-answering", "ner", "text-generation"):
+    windowed = task == "sentiment-analysis" and stored_windows(tokenizer) is not None
+    if windowed or task in ("question-answering", "ner", "text-generation"):
         return CutTexts(tokenizer, lambda row: ())
     if task == "zero-shot-classification":
         hypothesis = settings.hypothesis_template.format(max(settings.candidate_labels, key=len))

@@ -24,6 +24,7 @@ from lib.processes import any_process, lowest, sum_gradients
 from lib.runtime import seed_everything
 from lib.train_config import OptimConfig
 from lib.watchdog import beat
+from lib.windows import compute_logits
 
 
 def optimizer_step(
@@ -146,7 +147,6 @@ def micro_batch_loss(
     model: nn.Module, micro_batch: dict[str, torch.Tensor], device: torch.device, loss: Loss
 ) -> torch.Tensor:
     """Summed weighted losses of the samples, in float32."""
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-    labels, weight = inputs.pop("labels"), inputs.pop("sample_weight")
-    logits = model(**inputs).logits.float()
-    return (loss(logits, labels) * weight).sum()
+    inputs = dict(micro_batch)
+    labels, weight = (inputs.pop(name).to(device, non_blocking=True) for name in ("labels", "sample_weight"))
+    return (loss(compute_logits(model, inputs, device), labels) * weight).sum()

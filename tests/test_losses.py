@@ -232,7 +232,7 @@ def test_a_weighted_step_is_the_weighted_mean_of_pytorch(
 
 OBJECTIVES = [
     "--loss focal --class_weights balanced",
-    "--loss ordinal",
+    "--loss ordinal --max_length 8 --window_stride 2",
     "--class_weights bad=4 mixed=0.5 --layerwise_lr_decay 0.5 --head_learning_rate 2e-2",
 ]
 
