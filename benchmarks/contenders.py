@@ -44,8 +44,9 @@ class Setting:
 
 
 Command = Callable[[Setting, int, Path], list[str]]
-HEAD_RATE = ["--lr", "1e-3", "--weight_decay", "0", "--warmup_steps", "300", "--max_grad_norm", "None"]
-"""The note's run as it was: its `--lr` never reached the optimizer, whose default was 1e-3 without decay."""
+HEAD_RATE = ["--lr", "1e-3", "--adam_epsilon", "1e-6", "--weight_decay", "0", "--warmup_steps", "300"]
+HEAD_RATE += ["--max_grad_norm", "None"]
+"""The note's run as it was: its `--lr` never reached the optimizer, which had these by default (recipes/sst5_head.yaml)."""
 FULL_RATE = ["--lr", "5e-5"]
 FIRST_STEP = ["--max_steps", "2", "--logging_steps", "1", "--max_eval_samples", "32"]
 """Two steps, as an evaluation follows the last one."""
