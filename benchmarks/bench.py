@@ -36,16 +36,16 @@ from benchmarks.comparison import (  # noqa: E402
     measure_rows,
     ratio_rows,
 )
-from benchmarks.contenders import RunFailed, Setting, run  # noqa: E402
+from benchmarks.contenders import RunFailed, Setting, devices, run  # noqa: E402
 
-NUMBERS: dict[str, tuple[int | None, str]] = {
-    "samples": (2000, "training samples [default: 2000]"),
-    "head_samples": (None, "of the rows head and accuracy [default: as --samples]"),
-    "eval_samples": (None, "of validation and test each [default: all]"),
+NUMBERS: dict[str, tuple[int, str]] = {
+    "samples": (1000, "training samples [default: 1000]"),
+    "head_samples": (2000, "of the rows head and accuracy [default: 2000]"),
+    "eval_samples": (300, "of validation and test each [default: 300]"),
     "epochs": (1, "of full fine-tuning [default: 1]"),
     "head_epochs": (20, "of the head alone [default: 20]"),
     "repeats": (3, "runs of each contender [default: 3]"),
-    "head_repeats": (None, "of the head alone [default: as --repeats]"),
+    "head_repeats": (2, "of the head alone [default: 2]"),
     "batch_size": (32, "in training [default: 32]"),
 }
 ARTEFACTS = ("results.json", "RESULTS.md", "speed.png")
@@ -57,12 +57,12 @@ class Part:
 
     kind: str
     rows: list[str]
-    samples: int | None
+    samples: int
     epochs: int
     repeats: int
 
     def folder(self, options: argparse.Namespace) -> Path:
-        return options.folder.resolve() / f"{options.device}-{self.samples or 'all'}-{options.eval_samples or 'all'}"
+        return options.folder.resolve() / f"{options.device}-{self.samples}-{options.eval_samples}"
 
     @property
     def contenders(self) -> list[str]:
@@ -80,7 +80,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     full = [row for row in options.only if row not in ONCE_PER_HEAD]
     parts = [
         Part("full", full, options.samples, options.epochs, options.repeats),
-        Part("head", head, options.head_samples or options.samples, options.head_epochs, options.head_repeats),
+        Part("head", head, options.head_samples, options.head_epochs, options.head_repeats),
     ]
     return [part for part in parts if part.rows]
 
@@ -91,13 +91,11 @@ def make_materials(part: Part, options: argparse.Namespace) -> dict[str, Any]:
     path = folder / "materials.json"
     if not (options.resume and path.exists()):
         command = [sys.executable, str(ROOT / "benchmarks" / "materials.py"), "--folder", str(folder)]
-        command += ["--batch_size", str(options.batch_size)]
-        for flag, value in (("--samples", part.samples), ("--eval_samples", options.eval_samples)):
-            command += [] if value is None else [flag, str(value)]
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
-        done = subprocess.run(command, env=os.environ | hidden, capture_output=True, text=True)
+        command += ["--batch_size", str(options.batch_size), "--device", options.device]
+        command += ["--samples", str(part.samples), "--eval_samples", str(options.eval_samples)]
+        done = subprocess.run(command, env=os.environ | devices(options.device), capture_output=True, text=True)
         if done.returncode:
-            raise RunFailed(done.stderr)
+            raise RunFailed(done.stderr.strip().removeprefix("error: "))
     return json.loads(path.read_text())
 
 
@@ -151,6 +149,7 @@ def report(runs: list[dict[str, Any]], materials: dict[str, dict[str, Any]], opt
     flops = {kind: material["forward_flops"] for kind, material in materials.items()}
     text = "\n\n".join(
         [
+            "# Speed\n\n![times faster than each peer](speed.png)",
             f"`{command_line()}`\n\n{describe(machine, rates, materials, options)}",
             markdown(ratio_rows(outcomes, words)),
             markdown(measure_rows(runs, flops, max(rates.values()))),
@@ -220,8 +219,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.quick:
         options.samples = options.head_samples = 64
-        options.eval_samples, options.head_epochs, options.repeats = 32, 2, 1
-    options.head_repeats = options.head_repeats or options.repeats
+        options.eval_samples, options.head_epochs, options.repeats, options.head_repeats = 32, 2, 1, 1
     return options
 
 

@@ -124,7 +124,7 @@ def main() -> None:
     set_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     raw = load_dataset("json", data_files={split: f"{options.data}/{split}.jsonl" for split in SPLITS})
-    classes = len(set(raw["train"]["label"]))
+    classes = max(raw["train"]["label"]) + 1
     model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=classes)
     loaders = build_loaders(raw, options, tokenizer, measures)
     if options.score:

@@ -90,8 +90,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="samples of the train split [default: all]")
     parser.add_argument("--eval_samples", type=int, help="samples of the other splits [default: all]")
     parser.add_argument("--batch_size", type=int, default=32, help="for the shape of the products that are timed")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: PyTorch sees no GPU")
+    device = torch.device(options.device)
     texts = write_data(options.folder / "data", options.samples, options.eval_samples)
     model = write_model(options.folder / "model", str(minilm_folder()), device)
     tokenizer = AutoTokenizer.from_pretrained(options.folder / "model")

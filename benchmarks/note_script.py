@@ -8,7 +8,7 @@ label_text. What was repaired, and why:
 - model and data are folders, not names on the Hub; the body is `base_model`, not `roberta`, as it may be another one
 - the device is the first GPU or the CPU; the options have types; `copy` is imported
 - `transformers.AdamW` is gone: PyTorch's, with the settings the old one had when called with the parameters alone, as
-  the note does (learning rate 1e-3, no decay); the note's own `--lr` never reached it, and does not here
+  the note does (learning rate 1e-3, epsilon 1e-6, no decay); the note's own `--lr` never reached it, and does not here
 - `evaluate.load("accuracy")` asks the Hub: the module of lib/metrics instead
 
 All else is the note's: the frozen body runs anew in every epoch, its dropout on; batches are random and padded to their
@@ -64,7 +64,7 @@ class Classifier:
             )
             for split in files
         }
-        self.optimizer = AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.0)
+        self.optimizer = AdamW(self.model.parameters(), lr=1e-3, eps=1e-6, weight_decay=0.0)
         for parameter in self.model.base_model.parameters():
             parameter.requires_grad = False
         steps = opt.epoch * len(self.loaders["train"])

@@ -265,7 +265,7 @@ def test_peers_and_ours_take_turns_and_what_is_finished_is_not_repeated(command,
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in results["rows"]] == ["manual", "trainer"]
     assert len(results["runs"]) == 6
-    assert (tmp_path / "RESULTS.md").read_text().startswith("`python benchmarks/bench.py --folder")
+    assert (tmp_path / "RESULTS.md").read_text().startswith("# Speed")
 
 
 def test_every_row_names_contenders_that_are_there():
