@@ -24,7 +24,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     freezing    config                                   parts that are not trained
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides
     sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean    data sets as stored
-    data        batching config labels sources           data sets as trained on
+    token_cache  endpoint                                token ids of earlier runs
+    data        batching config labels sources token_cache   data sets as trained on
     plan        batching config data train_config    the plan of a run, its state, its batches
     losses      config data train_config                 a loss per sample, and how much each counts
     training    batching data losses memory optim plan processes runtime train_config watchdog

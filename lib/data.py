@@ -12,6 +12,7 @@ from lib.batching import permutation
 from lib.config import DataConfig, UserError
 from lib.labels import encode_labels
 from lib.sources import ROLES, catalog_source, dataset_name, load_raw
+from lib.token_cache import cache_file, tokens_key
 
 TEXT_GUESSES = (
     ("sentence1", "sentence2"),
@@ -89,7 +90,7 @@ def load_data(
     labelled = {split: take(labelled[split], split, config) for split in splits if split in labelled}
     report_overlap(labelled, text_columns, notes)
     tokens = {split: tokenize(dataset, tokenizer, text_columns, config) for split, dataset in labelled.items()}
-    lengths = {split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()}
+    lengths = {split: np.asarray(dataset["length"][:], dtype=np.int64) for split, dataset in tokens.items()}
     report_truncation(tokens, tokenizer, config, notes)
     return Data(
         name=dataset_name(config),
@@ -175,7 +176,7 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
             raise UserError(
                 f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
             )
-        missing = [i for i, text in enumerate(dataset[column]) if text is None]
+        missing = [i for i, text in enumerate(dataset[column][:]) if text is None]
         if missing:
             raise UserError(
                 f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
@@ -216,9 +217,9 @@ def report_overlap(splits: dict[str, Dataset], text_columns: Sequence[str], note
     """Note how many texts of the other splits are in train as well: scores on them say little."""
     if "train" not in splits:
         return
-    seen = set(zip(*(splits["train"][column] for column in text_columns), strict=True))
+    seen = set(zip(*(splits["train"][column][:] for column in text_columns), strict=True))
     for split, dataset in splits.items():
-        texts = zip(*(dataset[column] for column in text_columns), strict=True)
+        texts = zip(*(dataset[column][:] for column in text_columns), strict=True)
         count = sum(text in seen for text in texts) if split != "train" else 0
         if count:
             notes.append(f"warning: {count} of {len(dataset)} {split} texts are in train as well")
@@ -241,8 +242,16 @@ def tokenize(dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], conf
             encoded["token_type_ids"] = batch["token_type_ids"]
         return encoded
 
-    workers = config.preprocessing_num_workers
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=workers, desc="tokenize")
+    key = tokens_key(dataset, tokenizer, text_columns, limit)
+    return dataset.map(
+        encode,
+        batched=True,
+        remove_columns=dataset.column_names,
+        num_proc=config.preprocessing_num_workers,
+        desc="tokenize",
+        new_fingerprint=key,
+        cache_file_name=cache_file(key),
+    )
 
 
 def report_truncation(tokens: dict[str, Dataset], tokenizer: Any, config: DataConfig, notes: list[str]) -> None:
@@ -250,6 +259,6 @@ def report_truncation(tokens: dict[str, Dataset], tokenizer: Any, config: DataCo
     if limit < config.max_length:
         notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
     for split, dataset in tokens.items():
-        share = float(np.mean(dataset["truncated"]))
+        share = float(np.mean(dataset["truncated"][:]))
         if share:
             notes.append(f"{share:.1%} of the {split} texts are longer than {limit} tokens and were cut (--max_length)")
