@@ -28,8 +28,9 @@ Who imports whom, asserted by tests/test_architecture.py:
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides problems
     sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean problems       data sets as stored
     windows     config                                   long texts in pieces, their logits pooled
+    token_cache  endpoint windows                        token ids of earlier runs
     columns     config sources                           which splits and columns are meant
-    data        batching columns config problems sources targets windows                 data sets as trained on
+    data        batching columns config problems sources targets token_cache windows     data sets as trained on
     plan        batching config data problems train_config    the plan of a run, its state, its batches
     predictions  problems                                what a model says of a split
     scores      config predictions problems              metrics

@@ -14,6 +14,7 @@ from lib.config import DataConfig, UserError
 from lib.problems import CLASSIFICATION, REGRESSION
 from lib.sources import ROLES, dataset_name, load_raw
 from lib.targets import encode_targets
+from lib.token_cache import cache_file, tokens_key
 from lib.windows import Windows, choose_windows, encode_windows
 
 
@@ -91,7 +92,7 @@ def load_data(
         name=dataset_name(config),
         texts={split: dataset.select_columns(list(text_columns)) for split, dataset in labelled.items()},
         tokens={split: dataset.remove_columns(["length", "truncated"]) for split, dataset in tokens.items()},
-        lengths={split: np.asarray(dataset["length"], dtype=np.int64) for split, dataset in tokens.items()},
+        lengths={split: np.asarray(dataset["length"][:], dtype=np.int64) for split, dataset in tokens.items()},
         label_names=names,
         text_columns=tuple(text_columns),
         notes=notes,
@@ -135,9 +136,9 @@ def report_overlap(splits: dict[str, Dataset], text_columns: Sequence[str], note
     """Note how many texts of the other splits are in train as well: scores on them say little."""
     if "train" not in splits:
         return
-    seen = set(zip(*(splits["train"][column] for column in text_columns), strict=True))
+    seen = set(zip(*(splits["train"][column][:] for column in text_columns), strict=True))
     for split, dataset in splits.items():
-        texts = zip(*(dataset[column] for column in text_columns), strict=True)
+        texts = zip(*(dataset[column][:] for column in text_columns), strict=True)
         count = sum(text in seen for text in texts) if split != "train" else 0
         if count:
             notes.append(f"warning: {count} of {len(dataset)} {split} texts are in train as well")
@@ -168,8 +169,16 @@ def tokenize(
             encoded["token_type_ids"] = batch["token_type_ids"]
         return encoded
 
-    workers = config.preprocessing_num_workers
-    return dataset.map(encode, batched=True, remove_columns=dataset.column_names, num_proc=workers, desc="tokenize")
+    key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
+    return dataset.map(
+        encode,
+        batched=True,
+        remove_columns=dataset.column_names,
+        num_proc=config.preprocessing_num_workers,
+        desc="tokenize",
+        new_fingerprint=key,
+        cache_file_name=cache_file(key),
+    )
 
 
 def report_truncation(
@@ -179,9 +188,9 @@ def report_truncation(
     if limit < config.max_length:
         notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
     for split, dataset in tokens.items():
-        share = float(np.mean(dataset["truncated"]))
+        share = float(np.mean(dataset["truncated"][:]))
         if windows:
-            counts = np.asarray(dataset["num_windows"])
+            counts = np.asarray(dataset["num_windows"][:])
             notes.append(
                 f"{share:.1%} of the {split} texts are longer than {windows.max_length} tokens and are read in windows that "
                 f"share {windows.stride}: {counts.mean():.1f} a text, {counts.max()} at most"

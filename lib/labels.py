@@ -68,7 +68,7 @@ def read_labels(dataset: Dataset, column: str) -> Labels:
     Whole numbers stored as floats, as readers of csv files with gaps make them, become integers. Raises UserError for
     real numbers and for lists, which are problems of their own (targets.py).
     """
-    feature, labels = dataset.features[column], list(dataset[column])
+    feature, labels = dataset.features[column], dataset[column][:]
     if isinstance(feature, ClassLabel):
         return [feature.names[label] if is_label(label) else None for label in labels]
     if any(isinstance(label, list | dict) for label in labels):

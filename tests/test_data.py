@@ -9,11 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lib.config import DataConfig, UserError
+from lib.config import DataConfig, ModelConfig, UserError
 from lib.data import Data, load_data
 from lib.labels import label_counts
+from lib.modeling import load_tokenizer
 from lib.sources import dataset_name, default_metrics
-from tests.conftest import sentences, write_csv
+from tests.conftest import ROOT, Command, sentences, write_csv
 
 Row = Sequence[str]
 Load = Callable[..., Data]
@@ -390,3 +391,66 @@ def test_the_fingerprint_changes_with_a_token_a_label_a_name_a_row_or_the_order(
 def test_data_have_a_short_name_and_usual_metrics(config: DataConfig, name: str, metrics: tuple[str, ...]) -> None:
     assert dataset_name(config) == name
     assert default_metrics(config) == metrics
+
+
+# ---------------------------------------------------------------------------------------------------- cached token ids
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Numbers of texts that tokenizers were given, call by call; the cache is empty at first."""
+    from transformers import PreTrainedTokenizerFast
+
+    counts: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, texts: Any, *arguments: Any, **settings: Any) -> Any:
+        counts.append(len(texts))
+        return call(self, texts, *arguments, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return counts
+
+
+def test_a_second_start_does_not_tokenise_again(roberta: Path, tokenised: list[int]) -> None:
+    def start(**settings: Any) -> Data:
+        config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10, **settings)
+        return load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
+
+    first = start()
+    assert sum(tokenised) == 60
+    tokenised.clear()
+    second = start()
+    assert not tokenised
+    assert second.fingerprint() == first.fingerprint()
+    assert start(max_length=5).lengths["train"].max() <= 5
+    assert sum(tokenised) == 60
+
+
+def test_token_ids_have_one_key_in_every_process(run: Command, roberta: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from datasets import Dataset\n"
+        "from lib.config import ModelConfig\n"
+        "from lib.token_cache import tokens_key\n"
+        "from lib.modeling import load_tokenizer\n"
+        "rows = Dataset.from_dict({'text': ['a film', 'the plot'], 'labels': [0, 1]})\n"
+        "print(tokens_key(rows, load_tokenizer(ModelConfig(model=sys.argv[1])), ['text'], 9, None))\n"
+    )
+    keys = {
+        run(script, roberta, env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}).stdout.split()[-1]
+        for seed in (1, 2)
+    }
+    assert len(keys) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    roberta: Path, tokenised: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lib.token_cache.datasets_cache", lambda: tmp_path / "file")
+    config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10)
+    load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
+    assert sum(tokenised) == 60
