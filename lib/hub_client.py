@@ -130,7 +130,9 @@ def explain(error: Exception, repo: Repo, revision: str, endpoint: str, limit: f
     server, status = f"the Hub at {redact(endpoint)}", getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, TimeoutError | httpx2.TimeoutException):
         return Fault("silent", f"{server} did not answer within {limit:g} seconds (--hub_timeout)")
-    if isinstance(error, httpx2.ProxyError | ImportError) and (proxy := proxy_of(endpoint)):
+    if isinstance(error, ImportError) and "socks" in str(error).lower():
+        return Fault("socks", "a socks5:// proxy is set, for which a package is missing")
+    if isinstance(error, httpx2.ProxyError) and (proxy := proxy_of(endpoint)):
         return Fault("proxy", f"the proxy {proxy} on the way to {redact(endpoint)} does not serve: {first_line(error)}")
     if isinstance(error, httpx2.ConnectError):
         return explain_connect(error, server, proxy_of(endpoint))

@@ -22,6 +22,12 @@ MIRRORS = ("https://hf-mirror.com",)
 """Mirrors that follow the Hub's own interface, names of contents included."""
 
 
+NOT_OF_THE_HUB = {
+    *("gated", "unauthorized", "forbidden", "unknown", "revision"),
+    *("offline", "disk", "proxy", "socks"),
+}
+"""Kinds of faults that a mirror has as well."""
+
 Settings = TrainConfig | EvalConfig | PredictConfig
 
 
@@ -241,13 +247,15 @@ def mending(need: Need, endpoint: str, kind: str) -> list[tuple[str, str]]:
         lines += [] if is_official(endpoint) else [("--send_token_to_mirror True", "a mirror gets no token otherwise")]
     if kind == "disk":
         lines.append(("export HF_HUB_CACHE=FOLDER", "one that you can write, on a disk with room"))
-    if kind == "proxy":
+    if kind == "socks":
+        lines.append(("pip install socksio", "what a proxy socks5://... needs"))
+    if kind in ("proxy", "socks"):
         lines.append(
             ("unset https_proxy http_proxy all_proxy", "if the Hub can be reached without; else mend the address")
         )
     if kind == "foreign":
         lines.append(("export https_proxy=http://HOST:PORT", "or log in to the network in a browser"))
-    if is_official(endpoint) and kind not in ("gated", "unauthorized", "forbidden", "unknown", "revision"):
+    if is_official(endpoint) and kind not in NOT_OF_THE_HUB:
         lines.append((f"--hub_endpoint {MIRRORS[0]}", "a mirror of the Hub"))
     return lines
 

@@ -81,7 +81,11 @@ def quieten() -> None:
 
 def load_movie_reviews(kind: str) -> dict[str, Dataset]:
     """The embedded ratings as five classes, as two (ratings of exactly 0 left out), or as they are."""
-    rows = embedded.movie_reviews(Path(cached_assets_path("movie_reviews", "vaderSentiment", embedded.VADER_VERSION)))
+    try:
+        folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", embedded.VADER_VERSION))
+    except OSError as error:
+        raise UserError(f"--dataset movie_reviews: {error}; set HF_ASSETS_CACHE to a folder you can write") from error
+    rows = embedded.movie_reviews(folder)
     if kind == "five":
         label: Any = ClassLabel(names=list(embedded.FIVE_NAMES))
         labelled = [(text, embedded.five_label(rating)) for text, rating in rows]
