@@ -62,7 +62,7 @@ def main(config: TrainConfig) -> None:
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = run.open_run(accelerator, config, folder, settings)
-    run.introduce(accelerator, config, data, model, plan, settings, weights)
+    run.introduce(accelerator, config, data, plan, settings, weights)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
@@ -109,7 +109,7 @@ def main(config: TrainConfig) -> None:
     restore_model(accelerator, model, folder / "model", state)
     split = "test" if "test" in data.tokens else "validation"
     scores, predictions = evaluate(split, batch_size=state.eval_batch_size)
-    results = run.build_results(accelerator, config, state, data, model, split, scores)
+    results = run.build_results(accelerator, state, settings, split, scores)
     run_log.finish(results, predictions, data, split)
     run.end_run(accelerator, folder, split, scores, metrics, predictions, data, settings, results)
     finish(accelerator, model, optimizer)

@@ -4,8 +4,8 @@ import json
 import logging
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
@@ -58,10 +58,12 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
         return
     if asked := offline_asked():
         raise UserError(f"{need} --source modelscope: not on this machine yet, and {asked} forbids to ask for it")
-    snapshot_download, names = package(), ask_modelscope(need, limit)
+    if find_spec("modelscope") is None:
+        raise UserError('--source modelscope needs its package; run: pip install -e ".[modelscope]"')
+    names = ask_modelscope(need, limit)  # before the package is imported, which takes seconds
     wanted = model_files(names, need.allow_pickle, need.code)
     print(f"fetching {need} from {modelscope_endpoint()}", file=sys.stderr, flush=True)
-    folder = download_snapshot(need, wanted, snapshot_download)
+    folder = download_snapshot(need, wanted)
     files = list_files(folder, folder.resolve())
     used = {name: files[name] for name in model_files(files, need.allow_pickle, need.code)}
     faults = [f"{name} {fault}" for name, path in used.items() if (fault := damage(path, name))]
@@ -83,16 +85,6 @@ def compare_with_record(need: Need, record: dict) -> None:
     folder = Path(record["folder"])
     if other := [name for name, digest in record["files"].items() if sha256(folder / name) != digest]:
         raise UserError(f"{need} --source modelscope: altered since it was brought: {', '.join(other)}. See {folder}")
-
-
-def package() -> Any:
-    """The package's own download. Raises UserError when it is not installed."""
-    try:
-        from modelscope.hub.snapshot_download import snapshot_download
-    except ImportError as error:
-        raise UserError('--source modelscope needs its package; run: pip install -e ".[modelscope]"') from error
-    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
-    return snapshot_download
 
 
 def ask_modelscope(need: Need, limit: float) -> list[str]:
@@ -125,7 +117,7 @@ def ask_modelscope(need: Need, limit: float) -> list[str]:
     )
 
 
-def download_snapshot(need: Need, wanted: list[str], snapshot_download: Any) -> Path:
+def download_snapshot(need: Need, wanted: list[str]) -> Path:
     """The package's own download into its own cache, given up when nothing has come for STALL_SECONDS."""
     cache, started = modelscope_cache(), time.time()
 
@@ -137,6 +129,9 @@ def download_snapshot(need: Need, wanted: list[str], snapshot_download: Any) -> 
         return time.time() - newest > STALL_SECONDS
 
     def work() -> Path:
+        from modelscope.hub.snapshot_download import snapshot_download
+
+        logging.getLogger("modelscope_hub").setLevel(logging.ERROR)
         return Path(snapshot_download(need.repo.repo_id, revision=need.revision, allow_patterns=wanted))
 
     try:

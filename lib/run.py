@@ -26,6 +26,12 @@ from lib.runtime import describe_devices, peak_memory_gib, run_record
 from lib.sources import dataset_name, default_metrics
 from lib.train_config import TrainConfig
 
+ORIGIN = (
+    *("run/data_fingerprint", "run/trainable_parameters", "run/parameters"),
+    *("run/model_source", "run/model_commit", "run/model_sha256"),
+)
+"""Facts about data and model that results repeat."""
+
 
 def run_name(config: TrainConfig) -> str:
     """The name given, or one that tells model, data, method, learning rate, batch size, epochs and seed."""
@@ -127,13 +133,12 @@ def describe_run(
     accelerator: Accelerator,
     config: TrainConfig,
     data: Data,
-    model: nn.Module,
     plan: Plan,
     settings: dict[str, Any],
     weights: Weights,
 ) -> str:
     """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
-    trainable, total = count_parameters(model)
+    trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     counts = label_counts(data.tokens["train"]["labels"], len(data.label_names))
     labels = ", ".join(f"{name} {count:,}" for name, count in zip(data.label_names[:20], counts, strict=False))
@@ -176,13 +181,7 @@ def describe_scores(heading: str, scores: dict[str, float]) -> str:
 
 
 def build_results(
-    accelerator: Accelerator,
-    config: TrainConfig,
-    state: State,
-    data: Data,
-    model: nn.Module,
-    split: str,
-    scores: dict[str, float],
+    accelerator: Accelerator, state: State, settings: dict[str, Any], split: str, scores: dict[str, float]
 ) -> dict[str, Any]:
     """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
     by_split = {"validation": state.best_scores, split: scores}
@@ -197,10 +196,7 @@ def build_results(
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": describe_devices(accelerator)[0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
-        "run/data_fingerprint": data.fingerprint(),
-        "run/trainable_parameters": count_parameters(model)[0],
-        "run/parameters": count_parameters(model)[1],
-        **{f"run/{key}": value for key, value in model_origin(config.model).items()},
+        **{name: settings[name] for name in ORIGIN if name in settings},
     }
 
 

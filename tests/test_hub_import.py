@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from transformers import AutoModel, AutoTokenizer
 
+from lib import load_check
 from lib.archives import opened
 from lib.config import UserError
 from lib.hub_cache import Repo, find_snapshot, snapshot_files, verify_repo
@@ -158,13 +159,31 @@ def test_the_command_line_ends_with_a_load_in_a_fresh_process_and_hf_keeps_the_e
     assert "user/tiny: model.safetensors is damaged" in done.stdout
 
 
-def test_what_does_not_load_is_not_kept(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_what_does_not_load_is_not_kept(
+    roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        """What the fresh process does, without the seconds that it takes to start."""
+        assert (command[1], env["HF_HUB_OFFLINE"]) == ("-c", "1")
+        with monkeypatch.context() as patch:
+            patch.setattr(constants, "HF_HUB_CACHE", env["HF_HUB_CACHE"])
+            patch.setattr(sys, "argv", command[2:])
+            try:
+                exec(command[2], {})
+            except Exception as error:
+                return subprocess.CompletedProcess(command, 1, "", str(error))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(load_check.subprocess, "run", in_this_process)
     given = browser(roberta, tmp_path / "given")
     config = json.loads((given / "config.json").read_text())
     (given / "config.json").write_text(json.dumps(config | {"hidden_size": 24}))
     with pytest.raises(UserError, match=r"user/tiny does not load from these files, nothing was changed: "):
         take(given, load_check=True)
     assert everything(cache) == {}
+    (given / "config.json").write_text(json.dumps(config))
+    take(given, load_check=True)
+    assert find_snapshot(REPO) is not None
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
