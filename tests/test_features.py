@@ -1,7 +1,9 @@
 """Training on what a frozen part gave once equals training through it, whatever the architecture."""
 
 import dataclasses
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,9 +22,11 @@ from lib.checkpoint import list_checkpoints
 from lib.config import DataConfig, ModelConfig
 from lib.data import load_data
 from lib.evaluation import evaluate_split
+from lib.feature_cache import load_features, remove_unused, save_features
 from lib.features import cache_features
 from lib.freezing import set_train_mode
 from lib.losses import build_objective
+from lib.manifest import find_damage
 from lib.modeling import build_model, load_tokenizer
 from lib.optim import build_optimizer, build_scheduler
 from lib.plan import State, all_windows, build_plan
@@ -48,9 +53,10 @@ LAYERED = ["bert", "roberta", "distilbert", "electra", "modernbert", "llama"]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(features, "cache_folder", lambda: tmp_path / "features")
-    return tmp_path / "features"
+    yield tmp_path / "features"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def settings(model: Path, tmp_path: Path, freeze: str, **training: Any) -> TrainConfig:
@@ -67,6 +73,7 @@ def settings(model: Path, tmp_path: Path, freeze: str, **training: Any) -> Train
 
 def train(config: TrainConfig) -> SimpleNamespace:
     """The steps of train.py: what was lost and learnt, and the model."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer)
@@ -137,6 +144,85 @@ def test_training_the_upper_layers_on_what_the_lower_gave_once_equals_training_t
     cached, note = compare(settings(any_classifier(name, tmp_path / "model", 3), tmp_path, "2"), capsys)
     assert cached.is_cached, note
     assert cached.runs == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze", "reason"),
+    [
+        ("bart", "backbone", "more than one vector"),  # looks for the end token among the tokens
+        ("gpt2", "2", "random numbers"),  # the dropout of its embeddings has no parameter, and is on
+        ("deberta", "2", "something below it is trained"),  # positions that all layers share
+    ],
+)
+def test_what_cannot_be_given_back_runs_in_every_step_and_it_is_said(name, freeze, reason, tmp_path, capsys):
+    model = any_classifier(name, tmp_path / "model", 3)
+    plain = train(settings(model, tmp_path, freeze, no_cache_features=True))
+    cached = train(settings(model, tmp_path, freeze))
+    assert not cached.is_cached
+    assert cached.runs[0] > plain.runs[0] / 2
+    assert torch.equal(cached.losses, plain.losses)
+    assert reason in capsys.readouterr().out
+
+
+def test_features_larger_than_the_budget_are_not_kept(tmp_path, capsys, folder):
+    cached = train(settings(any_classifier("bert", tmp_path / "model"), tmp_path, "1", feature_cache_gib=1e-6))
+    assert not cached.is_cached
+    assert "--feature_cache_gib allows 1e-06" in capsys.readouterr().out
+    assert not folder.exists()
+
+
+def test_a_damaged_file_is_noticed_and_made_again(tmp_path, capsys, folder):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
+    first = train(config)
+    capsys.readouterr()
+    files = sorted(folder.glob("*/features.safetensors"), key=lambda path: path.stat().st_size)
+    assert len(files) == 3
+    content = bytearray(files[-1].read_bytes())
+    content[-3] ^= 1
+    files[-1].write_bytes(content)
+    again = train(config)
+    said = capsys.readouterr().out
+    assert "train computed instead of damaged ones (features.safetensors was changed" in said
+    assert "validation found, test found" in said
+    assert torch.equal(first.losses, again.losses)
+    assert find_damage(files[-1].parent) is None
+
+
+def test_other_weights_tokens_and_precision_have_other_features(tmp_path, folder):
+    model = any_classifier("bert", tmp_path / "model")
+    config = settings(model, tmp_path, "backbone")
+    for count, other in enumerate(
+        [
+            config,
+            dataclasses.replace(config, training=dataclasses.replace(config.training, seed=1, train_batch_size=5)),
+            dataclasses.replace(config, mixed_precision="bf16"),
+            dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=6)),
+            settings(any_classifier("roberta", tmp_path / "other"), tmp_path, "backbone"),
+        ]
+    ):
+        assert train(other).is_cached
+        assert len(list(folder.glob("*/features.safetensors"))) == 3 * max(1, count)
+
+
+def test_bf16_features_are_kept_as_bf16_and_give_the_losses_of_bf16(tmp_path, folder):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
+    config = dataclasses.replace(config, mixed_precision="bf16")
+    plain = train(dataclasses.replace(config, training=dataclasses.replace(config.training, no_cache_features=True)))
+    cached = train(config)
+    assert cached.is_cached
+    kinds = {load_file(path)["features"].dtype for path in folder.glob("*/features.safetensors")}
+    assert kinds == {torch.bfloat16}
+    torch.testing.assert_close(cached.losses, plain.losses, atol=2e-2, rtol=2e-2)
+
+
+def test_the_least_recently_used_features_go_first(tmp_path):
+    for age, name in enumerate("abcd"):
+        assert save_features(tmp_path / name, torch.zeros(1000), {}, 1e9) is None
+        os.utime(tmp_path / name / "manifest.json", (1000 - age, 1000 - age))
+    assert load_features(tmp_path / "d", (1000,), torch.float32) is not None  # used now
+    assert load_features(tmp_path / "d", (999,), torch.float32) is None
+    remove_unused(tmp_path, 10_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]
 
 
 def launch(
