@@ -205,7 +205,10 @@ def seed_everything(*key: int) -> None:
     Dropout takes (seed, step, micro-batch, process); a resumed run therefore needs no saved generator, and an extra
     evaluation changes nothing.
     """
-    torch.manual_seed(mix(*key))
+    if torch.accelerator.is_available():
+        torch.manual_seed(mix(*key))
+    else:  # where there is none, `torch.manual_seed` notes the stack each time, for devices that may come
+        torch.default_generator.manual_seed(mix(*key))
 
 
 def mix(*key: int) -> int:

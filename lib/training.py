@@ -53,7 +53,8 @@ def optimizer_step(
     state.learning_rate = learning_rate(optimizer)
     loss_sum = fit_gradients(accelerator, model, optimizer, loss, window, seed, state)
     sum_gradients(accelerator, model)
-    norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
     skip_unless_finite(accelerator, optimizer, norm)
     optimizer.step()
     if accelerator.optimizer_step_was_skipped:
