@@ -163,7 +163,7 @@ def split_micro_batches(window: Window, size: int | None) -> list[dict[str, torc
         return window.micro_batches
     pieces = []
     for micro_batch in window.micro_batches:
-        counts = micro_batch.get("num_windows", torch.ones_like(micro_batch["labels"]))
+        counts = micro_batch.get("num_windows", torch.ones(len(micro_batch["labels"]), dtype=torch.int64))
         windows = [int(piece.sum()) for piece in counts.split(size)]
         cuts = {n: tensor.split(size if n in PER_SAMPLE else windows) for n, tensor in micro_batch.items()}
         pieces += [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]

@@ -154,6 +154,11 @@ def test_cut_micro_batches_hold_every_sample_once_in_order():
     assert split_micro_batches(Window(micro, 7, 7.0), None) is micro
 
 
+def test_micro_batches_with_several_labels_a_sample_are_cut_as_well():
+    micro = [{"labels": torch.zeros(5, 3), "input_ids": torch.arange(10).view(5, 2)}]
+    assert [len(piece["input_ids"]) for piece in split_micro_batches(Window(micro, 5, 5.0), 2)] == [2, 2, 1]
+
+
 def test_halving_goes_down_to_one():
     sizes = [13]
     while sizes[-1] > 1:
