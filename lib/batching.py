@@ -148,7 +148,7 @@ def build_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=[piece.tolist() for piece in pieces],
+        batch_sampler=(piece.tolist() for piece in pieces),
         collate_fn=collator,
         num_workers=num_workers,
         worker_init_fn=quiet_worker,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Value
 
 from lib.config import DataConfig, UserError
@@ -119,8 +120,9 @@ def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], lab
             raise UserError(
                 f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
             )
-        missing = [i for i, text in enumerate(dataset[column]) if text is None]
-        if missing:
+        texts = dataset.select_columns([column]).with_format("arrow")[:][column]
+        missing = np.flatnonzero(texts.is_null())
+        if len(missing):
             raise UserError(
                 f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
             )

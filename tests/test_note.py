@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 import predict
-from lib.cli import parse_cli
+from lib.cli import parse_cli, parse_command, save_config
+from lib.data import load_data
+from lib.eval_config import EvalConfig
+from lib.hub_config import COMMANDS as HUB
+from lib.modeling import build_model, describe_weights, load_tokenizer
+from lib.plan import padding_shares
 from lib.predict_config import PredictConfig
 from lib.predictions import Predictions
 from lib.scores import compute_metrics
+from lib.train_config import TrainConfig
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 
@@ -29,6 +35,13 @@ STAND_INS = {
     "facebook/bart-large-mnli": "entailer",
 }
 REVIEWS = sentences(17)
+SECTIONS = (
+    *("pipeline", "AutoTokenizer", "AutoModel", "Config", "Dynamic padding", "Trainer", "evaluate"),
+    *("The complete script", "Adapter", "Mirrors, local folders, the cache"),
+)
+TRAININGS = re.findall(r"accelerate launch train\.py( [^`|\n]+)", NOTE)
+SCORINGS = re.findall(r"accelerate launch eval\.py( [^`|\n]+)", NOTE)
+HUB_COMMANDS = re.findall(r"python hub\.py ([^`|\n]+)", NOTE)
 
 
 def flags_of(command: str) -> list[str]:
@@ -52,6 +65,59 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(place)
     return place
+
+
+def test_each_section_of_the_note_has_a_table_with_a_command():
+    parts = dict(part.split("\n", 1) for part in NOTE.split("\n## ")[1:])
+    assert set(SECTIONS) <= set(parts)
+    for name in SECTIONS:
+        assert re.search(r"^\|.*`[^`]*(\.py|evaluate\.)[^`]*`", parts[name], re.MULTILINE), name
+
+
+@pytest.mark.parametrize("flags", TRAININGS)
+def test_a_training_command_of_the_page_is_understood(flags, monkeypatch):
+    """That it trains is tested where its options are; here, that no name on the page is stale."""
+    monkeypatch.chdir(ROOT)
+    config = parse_cli(TrainConfig, shlex.split(flags))
+    assert config != TrainConfig()
+    if config.model.config_overrides:
+        names = ["a", "b"]
+        model, weights = build_model(config.model, names, load_tokenizer(config.model))
+        assert (
+            dict(change.split("=") for change in config.model.config_overrides).items()
+            <= {name: str(value) for name, value in model.config.to_dict().items()}.items()
+        )
+        assert bool(weights.dropped) != config.model.from_scratch
+
+
+@pytest.mark.parametrize("flags", SCORINGS)
+def test_a_scoring_command_of_the_page_is_understood(flags, tmp_path, monkeypatch):
+    (tmp_path / "outputs" / "movies").mkdir(parents=True)
+    save_config(TrainConfig(), tmp_path / "outputs" / "movies" / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert parse_cli(EvalConfig, shlex.split(flags)).per_device_eval_batch_size == 64
+
+
+@pytest.mark.parametrize("command", HUB_COMMANDS)
+def test_a_hub_command_of_the_page_is_understood(command):
+    assert parse_command(HUB, shlex.split(command))
+
+
+def test_the_start_block_of_the_page_is_that_of_its_command():
+    flags = next(flags for flags in TRAININGS if "hidden_dropout_prob" in flags)
+    config = parse_cli(TrainConfig, shlex.split(flags)).model
+    _, weights = build_model(config, ["a", "b"], load_tokenizer(config))
+    assert f"new weights  {describe_weights(weights.new)} (" in NOTE
+    assert f"left out     {describe_weights(weights.dropped)} (" in NOTE
+
+
+def test_the_padding_of_the_page_is_that_of_the_data():
+    config = TrainConfig()
+    data = load_data(config.data, load_tokenizer(config.model), splits=("train",))
+    shares = padding_shares(config.training, data)
+    assert f"{len(data.lengths['train']):,} texts" in NOTE
+    for name, share in shares.items():
+        assert re.search(rf"`.*{name}`.* \| {100 * share:.1f} % \|", NOTE), name
 
 
 def test_the_page_has_a_command_for_each_task():
