@@ -25,6 +25,7 @@ MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 RECIPE = (
     *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
     *("weight_decay", "max_grad_norm", "loss", "focal_gamma", "class_weights", "label_smoothing_factor"),
+    *("layerwise_lr_decay", "head_learning_rate", "window_stride"),
     *("max_length", "seed", "config_overrides", "from_scratch", "freeze", "adapter"),
 )
 OF_CLASSES = ("loss", "focal_gamma", "class_weights", "label_smoothing_factor")

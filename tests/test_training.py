@@ -1,5 +1,6 @@
 """What a step does when memory is short or a gradient is not finite; the laws of the step are in test_laws.py."""
 
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import training
 from lib.batching import Window, build_collator, split_micro_batches
@@ -173,3 +175,26 @@ def test_gradients_travel_in_buckets_of_one_type_in_their_order(monkeypatch):
     sizes = [[len(tensor) for tensor in bucket] for bucket in buckets(tensors)]
     assert sizes == [[4, 6], [1], [30], [2, 2]]
     assert np.sum([sum(size) for size in sizes]) == sum(map(len, tensors))
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations within, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_asks_the_device_for_a_number_only_where_transformers_looks_for_padding(parts):
+    """Every such question waits for a GPU to finish. BertModel and its kin ask once a forward whether a mask is needed."""
+    state = State()
+    for window in parts.windows[:2]:
+        with Count() as count:
+            step(parts, state, window)
+        assert count.operations["_local_scalar_dense"] == len(window.micro_batches) == 1
+        assert count.operations["nonzero"] == 0
+    assert sum(count.operations.values()) < 1200
