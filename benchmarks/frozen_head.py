@@ -98,7 +98,7 @@ def main(config: TrainConfig) -> None:
             runs = np.array([train_head(features, data, scored, rate, seed, config) for seed in SEEDS])
             cells = [f"{mean:.4f} ± {std:.4f}" for mean, std in zip(runs.mean(0), runs.std(0, ddof=1), strict=True)]
             table.append(["on" if dropout else "off", f"{rate:g}", *cells])
-        print(format_table(table), flush=True)
+    print(format_table(table), flush=True)
 
 
 if __name__ == "__main__":
