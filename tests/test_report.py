@@ -9,10 +9,10 @@ import pytest
 from datasets import Dataset
 
 from lib.data import Data
-from lib.intervals import bootstrap_intervals
+from lib.intervals import bootstrap_intervals, score_counts
 from lib.predictions import Predictions
 from lib.report import confident_errors, expected_calibration_error, format_report, row_texts, write_report
-from lib.scores import compute_metrics
+from lib.scores import compute_metrics, load_metric, metric_settings
 from lib.tables import class_table, confusion_matrix
 
 NAMES = ["bad", "good", "größer"]
@@ -130,6 +130,22 @@ def test_intervals_of_scores_over_a_confusion_matrix_equal_resampling_of_samples
     assert bootstrap_intervals(predictions, ["f1_macro"], 1000, seed=0)["f1_macro"] == pytest.approx(
         expected, abs=0.015
     )
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_scores_over_counts_are_those_of_the_metrics_themselves(classes: int) -> None:
+    rng = np.random.default_rng(3)
+    counts = rng.multinomial(40, rng.dirichlet(np.full(classes**2, 0.3)), size=20).reshape(20, classes, classes)
+    counts[0], counts[1, :, 1:] = np.diag(counts[0].diagonal()), 0  # nothing wrong; one class predicted only
+    averages = [f"{name}_{how}" for name in ("f1", "precision", "recall") for how in ("macro", "micro", "weighted")]
+    names = ["accuracy", "matthews_correlation", "cohen_kappa", *averages]
+    counts[:, 0, 0] += 1
+    gold, predicted = np.indices((classes, classes)).reshape(2, -1)
+    for name in [*names, *(["f1", "precision", "recall"] if classes == 2 else [])]:
+        module, settings = metric_settings(name, classes)
+        compute = load_metric(module)._compute
+        expected = [compute(predicted.repeat(c), gold.repeat(c), **settings)[module] for c in map(np.ravel, counts)]
+        np.testing.assert_allclose(score_counts(module, counts, settings), expected, atol=1e-12, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------- texts
