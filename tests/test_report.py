@@ -9,8 +9,9 @@ import pytest
 from datasets import Dataset
 
 from lib.data import Data
-from lib.intervals import bootstrap_intervals, score_counts
+from lib.intervals import bootstrap_intervals, score_counts, score_rows
 from lib.predictions import Predictions
+from lib.problems import MULTI_LABEL
 from lib.report import confident_errors, expected_calibration_error, format_report, row_texts, write_report
 from lib.scores import compute_metrics, load_metric, metric_settings
 from lib.tables import class_table, confusion_matrix
@@ -146,6 +147,21 @@ def test_scores_over_counts_are_those_of_the_metrics_themselves(classes: int) ->
         compute = load_metric(module)._compute
         expected = [compute(predicted.repeat(c), gold.repeat(c), **settings)[module] for c in map(np.ravel, counts)]
         np.testing.assert_allclose(score_counts(module, counts, settings), expected, atol=1e-12, err_msg=name)
+
+
+def test_scores_of_several_labels_over_counts_are_those_of_the_metrics_themselves() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(30, 3)).astype(np.float32), (rng.random((30, 3)) < 0.4).astype(np.int64)
+    labels[:, 2] = 0
+    predictions = Predictions(logits, labels, np.zeros(30, dtype=np.float32), problem_type=MULTI_LABEL)
+    rows = rng.integers(30, size=(20, 30))
+    for name in [
+        f"{metric}_{how}" for metric in ("f1", "precision", "recall") for how in ("macro", "micro", "weighted")
+    ]:
+        module, settings = metric_settings(name, 3, MULTI_LABEL)
+        compute = load_metric(module, MULTI_LABEL)._compute
+        expected = [compute(predictions.predicted[row], labels[row], **settings)[module] for row in rows]
+        np.testing.assert_allclose(score_rows(module, rows, predictions, settings), expected, atol=1e-12, err_msg=name)
 
 
 # ---------------------------------------------------------------------------------------------------- texts
