@@ -33,7 +33,7 @@ def build(folder: Path, *changes: str, **settings: Any) -> tuple[Any, Weights]:
 
 
 def layers_of(model: Any) -> Any:
-    return find_layers(getattr(model, model.base_model_prefix), model.config.num_hidden_layers)
+    return find_layers(model, "--freeze")
 
 
 @pytest.mark.parametrize("kind", KINDS)
