@@ -136,7 +136,7 @@ def test_other_configurations_are_refused_with_those_there_are(cache: Path) -> N
 
 def test_ratings_as_they_are_cannot_be_classified(cache: Path) -> None:
     with pytest.raises(UserError, match="--label_column label holds real numbers"):
-        load_data(DataConfig(dataset_config="rating"), tokenizer=None)
+        load_data(DataConfig(dataset_config="rating", problem_type="single_label_classification"), tokenizer=None)
 
 
 # ---------------------------------------------------------------------------------------------------- fetching
