@@ -359,7 +359,7 @@ def glue(tmp_path: Path, roberta: Path) -> Path:
     ("flags", "keys"),
     [
         (["--config", ROOT / "recipes/mrpc.yaml"], ["accuracy", "f1"]),
-        (["--config", ROOT / "recipes/stsb.yaml"], ["pearson", "spearman", "mse"]),
+        pytest.param(["--config", ROOT / "recipes/stsb.yaml"], ["pearson", "spearman", "mse"], marks=pytest.mark.slow),
         (["--model", "roberta-base", "--dataset", "mnli"], ["accuracy"]),
     ],
     ids=["mrpc", "stsb", "mnli"],

@@ -23,7 +23,7 @@ def play(run: Command, folder: Path, model: Path, calls: list[dict[str, Any]], p
     run("tests/workers/interrupted.py", plan, *run_flags(folder, model), processes=processes, env=ENV, timeout=400)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run, roberta, tmp_path, processes):
     calls: list[dict[str, Any]] = [{"folder": "whole"}]
     for step in range(1, LAST + 1):
@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_processes(run,
         assert [line["step"] for line in lines] == [line["step"] for line in whole]
         for a, b in zip(whole, lines, strict=True):
             assert (a["samples_seen"], a["train/learning_rate"]) == (b["samples_seen"], b["train/learning_rate"])
-            np.testing.assert_allclose(b["train/loss"], a["train/loss"], atol=1e-6, rtol=0)
+            np.testing.assert_allclose(b["train/loss"], a["train/loss"], atol=1e-6, rtol=1e-6)
 
 
 def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_path):

@@ -112,7 +112,7 @@ def test_predictions_are_the_mean_of_windows_whatever_the_batch(
     assert np.ptp(wanted, axis=0).min() > 0.05  # texts differ
     for batch_size, length in ((1, None), (5, None), (SIZE, None), (5, 16)):
         collator = build_collator(tokenizer, "no", CPU, length)
-        parts = (data.tokens["train"], data.lengths["train"], collator, batch_size, 3, plain_cross_entropy)
+        parts = (data.tokens["train"], data.lengths["train"], collator, batch_size, 3)
         found = predict(Accelerator(cpu=True), model, *parts)
         np.testing.assert_allclose(found.logits, wanted, atol=1e-5)
         losses = cross_entropy(torch.from_numpy(wanted), torch.from_numpy(found.labels), reduction="none")

@@ -7,6 +7,7 @@ by (FLAGS, size). Run by tests on one process and, through the launcher, on two.
 """
 
 import dataclasses
+import gc
 import shlex
 import sys
 from pathlib import Path
@@ -75,6 +76,7 @@ def train(accelerator, config: TrainConfig, tokenizer, data: Data) -> dict:
 
 def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_flags: str) -> None:
     accelerator = build_accelerator("no")
+    gc.freeze()  # `free_memory` collects after each training, and need not look at all modules for it
     fixed = [*FIXED.split(), "--model", model_folder, "--per_device_train_batch_size", micro_batch_size]
     with accelerator.main_process_first():
         for role in ("train", "validation"):
