@@ -82,8 +82,7 @@ class Builder:
     def build(self) -> str:
         """A line that tells what was done. Raises NotCacheable when the frozen part has to run in every step."""
         started = time.perf_counter()
-        self.choose_view()
-        size = self.prepare_table()
+        size = self.prepare_table(self.choose_view())
         how = self.fill()
         for split in self.data.tokens:
             rows, batch = self.probe(split)
@@ -131,41 +130,40 @@ class Builder:
         same = others is not None and bool((logits - others).abs().max() <= limit)
         return not any_process(self.accelerator, not same)
 
-    def choose_view(self) -> None:
-        """Find out what of the output has to be kept. Raises NotCacheable when there is no such thing."""
+    def choose_view(self) -> int:
+        """Find out what of the output has to be kept; returns the numbers in a vector of it.
+
+        Raises NotCacheable when there is no such thing.
+        """
         rows, batch = self.probe("train")
         if "attention_mask" not in batch:
             raise NotCacheable("its tokenizer makes no attention mask")
         output, logits = self.whole(batch)
-        if self.replay.learn_form(output).requires_grad:
+        states = self.replay.learn_form(output)
+        if states.requires_grad:
             raise NotCacheable("something below it is trained, such as positions that all layers share")
         if not self.replay.is_backbone:
-            return
+            return states.shape[-1]
         for view, vectors in views(output, batch, self.replay.model.config.pad_token_id).items():
             self.replay.view, self.replay.table = view, vectors.detach()
             if self.is_same(logits, self.stand_in(torch.arange(len(rows), device=rows.device), batch)):
-                return
+                return vectors.shape[1]
         raise NotCacheable("the head needs more than one vector of a text")
 
     # ------------------------------------------------------------------------------------------------ computing
 
-    def prepare_table(self) -> int:
-        """Make room for all vectors; returns their bytes. Raises NotCacheable when they are more than is allowed."""
+    def prepare_table(self, width: int) -> int:
+        """Make room for all vectors of `width` numbers; returns their bytes.
+
+        Raises NotCacheable when they are more than is allowed.
+        """
         replay, limit = self.replay, self.config.training.feature_cache_gib
         count = sum(map(self.positions, self.data.tokens))
-        size = count * self.width * self.dtype.itemsize
+        size = count * width * self.dtype.itemsize
         if size > limit * 2**30:
             raise NotCacheable(f"its output takes {size / 2**30:.2f} GiB, --feature_cache_gib allows {limit:g}")
-        replay.table = torch.zeros(count, self.width, dtype=self.dtype, device=self.accelerator.device)
+        replay.table = torch.zeros(count, width, dtype=self.dtype, device=self.accelerator.device)
         return size
-
-    @property
-    def width(self) -> int:
-        """Numbers of a vector, as the probe gave them."""
-        _, batch = self.probe("train")
-        rows = torch.zeros(len(batch["input_ids"]), dtype=torch.int64, device=self.accelerator.device)
-        with torch.no_grad():
-            return self.replay.vectors(rows, self.replay.compute(batch), batch)[1].shape[1]
 
     def positions(self, split: str) -> int:
         """Rows of the table that a split takes."""
