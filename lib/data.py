@@ -108,7 +108,7 @@ def hold_out_validation(train: Dataset, problem: str, notes: list[str]) -> dict[
     Every tenth number in their order; of several labels, every tenth sample of each set of them. The only sample of a
     class, or of a set, stays in train: nothing could be learnt of it in validation.
     """
-    labels = np.asarray(train["labels"])
+    labels = np.asarray(train["labels"][:])
     kinds = labels if problem == REGRESSION else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
     order = permutation(len(train), 0)
     order = order[np.argsort(kinds[order], kind="stable")]

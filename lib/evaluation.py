@@ -59,7 +59,7 @@ def predict(
     table = accelerator.reduce(results, "sum").cpu().numpy()
     check_counts(table[:, -1])
     seconds = time.perf_counter() - started
-    labels = np.asarray(tokens["labels"], dtype=np.float32 if problem_type == REGRESSION else np.int64)
+    labels = np.asarray(tokens["labels"][:], dtype=np.float32 if problem_type == REGRESSION else np.int64)
     return Predictions(table[:, :num_classes], labels, table[:, num_classes], batch_size, seconds, problem_type)
 
 

@@ -95,7 +95,7 @@ def class_names(dataset: Dataset, column: str) -> list[str] | None:
 
 def read_columns(dataset: Dataset, columns: tuple[str, ...], split: str) -> LabelSets:
     """The names of the columns that hold a 1. Raises UserError for anything but 0 and 1."""
-    values = {column: list(dataset[column]) for column in columns}
+    values = {column: dataset[column][:] for column in columns}
     for column, cells in values.items():
         for number, cell in enumerate(cells, 1):
             if is_label(cell) and (isinstance(cell, str) or cell not in (0, 1)):

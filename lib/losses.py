@@ -115,7 +115,7 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
         raise UserError(
             f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
         )
-    labels = np.asarray(data.tokens["train"]["labels"], dtype=np.int64)
+    labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
     weights = class_weights(config.class_weights, labels, data.label_names)
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
     data.notes.append(f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")

@@ -151,7 +151,7 @@ def describe_run(
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
-        "labels": label_lines(data.tokens["train"]["labels"], data.label_names, data.problem_type),
+        "labels": label_lines(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }

@@ -49,7 +49,7 @@ def find_problem(splits: Splits, columns: tuple[str, ...], wanted: str, model_pr
     dataset = splits.get("train", next(iter(splits.values())))
     if len(columns) > 1 or is_list(dataset.features[columns[0]]):
         return MULTI_LABEL
-    labels = [] if isinstance(dataset.features[columns[0]], ClassLabel) else list(dataset[columns[0]])
+    labels = [] if isinstance(dataset.features[columns[0]], ClassLabel) else dataset[columns[0]][:]
     real = any(isinstance(label, float) and is_label(label) and not label.is_integer() for label in labels)
     return REGRESSION if real else CLASSIFICATION
 
@@ -78,7 +78,7 @@ def encode_numbers(
 
 def read_numbers(dataset: Dataset, column: str) -> list[Any]:
     """The labels as floats, None where one is missing or all are hidden. Raises UserError for anything that is no number."""
-    values = list(dataset[column])
+    values = dataset[column][:]
     for row, value in enumerate(values, 1):
         if not (value is None or value == "" or isinstance(value, int | float)):
             kind = "lists" if isinstance(value, list | dict) else f"text such as {value!r}"
