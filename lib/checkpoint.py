@@ -3,7 +3,8 @@
     OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/
     OUTPUT_DIR/model/                  the best model so far, from plain save_pretrained
 
-A checkpoint is complete in itself: `best` is the best model at that step, linked and not copied.
+A checkpoint is complete in itself: `best` is the best model at that step, linked and not copied. Parameters that are
+not trained lie in frozen.safetensors, which a process writes once and links into its later checkpoints.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
-from lib.adaptation import load_weights, restore_weights, save_model, save_weights
+from lib.adaptation import FROZEN, frozen_names, load_weights, restore_weights, save_model, save_weights
 from lib.config import UserError
-from lib.manifest import link_tree, publish_folder, write_manifest
+from lib.manifest import link_file, link_tree, publish_folder, write_manifest
 from lib.optim import restore_optimizer
 from lib.plan import State
 from lib.processes import any_process
@@ -39,9 +40,13 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 NAME = re.compile(r"step-(\d+)(-pending)?")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Checkpointer:
-    """Saves and restores all that changes during training; `settings` is what the run is known by."""
+    """Saves and restores all that changes during training; `settings` is what the run is known by.
+
+    `last` is the checkpoint that this very process wrote last: only from there are files linked, so that damage to those
+    of an earlier run does not spread.
+    """
 
     accelerator: Accelerator
     folder: Path
@@ -52,6 +57,7 @@ class Checkpointer:
     scheduler: Any
     state: State
     interval: Interval
+    last: Path | None = None
 
     def save(self, run_id: str | None) -> None:
         """Publish a checkpoint of this step, then remove old ones; every process must call this.
@@ -95,19 +101,22 @@ class Checkpointer:
         if self.accelerator.scaler is not None:
             tensors["scaler"] = self.accelerator.scaler.state_dict()
         try:
-            check_space(checkpoints, model)
             fresh.mkdir()
-            save_weights(model, fresh / "model.safetensors")
+            if self.last is not None:
+                link_file(self.last / FROZEN, fresh / FROZEN)
+            check_space(fresh, model)
+            save_weights(model, fresh)
             torch.save(tensors, fresh / "optimizer.pt")
             text = json.dumps(record | {"settings": self.settings}, indent=2)
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
             if self.state.best_scores:
                 link_tree(self.folder / "model", fresh / "best")
-            write_manifest(fresh, describe(self.state, self.settings))
+            write_manifest(fresh, describe(self.state, self.settings), self.last)
             publish_folder(fresh, checkpoints / name)
-        except WRITE_ERRORS:
+        except (*WRITE_ERRORS, UserError):
             shutil.rmtree(fresh, ignore_errors=True)
             raise
+        self.last = checkpoints / name
         rotate(checkpoints, self.state.step, self.config.save_total_limit)
 
     def load(self, checkpoint: Path | None) -> str | None:
@@ -118,7 +127,8 @@ class Checkpointer:
         if checkpoint is None:
             return None
         record = read_record(checkpoint)
-        load_weights(self.accelerator.unwrap_model(self.model), checkpoint / "model.safetensors")
+        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        self.last = None  # what is frozen there may be other than now
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         restore_optimizer(self.optimizer, self.scheduler, tensors["optimizer"], tensors["scheduler"])
         if self.accelerator.scaler is not None and "scaler" in tensors:
@@ -173,20 +183,22 @@ def rotate(checkpoints: Path, step: int, limit: int) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise UserError for weights that are not finite."""
+    """Raise UserError for trained weights that are not finite."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{name} holds numbers that are not finite; try a lower --learning_rate")
 
 
 def check_space(folder: Path, model: nn.Module) -> None:
-    """Raise UserError unless the disk has room for the weights and AdamW's two moments."""
-    parameters: Sequence[nn.Parameter] = list(model.parameters())
-    needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in parameters) + 2**20
+    """Raise UserError unless the disk has room for the weights that `folder` lacks and AdamW's two moments."""
+    frozen = set() if (folder / FROZEN).exists() else frozen_names(model)
+    needed = 2**20 + sum(
+        p.nbytes * 3 if p.requires_grad else p.nbytes * (name in frozen) for name, p in model.named_parameters()
+    )
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"it needs {needed / 2**20:,.0f} MiB and {folder} has {free / 2**20:,.0f} MiB free; make room, "
+            f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
             "then run the same command again: it goes on from the checkpoint before"
         )
 

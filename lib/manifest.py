@@ -11,11 +11,35 @@ from typing import Any
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path, record: dict[str, Any]) -> None:
-    """List every file below `folder` with its size and sha256 in manifest.json, after the facts of `record`."""
-    files = {name: {"size": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names(folder)}
+def write_manifest(folder: Path, record: dict[str, Any], before: Path | None = None) -> None:
+    """List every file below `folder` with its size and sha256 in manifest.json, after the facts of `record`.
+
+    What is one file with that of the same name in the folder `before` is listed as there, and not read again.
+    """
+    linked = {} if before is None else linked_entries(folder, before)
+    files = {name: linked.get(name) or describe_file(folder / name) for name in names(folder)}
     text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def linked_entries(folder: Path, before: Path) -> dict[str, Any]:
+    """What the manifest of `before` says of files that `folder` has as hard links; nothing when it cannot be read.
+
+    Also safer than to hash them again: a bit that flips on the disk later is noticed, and not certified anew.
+    """
+    try:
+        files = json.loads((before / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {name: files[name] for name in names(folder) if name in files and is_linked(folder, before, name)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def is_linked(folder: Path, before: Path, name: str) -> bool:
+    return (before / name).is_file() and os.path.samefile(folder / name, before / name)
 
 
 def names(folder: Path) -> list[str]:
@@ -90,17 +114,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def link_file(source: Path, target: Path) -> bool:
+    """Make a hard link, which costs no space; False where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder; weights become hard links, which cost no space, where the file system has them."""
+    """Copy a folder; weights become hard links where the file system has them."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_dir():
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if path.suffix != ".safetensors":
-                raise OSError("small files are edited in place")
-            os.link(path, copy)
-        except OSError:
+        # Small files are edited in place.
+        if path.suffix != ".safetensors" or not link_file(path, copy):
             shutil.copyfile(path, copy)

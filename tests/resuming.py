@@ -46,8 +46,11 @@ def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list
     (first, *_), (second, *_) = list_checkpoints(a / "checkpoints"), list_checkpoints(b / "checkpoints")
     if first.name != second.name:
         found.append(f"{first.name} and {second.name}")
-    weights = ("model.safetensors", "best/model.safetensors")
-    found += [name for name in weights if (first / name).read_bytes() != (second / name).read_bytes()]
+    names = [{str(file.relative_to(path)) for file in path.rglob("*.safetensors")} for path in (first, second)]
+    found += sorted(names[0] ^ names[1])
+    found += [
+        name for name in sorted(names[0] & names[1]) if (first / name).read_bytes() != (second / name).read_bytes()
+    ]
     tensors = [torch.load(path / "optimizer.pt", weights_only=True) for path in (first, second)]
     if not same_tensors(*tensors):
         found.append("optimizer or schedule")

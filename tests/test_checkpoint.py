@@ -128,7 +128,8 @@ def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel,
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler = LambdaLR(optimizer, lambda step: 1 - step / 10)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     scheduler.step()
     interval = Interval(accelerator, lambda *_: UserError("not finite"))
