@@ -19,6 +19,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     fetch(CONFIG)
 
 from lib import lean  # noqa: F401 - before what imports transformers
+from lib.autocast import cast_weights
 from lib.inference import answer_rows
 from lib.inputs import count_rows, read_rows
 from lib.modeling import load_tokenizer
@@ -51,16 +52,17 @@ def main(config: PredictConfig) -> None:
     if accelerator.is_main_process:
         started = time.perf_counter()
         cut = count_cut(config, model, tokenizer)
-        count = write_answers(
-            config.output, cut.watch(answers), count_rows(config.inputs) if sys.stderr.isatty() else None
-        )
+        total = count_rows(config.inputs) if sys.stderr.isatty() else None
+        with cast_weights(model, accelerator.mixed_precision):
+            count = write_answers(config.output, cut.watch(answers), total)
         seconds = time.perf_counter() - started
         if config.output:
             print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
         if cut.cut:
             print(cut, file=sys.stderr)
     else:
-        collections.deque(answers, maxlen=0)
+        with cast_weights(model, accelerator.mixed_precision):
+            collections.deque(answers, maxlen=0)
     finish(accelerator, model)
 
 

@@ -13,6 +13,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
     manifest    -                                        folders that are whole or absent
+    autocast    -                                        weights cast once for many forwards
     batching    stopping                                 which samples form which step
     processes   config stopping                          what processes agree on and add up
     dropout     -                                        its random numbers on a CPU
@@ -37,7 +38,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     thresholds  predictions                              of several labels
     losses      config data problems train_config        a loss per sample, and how much each counts
     training    batching data losses memory optim plan processes runtime train_config watchdog windows
-    evaluation  batching data losses memory predictions problems processes scores thresholds watchdog windows
+    evaluation  autocast batching data losses memory predictions problems processes scores thresholds watchdog windows
     tables      predictions problems
     pictures    predictions problems tables
     intervals   predictions problems scores tables
@@ -52,7 +53,7 @@ Who imports whom, asserted by tests/test_architecture.py:
                 watchdog
     replay      data freezing                            a stand-in for a frozen part
     feature_cache  endpoint manifest                     what frozen parts gave, on disk
-    features    batching data evaluation feature_cache freezing memory processes replay runtime train_config
+    features    autocast batching data evaluation feature_cache freezing memory processes replay runtime train_config
     resume      checkpoint config manifest train_config  which checkpoint to go on from
     model_card  embedded problems                        README.md of an exported model
     run         cli config data eval_config evaluation freezing model_card modeling plan report resume runtime scores

@@ -28,6 +28,10 @@ BLOCK = 50
 """Batches whose samples are sorted together: enough to fill batches with like lengths, few enough to keep them random."""
 
 
+ALIKE = 0.92
+"""Texts to evaluate that are at least so long, compared with the longest of their batch, are padded rather than cut off."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """All that one process computes for one optimizer step.
@@ -87,8 +91,21 @@ def micro_batches(part: Indices, size: int) -> list[Indices]:
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
-    """All indices in batches of like length, longest first, so that a lack of memory shows at once."""
-    return cut(sort_by_length(np.arange(len(lengths)), lengths)[::-1], batch_size)
+    """All indices in batches of like length, longest first, so that a lack of memory shows at once.
+
+    No batch takes more positions than `batch_size` of the longest texts: the shorter texts are, the more of them go
+    together. From a quarter of `batch_size` on, a batch ends where texts get shorter than `ALIKE` of its longest.
+    """
+    order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
+    batches: list[Indices] = []
+    start, positions = 0, batch_size * int(lengths.max(initial=1))
+    while start < len(order):
+        longest = max(1, int(lengths[order[start]]))
+        alike = int(np.searchsorted(-lengths[order], -ALIKE * longest, side="right"))
+        stop = min(start + positions // longest, max(alike, start + max(1, batch_size // 4)))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
 
 
 def padding_share(

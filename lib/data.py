@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lib.batching import permutation
+from lib.batching import count_windows, permutation
 from lib.columns import find_columns, further_splits, select_splits
 from lib.config import DataConfig, UserError
 from lib.problems import CLASSIFICATION, REGRESSION
@@ -45,6 +45,12 @@ class Data:
     def padded_to(self) -> int | None:
         """Length of every batch; None: that of its longest text."""
         return self.max_length if self.pad_to_max_length else None
+
+    def positions(self, split: str) -> np.ndarray:
+        """Positions that each text takes in a batch of its like: its tokens, or windows of a fixed length."""
+        if not self.pad_to_max_length:
+            return self.lengths[split]
+        return count_windows(self.lengths[split], self.max_length) * self.max_length
 
     def fingerprint(self) -> str:
         """Hash of all token ids and labels, in order: equal exactly when the model sees equal data."""

@@ -12,6 +12,7 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
+from lib.autocast import cast_weights
 from lib.batching import Collator, Indices, build_loader, eval_batches
 from lib.data import Data
 from lib.losses import PLAIN, Loss
@@ -40,10 +41,10 @@ def predict(
 ) -> Predictions:
     """Logits and loss of every sample of `tokens`, each computed once, by one of the processes.
 
-    Batches depend on lengths and batch size alone, so that any number of processes computes the very same numbers. Each
-    process writes its samples into zeros and the arrays are added up; the count of writes proves that none is missing or
-    double. Where memory is too short, batches are halved on all processes. Raises RuntimeError if a sample is missing or
-    double, Stopped when a process is asked to stop.
+    `lengths` counts the positions of each. Batches depend on them and on the batch size alone, so that any number of
+    processes computes the very same numbers. Each process writes its samples into zeros and the arrays are added up; the
+    count of writes proves that none is missing or double. Where memory is too short, batches are halved on all
+    processes. Raises RuntimeError if a sample is missing or double, Stopped when a process is asked to stop.
     """
     started = time.perf_counter()
     training = {module: module.training for module in model.modules()}
@@ -51,7 +52,8 @@ def predict(
     results = None
     while results is None:
         batches = eval_batches(lengths, batch_size)
-        results = predict_table(accelerator, model, tokens, batches, collator, num_classes, PLAIN[problem_type])
+        with cast_weights(model, accelerator.mixed_precision):
+            results = predict_table(accelerator, model, tokens, batches, collator, num_classes, PLAIN[problem_type])
         if results is None:
             batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
@@ -152,7 +154,7 @@ def evaluate_split(
     Where a text may have several labels, their thresholds are those that the model brings along; with `tune`, which is for
     validation alone, they are tuned on this split first and handed to the model, which is then saved with them.
     """
-    tokens, lengths, problem = data.tokens[split], data.lengths[split], data.problem_type
+    tokens, lengths, problem = data.tokens[split], data.positions(split), data.problem_type
     predictions = predict(accelerator, model, tokens, lengths, collator, batch_size, len(data.label_names), problem)
     if problem == MULTI_LABEL:
         config = accelerator.unwrap_model(model).config

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
+from lib.autocast import DTYPES, cast_weights
 from lib.batching import Collator, build_loader, eval_batches
 from lib.data import Data
 from lib.evaluation import check_counts, share_batches
@@ -22,8 +23,6 @@ from lib.replay import Batch, Replay, as_it_is, first_rows, name_samples, views
 from lib.runtime import seed_everything
 from lib.train_config import TrainConfig
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""How features are kept, where it is not float32."""
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between logits as a share of the largest one: rounding, and nothing else."""
 PROBE = 8
@@ -77,6 +76,7 @@ class Builder:
 
     @property
     def dtype(self) -> torch.dtype:
+        """How features are kept."""
         return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
 
     def build(self) -> str:
@@ -199,7 +199,7 @@ class Builder:
 
     def encode(self, split: str, part: torch.Tensor) -> None:
         """Compute the vectors of a split, each once, by one of the processes, and put them together in `part`."""
-        tokens, lengths, first = self.data.tokens[split], self.data.lengths[split], first_rows(self.data)[split]
+        tokens, lengths, first = self.data.tokens[split], self.data.positions(split), first_rows(self.data)[split]
         counts = torch.zeros(len(tokens), device=self.accelerator.device)
 
         def compute(indices: torch.Tensor, batch: Batch) -> None:
@@ -209,7 +209,7 @@ class Builder:
             counts[indices] += 1
 
         size = self.config.training.per_device_eval_batch_size
-        with torch.no_grad():
+        with torch.no_grad(), cast_weights(self.replay.model, self.accelerator.mixed_precision):
             while not share_batches(
                 self.accelerator, tokens, eval_batches(lengths, size), self.collator, compute, f"features of {split}"
             ):

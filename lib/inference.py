@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from lib.batching import eval_batches
+from lib.batching import cut, sort_by_length
 from lib.config import UserError
 from lib.inputs import Row
 from lib.runtime import seed_everything
@@ -33,7 +33,8 @@ def answer_rows(
     """
     for chunk in shared_chunks(accelerator, rows, CHUNK * batch_size):
         lengths = np.array([sum(map(len, row.texts)) for row in chunk])
-        batches = list(enumerate(eval_batches(lengths, batch_size)))
+        # By number and not by positions: what a task makes of a row, such as an answer, may be longer than the row.
+        batches = list(enumerate(cut(sort_by_length(np.arange(len(lengths)), lengths)[::-1], batch_size)))
         answers: list[tuple[int, Answer]] = []
         mistake = None
         try:

@@ -71,6 +71,7 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
         ],
     )
     show_log(accelerator)
+    use_tf32(accelerator.device.type, accelerator.mixed_precision)
     if accelerator.device.type == "cpu" and "GenuineIntel" not in cpu_description():
         use_fast_dropout()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -147,6 +148,12 @@ def resolve_precision(choice: str) -> str:
     if choice == "fp16" and not on_gpu:
         raise UserError("--mixed_precision fp16 needs a GPU; use --mixed_precision bf16 or no")
     return choice
+
+
+def use_tf32(device_type: str, mixed_precision: str) -> None:
+    """On a GPU, let products that mixed precision leaves in float32 use TF32; without mixed precision they stay exact."""
+    mixed = device_type == "cuda" and mixed_precision != "no"
+    torch.set_float32_matmul_precision("high" if mixed else "highest")
 
 
 def cpu_description() -> str:

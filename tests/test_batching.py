@@ -1,5 +1,6 @@
 """Which samples form which step: each once, in an order that seed and epoch fix, split evenly over processes."""
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from lib.batching import (
     round_up,
     training_windows,
 )
-from lib.data import Data
+from lib.config import DataConfig, ModelConfig
+from lib.data import Data, load_data
+from lib.modeling import load_tokenizer
 from lib.plan import padding_shares
 from lib.train_config import TrainingConfig
 
@@ -33,6 +36,14 @@ WORLD_SIZES = (1, 2, 3, 4)
 def skewed_lengths(size: int, seed: int = 0) -> np.ndarray:
     """Many short texts and a few long ones, as in real data."""
     return 3 + np.random.default_rng(seed).exponential(12, size).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def movie_review_lengths() -> np.ndarray:
+    """Tokens of each training text of the data set that needs no Hub, by the tokenizer of the model that needs none."""
+    tokenizer = load_tokenizer(ModelConfig(model="minilm"))
+    data = load_data(DataConfig(dataset="movie_reviews"), tokenizer, ("train",))
+    return data.lengths["train"]
 
 
 def flat(batches: list[np.ndarray]) -> list[int]:
@@ -182,6 +193,41 @@ def test_evaluation_covers_every_sample_once_longest_first(batch_size: int) -> N
         order = flat(eval_batches(lengths, batch_size))
         assert sorted(order) == list(range(size))
         assert (np.diff(lengths[order]) <= 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32, 64])
+def test_evaluation_takes_no_more_positions_than_a_batch_of_the_longest(batch_size: int) -> None:
+    for seed in range(5):
+        lengths = skewed_lengths(1000, seed)
+        batches = eval_batches(lengths, batch_size)
+        assert max(len(batch) * lengths[batch].max() for batch in batches) <= batch_size * lengths.max()
+        assert max(map(len, batches)) > batch_size  # short texts go together in larger numbers
+
+
+def test_less_than_a_twentieth_of_an_evaluation_is_padding(movie_review_lengths: np.ndarray) -> None:
+    for size in (1000, len(movie_review_lengths)):
+        lengths = movie_review_lengths[:size]
+        batches = eval_batches(lengths, 64)
+        assert padding_share(lengths, batches) < 0.05
+        assert len(batches) < 1.5 * len(lengths) / 64
+
+
+def test_less_than_a_twentieth_of_training_is_padding(movie_review_lengths: np.ndarray) -> None:
+    batches = epoch_batches(movie_review_lengths, 32, seed=0, epoch=0)
+    assert padding_share(movie_review_lengths, batches) < 0.05
+    assert padding_share(movie_review_lengths, epoch_batches(movie_review_lengths, 32, 0, 0, "random")) > 0.4
+
+
+def test_texts_padded_to_a_fixed_length_take_as_many_positions_each() -> None:
+    lengths = {"test": np.array([3, 8, 9, 20])}
+    data = Data("x", {}, {}, lengths, [], ("text",), [], max_length=8, pad_to_max_length=True)
+    assert data.positions("test").tolist() == [8, 8, 16, 24]  # of the longer ones, two and three windows
+    assert dataclasses.replace(data, pad_to_max_length=False).positions("test").tolist() == [3, 8, 9, 20]
+
+
+def test_texts_without_tokens_are_evaluated() -> None:
+    assert flat(eval_batches(np.zeros(5, dtype=np.int64), 2)) == [4, 3, 2, 1, 0]
+    assert eval_batches(np.zeros(0, dtype=np.int64), 2) == []
 
 
 # ---------------------------------------------------------------------------------------------------- padding

@@ -126,7 +126,7 @@ def test_fixed_shapes_do_not_change_predictions(accelerator: Accelerator, parts:
     hook = model.register_forward_pre_hook(
         lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True
     )
-    padded = predict_all(accelerator, (model, tokens, lengths, fixed), 4)
+    padded = predict_all(accelerator, (model, tokens, np.full_like(lengths, 40), fixed), 4)
     hook.remove()
     assert {tuple(shape) for shape in shapes} == {(4, 40)} | ({(SIZE % 4, 40)} if SIZE % 4 else set())
     np.testing.assert_allclose(padded.logits, predict_all(accelerator, parts, 4).logits, rtol=0, atol=1e-5)

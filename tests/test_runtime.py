@@ -21,6 +21,7 @@ from lib.runtime import (
     run_script,
     seed_everything,
     use_all_cores,
+    use_tf32,
 )
 
 AMX = "vendor_id : GenuineIntel\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile"
@@ -263,3 +264,16 @@ def test_a_bug_keeps_its_trace() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_script(main, ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [("cuda", "bf16", "high"), ("cuda", "fp16", "high"), ("cuda", "no", "highest"), ("cpu", "bf16", "highest")],
+)
+def test_tf32_is_used_on_gpus_with_mixed_precision_alone(device: str, precision: str, expected: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_tf32(device, precision)
+        assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision(before)
