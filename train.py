@@ -22,6 +22,7 @@ from lib import lean, run  # noqa: F401 - lean: before what imports transformers
 from lib.adaptation import adapt
 from lib.batching import build_collator
 from lib.checkpoint import Checkpointer, publish_model, restore_model
+from lib.compilation import compile_layers
 from lib.data import load_data
 from lib.evaluation import evaluate_split
 from lib.features import cache_features
@@ -52,7 +53,7 @@ def main(config: TrainConfig) -> None:
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
     model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
-    model = adapt(model, config.adapter, config.model, weights.new)
+    model = compile_layers(adapt(model, config.adapter, config.model, weights.new), training.compile, accelerator)
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     objective = build_objective(config.objective, data)
     optimizer = build_optimizer(model, config.optim, accelerator.device)

@@ -26,6 +26,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     targets     config label_sets labels problems        what is learnt of a row
     overrides   config                                   changes to a model's configuration
     freezing    config                                   parts that are not trained
+    compilation  config freezing                         layers as one program
     modeling    config embedded endpoint freezing hub_cache hub_files hub_needs modelscope_source overrides problems
     sources     catalog config embedded endpoint hub_cache hub_needs hub_publish lean problems       data sets as stored
     windows     config                                   long texts in pieces, their logits pooled

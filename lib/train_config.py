@@ -148,6 +148,8 @@ class TrainingConfig:
     """With --freeze, run the frozen part in every step instead of keeping what it gives."""
     feature_cache_gib: float = 2.0
     """With --freeze, keep at most so much of what the frozen part gives in memory; four times as much on disk."""
+    compile: bool = False
+    """torch.compile the trained layers: for long runs, as the first steps and evaluation then take a minute or more."""
     seed: int = 42
     """Fixes the new head, the order of samples and dropout."""
 
