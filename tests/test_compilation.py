@@ -8,15 +8,19 @@ import torch
 import torch._dynamo
 import torch._inductor.config
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbols
+from transformers import AutoModelForSequenceClassification
 
 from lib import compilation
 from lib.compilation import compile_layers
 from lib.config import ModelConfig, UserError
 from lib.freezing import freeze
 from lib.modeling import build_model, load_tokenizer
-from tests.resuming import run_flags
+from tests.conftest import read_lines
+from tests.resuming import differences, run_flags
+from tests.test_resume import play
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
 
@@ -83,3 +87,25 @@ def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_pat
     assert "error: --compile: nothing can be compiled here" in done.stderr
     assert "apt-get install g++" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_real_command_resumes_bit_by_bit_equals_the_uncompiled_run_and_saves_a_plain_model(run, roberta, tmp_path):
+    for compiled in ([], ["--compile"]):
+        name = "compiled" if compiled else "plain"
+        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a process that compiles anew
+    assert not differences(tmp_path / "compiled", tmp_path / "resumed")
+    plain, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():  # with dropout, whose random numbers are the same
+        torch.testing.assert_close(compiled[name], weight, atol=1e-5, rtol=0)
+    _, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "compiled" / "model", output_loading_info=True
+    )
+    assert not any(loading.values())
+    losses = [
+        [line["train/loss"] for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
