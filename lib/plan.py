@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lib.batching import Collator, Window, count_windows, epoch_batches, padding_share, training_windows
+from lib.batching import Collator, Window, count_windows, epoch_batches, eval_batches, padding_share, training_windows
 from lib.config import UserError
 from lib.data import Data
 from lib.problems import LOWER_IS_BETTER
@@ -171,6 +171,15 @@ def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = No
         for strategy in ("group_by_length", "random")
     }
     return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
+
+
+def evaluation_padding(config: TrainingConfig, data: Data, multiple: int | None = None) -> float:
+    """Share of padding among the positions of the batches of an evaluation."""
+    lengths, positions = data.lengths["validation"], data.positions("validation")
+    if data.pad_to_max_length:
+        return 1.0 - float(lengths.sum() / positions.sum())
+    batches = eval_batches(positions, config.per_device_eval_batch_size)
+    return padding_share(lengths, batches, multiple, data.max_length)
 
 
 def step_indices(plan: Plan, config: TrainingConfig, lengths: np.ndarray, step: int) -> np.ndarray:

@@ -19,10 +19,10 @@ from lib.evaluation import Scored, prefix
 from lib.freezing import count_parameters
 from lib.model_card import write_model_card
 from lib.modeling import Weights, describe_weights, model_name, model_origin
-from lib.plan import Plan, State, best_metric, padding_shares, step_indices
+from lib.plan import Plan, State, best_metric, evaluation_padding, padding_shares, step_indices
 from lib.report import finite, write_report
 from lib.resume import choose_checkpoint, compare_settings, experiment_hash
-from lib.runtime import describe_devices, peak_memory_gib, run_record
+from lib.runtime import describe_devices, describe_precision, peak_memory_gib, run_record
 from lib.scores import check_metrics
 from lib.sources import ROLES, catalog_source, dataset_name, default_metrics
 from lib.targets import label_lines
@@ -102,6 +102,7 @@ def run_settings(
     """All that runs are compared by: resolved options, and under `run/` what they were made with; no secret."""
     trainable, total = count_parameters(model)
     padding = padding_shares(config.training, data, collator.pad_to_multiple_of)
+    padding["evaluation"] = evaluation_padding(config.training, data, collator.pad_to_multiple_of)
     record = run_record(accelerator) | {
         "data_fingerprint": data.fingerprint(),
         "label_names": data.label_names,
@@ -147,7 +148,7 @@ def describe_run(
         "run": f"{run_name(config)}  ({run_folder(config)})",
         "devices": "; ".join(describe_devices(accelerator)),
         "processes": f"{accelerator.num_processes}, {accelerator.distributed_type.value}",
-        "precision": f"{accelerator.mixed_precision} (asked for: {config.mixed_precision}), weights float32",
+        "precision": f"{describe_precision(accelerator.mixed_precision)} (asked for: {config.mixed_precision})",
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
@@ -174,7 +175,8 @@ def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:
     shares = {name: settings[f"run/padding_{name}"] for name in ("group_by_length", "random", "pad_to_max_length")}
     chosen = "pad_to_max_length" if config.data.pad_to_max_length else config.training.train_sampling_strategy
     others = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != chosen)
-    return f"{shares[chosen]:.1%} of the positions in training ({chosen}); it would be: {others}"
+    evaluation = f"{settings['run/padding_evaluation']:.1%} in evaluation"
+    return f"{shares[chosen]:.1%} of the positions in training ({chosen}), {evaluation}; it would be: {others}"
 
 
 def describe_scores(heading: str, scores: dict[str, float]) -> str:

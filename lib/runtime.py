@@ -156,6 +156,14 @@ def use_tf32(device_type: str, mixed_precision: str) -> None:
     torch.set_float32_matmul_precision("high" if mixed else "highest")
 
 
+def describe_precision(mixed_precision: str) -> str:
+    """What is computed in which type, in words."""
+    rest = "TF32" if torch.get_float32_matmul_precision() == "high" else "float32"
+    return (
+        "no, all float32" if mixed_precision == "no" else f"{mixed_precision}, weights float32, other products {rest}"
+    )
+
+
 def cpu_description() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text().split("\n\n")[0] if path.exists() else platform.processor()

@@ -59,8 +59,11 @@ def test_a_run_on_hand_made_files_learns_and_reports(trained):
 def test_the_share_of_padding_of_each_choice_is_told_before_the_first_step(trained):
     _, done, _ = trained
     (row,) = re.findall(r"^padding +(.*)", done.stdout, re.MULTILINE)
-    pattern = r"([\d.]+)% of the positions in training \(group_by_length\); it would be: random ([\d.]+)%, "
-    grouped, mixed, fixed = map(float, re.fullmatch(pattern + r"pad_to_max_length ([\d.]+)%", row).groups())
+    share = r"([\d.]+)%"
+    pattern = rf"{share} of the positions in training \(group_by_length\), {share} in evaluation; it would be: "
+    shares = re.fullmatch(rf"{pattern}random {share}, pad_to_max_length {share}", row).groups()
+    grouped, evaluated, mixed, fixed = map(float, shares)
+    assert 0 < evaluated < fixed
     assert 0 < grouped < mixed < fixed < 100
 
 
