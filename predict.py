@@ -49,19 +49,18 @@ def main(config: PredictConfig) -> None:
     predict = build_predict(config, model, tokenizer, accelerator.device)
     rows = read_rows(config.inputs, text_columns(config, source))
     answers = answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed)
-    if accelerator.is_main_process:
-        started = time.perf_counter()
-        cut = count_cut(config, model, tokenizer)
-        total = count_rows(config.inputs) if sys.stderr.isatty() else None
-        with cast_weights(model, accelerator.mixed_precision):
+    with cast_weights(model, accelerator.mixed_precision):
+        if accelerator.is_main_process:
+            started = time.perf_counter()
+            cut = count_cut(config, model, tokenizer)
+            total = count_rows(config.inputs) if sys.stderr.isatty() else None
             count = write_answers(config.output, cut.watch(answers), total)
-        seconds = time.perf_counter() - started
-        if config.output:
-            print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
-        if cut.cut:
-            print(cut, file=sys.stderr)
-    else:
-        with cast_weights(model, accelerator.mixed_precision):
+            seconds = time.perf_counter() - started
+            if config.output:
+                print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
+            if cut.cut:
+                print(cut, file=sys.stderr)
+        else:
             collections.deque(answers, maxlen=0)
     finish(accelerator, model)
 

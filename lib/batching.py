@@ -8,6 +8,7 @@ eval_batches      batches of like length, whatever the number of processes
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -26,7 +27,6 @@ PER_SAMPLE = ("labels", "sample_weight", "num_windows")
 
 BLOCK = 50
 """Batches whose samples are sorted together: enough to fill batches with like lengths, few enough to keep them random."""
-
 
 ALIKE = 0.92
 """Texts to evaluate that are at least so long, compared with the longest of their batch, are padded rather than cut off."""
@@ -97,11 +97,12 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
     together. From a quarter of `batch_size` on, a batch ends where texts get shorter than `ALIKE` of its longest.
     """
     order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
+    rising = -lengths[order]
     batches: list[Indices] = []
     start, positions = 0, batch_size * int(lengths.max(initial=1))
     while start < len(order):
-        longest = max(1, int(lengths[order[start]]))
-        alike = int(np.searchsorted(-lengths[order], -ALIKE * longest, side="right"))
+        longest = max(1, -int(rising[start]))
+        alike = int(np.searchsorted(rising, -math.ceil(ALIKE * longest), side="right"))
         stop = min(start + positions // longest, max(alike, start + max(1, batch_size // 4)))
         batches.append(order[start:stop])
         start = stop

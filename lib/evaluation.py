@@ -50,12 +50,12 @@ def predict(
     training = {module: module.training for module in model.modules()}
     model.eval()
     results = None
-    while results is None:
-        batches = eval_batches(lengths, batch_size)
-        with cast_weights(model, accelerator.mixed_precision):
+    with cast_weights(model, accelerator.mixed_precision):
+        while results is None:
+            batches = eval_batches(lengths, batch_size)
             results = predict_table(accelerator, model, tokens, batches, collator, num_classes, PLAIN[problem_type])
-        if results is None:
-            batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
+            if results is None:
+                batch_size = halve(min(batch_size, len(tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
         module.training = mode
     table = accelerator.reduce(results, "sum").cpu().numpy()
