@@ -35,6 +35,20 @@ def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Comma
     assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "[] [True, True] False"
 
 
+def test_no_garbage_is_collected_while_the_libraries_are_imported(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gc, sys\n"
+        "seen = []\n"
+        "gc.callbacks.append(lambda phase, info: seen.append(phase) if 'torch' in sys.modules else None)\n"
+        "import lib.lean\n"
+        "during, kept, on = len(seen), gc.get_freeze_count(), gc.isenabled()\n"
+        "gc.collect()\n"
+        "print(during, kept > 100_000, on, len(seen) > during)\n"
+    )
+    assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "0 True True True"
+
+
 def test_nothing_is_hidden_from_a_program_that_has_imported_transformers_before(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
