@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lib.checkpoint import list_checkpoints, read_record
-from lib.config import UserError
+from lib.config import UserError, flatten
 from lib.manifest import MANIFEST, find_damage
-from lib.train_config import TrainingConfig
+from lib.train_config import TrainConfig, TrainingConfig
 
 HARMLESS = {
     *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),
@@ -39,8 +39,8 @@ def experiment_hash(settings: dict[str, Any]) -> str:
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting that changes the experiment."""
-    before, now = experiment(before), experiment(now)
+    """A line for each setting that changes the experiment; one that came after `before` was at its default then."""
+    before, now = experiment(flatten(TrainConfig()) | before), experiment(now)
     keys = [key for key in now if before.get(key) != now[key]]
     lines = [f"  {key.removeprefix('run/')}: {before.get(key)} there, {now[key]} now" for key in keys]
     if LENGTH & set(keys):

@@ -1,5 +1,6 @@
 """A folder is whole or absent; what was changed in it is named."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 
 from lib import manifest
 from lib.checkpoint import list_checkpoints, rotate
-from lib.config import UserError
+from lib.config import UserError, flatten
 from lib.manifest import find_damage, link_tree, publish_folder, write_manifest
 from lib.resume import compare_settings, describe_promise, experiment_hash, find_checkpoint
+from lib.train_config import TrainConfig
 
 
 @pytest.fixture
@@ -134,6 +136,13 @@ def test_only_settings_that_change_the_result_make_another_experiment():
     assert (
         "changes the learning rate of every step" in compare_settings(SETTINGS, SETTINGS | {"num_train_epochs": 3})[-1]
     )
+
+
+def test_an_option_that_came_after_a_run_began_was_at_its_default_then():
+    now = json.loads(json.dumps(flatten(TrainConfig())))
+    before = {name: value for name, value in now.items() if name != "compile"}
+    assert compare_settings(before, now) == []
+    assert compare_settings(before, now | {"compile": True}) == ["  compile: False there, True now"]
 
 
 def test_the_promise_says_what_remains():
