@@ -16,11 +16,11 @@ from lib.batching import Collator, build_loader, eval_batches
 from lib.data import Data
 from lib.evaluation import check_counts, share_batches
 from lib.feature_cache import cache_folder, check_features, data_digest, load_features, model_digest, save_features
-from lib.freezing import set_train_mode
+from lib.freezing import count_parameters, set_train_mode
 from lib.memory import halve
 from lib.processes import any_process
 from lib.replay import Batch, Replay, as_it_is, first_rows, name_samples, views
-from lib.runtime import seed_everything
+from lib.runtime import seed_everything, use_one_core_for
 from lib.train_config import TrainConfig
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
@@ -61,6 +61,9 @@ def cache_features(
         replay.remove()
         say(accelerator, f"- the frozen part runs in every step: {reason}")
         return data, collator
+    if replay.is_backbone:
+        trained, _ = count_parameters(replay.model)
+        use_one_core_for(trained * config.training.train_batch_size)
     return name_samples(data, replay.is_backbone), as_it_is if replay.is_backbone else collator
 
 

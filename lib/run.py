@@ -205,7 +205,7 @@ def build_results(
         "samples_per_second": round(state.samples_seen / state.train_seconds, 1),
         "run/num_processes": accelerator.num_processes,
         "run/mixed_precision": accelerator.mixed_precision,
-        "run/device": describe_devices(accelerator)[0],
+        "run/device": settings["run/devices"][0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         **{name: settings[name] for name in ORIGIN if name in settings},
     }

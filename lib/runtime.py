@@ -21,6 +21,9 @@ from lib.dropout import use_fast_dropout
 from lib.processes import join_again
 from lib.stopping import EXIT_RESUME, Stopped, follow_launcher
 
+FEW_PRODUCTS = 1_000_000
+"""Multiplications that one thread makes in the time that others take to wake up, some tens of microseconds."""
+
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
 
 
@@ -115,6 +118,12 @@ def use_all_cores() -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def use_one_core_for(products: int) -> None:
+    """On a CPU, leave steps of so few multiplications to one thread: waking the others takes longer than the work."""
+    if products <= FEW_PRODUCTS:
+        torch.set_num_threads(1)
 
 
 def keep_freed_memory() -> None:
