@@ -28,7 +28,7 @@ def hidden(*names: str) -> Iterator[None]:
 def uncollected() -> Iterator[None]:
     """Within, no garbage is collected; what is alive afterwards is never looked at again.
 
-    An import makes a million objects that stay: looking through them over and over is a fifth of its time.
+    An import makes a million objects that stay: looking through them over and over is a third of its time.
     """
     wanted = gc.isenabled()
     gc.disable()

@@ -207,15 +207,12 @@ def test_processes_share_the_cores_unless_threads_are_set(
 @pytest.mark.usefixtures("_keep_threads")
 @pytest.mark.parametrize(("products", "expected"), [(1, 1), (runtime.FEW_PRODUCTS, 1), (runtime.FEW_PRODUCTS + 1, 2)])
 def test_steps_of_few_products_are_left_to_one_thread(products: int, expected: int) -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        runtime.use_one_core_for(products)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    runtime.use_one_core_for(products)
+    assert torch.get_num_threads() == expected
 
 
+@pytest.mark.usefixtures("_keep_threads")
 def test_processes_that_each_believe_to_be_alone_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "keep_freed_memory", lambda: None)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
