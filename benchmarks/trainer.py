@@ -35,7 +35,7 @@ from lib.modeling import build_model, load_tokenizer  # noqa: E402
 from lib.optim import warmup_steps  # noqa: E402
 from lib.plan import Plan, build_plan  # noqa: E402
 from lib.predictions import Predictions  # noqa: E402
-from lib.runtime import resolve_precision, seed_everything  # noqa: E402
+from lib.runtime import resolve_precision, seed_everything, uses_gpu  # noqa: E402
 from lib.scores import compute_metric  # noqa: E402
 from lib.train_config import TrainConfig  # noqa: E402
 
@@ -127,6 +127,7 @@ def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArgum
         max_grad_norm=optim.max_grad_norm or 0.0,
         label_smoothing_factor=config.objective.label_smoothing_factor,
         train_sampling_strategy=training.train_sampling_strategy,
+        use_cpu=not uses_gpu(),  # Trainer takes bf16 on a CPU only when told that it is to train there
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         seed=training.seed,
