@@ -17,7 +17,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     batching    stopping                                 which samples form which step
     processes   config stopping                          what processes agree on and add up
     dropout     -                                        its random numbers on a CPU
-    runtime     config dropout processes stopping        the machine
+    attention   -                                        in training on a CPU
+    runtime     attention config dropout processes stopping      the machine
     memory      config                                   fewer samples per forward
     optim       config freezing problems train_config
     embedded    config                                   minilm and movie_reviews

@@ -94,7 +94,7 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
     """All indices in batches of like length, longest first, so that a lack of memory shows at once.
 
     No batch takes more positions than `batch_size` of the longest texts: the shorter texts are, the more of them go
-    together. From a quarter of `batch_size` on, a batch ends where texts get shorter than `ALIKE` of its longest.
+    together. From a quarter of these on, a batch ends where texts get shorter than `ALIKE` of its longest.
     """
     order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
     rising = -lengths[order]
@@ -103,7 +103,8 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
     while start < len(order):
         longest = max(1, -int(rising[start]))
         alike = int(np.searchsorted(rising, -math.ceil(ALIKE * longest), side="right"))
-        stop = min(start + positions // longest, max(alike, start + max(1, batch_size // 4)))
+        most = positions // longest
+        stop = min(start + most, max(alike, start + max(1, most // 4)))
         batches.append(order[start:stop])
         start = stop
     return batches

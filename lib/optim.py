@@ -1,6 +1,8 @@
 """Parameter groups, AdamW, and a schedule counted in optimizer steps."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from lib.freezing import backbone_of, find_embeddings, find_layers
 from lib.problems import LOWER_IS_BETTER
 from lib.train_config import OptimConfig
 
+LARGE_TABLE = 2**20
+"""Numbers in a table of embeddings from which its zeros take longer to write than the rows of a batch."""
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the validation metric instead of the step."""
 
@@ -58,15 +62,61 @@ def other_rates(model: Any, config: OptimConfig) -> dict[nn.Parameter, float]:
     return rates
 
 
+class TableAdamW(AdamW):
+    """AdamW that keeps the gradients of large tables of embeddings, where PyTorch makes a table of zeros for each batch."""
+
+    def __init__(self, *arguments: Any, tables: Sequence[nn.Embedding] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kept: list[tuple[nn.Embedding, torch.Tensor, list[torch.Tensor]]] = []
+        """Tables, their gradients, and the rows of these that were added to since the last `zero_grad`."""
+        for table in tables:
+            table.sparse = True  # a batch adds the rows it has to the gradient that is there
+            table.weight.grad = torch.zeros_like(table.weight)
+            rows: list[torch.Tensor] = []
+            table.weight.register_hook(lambda gradient, rows=rows: rows.append(gradient._indices()[0]))
+            self.kept.append((table, table.weight.grad, rows))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for table, gradient, rows in self.kept:
+            if torch.distributed.is_initialized():  # other processes touched rows of their own
+                gradient.zero_()
+            elif rows:
+                gradient.index_fill_(0, torch.cat(rows), 0)
+            rows.clear()
+            table.weight.grad = gradient
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
     """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device."""
-    return AdamW(
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        take_out_of_file(model)
+    return TableAdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=device.type in ("cpu", "cuda"),
+        tables=large_tables(model) if on_cpu else (),
     )
+
+
+def large_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Trainable tables that nothing but the look-up of rows uses: a head that shares its weights would touch all of them."""
+    tables = [module for module in model.modules() if type(module) is nn.Embedding and module.weight.requires_grad]
+    users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return [table for table in tables if table.weight.numel() >= LARGE_TABLE and users[id(table.weight)] == 1]
+
+
+def take_out_of_file(model: nn.Module) -> None:
+    """Copy the trainable parameters to memory of their own.
+
+    They lie in the mapped file of the checkpoint, where the first step would copy them page by page, ten times as slowly.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:

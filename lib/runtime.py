@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from lib.attention import use_fast_attention
 from lib.config import PROCESS_TIMEOUT, UserError
 from lib.dropout import use_fast_dropout
 from lib.processes import join_again
@@ -75,8 +76,9 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
     )
     show_log(accelerator)
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
-    if accelerator.device.type == "cpu" and "GenuineIntel" not in cpu_description():
+    if accelerator.device.type == "cpu":
         use_fast_dropout()
+        use_fast_attention()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(

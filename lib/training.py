@@ -54,8 +54,7 @@ def optimizer_step(
     loss_sum = fit_gradients(accelerator, model, optimizer, loss, window, seed, state)
     sum_gradients(accelerator, model)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = accelerator.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-    skip_unless_finite(accelerator, optimizer, norm)
+    norm = clip_gradients(accelerator, optimizer, trained, config.max_grad_norm or math.inf)
     optimizer.step()
     if accelerator.optimizer_step_was_skipped:
         norm = torch.zeros(())  # fp16 with too large a scale
@@ -134,14 +133,33 @@ def accumulate_gradients(
     return loss_sum
 
 
-def skip_unless_finite(accelerator: Accelerator, optimizer: Any, norm: torch.Tensor) -> None:
-    """Let the coming step of AdamW leave everything as it is when the gradients are not finite, without waiting for them.
+def clip_gradients(
+    accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], max_norm: float
+) -> torch.Tensor:
+    """Have the coming step of AdamW clip the gradients to `max_norm`, or do nothing when they are not finite.
 
-    The fused kernels take the flag that a GradScaler gives them; with fp16 there is one, which does this by itself.
+    Neither waits for them: the fused kernels take a divisor and a flag from the device, as a GradScaler gives them; with
+    fp16 there is one, which does the second by itself. Returns the norm before clipping.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    if accelerator.scaler is None and inner.defaults.get("fused"):
-        inner.found_inf = (~torch.isfinite(norm)).float()
+    if accelerator.scaler is not None or not inner.defaults.get("fused"):
+        return accelerator.clip_grad_norm_(parameters, max_norm)
+    norm = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    inner.found_inf = (~torch.isfinite(norm)).float()
+    inner.grad_scale = None if math.isinf(max_norm) else ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    return norm
+
+
+def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of all numbers in `gradients`.
+
+    On a CPU by dot products: `vector_norm` adds all squares to few sums there, which for a table of 12 million numbers is
+    5e-4 off in float32, and takes three times as long.
+    """
+    if not gradients or gradients[0].device.type != "cpu":
+        return nn.utils.get_total_norm(gradients)
+    flat = [gradient.reshape(-1) for gradient in gradients]
+    return torch.stack([torch.dot(numbers, numbers) for numbers in flat]).sum().sqrt()
 
 
 def micro_batch_loss(
