@@ -31,6 +31,11 @@ def seconds_to_accuracy(run: Run, note: Run) -> float | None:
     return next((moment for moment, accuracy in run["evaluations"] if accuracy >= goal), None)
 
 
+def seconds_to_end_accuracy(run: Run, note: Run) -> float | None:
+    """The same, but `note` has the accuracy that it ends with when its last epoch is validated: nobody stops it before."""
+    return note["evaluations"][-1][0] if run is note else seconds_to_accuracy(run, note)
+
+
 NOTE, MANUAL, GROUPED, PLAIN = "note's script", "manual loop", "Trainer, grouped", "Trainer, fp32"
 ROWS = {
     "head": Row(
@@ -44,12 +49,19 @@ ROWS = {
     ),
     "accuracy": Row(
         "time to the validation accuracy the note's script ends with",
-        "the note's script",
+        "the note's script, {head_epochs}",
+        "ours: head",
+        NOTE,
+        seconds_to_end_accuracy,
+        50,
+        150,
+    ),
+    "accuracy_first": Row(
+        "time to the same accuracy",
+        "the note's script, when it first had it",
         "ours: head",
         NOTE,
         seconds_to_accuracy,
-        50,
-        150,
     ),
     "manual": Row(
         "{epochs} of full fine-tuning, its steps",
@@ -102,7 +114,7 @@ ROWS = {
         seconds("first_step_at"),
     ),
 }
-ONCE_PER_HEAD = ("head", "accuracy")
+ONCE_PER_HEAD = ("head", "accuracy", "accuracy_first")
 """Rows of the long runs, whose samples and repeats are set apart."""
 
 

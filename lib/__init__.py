@@ -20,7 +20,7 @@ Who imports whom, asserted by tests/test_architecture.py:
     attention   -                                        in training on a CPU
     runtime     attention config dropout processes stopping      the machine
     memory      config                                   fewer samples per forward
-    optim       config freezing problems train_config
+    optim       config freezing problems processes train_config
     embedded    config                                   minilm and movie_reviews
     labels      config                                   one class a row
     label_sets  config labels                            several labels a row

@@ -14,6 +14,7 @@ from transformers import get_scheduler
 from lib.config import UserError
 from lib.freezing import backbone_of, find_embeddings, find_layers
 from lib.problems import LOWER_IS_BETTER
+from lib.processes import is_alone
 from lib.train_config import OptimConfig
 
 LARGE_TABLE = 2**20
@@ -79,8 +80,8 @@ class TableAdamW(AdamW):
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for table, gradient, rows in self.kept:
-            if torch.distributed.is_initialized():  # other processes touched rows of their own
-                gradient.zero_()
+            if not is_alone():
+                gradient.zero_()  # the others touched rows of their own
             elif rows:
                 gradient.index_fill_(0, torch.cat(rows), 0)
             rows.clear()

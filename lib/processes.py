@@ -59,6 +59,11 @@ def any_process(accelerator: Accelerator, flag: bool) -> bool:
     return lowest(accelerator, int(not flag)) == 0
 
 
+def is_alone() -> bool:
+    """Whether no other process trains the same model."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def agree_to_stop(accelerator: Accelerator) -> None:
     """Raise Stopped on every process when one was asked to stop; every process must call this at the same place."""
     check_stop(functools.partial(any_process, accelerator))
@@ -101,5 +106,5 @@ def finish(accelerator: Accelerator, *objects: Any) -> None:
     """Release the model and end the process group, in this order: the other way round can deadlock at exit."""
     accelerator.wait_for_everyone()
     accelerator.free_memory(*objects)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not is_alone():
         torch.distributed.destroy_process_group()

@@ -189,10 +189,19 @@ def test_time_to_accuracy_is_when_a_run_first_had_what_the_note_s_script_ends_wi
     assert seconds_to_accuracy(note, note) == 20
     assert seconds_to_accuracy(made_up("ours: head", 0, evaluations=[(3, 0.4), (4, 0.55)]), note) == 4
     never = made_up("ours: head", 0, evaluations=[(3, 0.4)])
-    outcome = compare("accuracy", [note, never])
+    outcome = compare("accuracy_first", [note, never])
     assert outcome is not None
     assert (outcome.ours, outcome.missed) == ([], 1)
     assert ratio_rows([outcome], WORDS)[1][4] == "not reached"
+
+
+def test_the_note_s_script_has_the_accuracy_it_ends_with_at_its_end():
+    note = made_up("note's script", 0, evaluations=[(10, 0.3), (20, 0.5), (30, 0.6), (40, 0.5)])
+    ours = made_up("ours: head", 0, evaluations=[(3, 0.4), (4, 0.55), (5, 0.2)])
+    for name, ratio in (("accuracy", 10), ("accuracy_first", 5)):
+        outcome = compare(name, [note, ours])
+        assert outcome is not None
+        assert outcome.ratio == ratio
 
 
 def test_the_share_of_the_product_rate_is_useful_flops_over_seconds():

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from lib import optim
 from lib.adaptation import adapt
 from lib.config import AdapterConfig, ModelConfig, UserError
 from lib.freezing import freeze
@@ -192,6 +194,107 @@ def test_fused_adamw_equals_the_plain_one() -> None:
     for first, second, before in zip(ours.parameters(), plain.parameters(), start, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
         assert not torch.equal(first, before)
+
+
+# ------------------------------------------------------------------------------------------- tables of embeddings
+
+
+class Reader(nn.Module):
+    """Looks rows up in a large table and in a small one; the head shares the weights of a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.shared = (
+            nn.Embedding(40, 8, padding_idx=0),
+            nn.Embedding(5, 8),
+            nn.Embedding(40, 8),
+        )
+        self.head = nn.Linear(8, 40, bias=False)
+        self.head.weight = self.shared.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(ids) + self.places(ids % 5) + self.shared(ids))
+
+
+def reader() -> Reader:
+    torch.manual_seed(0)
+    return Reader()
+
+
+BATCHES = [torch.tensor(ids) for ids in ([3, 3, 0, 7], [7, 9, 39, 39], [1, 0, 0, 0])]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_kept_gradient_of_a_table_is_that_of_the_batch_and_learns_the_same(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "is_alone", lambda: alone)
+    config = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
+    plain, kept = reader(), reader()
+    optimizers = [build_optimizer(plain, config, CPU)]
+    monkeypatch.setattr(optim, "LARGE_TABLE", 320)
+    optimizers.append(build_optimizer(kept, config, CPU))
+    assert [table.sparse for table in (kept.words, kept.places, kept.shared)] == [True, False, False]
+    where = kept.words.weight.grad.data_ptr()
+    for ids in (*BATCHES, *BATCHES):
+        for model in (plain, kept):
+            for part in ids.split(3):  # two micro-batches
+                model(part).square().sum().backward()
+        for first, second in zip(plain.parameters(), kept.parameters(), strict=True):
+            assert torch.equal(first.grad, second.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for first, second in zip(plain.parameters(), kept.parameters(), strict=True):
+        assert torch.equal(first, second)
+    assert kept.words.weight.grad.data_ptr() == where
+    assert not kept.words.weight.grad.any()
+    assert plain.words.weight.grad is None
+
+
+def test_a_gradient_that_was_not_finite_does_not_stay_in_a_kept_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "LARGE_TABLE", 320)
+    model = reader()
+    optimizer = build_optimizer(model, OptimConfig(), CPU)
+    (model(BATCHES[0]).sum() * float("nan")).backward()
+    assert model.words.weight.grad.isnan().any()
+    optimizer.zero_grad()
+    assert not model.words.weight.grad.any()
+
+
+def test_frozen_tables_and_those_on_a_gpu_have_no_kept_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "LARGE_TABLE", 1)
+    model = reader()
+    model.words.weight.requires_grad_(False)
+    build_optimizer(model, OptimConfig(), CPU)
+    assert (model.words.sparse, model.words.weight.grad, model.places.sparse) == (False, None, True)
+    model = reader()
+    build_optimizer(model, OptimConfig(), torch.device("meta"))
+    assert model.words.weight.grad is None
+
+
+def test_what_is_trained_does_not_lie_in_the_file_of_the_checkpoint(tmp_path: Path) -> None:
+    """Else the first step copies it page by page, in ten times the time of all later ones."""
+    path = str(tmp_path / "model.safetensors")
+    save_file({"weight": torch.ones(600, 500), "bias": torch.zeros(600)}, path)
+    model = nn.Linear(500, 600)
+    for name, tensor in load_file(path).items():
+        getattr(model, name).data = tensor
+    model.bias.requires_grad_(False)
+    assert lies_in(path, model.weight)
+    build_optimizer(model, OptimConfig(), CPU)
+    assert not lies_in(path, model.weight)
+    assert lies_in(path, model.bias)
+    assert torch.equal(model.weight, torch.ones(600, 500))
+
+
+def lies_in(path: str, tensor: torch.Tensor) -> bool:
+    """Whether the memory of `tensor` is a mapping of a file."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.endswith(path)
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------- schedules

@@ -1,5 +1,8 @@
 """What a step does when memory is short or a gradient is not finite; the laws of the step are in test_laws.py."""
 
+import copy
+import dataclasses
+import math
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +26,7 @@ from lib.optim import build_optimizer
 from lib.plan import State, all_windows, build_plan
 from lib.processes import buckets
 from lib.train_config import OptimConfig, TrainingConfig
-from lib.training import optimizer_step, try_longest_batch
+from lib.training import gradient_norm, optimizer_step, try_longest_batch
 from tests.conftest import sentences, write_csv
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
@@ -144,6 +147,32 @@ def test_a_step_whose_gradient_is_not_finite_leaves_weights_and_moments_alone(pa
     monkeypatch.setattr(training, "micro_batch_loss", loss)
     step(parts, state, parts.windows[2])
     assert not torch.equal(weights(parts.model), before)
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 0.5, 1e6, None])
+def test_gradients_are_clipped_as_pytorch_clips_them(parts, max_norm):
+    twin = copy.deepcopy(parts.model)
+    other = build_optimizer(twin, OPTIM, parts.accelerator.device)
+    for window in parts.windows[:2]:
+        batch = dict(window.micro_batches[0])
+        labels, weight = batch.pop("labels"), batch.pop("sample_weight")
+        other.zero_grad()
+        losses = plain_cross_entropy(twin(**batch).logits, labels) * weight
+        (losses.sum() / window.weight).backward()
+        wanted = torch.nn.utils.clip_grad_norm_(twin.parameters(), max_norm or math.inf)
+        other.step()
+        fixed = (parts.accelerator, parts.model, parts.optimizer, parts.scheduler, plain_cross_entropy)
+        _, norm = optimizer_step(*fixed, window, dataclasses.replace(OPTIM, max_grad_norm=max_norm), 0, State())
+        torch.testing.assert_close(norm, wanted)
+        torch.testing.assert_close(weights(parts.model), weights(twin), rtol=0, atol=1e-6)
+
+
+def test_the_norm_of_a_large_gradient_is_exact():
+    """`torch.linalg.vector_norm` is 5e-4 off for the table of words of BERT, more than clipping should be."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(30_522, 384) * 1e-3, torch.randn(7)]
+    exact = sum(gradient.double().square().sum() for gradient in gradients).sqrt()
+    assert abs(gradient_norm(gradients).double() - exact) < 2e-5 * exact
 
 
 def test_cut_micro_batches_hold_every_sample_once_in_order():
