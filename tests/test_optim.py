@@ -249,6 +249,7 @@ def test_a_kept_gradient_of_a_table_is_that_of_the_batch_and_learns_the_same(
         assert torch.equal(first, second)
     assert kept.words.weight.grad.data_ptr() == where
     assert not kept.words.weight.grad.any()
+    assert optimizers[1].kept[0][2] == []
     assert plain.words.weight.grad is None
 
 
