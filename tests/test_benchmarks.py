@@ -112,7 +112,7 @@ def test_ours_is_measured_through_the_real_command(material, tmp_path):
 def test_our_scoring_is_timed_from_tokens_to_results(material, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     _, *flags = contenders.CONTENDERS["ours: scoring"](material, 0, tmp_path)
-    eval_script.main(parse_cli(EvalConfig, flags))
+    eval_script.main(parse_cli(EvalConfig, [*flags, "--mixed_precision", "no"]))  # as all tests of this process
     measures = contenders.read_ours(tmp_path / "run", "")
     assert measures["eval_samples"] == COUNTS["train"]
     assert 0 < measures["eval_seconds"] < 60

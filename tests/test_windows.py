@@ -196,7 +196,8 @@ def test_eval_and_predict_read_long_texts_as_the_run_did(run: Command, roberta: 
     flags += ["--model", roberta, "--lr", "1e-2", "--max_steps", 6, "--output_dir", "run", "--report_to", "none"]
     trained = results_of(run("train.py", *flags, "--max_length", 8, "--window_stride", 2, "--mixed_precision", "no"))
     rows = read_lines(tmp_path / "run" / "eval-test" / "predictions.jsonl")
-    scored = results_of(run("eval.py", "--model", tmp_path / "run" / "model", "--test_file", tmp_path / "test.csv"))
+    flags = ["--model", tmp_path / "run" / "model", "--test_file", tmp_path / "test.csv", "--mixed_precision", "no"]
+    scored = results_of(run("eval.py", *flags))
     assert scored["test/loss"] == pytest.approx(trained["test/loss"], abs=1e-6)
     flags = ["--input", "test.csv", "--model", "run/model", "--output", "answers.jsonl", "--mixed_precision", "no"]
     run("predict.py", *flags, "--per_device_eval_batch_size", 5)
