@@ -60,6 +60,8 @@ class Attention(torch.autograd.Function):
 
 LONGEST = {torch.bfloat16: 256, torch.float32: 128}
 """Positions up to which gradients without dropout come faster from `Attention`, by type."""
+UNKNOWN = ("softcap", "cache", "output_attentions")
+"""What transformers answers itself, by an error, a warning or a cache."""
 
 
 def attention_forward(
@@ -78,16 +80,20 @@ def attention_forward(
 
     PyTorch has two ways there. The one with dropout looks for rows that are masked as a whole and works in float32; that
     without takes ten times as long in bf16 for the gradients of short texts. What `Attention` does not know is left to them:
-    a mask that is only implied or is not boolean, fewer keys than queries, a bias that is learnt.
+    a mask that is only implied or is not boolean, fewer keys than queries, a bias that is learnt, what `others` ask for.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     known = attention_mask.dtype == torch.bool if attention_mask is not None else not causal
     known = known and query.shape[1] == key.shape[1] == value.shape[1] and position_bias is None
-    faster = dropout > 0 or (query.requires_grad and key.shape[2] <= LONGEST.get(query.dtype, 0))
-    if not (query.device.type == "cpu" and known and faster) or torch.compiler.is_compiling():
+    known = known and not any(others.get(name) for name in UNKNOWN)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    faster = dropout > 0 or (query.requires_grad and key.shape[2] <= LONGEST.get(dtype, 0))
+    training = module.training and query.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (training and known and faster):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias, **others
         )
+    query, key, value = (x.to(dtype) for x in (query, key, value))  # rotated ones come in float32
     if attention_mask is None:
         bias = query.new_zeros(1, dtype=torch.float32)
     else:

@@ -74,7 +74,7 @@ class TableAdamW(AdamW):
             table.sparse = True  # a batch adds the rows it has to the gradient that is there
             table.weight.grad = torch.zeros_like(table.weight)
             rows: list[torch.Tensor] = []
-            table.weight.register_hook(lambda gradient, rows=rows: rows.append(gradient._indices()[0]))
+            table.weight.register_hook(lambda gradient, rows=rows: rows.append(rows_of(gradient)))
             self.kept.append((table, table.weight.grad, rows))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -88,8 +88,16 @@ class TableAdamW(AdamW):
             table.weight.grad = gradient
 
 
+def rows_of(gradient: torch.Tensor) -> torch.Tensor:
+    """The rows that a gradient touches: all, where the weights were used as a whole."""
+    return gradient._indices()[0] if gradient.is_sparse else torch.arange(len(gradient))
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device."""
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device.
+
+    On a CPU the parameters and the gradients of large tables get memory of their own, for speed.
+    """
     on_cpu = device.type == "cpu"
     if on_cpu:
         take_out_of_file(model)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
@@ -99,20 +99,28 @@ def test_in_bf16_it_is_as_near_to_float32_as_pytorch_s(masked, fast):
         {"attention_mask": torch.zeros(BATCH, 1, POSITIONS, POSITIONS)},
         {"attention_mask": None, "is_causal": True},
         {"position_bias": torch.zeros(1, HEADS, POSITIONS, POSITIONS)},
+        {"training": False},
         {"keys": 400},
         {"frozen": True},
     ],
-    ids=["a mask of numbers", "an implied mask", "a bias", "long texts", "no gradients"],
+    ids=["a mask of numbers", "an implied mask", "a bias", "no training", "long texts", "no gradients"],
 )
 def test_all_else_is_left_to_transformers(change, fast):
     tensors, mask = inputs(keys=change.pop("keys", POSITIONS))
     if change.pop("frozen", False):
         tensors = [tensor.detach() for tensor in tensors]
+    part = module().train(change.pop("training", True))
     settings = {"attention_mask": mask} | change
-    found, _ = attention_forward(module(), *tensors, **settings)
-    wanted, _ = sdpa_attention_forward(module(), *tensors, **settings)
+    found, _ = attention_forward(part, *tensors, **settings)
+    wanted, _ = sdpa_attention_forward(part, *tensors, **settings)
     assert not fast
     assert torch.equal(found, wanted)
+
+
+def test_what_transformers_refuses_is_refused(fast):
+    tensors, mask = inputs()
+    with pytest.raises(ValueError, match="softcap"):
+        attention_forward(module(), *tensors, mask, softcap=30.0)
 
 
 def test_fewer_heads_of_keys_than_of_queries_are_left_to_transformers(fast):
@@ -124,6 +132,38 @@ def test_fewer_heads_of_keys_than_of_queries_are_left_to_transformers(fast):
     wanted, _ = sdpa_attention_forward(part, query, key[:, :1], value[:, :1], **settings)
     assert not fast
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["modernbert", "qwen2"])
+def test_models_that_rotate_queries_in_float32_learn_in_bf16(kind, dropout, fast):
+    """Under autocast their queries and keys are float32 and their values bf16."""
+    small = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
+    small |= {"pad_token_id": 0, "num_labels": 3, "attention_dropout": dropout}
+    small |= {"num_key_value_heads": 2} if kind == "qwen2" else {"cls_token_id": 1, "sep_token_id": 2}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **small)).train()
+    ids = torch.randint(1, 50, (4, 9))
+    mask = torch.ones_like(ids)
+    mask[:2, 6:] = 0
+    found = []
+    for function in (attention_forward, sdpa_attention_forward):
+        AttentionInterface.register("sdpa", function)
+        model.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids * mask, attention_mask=mask, labels=torch.tensor([0, 1, 2, 0])).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert len(fast) == 2  # one a layer
+    if not dropout:
+        torch.testing.assert_close(*found, rtol=0.05, atol=0.02 * found[1].abs().max().item())
 
 
 def test_a_model_learns_the_same_with_either(fast):

@@ -263,6 +263,19 @@ def test_a_gradient_that_was_not_finite_does_not_stay_in_a_kept_one(monkeypatch:
     assert not model.words.weight.grad.any()
 
 
+def test_a_table_that_is_used_as_a_whole_keeps_a_right_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DeBERTa's table of distances is."""
+    monkeypatch.setattr(optim, "LARGE_TABLE", 320)
+    model = reader()
+    optimizer = build_optimizer(model, OptimConfig(), CPU)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(BATCHES[0]).sum() + model.words.weight.square().sum()).backward()
+    kept, model = model.words.weight.grad, reader()
+    (model(BATCHES[0]).sum() + model.words.weight.square().sum()).backward()
+    torch.testing.assert_close(kept, model.words.weight.grad)
+
+
 def test_frozen_tables_and_those_on_a_gpu_have_no_kept_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "LARGE_TABLE", 1)
     model = reader()
