@@ -77,11 +77,21 @@ class TableAdamW(AdamW):
             table.weight.register_hook(lambda gradient, rows=rows: rows.append(rows_of(gradient)))
             self.kept.append((table, table.weight.grad, rows))
 
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients there are; of large tables only the rows that were added to: all others are zero."""
+        touched = {
+            table.weight: gradient[torch.cat(rows).unique()]
+            for table, gradient, rows in self.kept
+            if rows and is_alone()  # the others touched rows of their own
+        }
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return [touched.get(p, p.grad) for p in parameters if p.grad is not None]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for table, gradient, rows in self.kept:
             if not is_alone():
-                gradient.zero_()  # the others touched rows of their own
+                gradient.zero_()
             elif rows:
                 gradient.index_fill_(0, torch.cat(rows), 0)
             rows.clear()

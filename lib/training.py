@@ -144,7 +144,7 @@ def clip_gradients(
     inner = getattr(optimizer, "optimizer", optimizer)
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
         return accelerator.clip_grad_norm_(parameters, max_norm)
-    norm = gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = gradient_norm(inner.gradients())
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(max_norm) else ((norm + 1e-6) / max_norm).clamp(min=1.0)
     return norm

@@ -26,6 +26,7 @@ from lib.optim import (
     warmup_steps,
 )
 from lib.train_config import OptimConfig, SchedulerName
+from lib.training import gradient_norm
 from tests.test_modeling import SETTINGS
 
 CPU = torch.device("cpu")
@@ -242,6 +243,10 @@ def test_a_kept_gradient_of_a_table_is_that_of_the_batch_and_learns_the_same(
                 model(part).square().sum().backward()
         for first, second in zip(plain.parameters(), kept.parameters(), strict=True):
             assert torch.equal(first.grad, second.grad)
+        whole, touched = (optimizer.gradients() for optimizer in optimizers)
+        torch.testing.assert_close(gradient_norm(touched), gradient_norm(whole))
+        assert len(whole[0]) == 40
+        assert len(touched[0]) == (len(ids[ids > 0].unique()) if alone else 40)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
