@@ -53,8 +53,7 @@ def optimizer_step(
     state.learning_rate = learning_rate(optimizer)
     loss_sum = fit_gradients(accelerator, model, optimizer, loss, window, seed, state)
     sum_gradients(accelerator, model)
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = clip_gradients(accelerator, optimizer, trained, config.max_grad_norm or math.inf)
+    norm = clip_gradients(accelerator, optimizer, config.max_grad_norm or math.inf)
     optimizer.step()
     if accelerator.optimizer_step_was_skipped:
         norm = torch.zeros(())  # fp16 with too large a scale
@@ -133,9 +132,7 @@ def accumulate_gradients(
     return loss_sum
 
 
-def clip_gradients(
-    accelerator: Accelerator, optimizer: Any, parameters: list[nn.Parameter], max_norm: float
-) -> torch.Tensor:
+def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float) -> torch.Tensor:
     """Have the coming step of AdamW clip the gradients to `max_norm`, or do nothing when they are not finite.
 
     Neither waits for them: the fused kernels take a divisor and a flag from the device, as a GradScaler gives them; with
@@ -143,7 +140,8 @@ def clip_gradients(
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
-        return accelerator.clip_grad_norm_(parameters, max_norm)
+        trained = [parameter for group in inner.param_groups for parameter in group["params"]]
+        return accelerator.clip_grad_norm_(trained, max_norm)
     norm = gradient_norm(inner.gradients())
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(max_norm) else ((norm + 1e-6) / max_norm).clamp(min=1.0)
