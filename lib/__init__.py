@@ -13,12 +13,12 @@ Who imports whom, asserted by tests/test_architecture.py:
     stopping    -                                        signals and the time limit
     watchdog    -                                        who hangs, and where
     manifest    -                                        folders that are whole or absent
-    autocast    -                                        weights cast once for many forwards
+    autocast    -                                        casts of mixed precision made once
     batching    stopping                                 which samples form which step
     processes   config stopping                          what processes agree on and add up
     dropout     -                                        its random numbers on a CPU
     attention   -                                        in training on a CPU
-    runtime     attention config dropout processes stopping      the machine
+    runtime     attention autocast config dropout processes stopping     the machine
     memory      config                                   fewer samples per forward
     optim       config freezing problems processes train_config
     embedded    config                                   minilm and movie_reviews

@@ -1,10 +1,14 @@
-"""Weights in the type of mixed precision, cast once for many forwards instead of anew in each."""
+"""Casts of mixed precision made once: of a weight for many forwards, of an input for all layers that share it."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,3 +36,29 @@ def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     finally:
         for layer, parameters in originals:
             layer._parameters.update(parameters)
+
+
+def share_cast(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """Give a linear layer its float32 input as autocast would cast it, once for all layers that read the same activations.
+
+    Queries, keys and values come from one input: autocast casts it three times, and casts back its three gradients before
+    it adds them; here they are added, then cast back. This is a forward hook: None leaves the arguments as they are.
+    """
+    if not (
+        isinstance(module, nn.Linear) and arguments and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
+    ):
+        return None
+    states = arguments[0]
+    recorded = states.grad_fn is not None  # else it may be changed where its version does not tell
+    if not recorded or states.dtype != torch.float32 or states.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    key = states._version, torch.get_autocast_dtype("cpu")
+    if getattr(states, "shared_cast", (None, None))[0] != key:
+        states.shared_cast = key, states.to(key[1])
+    return states.shared_cast[1], *arguments[1:]
+
+
+@functools.cache
+def use_shared_casts() -> RemovableHandle:
+    """Have every model of this process share its casts on a CPU; the handle ends it."""
+    return register_module_forward_pre_hook(share_cast)

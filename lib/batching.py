@@ -25,7 +25,7 @@ Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 PER_SAMPLE = ("labels", "sample_weight", "num_windows")
 """What a batch holds once a sample; all else it holds once a window, of which a long text may have several."""
 
-BLOCK = 50
+BLOCK = 100
 """Batches whose samples are sorted together: enough to fill batches with like lengths, few enough to keep them random."""
 
 ALIKE = 0.92

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lib.attention import use_fast_attention
+from lib.autocast import use_shared_casts
 from lib.config import PROCESS_TIMEOUT, UserError
 from lib.dropout import use_fast_dropout
 from lib.processes import join_again
@@ -79,6 +80,7 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
     if accelerator.device.type == "cpu":
         use_fast_dropout()
         use_fast_attention()
+        use_shared_casts()
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(

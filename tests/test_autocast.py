@@ -1,5 +1,6 @@
-"""Weights cast once give what autocast gives, bit for bit, with fewer casts, and leave the model as it was."""
+"""Weights and inputs cast once give what autocast gives, with fewer casts, and leave the model as it was."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from lib.autocast import cast_weights
+from lib.autocast import cast_weights, use_shared_casts
 
 INPUTS = [{"input_ids": torch.randint(5, 30, (2, n), generator=torch.Generator().manual_seed(n))} for n in (3, 7, 4)]
 
@@ -95,3 +96,81 @@ def test_nothing_is_cast_where_precision_is_not_mixed(roberta: Path, precision: 
     model = AutoModelForSequenceClassification.from_pretrained(roberta)
     with cast_weights(model, precision):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.fixture
+def unshared() -> Iterator[None]:
+    """Nothing is shared but between `use_shared_casts` and the end of the test."""
+    stop_sharing()
+    yield
+    stop_sharing()
+
+
+def stop_sharing() -> None:
+    use_shared_casts().remove()
+    use_shared_casts.cache_clear()
+
+
+def training_step(model: PreTrainedModel, mixed: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and all gradients, without dropout."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        logits = model(**INPUTS[1]).logits.float()
+    logits.square().sum().backward()
+    gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return logits.detach().numpy(), torch.cat(gradients).numpy()
+
+
+@pytest.mark.usefixtures("unshared")
+def test_shared_casts_of_inputs_change_no_logit_and_gradients_by_less_than_autocast_does(
+    model: PreTrainedModel,
+) -> None:
+    _, exact = training_step(model, mixed=False)
+    logits, gradients = training_step(model)
+    use_shared_casts()
+    shared_logits, shared_gradients = training_step(model)
+    np.testing.assert_array_equal(logits, shared_logits)
+    error, shared_error = (np.linalg.norm(found - exact) for found in (gradients, shared_gradients))
+    assert 0 < shared_error < 1.1 * error
+    assert np.linalg.norm(shared_gradients - gradients) < error
+
+
+@pytest.mark.usefixtures("unshared")
+@pytest.mark.parametrize("model", ["bert"], indirect=True)
+def test_the_input_of_queries_keys_and_values_is_cast_once(model: PreTrainedModel) -> None:
+    shape = {torch.Size((2, 7, 24))}
+    with Casts(shape) as apart:
+        training_step(model)
+    use_shared_casts()
+    with Casts(shape) as shared:
+        training_step(model)
+    layers = model.config.num_hidden_layers
+    assert apart.count - shared.count == 2 * layers
+
+
+@pytest.mark.usefixtures("unshared")
+def test_an_input_that_was_changed_in_place_is_cast_anew() -> None:
+    torch.manual_seed(0)
+    layer, scale = torch.nn.Linear(3, 3), torch.ones(3, requires_grad=True)
+    use_shared_casts()
+    with torch.autocast("cpu", torch.bfloat16):
+        states = torch.randn(2, 3) * scale
+        before = layer(states)
+        states.add_(1)
+        after = layer(states)
+        np.testing.assert_array_equal(after.detach().float(), layer(states + 0).detach().float())
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.usefixtures("unshared")
+def test_what_no_gradient_goes_through_is_left_to_autocast(model: PreTrainedModel) -> None:
+    shape = {torch.Size((2, 7, 24))}
+    counts = []
+    for share in (False, True):
+        if share:
+            use_shared_casts()
+        for no_gradient in (torch.no_grad, torch.inference_mode):
+            with Casts(shape) as casts, no_gradient(), torch.autocast("cpu", torch.bfloat16):
+                model(**INPUTS[1])
+            counts.append(casts.count)
+    assert len(set(counts)) == 1
