@@ -1,6 +1,8 @@
 """Seeds by address, precision by device, and launches that are not what was asked for."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from lib.runtime import (
     use_all_cores,
     use_tf32,
 )
+from tests.conftest import ROOT
 
 AMX = "vendor_id : GenuineIntel\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile"
 INTEL_WITHOUT_AMX = "vendor_id : GenuineIntel\nflags : fpu avx512f avx512_bf16"
@@ -49,6 +52,27 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int, bf16: bool = True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+DECAY = """
+import torch
+from lib.runtime import build_accelerator
+
+build_accelerator("no")
+moment = torch.full((1_000_000,), 1e-37)
+for _ in range(30):
+    moment.lerp_(torch.zeros(()), 0.1)  # as AdamW does
+print(torch.get_num_threads(), moment.view(torch.int32).count_nonzero().item())
+"""
+
+
+def test_moments_of_words_long_unseen_end_at_zero_in_all_threads_instead_of_slowing_every_step() -> None:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", DECAY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=ROOT)
+    assert done.stdout.split() == ["2", "0"]
 
 
 # ---------------------------------------------------------------------------------------------------- seeds
