@@ -58,8 +58,8 @@ Who imports whom, asserted by tests/test_architecture.py:
     features    autocast batching data evaluation feature_cache freezing memory processes replay runtime train_config
     resume      checkpoint config manifest train_config  which checkpoint to go on from
     model_card  embedded problems                        README.md of an exported model
-    run         cli config data eval_config evaluation freezing model_card modeling plan report resume runtime scores
-                sources targets train_config
+    run         batching cli config data eval_config evaluation freezing model_card modeling plan report resume runtime
+                scores sources targets train_config
 
     predict_config      config                           options of predict.py
     inputs              config predict_config            new text, row by row

@@ -29,7 +29,7 @@ LENGTH = {"num_train_epochs", "max_steps"}
 
 def experiment(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the result depends on, as JSON gives them back."""
-    names = {"run/data_fingerprint", "run/label_names"}
+    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together"}
     chosen = {k: v for k, v in settings.items() if (k in names) or (k not in HARMLESS and not k.startswith("run/"))}
     return json.loads(json.dumps(chosen))
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import DataCollatorWithPadding
 
+from lib.batching import BLOCK
 from lib.cli import load_config, save_config
 from lib.config import AdapterConfig, ModelConfig, UserError, flatten
 from lib.data import Data
@@ -110,6 +111,8 @@ def run_settings(
         "trainable_parameters": trainable,
         "parameters": total,
     }
+    if config.training.train_sampling_strategy == "group_by_length":
+        record["batches_sorted_together"] = BLOCK
     record |= model_origin(config.model) | {f"padding_{name}": round(share, 4) for name, share in padding.items()}
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}

@@ -145,6 +145,12 @@ def test_an_option_that_came_after_a_run_began_was_at_its_default_then():
     assert compare_settings(before, now | {"compile": True}) == ["  compile: False there, True now"]
 
 
+def test_a_checkpoint_of_another_order_of_batches_is_another_experiment():
+    now = SETTINGS | {"run/batches_sorted_together": 100}
+    assert compare_settings(now, now) == []
+    assert compare_settings(SETTINGS, now) == ["  batches_sorted_together: None there, 100 now"]
+
+
 def test_the_promise_says_what_remains():
     assert "bit by bit" in describe_promise(SETTINGS, dict(SETTINGS), [])
     assert "num_processes 1 -> 2" in describe_promise(SETTINGS, SETTINGS | {"run/num_processes": 2}, [])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lib.batching import BLOCK
 from lib.checkpoint import list_checkpoints
 from lib.config import HubConfig, flatten
 from lib.resume import compare_settings
@@ -35,6 +36,7 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
     play(run, tmp_path, roberta, calls, processes)
     state = json.loads((list_checkpoints(tmp_path / "whole" / "checkpoints")[0] / "state.json").read_text())
     assert state["settings"]["run/num_processes"] == processes
+    assert state["settings"]["run/batches_sorted_together"] == BLOCK
     for call in calls[1:]:
         found = differences(tmp_path / "whole", tmp_path / call["folder"])
         if call["folder"] in ("order", "dropout"):  # the comparison would see it
