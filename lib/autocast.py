@@ -44,9 +44,8 @@ def share_cast(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
     Queries, keys and values come from one input: autocast casts it three times, and casts back its three gradients before
     it adds them; here they are added, then cast back. This is a forward hook: None leaves the arguments as they are.
     """
-    if not (
-        isinstance(module, nn.Linear) and arguments and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()
-    ):
+    plain = type(module) is nn.Linear  # others may do more with their input than autocast casts it for
+    if not (plain and arguments and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
         return None
     states = arguments[0]
     recorded = states.grad_fn is not None  # else it may be changed where its version does not tell
