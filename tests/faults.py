@@ -280,7 +280,8 @@ def no_space(lab: Laboratory, fault: dict[str, Any]) -> str:
 
 def out_of_memory(lab: Laboratory, do: str) -> str:
     folder = lab.new()
-    run = lab.finish(folder, 2, fault={"do": do, "rank": 1, "step": 3, "size": 1})
+    room = 24 if do == "eval_oom" else 1  # positions, enough for one of the longest samples but not for two; samples
+    run = lab.finish(folder, 2, fault={"do": do, "rank": 1, "step": 3, "size": room})
     told = "told" if "out of memory" in run.text() else "not told"
     return f"{told}, {lab.verdict(folder, 2) if do == 'eval_oom' else lab.near(folder, 2)}"
 

@@ -1,9 +1,9 @@
 """train.py with a fault put into it from outside: faulty.py FAULT FLAG [FLAG ...], where FAULT is a JSON object.
 
 `sleep`: seconds added to every step. `step`: the step at which the others act, on process `rank` (default: all).
-`do`: oom, oom_backward, eval_oom (above `size` samples), nan, freeze, kill, raise. `once`: a file that, once there, stops
-the fault from acting again. `file_bytes`: the largest file that can be written. `free`: free bytes of the disk.
-`tokenize`: seconds that the first process takes to load the data.
+`do`: oom, oom_backward (above `size` samples), eval_oom (above `size` positions), nan, freeze, kill, raise. `once`: a file
+that, once there, stops the fault from acting again. `file_bytes`: the largest file that can be written. `free`: free bytes
+of the disk. `tokenize`: seconds that the first process takes to load the data.
 """
 
 import json
@@ -82,7 +82,7 @@ def failing_backward(self: Accelerator, *arguments: Any) -> None:
 
 def predict_batch(model: Any, inputs: Any, *arguments: Any) -> torch.Tensor:
     if acts("eval_oom"):
-        no_memory(len(inputs["labels"]))
+        no_memory(inputs["input_ids"].numel())
     return batch(model, inputs, *arguments)
 
 
