@@ -52,9 +52,11 @@ def share_cast(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
     if not recorded or states.dtype != torch.float32 or states.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     key = states._version, torch.get_autocast_dtype("cpu")
-    if getattr(states, "shared_cast", (None, None))[0] != key:
-        states.shared_cast = key, states.to(key[1])
-    return states.shared_cast[1], *arguments[1:]
+    known, cast = getattr(states, "shared_cast", (None, None))
+    if known != key:
+        cast = states.to(key[1])
+        states.shared_cast = key, cast
+    return cast, *arguments[1:]
 
 
 @functools.cache
