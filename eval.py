@@ -4,28 +4,28 @@ accelerate launch eval.py --run outputs/NAME --split test
 accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
 """
 
-from lib.cli import parse_cli
-from lib.eval_config import EvalConfig
-from lib.hub_fetch import fetch
+from lib.config.cli import parse_cli
+from lib.config.eval import EvalConfig
+from lib.hub.fetch import fetch
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(EvalConfig)
     fetch(CONFIG)
 
-from lib import lean  # noqa: F401 - before what imports transformers
-from lib.adaptation import load_classifier, tokenizer_source
-from lib.batching import build_collator
-from lib.data import load_data
-from lib.evaluation import evaluate_split
-from lib.modeling import label_names, load_tokenizer
-from lib.pictures import FILES
-from lib.processes import finish
-from lib.report import write_report
-from lib.run import build_eval_results, eval_folder, eval_model, run_precision, write_results
-from lib.runtime import build_accelerator, run_script
-from lib.scores import check_metrics
-from lib.sources import default_metrics
-from lib.targets import model_problem
+import lib.runtime.startup  # noqa: F401 - before what imports transformers
+from lib.data.batching import build_collator
+from lib.data.labels.targets import model_problem
+from lib.data.load import load_data
+from lib.data.sources import default_metrics
+from lib.evaluation.plots import FILES
+from lib.evaluation.report import write_report
+from lib.evaluation.scores import check_metrics
+from lib.evaluation.scoring import evaluate_split
+from lib.model.adapters.adapt import load_classifier, tokenizer_source
+from lib.model.load import label_names, load_tokenizer
+from lib.run.record import build_eval_results, eval_folder, eval_model, run_precision, write_results
+from lib.runtime.accelerator import build_accelerator, run_script
+from lib.runtime.processes import finish
 
 
 def main(config: EvalConfig) -> None:

@@ -10,17 +10,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lib.cli import parse_command
-from lib.config import UserError
-from lib.hub_config import COMMANDS, DoctorConfig, ImportConfig, PackConfig, UnpackConfig, VerifyConfig
+from lib.config.cli import parse_command
+from lib.config.hub import COMMANDS, DoctorConfig, ImportConfig, PackConfig, UnpackConfig, VerifyConfig
+from lib.config.sections import UserError
 
 if __name__ == "__main__":  # before the other imports: --help answers at once
     CONFIG = parse_command(COMMANDS)
 
-from lib.archives import opened, pack, unpack
-from lib.doctor import diagnose
-from lib.hub_cache import cached_repos, is_nameless, parse_repo, verify_repo
-from lib.hub_import import import_folder
+from lib.hub.cache.layout import cached_repos, is_nameless, parse_repo, verify_repo
+from lib.hub.doctor import diagnose
+from lib.hub.importing.archives import opened, pack, unpack
+from lib.hub.importing.folder import import_folder
 
 
 def run_import(config: ImportConfig) -> int:

@@ -10,25 +10,25 @@ import sys
 import time
 from pathlib import Path
 
-from lib.cli import parse_cli
-from lib.hub_fetch import fetch
-from lib.predict_config import PredictConfig
+from lib.config.cli import parse_cli
+from lib.config.predict import PredictConfig
+from lib.hub.fetch import fetch
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(PredictConfig)
     fetch(CONFIG)
 
-from lib import lean  # noqa: F401 - before what imports transformers
-from lib.autocast import cast_weights
-from lib.inference import answer_rows
-from lib.inputs import count_rows, read_rows
-from lib.modeling import load_tokenizer
-from lib.onnx_export import export_onnx
-from lib.outputs import write_answers
-from lib.processes import finish
-from lib.runtime import build_accelerator, run_script
-from lib.tasks import build_predict, count_cut, find_source, load_model, text_columns
-from lib.tokens import explain_tokens
+import lib.runtime.startup  # noqa: F401 - before what imports transformers
+from lib.inference.explain_tokens import explain_tokens
+from lib.inference.inputs import count_rows, read_rows
+from lib.inference.onnx_export import export_onnx
+from lib.inference.outputs import write_answers
+from lib.inference.stream import answer_rows
+from lib.inference.tasks import build_predict, count_cut, find_source, load_model, text_columns
+from lib.model.load import load_tokenizer
+from lib.runtime.accelerator import build_accelerator, run_script
+from lib.runtime.cpu.casts import cast_weights
+from lib.runtime.processes import finish
 
 
 def main(config: PredictConfig) -> None:

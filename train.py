@@ -8,34 +8,35 @@ The flow: settings -> data -> model -> steps -> best model -> final test. What e
 
 import functools
 
-from lib.cli import parse_cli
-from lib.hub_fetch import fetch
-from lib.stopping import watch_signals
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
+from lib.hub.fetch import fetch
+from lib.runtime.signals import watch_signals
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(TrainConfig)
     fetch(CONFIG)
     watch_signals()
 
-from lib import lean, run  # noqa: F401 - lean: before what imports transformers
-from lib.adaptation import adapt
-from lib.batching import build_collator
-from lib.checkpoint import Checkpointer, publish_model, restore_model
-from lib.compilation import compile_layers
-from lib.data import load_data
-from lib.evaluation import evaluate_split
-from lib.features import cache_features
-from lib.freezing import set_train_mode
-from lib.losses import build_objective
-from lib.modeling import build_model, load_tokenizer
-from lib.optim import advance_on_metric, build_optimizer, build_scheduler
-from lib.plan import State, all_windows, build_plan, update_best
-from lib.processes import agree_to_stop, finish
-from lib.progress import Interval, Progress
-from lib.runtime import build_accelerator, run_script, seed_everything
-from lib.tracking import RunLog, check_tracker
-from lib.training import optimizer_step, try_longest_batch
+import lib.runtime.startup  # noqa: F401 - before what imports transformers
+from lib.data.batching import build_collator
+from lib.data.load import load_data
+from lib.evaluation.scoring import evaluate_split
+from lib.model.adapters.adapt import adapt
+from lib.model.compilation import compile_layers
+from lib.model.layers import set_train_mode
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import build_objective
+from lib.run import record as run
+from lib.run.checkpoint import Checkpointer, publish_model, restore_model
+from lib.run.progress import Interval, Progress
+from lib.run.tracking import RunLog, check_tracker
+from lib.runtime.accelerator import build_accelerator, run_script, seed_everything
+from lib.runtime.processes import agree_to_stop, finish
+from lib.training.frozen.features import cache_features
+from lib.training.optimizer import advance_on_metric, build_optimizer, build_scheduler
+from lib.training.plan import State, all_windows, build_plan, update_best
+from lib.training.step import optimizer_step, try_longest_batch
 
 
 def main(config: TrainConfig) -> None:

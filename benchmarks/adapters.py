@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.tables import format_table  # noqa: E402
+from lib.evaluation.tables import format_table  # noqa: E402
 
 METHODS = {
     "full": ["--lr", "5e-5"],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.freezing import find_layers
+from lib.model.layers import find_layers
 
 BLOCKS, SECONDS = 5, 0.3
 

@@ -25,11 +25,11 @@ from transformers import (  # noqa: E402
 )
 
 from benchmarks.flops import forward_flops, matmul_rates  # noqa: E402
-from lib.config import DataConfig  # noqa: E402
-from lib.data import take  # noqa: E402
-from lib.embedded import FIVE_NAMES, minilm_folder  # noqa: E402
-from lib.runtime import cpu_description, resolve_precision, version  # noqa: E402
-from lib.sources import load_movie_reviews  # noqa: E402
+from lib.config.sections import DataConfig  # noqa: E402
+from lib.data.load import take  # noqa: E402
+from lib.data.sources import load_movie_reviews  # noqa: E402
+from lib.hub.packaged import FIVE_NAMES, minilm_folder  # noqa: E402
+from lib.runtime.accelerator import cpu_description, resolve_precision, version  # noqa: E402
 
 MAX_LENGTH = 128
 

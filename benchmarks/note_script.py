@@ -9,7 +9,7 @@ label_text. What was repaired, and why:
 - the device is the first GPU or the CPU; the options have types; `copy` is imported
 - `transformers.AdamW` is gone: PyTorch's, with the settings the old one had when called with the parameters alone, as
   the note does (learning rate 1e-3, epsilon 1e-6, no decay); the note's own `--lr` never reached it, and does not here
-- `evaluate.load("accuracy")` asks the Hub: the module of lib/metrics instead
+- `evaluate.load("accuracy")` asks the Hub: the module of lib/evaluation/metrics instead
 
 All else is the note's: the frozen body runs anew in every epoch, its dropout on; batches are random and padded to their
 longest; arithmetic is float32; the schedule warms up over 300 steps; the best epoch is tested.

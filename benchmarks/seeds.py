@@ -17,13 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lib.cli import parse_cli  # noqa: E402
-from lib.data import Data, load_data  # noqa: E402
-from lib.modeling import load_tokenizer  # noqa: E402
-from lib.report import row_texts  # noqa: E402
-from lib.run import run_folder  # noqa: E402
-from lib.tables import format_table  # noqa: E402
-from lib.train_config import TrainConfig  # noqa: E402
+from lib.config.cli import parse_cli  # noqa: E402
+from lib.config.train import TrainConfig  # noqa: E402
+from lib.data.load import Data, load_data  # noqa: E402
+from lib.evaluation.report import row_texts  # noqa: E402
+from lib.evaluation.tables import format_table  # noqa: E402
+from lib.model.load import load_tokenizer  # noqa: E402
+from lib.run.record import run_folder  # noqa: E402
 
 
 def baselines(data: Data) -> dict[str, float]:

@@ -27,17 +27,17 @@ from torch.utils.data import DataLoader  # noqa: E402
 from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from benchmarks.measuring import Measures  # noqa: E402
-from lib import run  # noqa: E402
-from lib.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
-from lib.cli import parse_cli  # noqa: E402
-from lib.data import Data, load_data  # noqa: E402
-from lib.modeling import build_model, load_tokenizer  # noqa: E402
-from lib.optim import warmup_steps  # noqa: E402
-from lib.plan import Plan, build_plan  # noqa: E402
-from lib.predictions import Predictions  # noqa: E402
-from lib.runtime import resolve_precision, seed_everything, uses_gpu  # noqa: E402
-from lib.scores import compute_metric  # noqa: E402
-from lib.train_config import TrainConfig  # noqa: E402
+from lib.config.cli import parse_cli  # noqa: E402
+from lib.config.train import TrainConfig  # noqa: E402
+from lib.data.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
+from lib.data.load import Data, load_data  # noqa: E402
+from lib.evaluation.predictions import Predictions  # noqa: E402
+from lib.evaluation.scores import compute_metric  # noqa: E402
+from lib.model.load import build_model, load_tokenizer  # noqa: E402
+from lib.run import record as run  # noqa: E402
+from lib.runtime.accelerator import resolve_precision, seed_everything, uses_gpu  # noqa: E402
+from lib.training.optimizer import warmup_steps  # noqa: E402
+from lib.training.plan import Plan, build_plan  # noqa: E402
 
 
 class Watch(TrainerCallback):

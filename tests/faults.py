@@ -25,8 +25,8 @@ from typing import Any
 
 import psutil
 
-from lib.checkpoint import list_checkpoints
-from lib.resume import find_checkpoint
+from lib.run.checkpoint import list_checkpoints
+from lib.run.resume import find_checkpoint
 from tests.conftest import ROOT, read_lines, tiny_roberta
 from tests.resuming import differences, run_flags
 

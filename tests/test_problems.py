@@ -15,20 +15,20 @@ from scipy import stats
 from sklearn.metrics import average_precision_score, f1_score
 
 import train
-from lib.batching import build_collator
-from lib.cli import parse_cli
-from lib.config import ModelConfig
-from lib.data import Data
-from lib.evaluation import evaluate_split
-from lib.losses import PLAIN
-from lib.modeling import build_model, load_tokenizer
-from lib.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import ModelConfig
+from lib.config.train import TrainConfig
+from lib.data.batching import build_collator
+from lib.data.load import Data
+from lib.evaluation.scoring import evaluate_split
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import PLAIN
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences
+from tests.hub.test_hub_models import environment
 from tests.loopback_hub import loopback_hub
 from tests.predicting import answers
 from tests.resuming import differences
-from tests.test_hub import environment
 
 LABELS = ["bad", "good", "plot"]
 TARGETS: dict[str, list[Any]] = {
@@ -186,8 +186,8 @@ def test_predict_says_what_eval_says(finished: tuple) -> None:
 
 def test_the_export_to_onnx_gives_the_same_numbers(finished: tuple, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-    from lib.onnx_export import export_onnx
-    from lib.tasks import find_source, load_model
+    from lib.inference.onnx_export import export_onnx
+    from lib.inference.tasks import find_source, load_model
     from tests.predicting import settings
 
     name, folder, _ = finished

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib.cli import parse_cli
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
 from tests import tiny_models
 from tests.conftest import ROOT, Command, read_lines, results_of
+from tests.hub.test_hub_models import environment, write_sst5
 from tests.loopback_hub import loopback_hub
-from tests.test_hub import environment, write_sst5
 
 SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"
 

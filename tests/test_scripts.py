@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import pipeline
 
-from lib.config import flatten
-from lib.train_config import TrainConfig
+from lib.config.sections import flatten
+from lib.config.train import TrainConfig
 from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
 
 LAUNCH_CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import train
 from benchmarks.trainer import RecordingTrainer, build_trainer
-from lib.cli import parse_cli
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
 from tests.conftest import read_lines, sentences, write_csv
 
 

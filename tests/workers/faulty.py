@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lib import data, evaluation, training
+from lib.data import load as data
+from lib.evaluation import scoring as evaluation
+from lib.training import step as training
 
 FAULT = json.loads(sys.argv.pop(1))
 RANK = int(os.environ.get("RANK", "0"))

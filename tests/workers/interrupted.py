@@ -15,10 +15,13 @@ from unittest import mock
 import torch
 
 import train
-from lib import evaluation, plan, stopping, training
-from lib import run as run_module
-from lib.cli import parse_cli
-from lib.train_config import TrainConfig
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
+from lib.evaluation import scoring as evaluation
+from lib.run import record as run_module
+from lib.runtime import signals
+from lib.training import plan
+from lib.training import step as training
 
 
 def is_last_process() -> bool:
@@ -28,7 +31,7 @@ def is_last_process() -> bool:
 
 def ask_to_stop() -> None:
     if is_last_process():
-        stopping.REQUEST.reason = "a test"
+        signals.REQUEST.reason = "a test"
 
 
 def patches(call: dict[str, Any]) -> list[Any]:
@@ -71,14 +74,14 @@ def run(call: dict[str, Any], flags: list[str]) -> None:
     active = patches(call)
     for patch in active:
         patch.start()
-    stopping.REQUEST.reason = ""
+    signals.REQUEST.reason = ""
     try:
         train.main(config)
         assert not call.get("stop"), "the run did not stop"
-    except stopping.Stopped:
+    except signals.Stopped:
         assert call.get("stop"), "the run stopped by itself"
     finally:
-        stopping.REQUEST.reason = ""
+        signals.REQUEST.reason = ""
         for patch in active:
             patch.stop()
 

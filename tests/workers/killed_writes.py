@@ -22,19 +22,20 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lib import checkpoint, manifest
-from lib.checkpoint import Checkpointer, publish_model
-from lib.config import ModelConfig, UserError
-from lib.modeling import build_model, load_tokenizer
-from lib.plan import State
-from lib.progress import Interval
-from lib.resume import find_checkpoint
-from lib.train_config import TrainingConfig
+from lib.config.sections import ModelConfig, UserError
+from lib.config.train import TrainingConfig
+from lib.model.load import build_model, load_tokenizer
+from lib.run import checkpoint
+from lib.run.checkpoint import Checkpointer, publish_model
+from lib.run.progress import Interval
+from lib.run.resume import find_checkpoint
+from lib.runtime import atomic
+from lib.training.plan import State
 
 WRITES = [
     *((os, name) for name in ("fsync", "rename", "link", "unlink", "rmdir", "mkdir")),
     *((checkpoint, name) for name in ("save_model", "write_manifest")),
-    *((torch, "save"), (shutil, "copyfile"), (manifest, "exchange"), (Path, "write_text")),
+    *((torch, "save"), (shutil, "copyfile"), (atomic, "exchange"), (Path, "write_text")),
 ]
 
 

@@ -15,19 +15,19 @@ from pathlib import Path
 import torch
 from conftest import sentences, write_csv
 
-from lib.adaptation import adapt
-from lib.batching import build_collator
-from lib.cli import parse_cli
-from lib.data import Data, load_data
-from lib.freezing import set_train_mode
-from lib.losses import build_objective
-from lib.modeling import build_model, load_tokenizer
-from lib.optim import build_optimizer, build_scheduler, learning_rate
-from lib.plan import State, all_windows, build_plan
-from lib.processes import finish
-from lib.runtime import build_accelerator, seed_everything
-from lib.train_config import TrainConfig
-from lib.training import optimizer_step
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
+from lib.data.batching import build_collator
+from lib.data.load import Data, load_data
+from lib.model.adapters.adapt import adapt
+from lib.model.layers import set_train_mode
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import build_objective
+from lib.runtime.accelerator import build_accelerator, seed_everything
+from lib.runtime.processes import finish
+from lib.training.optimizer import build_optimizer, build_scheduler, learning_rate
+from lib.training.plan import State, all_windows, build_plan
+from lib.training.step import optimizer_step
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
 FIXED = "--lr 1e-2 --adam_epsilon 1e-2 --warmup_steps 1 --lr_scheduler_type cosine --epochs 2 --train_batch_size 16"

@@ -1,0 +1,1 @@
+"""A data set's name or files become batches of token ids."""

@@ -1,0 +1,1 @@
+"""Where models and data sets come from: the Hub, mirrors, ModelScope, packages and loose files."""

@@ -1,0 +1,1 @@
+"""The Hub's cache on disk: its layout, its files, and how something new gets into it."""

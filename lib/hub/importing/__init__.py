@@ -1,0 +1,1 @@
+"""Downloaded folders and archives become entries of the Hub's cache."""

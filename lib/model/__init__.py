@@ -1,0 +1,1 @@
+"""A name becomes a classifier: loaded, changed, frozen, adapted, compiled."""

@@ -1,0 +1,1 @@
+"""Adapters: bottleneck modules, AdapterHub's files, and the methods of PEFT."""

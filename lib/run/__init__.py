@@ -1,0 +1,1 @@
+"""What outlives the process: settings, checkpoints, logs, results."""

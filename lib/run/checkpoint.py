@@ -1,0 +1,247 @@
+"""Checkpoints to resume from, published whole, and the best model, usable by any transformers program.
+
+    OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/
+    OUTPUT_DIR/model/                  the best model so far, from plain save_pretrained
+
+A checkpoint is complete in itself: `best` is the best model at that step, linked and not copied. Parameters that are
+not trained lie in frozen.safetensors, which a process writes once and links into its later checkpoints.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+
+from lib.config.sections import UserError
+from lib.config.train import TrainingConfig
+from lib.evaluation.thresholds import restore_thresholds
+from lib.model.adapters.adapt import FROZEN, frozen_names, load_weights, restore_weights, save_model, save_weights
+from lib.run.progress import Interval
+from lib.run.tracking import RunLog
+from lib.runtime.atomic import link_file, link_tree, publish_folder, write_manifest
+from lib.runtime.processes import any_process
+from lib.runtime.signals import Stopped, deferring_signals
+from lib.runtime.watchdog import beat, watching
+from lib.training.optimizer import restore_optimizer
+from lib.training.plan import State
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What Python, PyTorch and safetensors raise when the disk is full."""
+NAME = re.compile(r"step-(\d+)(-pending)?")
+
+
+@dataclasses.dataclass
+class Checkpointer:
+    """Saves and restores all that changes during training; `settings` is what the run is known by.
+
+    `last` is the checkpoint that this very process wrote last: only from there are files linked, so that damage to those
+    of an earlier run does not spread.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    config: TrainingConfig
+    settings: dict[str, Any]
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: Any
+    state: State
+    interval: Interval
+    last: Path | None = None
+
+    def save(self, run_id: str | None) -> None:
+        """Publish a checkpoint of this step, then remove old ones; every process must call this.
+
+        `run_id` names the tracker's run. Raises UserError on every process when the weights are not finite, or when
+        the disk has no room; the checkpoints before it are then untouched.
+        """
+        beat(f"checkpoint of step {self.state.step}")
+        sums = self.interval.state()
+        problem = ""
+        if self.accelerator.is_main_process:
+            try:
+                self.write({"state": dataclasses.asdict(self.state), "interval": sums, "run_id": run_id})
+            except (*WRITE_ERRORS, UserError) as error:
+                problem = f"the checkpoint of step {self.state.step} could not be saved: {explain(error, self.folder)}"
+        if any_process(self.accelerator, bool(problem)):
+            raise UserError(problem or "the first process could not save a checkpoint")
+
+    @contextlib.contextmanager
+    def guarding(self, run_log: RunLog) -> Iterator[None]:
+        """Within, who asks the run to stop gets a checkpoint and a closed log first, and no process hangs unnoticed."""
+        rank, config = self.accelerator.process_index, self.config
+        with watching(self.folder / "heartbeats", rank, config.ddp_timeout), deferring_signals(config.max_minutes):
+            try:
+                yield
+            except Stopped:
+                self.save(run_log.run_id)
+                run_log.close()
+                self.accelerator.wait_for_everyone()
+                raise
+
+    def write(self, record: dict[str, Any]) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        checkpoints = self.folder / "checkpoints"
+        name = f"step-{self.state.step}" + ("-pending" if self.state.pending else "")
+        check_finite(model)
+        checkpoints.mkdir(exist_ok=True)
+        fresh = checkpoints / f".tmp-{name}"
+        shutil.rmtree(fresh, ignore_errors=True)
+        tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        if self.accelerator.scaler is not None:
+            tensors["scaler"] = self.accelerator.scaler.state_dict()
+        try:
+            fresh.mkdir()
+            if self.last is not None:
+                link_file(self.last / FROZEN, fresh / FROZEN)
+            check_space(fresh, model)
+            save_weights(model, fresh)
+            torch.save(tensors, fresh / "optimizer.pt")
+            text = json.dumps(record | {"settings": self.settings}, indent=2)
+            (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
+            if self.state.best_scores:
+                link_tree(self.folder / "model", fresh / "best")
+            write_manifest(fresh, describe(self.state, self.settings), self.last)
+            publish_folder(fresh, checkpoints / name)
+        except (*WRITE_ERRORS, UserError):
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise
+        self.last = checkpoints / name
+        rotate(checkpoints, self.state.step, self.config.save_total_limit)
+
+    def load(self, checkpoint: Path | None) -> str | None:
+        """Take over everything from `checkpoint`, which must be whole; returns the name of the tracker's run.
+
+        Every process must call this. Hyper-parameters stay those of the settings.
+        """
+        if checkpoint is None:
+            return None
+        record = read_record(checkpoint)
+        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        self.last = None  # what is frozen there may be other than now
+        tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        restore_optimizer(self.optimizer, self.scheduler, tensors["optimizer"], tensors["scheduler"])
+        if self.accelerator.scaler is not None and "scaler" in tensors:
+            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        kept = {"micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
+        for name, value in record["state"].items():
+            # What a lack of memory has taught holds until the user sets another size.
+            if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:
+                setattr(self.state, name, value)
+        self.interval.restore(record["interval"])
+        if self.accelerator.is_main_process and (checkpoint / "best").is_dir():
+            fresh = self.folder / ".tmp-model"
+            shutil.rmtree(fresh, ignore_errors=True)
+            link_tree(checkpoint / "best", fresh)
+            publish_folder(fresh, self.folder / "model")
+        self.accelerator.wait_for_everyone()
+        return record["run_id"]
+
+
+def describe(state: State, settings: dict[str, Any]) -> dict[str, Any]:
+    """The head of a manifest: what a person, or another program, wants to know of a checkpoint."""
+    versions = {key.removeprefix("run/version_"): value for key, value in settings.items() if "run/version_" in key}
+    return {
+        "format": 1,
+        "step": state.step,
+        "samples_seen": state.samples_seen,
+        "world_size": settings.get("run/num_processes"),
+        "data_fingerprint": settings.get("run/data_fingerprint"),
+        "experiment": settings.get("run/experiment"),
+        "versions": versions,
+    }
+
+
+def read_record(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Checkpoint folders by name, newest first; whatever else lies there is not looked at."""
+    found = [(match, path) for path in checkpoints.glob("*") if (match := NAME.fullmatch(path.name)) and path.is_dir()]
+    # At the same step, the one whose evaluation is done is the newer.
+    found.sort(key=lambda item: (int(item[0][1]), item[0][2] is None), reverse=True)
+    return [path for _, path in found]
+
+
+def rotate(checkpoints: Path, step: int, limit: int) -> None:
+    """Keep the newest `limit` checkpoints up to `step`; those ahead of it are of a course that was given up."""
+    paths = list_checkpoints(checkpoints)
+    keep = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step][:limit]  # type: ignore[index]
+    for path in {*paths, *checkpoints.glob(".tmp-*"), *checkpoints.glob(".old-*")} - set(keep):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise UserError for trained weights that are not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"{name} holds numbers that are not finite; try a lower --learning_rate")
+
+
+def check_space(folder: Path, model: nn.Module) -> None:
+    """Raise UserError unless the disk has room for the weights that `folder` lacks and AdamW's two moments."""
+    frozen = set() if (folder / FROZEN).exists() else frozen_names(model)
+    needed = 2**20 + sum(
+        p.nbytes * 3 if p.requires_grad else p.nbytes * (name in frozen) for name, p in model.named_parameters()
+    )
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
+            "then run the same command again: it goes on from the checkpoint before"
+        )
+
+
+def explain(error: Exception, folder: Path) -> str:
+    """A failed write in words: what the libraries say of a full disk does not mention the disk."""
+    if isinstance(error, UserError):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{str(error).splitlines()[0]} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command "
+        "again: it goes on from the checkpoint before"
+    )
+
+
+def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there in one step.
+
+    Every process waits until the folder is complete. Raises UserError on every process when the disk has no room.
+    """
+    beat("saving the best model")
+    problem = ""
+    if accelerator.is_main_process:
+        fresh = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            save_model(accelerator.unwrap_model(model), fresh)
+            tokenizer.save_pretrained(fresh)
+            publish_folder(fresh, folder)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
+    if any_process(accelerator, bool(problem)):
+        raise UserError(problem or "the first process could not save the best model")
+
+
+def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
+    """Load what `publish_model` saved into `model`, in place: weights, and the thresholds of several labels.
+
+    Raises UserError when no evaluation of the run gave a finite number, so that none was saved.
+    """
+    if state.best_metric is None:
+        raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
+    inner = accelerator.unwrap_model(model)
+    restore_weights(inner, folder)
+    restore_thresholds(inner.config, folder)

@@ -1,0 +1,1 @@
+"""The output of frozen layers, computed once and trained on from memory."""

@@ -1,0 +1,106 @@
+"""Outputs of frozen parts on disk: found again by what they were made of, whole or absent, and not more than a budget.
+
+HF_DATASETS_CACHE/features/KEY/    manifest.json  features.safetensors
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lib.hub.endpoint import datasets_cache
+from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, write_manifest
+
+NAMES_ONLY = ("id2label", "label2id", "problem_type", "_name_or_path", "transformers_version")
+"""Settings of a model that say nothing about what its frozen part computes."""
+
+
+def cache_folder() -> Path:
+    """Where features are kept: beside the tables of `datasets`, which the user can move by HF_DATASETS_CACHE."""
+    return datasets_cache() / "features"
+
+
+def model_digest(model: Any, *facts: Any) -> str:
+    """sha256 of all that the output of the frozen part of `model` follows from, but for the data.
+
+    That is its weights, its configuration and its program, the versions of the libraries, and `facts`.
+    """
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY}
+    program = [type(model).__module__, type(model).__qualname__, torch.__version__, transformers.__version__]
+    digest = hashlib.sha256(json.dumps([settings, program, facts], sort_keys=True, default=str).encode())
+    for name, tensor in frozen_tensors(model):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def frozen_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    state = model.state_dict(keep_vars=True)
+    return sorted((name, tensor) for name, tensor in state.items() if not tensor.requires_grad)
+
+
+def data_digest(tokens: Dataset) -> str:
+    """sha256 of what the model reads of a split, in order: its token ids, and token types where there are any."""
+    digest = hashlib.sha256(str(len(tokens)).encode())
+    columns = [name for name in sorted(tokens.column_names) if name not in ("labels", "rows")]
+    for batch in tokens.with_format("arrow").iter(batch_size=10_000):
+        for name in columns:
+            values = batch[name].combine_chunks()
+            digest.update(name.encode())
+            digest.update(values.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            digest.update(values.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def load_features(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
+    """What `save_features` wrote; None when it cannot be read or is something else."""
+    try:
+        features = load_file(folder / "features.safetensors")["features"]
+        os.utime(folder / MANIFEST)  # used now: others go first
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return features if tuple(features.shape) == tuple(shape) and features.dtype == dtype else None
+
+
+def check_features(folder: Path) -> str | None:
+    """None when whole features lie in `folder`, `absent` when nothing does, else their damage in words."""
+    return find_damage(folder) if folder.exists() else "absent"
+
+
+def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], limit: float) -> str | None:
+    """Publish features, then remove the least recently used ones beyond `limit` bytes; None, or why it failed."""
+    fresh = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    try:
+        fresh.mkdir(parents=True)
+        save_file({"features": features.cpu().contiguous()}, fresh / "features.safetensors")
+        write_manifest(fresh, record)
+        publish_folder(fresh, folder)
+        remove_unused(folder.parent, limit)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        return str(error).splitlines()[0]
+    return None
+
+
+def remove_unused(folder: Path, limit: float) -> None:
+    """Keep the most recently used features of `folder`, up to `limit` bytes together."""
+    entries = sorted(folder.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for manifest in entries:
+        total += sum(path.stat().st_size for path in manifest.parent.iterdir())
+        if total > limit:
+            shutil.rmtree(manifest.parent, ignore_errors=True)
+    for path in folder.glob(".tmp-*"):  # of a run that was killed
+        if time.time() - path.stat().st_mtime > 86_400:
+            shutil.rmtree(path, ignore_errors=True)

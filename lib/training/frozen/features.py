@@ -1,0 +1,236 @@
+"""Outputs of a frozen part of the model, computed once for every split, kept on disk, and trained on from memory."""
+
+import dataclasses
+import hashlib
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from lib.config.train import TrainConfig
+from lib.data.batching import Collator, build_loader, eval_batches
+from lib.data.load import Data
+from lib.evaluation.scoring import check_counts, share_batches
+from lib.model.layers import count_parameters, set_train_mode
+from lib.runtime.accelerator import seed_everything, use_one_core_for
+from lib.runtime.cpu.casts import DTYPES, cast_weights
+from lib.runtime.memory import halve
+from lib.runtime.processes import any_process
+from lib.training.frozen.feature_cache import (
+    cache_folder,
+    check_features,
+    data_digest,
+    load_features,
+    model_digest,
+    save_features,
+)
+from lib.training.frozen.replay import Batch, Replay, as_it_is, first_rows, name_samples, views
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Largest difference between logits as a share of the largest one: rounding, and nothing else."""
+PROBE = 8
+"""Samples on which the stand-in is compared with the model itself."""
+KEPT = 4
+"""The folder of all features may grow to so many times what one run may keep in memory."""
+
+
+class NotCacheable(Exception):
+    """Why a frozen part must run in every step, in words."""
+
+
+def cache_features(
+    accelerator: Accelerator, model: nn.Module, config: TrainConfig, data: Data, collator: Collator
+) -> tuple[Data, Collator]:
+    """Data and collator whose batches name their samples, so that `model` takes the output of its frozen part from memory.
+
+    It is computed once for every split, each process doing its share, or found on disk. Samples, batches and the
+    randomness of what is trained stay the same. All comes back as it was when no part is frozen, when features are not
+    wanted, or when the model makes other logits of them: the main process prints which. `model` must be prepared and hold
+    its weights.
+    """
+    part = config.model.freeze
+    if config.training.no_cache_features or part in (None, "embeddings", "0"):
+        return data, collator
+    if "num_windows" in data.tokens["train"].column_names:
+        say(accelerator, "- the frozen part runs in every step: --window_stride gives a text more than one input")
+        return data, collator
+    lengths = np.concatenate([data.lengths[split] for split in data.tokens])
+    replay = Replay(accelerator.unwrap_model(model), str(part), lengths, accelerator.device)
+    set_train_mode(replay.model)
+    builder = Builder(accelerator, replay, config, data, collator)
+    try:
+        say(accelerator, builder.build())
+    except NotCacheable as reason:
+        replay.remove()
+        say(accelerator, f"- the frozen part runs in every step: {reason}")
+        return data, collator
+    if replay.is_backbone:
+        trained, _ = count_parameters(replay.model)
+        use_one_core_for(trained * config.training.train_batch_size)
+    return name_samples(data, replay.is_backbone), as_it_is if replay.is_backbone else collator
+
+
+@dataclasses.dataclass(frozen=True)
+class Builder:
+    """Fills the table of a stand-in and sees that the model makes the same logits of it."""
+
+    accelerator: Accelerator
+    replay: Replay
+    config: TrainConfig
+    data: Data
+    collator: Collator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How features are kept."""
+        return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
+
+    def build(self) -> str:
+        """A line that tells what was done. Raises NotCacheable when the frozen part has to run in every step."""
+        started = time.perf_counter()
+        size = self.prepare_table(self.choose_view())
+        how = self.fill()
+        for split in self.data.tokens:
+            rows, batch = self.probe(split)
+            _, logits = self.whole(batch)
+            if not self.is_same(logits, self.stand_in(rows, batch)):
+                raise NotCacheable("its output depends on the other texts of a batch, or on random numbers")
+        what = f"the frozen backbone ({self.replay.view})" if self.replay.is_backbone else "the frozen layers"
+        kind = str(self.dtype).removeprefix("torch.")
+        return (
+            f"- {what}, {kind}, {size / 2**20:,.1f} MiB, runs once: {how}, {time.perf_counter() - started:.1f} s "
+            f"({cache_folder()})"
+        )
+
+    # ------------------------------------------------------------------------------------------------ checking
+
+    def probe(self, split: str) -> tuple[torch.Tensor, Batch]:
+        """Numbers and tensors of some samples of a split, from the shortest to the longest."""
+        order = np.argsort(self.data.lengths[split], kind="stable")
+        indices = np.unique(order[np.linspace(0, len(order) - 1, min(PROBE, len(order))).astype(int)])
+        batch = next(iter(build_loader(self.data.tokens[split], [indices], self.collator)))
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items() if name != "labels"}
+        rows = torch.from_numpy(indices + first_rows(self.data)[split])
+        return rows.to(self.accelerator.device), batch
+
+    def whole(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+        """Output of the frozen part and logits, in train mode: dropout, too, must come out the same."""
+        seed_everything(self.config.training.seed)
+        return self.replay.compute_whole(batch)
+
+    @torch.no_grad()
+    def stand_in(self, rows: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+        """Logits of samples out of the table; None when the head cannot do with it."""
+        if self.replay.is_backbone:  # as in `Rows`
+            one = torch.ones(len(rows), 1, dtype=torch.int64, device=rows.device)
+            batch = {"input_ids": one, "attention_mask": one}
+        seed_everything(self.config.training.seed)
+        try:
+            return self.replay.model(**batch, rows=rows).logits.float()
+        except Exception:  # a head that wants more than one position says so in its own way
+            return None
+
+    def is_same(self, logits: torch.Tensor, others: torch.Tensor | None) -> bool:
+        """Whether logits are equal but for rounding, on every process."""
+        limit = TOLERANCE[self.dtype] * logits.abs().max()
+        same = others is not None and bool((logits - others).abs().max() <= limit)
+        return not any_process(self.accelerator, not same)
+
+    def choose_view(self) -> int:
+        """Find out what of the output has to be kept; returns the numbers in a vector of it.
+
+        Raises NotCacheable when there is no such thing.
+        """
+        rows, batch = self.probe("train")
+        if "attention_mask" not in batch:
+            raise NotCacheable("its tokenizer makes no attention mask")
+        output, logits = self.whole(batch)
+        states = self.replay.learn_form(output)
+        if states.requires_grad:
+            raise NotCacheable("something below it is trained, such as positions that all layers share")
+        if not self.replay.is_backbone:
+            return states.shape[-1]
+        for view, vectors in views(output, batch, self.replay.model.config.pad_token_id).items():
+            self.replay.view, self.replay.table = view, vectors.detach()
+            if self.is_same(logits, self.stand_in(torch.arange(len(rows), device=rows.device), batch)):
+                return vectors.shape[1]
+        raise NotCacheable("the head needs more than one vector of a text")
+
+    # ------------------------------------------------------------------------------------------------ computing
+
+    def prepare_table(self, width: int) -> int:
+        """Make room for all vectors of `width` numbers; returns their bytes.
+
+        Raises NotCacheable when they are more than is allowed.
+        """
+        replay, limit = self.replay, self.config.training.feature_cache_gib
+        count = sum(map(self.positions, self.data.tokens))
+        size = count * width * self.dtype.itemsize
+        if size > limit * 2**30:
+            raise NotCacheable(f"its output takes {size / 2**30:.2f} GiB, --feature_cache_gib allows {limit:g}")
+        replay.table = torch.zeros(count, width, dtype=self.dtype, device=self.accelerator.device)
+        return size
+
+    def positions(self, split: str) -> int:
+        """Rows of the table that a split takes."""
+        return len(self.data.tokens[split]) if self.replay.is_backbone else int(self.data.lengths[split].sum())
+
+    def fill(self) -> str:
+        """Find or compute the vectors of every split; says which, in words."""
+        replay, start, how = self.replay, 0, []
+        made_of = model_digest(replay.model, len(replay.modules), replay.view, self.dtype, self.accelerator.device.type)
+        for split in self.data.tokens:
+            part = replay.table[start : start + self.positions(split)]
+            how.append(f"{split} {self.fill_split(split, part, made_of)}")
+            start += len(part)
+        return ", ".join(how)
+
+    def fill_split(self, split: str, part: torch.Tensor, made_of: str) -> str:
+        key = hashlib.sha256(f"{made_of} {data_digest(self.data.tokens[split])}".encode()).hexdigest()[:32]
+        folder = cache_folder() / key
+        state = [check_features(folder) if self.accelerator.is_main_process else None]
+        damage = broadcast_object_list(state)[0]
+        found = load_features(folder, part.shape, part.dtype) if damage is None else None
+        if not any_process(self.accelerator, found is None):
+            assert found is not None
+            part.copy_(found)
+            return "found"
+        self.encode(split, part)
+        problem = None
+        if self.accelerator.is_main_process:
+            limit = KEPT * self.config.training.feature_cache_gib * 2**30
+            problem = save_features(folder, part, {"split": split, "model": self.config.model.model}, limit)
+        notes = ["computed"] + ([f"instead of damaged ones ({damage})"] if damage not in (None, "absent") else [])
+        return " ".join([*notes, *([f"but not kept: {problem}"] if problem else [])])
+
+    def encode(self, split: str, part: torch.Tensor) -> None:
+        """Compute the vectors of a split, each once, by one of the processes, and put them together in `part`."""
+        tokens, lengths, first = self.data.tokens[split], self.data.positions(split), first_rows(self.data)[split]
+        counts = torch.zeros(len(tokens), device=self.accelerator.device)
+
+        def compute(indices: torch.Tensor, batch: Batch) -> None:
+            batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items() if k != "labels"}
+            places, vectors = self.replay.vectors(indices + first, self.replay.compute(batch), batch)
+            self.replay.table[places] = vectors.to(self.dtype)
+            counts[indices] += 1
+
+        size = self.config.training.per_device_eval_batch_size
+        with torch.no_grad(), cast_weights(self.replay.model, self.accelerator.mixed_precision):
+            while not share_batches(
+                self.accelerator, tokens, eval_batches(lengths, size), self.collator, compute, f"features of {split}"
+            ):
+                size = halve(min(size, len(tokens)), "--per_device_eval_batch_size")
+                part.zero_(), counts.zero_()
+        check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())
+        if self.accelerator.num_processes > 1:
+            # Bytes: a sum with zeros that no rounding touches, for every type.
+            part.copy_(self.accelerator.reduce(part.view(torch.uint8), "sum").view(self.dtype))
+
+
+def say(accelerator: Accelerator, line: str) -> None:
+    if accelerator.is_main_process:
+        print(line, flush=True)

@@ -1,0 +1,230 @@
+"""Parameter groups, AdamW, and a schedule counted in optimizer steps."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from lib.config.problems import LOWER_IS_BETTER
+from lib.config.sections import UserError
+from lib.config.train import OptimConfig
+from lib.model.layers import backbone_of, find_embeddings, find_layers
+from lib.runtime.processes import is_alone
+
+LARGE_TABLE = 2**20
+"""Numbers in a table of embeddings from which its zeros take longer to write than the rows of a batch."""
+METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules that follow the validation metric instead of the step."""
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by peak rate, as decayed matrices and undecayed vectors; those at `learning_rate` come first.
+
+    Biases and norm scales have one dimension; decaying them pulls activations towards zero for no regularising benefit.
+    Raises UserError when rates are asked for by layer and the model does not show its layers.
+    """
+    rates, peak = other_rates(model, config), config.learning_rate
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((rates.get(parameter, peak), parameter.ndim >= 2), []).append(parameter)
+    return [
+        {"params": groups[rate, matrix], "lr": rate, "weight_decay": config.weight_decay if matrix else 0.0}
+        for rate, matrix in sorted(groups, key=lambda key: (key[0] != peak, -key[0], not key[1]))
+    ]
+
+
+def other_rates(model: Any, config: OptimConfig) -> dict[nn.Parameter, float]:
+    """Peak rates of the parameters that do not learn at `learning_rate`: layers below the top one, embeddings, the head.
+
+    What lies between the top layer and the head, such as a pooler, and tables that all layers share learn at
+    `learning_rate`, as the top layer does (discriminative fine-tuning, Howard and Ruder 2018). The head is all outside of
+    the backbone but virtual tokens.
+    """
+    rates: dict[nn.Parameter, float] = {}
+    if config.layerwise_lr_decay != 1:
+        if model.config.is_encoder_decoder:
+            raise UserError(f"--layerwise_lr_decay: {type(model).__name__} is made of an encoder and a decoder")
+        layers = find_layers(model, "--layerwise_lr_decay")
+        embeddings = nn.ModuleList(find_embeddings(backbone_of(model)))
+        for distance, part in enumerate([*reversed(layers), embeddings]):
+            rate = config.learning_rate * config.layerwise_lr_decay**distance
+            rates |= dict.fromkeys(part.parameters(), rate)
+    if config.head_learning_rate is not None:
+        body = set(backbone_of(model).parameters())
+        head = [p for name, p in model.named_parameters() if p not in body and "prompt_encoder." not in name]
+        rates |= dict.fromkeys(head, config.head_learning_rate)
+    return rates
+
+
+class TableAdamW(AdamW):
+    """AdamW that keeps the gradients of large tables of embeddings, where PyTorch makes a table of zeros for each batch."""
+
+    def __init__(self, *arguments: Any, tables: Sequence[nn.Embedding] = (), **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kept: list[tuple[nn.Embedding, torch.Tensor, list[torch.Tensor]]] = []
+        """Tables, their gradients, and the rows of these that were added to since the last `zero_grad`."""
+        for table in tables:
+            table.sparse = True  # a batch adds the rows it has to the gradient that is there
+            table.weight.grad = torch.zeros_like(table.weight)
+            rows: list[torch.Tensor] = []
+            table.weight.register_hook(lambda gradient, rows=rows: rows.append(rows_of(gradient)))
+            self.kept.append((table, table.weight.grad, rows))
+
+    def gradients(self) -> list[torch.Tensor]:
+        """The gradients there are; of large tables only the rows that were added to: all others are zero."""
+        touched = {
+            table.weight: gradient[torch.cat(rows).unique()]
+            for table, gradient, rows in self.kept
+            if rows and is_alone()  # the others touched rows of their own
+        }
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return [touched.get(p, p.grad) for p in parameters if p.grad is not None]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for table, gradient, rows in self.kept:
+            if not is_alone():
+                gradient.zero_()
+            elif rows:
+                gradient.index_fill_(0, torch.cat(rows), 0)
+            rows.clear()
+            table.weight.grad = gradient
+
+
+def rows_of(gradient: torch.Tensor) -> torch.Tensor:
+    """The rows that a gradient touches: all, where the weights were used as a whole."""
+    return gradient._indices()[0] if gradient.is_sparse else torch.arange(len(gradient))
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device.
+
+    On a CPU the parameters and the gradients of large tables get memory of their own, for speed.
+    """
+    on_cpu = device.type == "cpu"
+    if on_cpu:
+        take_out_of_file(model)
+    return TableAdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+        tables=large_tables(model) if on_cpu else (),
+    )
+
+
+def large_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Trainable tables that nothing but the look-up of rows uses: a head that shares its weights would touch all of them."""
+    tables = [module for module in model.modules() if type(module) is nn.Embedding and module.weight.requires_grad]
+    users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    return [table for table in tables if table.weight.numel() >= LARGE_TABLE and users[id(table.weight)] == 1]
+
+
+def take_out_of_file(model: nn.Module) -> None:
+    """Copy the trainable parameters to memory of their own.
+
+    They lie in the mapped file of the checkpoint, where the first step would copy them page by page, ten times as slowly.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Steps of warm-up: the setting itself, or below 1 its share of all steps, rounded up."""
+    return (
+        math.ceil(round(config.warmup_steps * total_steps, 6)) if config.warmup_steps < 1 else int(config.warmup_steps)
+    )
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int, metric: str) -> Any:
+    """The schedule named by `lr_scheduler_type`; `metric` is the validation metric that some schedules follow.
+
+    It is stepped once per optimizer step and never prepared: a prepared scheduler advances once per process.
+    Raises UserError when the schedule does not take the given settings, or needs more of them.
+    """
+    name, settings = config.lr_scheduler_type, scheduler_settings(config)
+    warmup = warmup_steps(config, total_steps)
+    if name in METRIC_SCHEDULES:
+        settings.setdefault("mode", "min" if metric in LOWER_IS_BETTER else "max")
+    if name == "greedy":
+        settings.setdefault("min_lr", 0.0)  # its own default, 1e-3, is above the rates of fine-tuning
+    if name == "warmup_stable_decay":
+        settings.setdefault("num_decay_steps", max(1, total_steps // 5))
+    if name in ("cosine_with_min_lr", "cosine_warmup_with_min_lr") and not {"min_lr", "min_lr_rate"} & set(settings):
+        settings["min_lr_rate"] = 0.1
+    try:
+        if name in ("constant", "constant_with_warmup") and settings:
+            raise TypeError("this schedule has no settings")  # get_scheduler drops them in silence
+        return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error
+
+
+def scheduler_settings(config: OptimConfig) -> dict[str, Any]:
+    """`("min_lr=1e-6", "num_cycles=2")` as a dictionary of numbers, or of text where it is no number."""
+    return {name: number(value) for name, value in (item.split("=", 1) for item in config.lr_scheduler_kwargs)}
+
+
+def number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def advance_scheduler(scheduler: Any, name: str) -> None:
+    """One optimizer step on; schedules that follow a metric wait for `advance_on_metric`."""
+    if name not in METRIC_SCHEDULES:
+        scheduler.step()
+
+
+def advance_on_metric(scheduler: Any, name: str, metric: float) -> None:
+    if name in METRIC_SCHEDULES:
+        scheduler.step(metric)
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """That of the first group: of `--learning_rate`, unless only others are trained."""
+    rate = optimizer.param_groups[0]["lr"]
+    return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
+
+
+def restore_optimizer(
+    optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
+) -> None:
+    """Take over moments, counts and the place in the schedule, but no hyper-parameter: those are the settings'.
+
+    Raises UserError when other parameters are trained, or in other groups.
+    """
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            "the checkpoint's parameters stand in other groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
+            "--adapter changed; start anew by --resume_from_checkpoint never"
+        )
+    fresh = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, fresh, strict=True):
+        group.update(settings)
+    rates = [group["initial_lr"] for group in optimizer.param_groups] if isinstance(scheduler, LambdaLR) else []
+    scheduler.load_state_dict(saved_scheduler)
+    if isinstance(scheduler, LambdaLR):
+        scheduler.base_lrs = list(rates)
+        scheduler._last_lr = [
+            rate * shape(scheduler.last_epoch) for rate, shape in zip(rates, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate

@@ -1,0 +1,81 @@
+"""Options of predict.py: help at once, combinations that cannot work refused before anything heavy is imported."""
+
+import ast
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from lib.config import predict as predict_config
+from lib.config.cli import parse_cli
+from lib.config.predict import PredictConfig
+from tests.conftest import ROOT
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(PredictConfig, list(flags))
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["a", "--input", "t.csv"], "texts as arguments and --input exclude each other"),
+        (["--question", "who"], "--question and --context belong together"),
+        (["--question", "who", "--context", "a"], "--question needs --task question-answering"),
+        (["a", "--task", "question-answering"], "takes --question and --context, or --input"),
+        (["--input", "t.json"], "--input t.json: the name must end in one of .csv"),
+        (["--input", "-", "--input_format", "parquet"], "parquet is read from a file only"),
+        (["a", "--task", "zero-shot-classification"], "needs --candidate_labels"),
+        (["a", "--task", "ner", "--top_k", "2"], "--task ner has no --top_k"),
+        (["a", "--task", "fill-mask", "--function_to_apply", "none"], "--function_to_apply is for"),
+        (["a", "--output", "o.npy"], ".npy holds embeddings only"),
+        (["a", "--output", "o.txt"], "--output o.txt: the name must end in one of .jsonl"),
+        (["a", "--task", "translation", "--top_k", "3", "--num_beams", "2"], "--top_k 3 needs --num_beams 3"),
+        (["--task", "text-generation", "--export_onnx", "o"], "models of one forward; not --task text-generation"),
+        (["a", "--top_k", "0"], "--top_k must be above 0, got 0"),
+        (["a", "--generate_kwargs", "do_sample"], "--generate_kwargs takes name=value"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(capsys, flags, message):
+    assert message in refusal(capsys, *flags)
+
+
+def test_a_misspelt_flag_is_refused_with_the_right_one(capsys):
+    assert "--per_device_eval_batch_size" in refusal(capsys, "a", "--per_device_batch_size", "2")
+
+
+def test_texts_come_before_flags_or_after_them():
+    before, after = (parse_cli(PredictConfig, flags) for flags in (["a", "b", "--top_k=2"], ["--top_k", "2", "a", "b"]))
+    assert before == after
+    assert before.inputs.texts == ("a", "b")
+
+
+def test_a_yaml_file_gives_options_and_flags_win(tmp_path):
+    path = tmp_path / "predict.yaml"
+    path.write_text("task: ner\ninput: t.txt\naggregation_strategy: max\n")
+    config = parse_cli(PredictConfig, ["--config", str(path), "--aggregation_strategy", "none"])
+    assert (config.task, config.inputs.input, config.answer.aggregation_strategy) == ("ner", "t.txt", "none")
+
+
+def test_every_option_has_a_help_line():
+    for node in ast.walk(ast.parse(inspect.getsource(predict_config))):
+        if isinstance(node, ast.ClassDef):
+            for field, help_line in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                    assert isinstance(help_line, ast.Expr), ast.unparse(field)
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "predict.py"])
+def test_help_answers_before_anything_heavy_is_imported(script):
+    """Half a second is what tyro and YAML take; PyTorch alone would take several."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / script, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert "--mixed_precision" in done.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not imported & {"torch", "numpy", "transformers", "accelerate", "datasets", "wandb", "evaluate", "psutil"}

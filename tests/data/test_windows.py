@@ -1,0 +1,216 @@
+"""Texts past the model's length: windows hold every token, and a text counts once, whatever its windows."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn.functional import cross_entropy
+
+from lib.config.predict import PredictConfig
+from lib.config.sections import DataConfig, ModelConfig, UserError
+from lib.data.batching import build_collator, padding_share, split_micro_batches, training_windows
+from lib.data.load import Data, load_data
+from lib.data.windows import Windows, choose_windows, encode_windows, stored_windows
+from lib.evaluation.scoring import predict
+from lib.inference.inputs import Row
+from lib.inference.tasks import build_predict, count_cut, find_source, load_model
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import plain_cross_entropy
+from lib.training.plan import State
+from lib.training.step import accumulate_gradients
+from tests.conftest import Command, read_lines, results_of, sentences, write_csv
+
+CPU = torch.device("cpu")
+SIZE = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer(roberta_without_dropout: Path) -> Any:
+    return load_tokenizer(ModelConfig(model=str(roberta_without_dropout)))
+
+
+def data_of(folder: Path, tokenizer: Any, **settings: Any) -> Data:
+    files = {
+        f"{role}_file": str(write_csv(folder / f"{role}.csv", sentences(SIZE))) for role in ("train", "validation")
+    }
+    return load_data(DataConfig(**files, **settings), tokenizer)
+
+
+def model_of(source: Path, data: Data, tokenizer: Any) -> Any:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(model=str(source)), data.label_names, tokenizer)[0]
+
+
+def mean_logits(model: Any, data: Data) -> torch.Tensor:
+    """The reference: each window by itself through the model, then the mean over those of a text."""
+    rows = [
+        torch.stack([model(input_ids=torch.tensor([ids])).logits[0] for ids in windows]).mean(0)
+        for windows in data.tokens["train"]["input_ids"]
+    ]
+    return torch.stack(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- cutting
+
+
+@pytest.mark.parametrize(("max_length", "stride"), [(8, 0), (8, 2), (8, 5), (5, 1), (64, 3)])
+def test_windows_hold_every_token_and_share_the_stride(tokenizer: Any, max_length: int, stride: int) -> None:
+    texts = [text for text, _ in sentences(30)] + [""]
+    encoded = encode_windows(tokenizer, texts, Windows(max_length, stride))
+    for text, windows, count in zip(texts, encoded["input_ids"], encoded["num_windows"], strict=True):
+        whole, bare = tokenizer(text)["input_ids"], [ids[1:-1] for ids in windows]
+        assert count == len(windows)
+        assert all(ids[0] == whole[0] and ids[-1] == whole[-1] for ids in windows)
+        assert all(len(ids) == max_length for ids in windows[:-1])
+        assert bare[0] + [token for ids in bare[1:] for token in ids[stride:]] == whole[1:-1]
+        assert all(one[len(one) - stride :] == two[:stride] for one, two in itertools.pairwise(bare))
+        if len(whole) <= max_length:
+            assert windows == [whole]
+    assert (max(encoded["num_windows"]) > 1) == (max_length < 64)
+
+
+@pytest.mark.parametrize("settings", [{"stride": 6}, {"stride": 2, "num_columns": 2}])
+def test_windows_that_cannot_be_are_refused(tokenizer: Any, settings: dict) -> None:
+    with pytest.raises(UserError, match=r"--window_stride \d.*(cannot share as many|not for pairs)"):
+        choose_windows(tokenizer, **{"max_length": 8, "num_columns": 1, "trained": False} | settings)
+
+
+def test_the_tokenizer_remembers_the_windows_until_a_model_is_trained_without(tokenizer: Any, tmp_path: Path) -> None:
+    choose_windows(tokenizer, 8, 2, 1, trained=False)
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(ModelConfig(model=str(tmp_path)))
+    assert stored_windows(again) == Windows(8, 2)
+    assert choose_windows(again, 64, None, 1, trained=True) == Windows(8, 2)
+    assert choose_windows(again, 64, None, 1, trained=False) is None
+    assert stored_windows(again) is None
+
+
+def test_how_long_texts_are_read_is_told_and_part_of_the_data(tokenizer: Any, tmp_path: Path) -> None:
+    cut, windowed = (data_of(tmp_path, tokenizer, max_length=8, window_stride=stride) for stride in (None, 2))
+    assert cut.fingerprint() != windowed.fingerprint()
+    counts = windowed.tokens["train"]["num_windows"]
+    share = np.mean(np.array(counts) > 1)
+    told = f"{share:.1%} of the train texts are longer than 8 tokens and are read in windows that share 2: "
+    assert f"{told}{np.mean(counts):.1f} a text, {max(counts)} at most" in windowed.notes
+    assert windowed.lengths["train"].tolist() == [sum(map(len, ids)) for ids in windowed.tokens["train"]["input_ids"]]
+
+
+# ---------------------------------------------------------------------------------------------------- computing
+
+
+def test_predictions_are_the_mean_of_windows_whatever_the_batch(
+    tokenizer: Any, roberta_without_dropout: Path, tmp_path: Path
+) -> None:
+    data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
+    model = model_of(roberta_without_dropout, data, tokenizer).eval()
+    with torch.inference_mode():
+        wanted = mean_logits(model, data).numpy()
+    assert np.ptp(wanted, axis=0).min() > 0.05  # texts differ
+    for batch_size, length in ((1, None), (5, None), (SIZE, None), (5, 16)):
+        collator = build_collator(tokenizer, "no", CPU, length)
+        parts = (data.tokens["train"], data.lengths["train"], collator, batch_size, 3)
+        found = predict(Accelerator(cpu=True), model, *parts)
+        np.testing.assert_allclose(found.logits, wanted, atol=1e-5)
+        losses = cross_entropy(torch.from_numpy(wanted), torch.from_numpy(found.labels), reduction="none")
+        np.testing.assert_allclose(found.losses, losses.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, SIZE), (1, 5), (3, 3)])
+def test_a_step_over_windows_is_the_mean_loss_of_texts(
+    tokenizer: Any,
+    roberta_without_dropout: Path,
+    tmp_path: Path,
+    world_size: int,
+    micro_batch_size: int,
+    limit: int | None,
+) -> None:
+    """The gradients that processes would add up; `limit` cuts micro-batches as a lack of memory does."""
+    data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
+    model = model_of(roberta_without_dropout, data, tokenizer)
+    reference = cross_entropy(mean_logits(model, data), torch.tensor(data.tokens["train"]["labels"]))
+    wanted = torch.autograd.grad(reference, list(model.parameters()), allow_unused=True)
+    collator, total = build_collator(tokenizer, "no", CPU), 0.0
+    for rank in range(world_size):
+        plan = (data.tokens["train"], [np.arange(SIZE)], micro_batch_size, rank, world_size, collator)
+        window = next(training_windows(*plan))
+        state = State(micro_batch_size=limit)
+        total += accumulate_gradients(Accelerator(cpu=True), model, plain_cross_entropy, window, 0, state).item()
+    assert total / SIZE == pytest.approx(reference.item(), abs=1e-6)
+    for parameter, gradient in zip(model.parameters(), wanted, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_short_texts_are_trained_on_as_without_windows_bit_by_bit(
+    tokenizer: Any, roberta_without_dropout: Path, tmp_path: Path
+) -> None:
+    found = []
+    for stride in (None, 2):
+        data = data_of(tmp_path, tokenizer, max_length=64, window_stride=stride)
+        model = model_of(roberta_without_dropout, data, tokenizer)
+        plan = (data.tokens["train"], [np.arange(SIZE)], 5, 0, 1, build_collator(tokenizer, "no", CPU))
+        window = next(training_windows(*plan))
+        assert ("num_windows" in window.micro_batches[0]) == (stride is not None)
+        loss = accumulate_gradients(Accelerator(cpu=True), model, plain_cross_entropy, window, 0, State())
+        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert all(map(torch.equal, *found))
+
+
+def test_cut_micro_batches_keep_the_windows_of_a_text_together(tokenizer: Any, tmp_path: Path) -> None:
+    data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
+    plan = (data.tokens["train"], [np.arange(SIZE)], 7, 0, 1, build_collator(tokenizer, "no", CPU))
+    window = next(training_windows(*plan))
+    pieces = split_micro_batches(window, 3)
+    assert [len(piece["labels"]) for piece in pieces] == [3, 3, 1, 3, 2]
+    assert all(len(piece["input_ids"]) == piece["num_windows"].sum() for piece in pieces)
+    for name in window.micro_batches[0]:
+        pad = [(8 - piece[name].shape[-1]) if piece[name].ndim == 2 else 0 for piece in pieces]
+        assert not any(pad)
+        whole = torch.cat([micro_batch[name] for micro_batch in window.micro_batches])
+        assert torch.equal(torch.cat([piece[name] for piece in pieces]), whole)
+
+
+def test_padding_is_counted_by_window(tokenizer: Any, tmp_path: Path) -> None:
+    data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
+    batches = [np.array([0, 3, 5]), np.array([1]), np.array([2, 4])]
+    for multiple, device in ((None, "no"), (8, "bf16")):
+        collator = build_collator(tokenizer, device, torch.device("cuda"))
+        padded = [collator([data.tokens["train"][int(i)] for i in batch])["attention_mask"] for batch in batches]
+        share = 1 - sum(int(mask.sum()) for mask in padded) / sum(mask.numel() for mask in padded)
+        lengths = data.lengths["train"]
+        assert padding_share(lengths, batches, multiple, data.max_length) == pytest.approx(share)
+
+
+# ---------------------------------------------------------------------------------------------------- the scripts
+
+
+def test_eval_and_predict_read_long_texts_as_the_run_did(run: Command, roberta: Path, tmp_path: Path) -> None:
+    flags: list[Any] = []
+    for seed, role in enumerate(("train", "validation", "test")):
+        flags += [f"--{role}_file", write_csv(tmp_path / f"{role}.csv", sentences(30, seed))]
+    flags += ["--model", roberta, "--lr", "1e-2", "--max_steps", 6, "--output_dir", "run", "--report_to", "none"]
+    trained = results_of(run("train.py", *flags, "--max_length", 8, "--window_stride", 2, "--mixed_precision", "no"))
+    rows = read_lines(tmp_path / "run" / "eval-test" / "predictions.jsonl")
+    flags = ["--model", tmp_path / "run" / "model", "--test_file", tmp_path / "test.csv", "--mixed_precision", "no"]
+    scored = results_of(run("eval.py", *flags))
+    assert scored["test/loss"] == pytest.approx(trained["test/loss"], abs=1e-6)
+    flags = ["--input", "test.csv", "--model", "run/model", "--output", "answers.jsonl", "--mixed_precision", "no"]
+    run("predict.py", *flags, "--per_device_eval_batch_size", 5)
+    for row, answer in zip(rows, read_lines(tmp_path / "answers.jsonl"), strict=True):
+        assert answer["label"] == row["predicted"]
+        assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=2e-6)
+    config = PredictConfig(model=str(tmp_path / "run"))
+    model, tokenizer = load_model(config, find_source(config), CPU)
+    assert (tokenizer.model_max_length, stored_windows(tokenizer)) == (8, Windows(8, 2))
+    predict = build_predict(config, model, tokenizer, CPU)
+    counted = count_cut(config, model, tokenizer)
+    assert len(list(counted.watch(iter([(Row(0, 0, ("good " * 30,)), {})])))) == 1
+    assert (counted.seen, counted.cut) == (1, 0)
+    assert predict([Row(0, 0, (rows[0]["text"],))])[0]["label"] == rows[0]["predicted"]
+    with pytest.raises(UserError, match="--window_stride 2 is for one text column, not for pairs"):
+        predict([Row(0, 0, ("a good film", "a bad plot"))])

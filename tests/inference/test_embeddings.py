@@ -1,0 +1,145 @@
+"""Embeddings: what is next to a text in its batch does not matter, and like texts lie close."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoTokenizer, pipeline
+
+from lib.config.sections import ModelConfig, UserError
+from lib.inference.embeddings import pool
+from lib.inference.outputs import write_answers
+from lib.model.load import resolve_model
+from tests import tiny_models
+from tests.conftest import sentences, tiny_roberta, write_csv
+from tests.predicting import raw_answers
+
+POOLINGS = ("mean", "cls", "max", "last")
+TASK = ("--task", "feature-extraction")
+TEXTS = [text for text, _ in sentences(9)] + [""]
+
+
+def embed(*flags: object) -> np.ndarray:
+    return np.stack([answer["embedding"] for _, answer in raw_answers(*TASK, *flags)])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An encoder, a decoder, and one with both."""
+    folder = tmp_path_factory.mktemp("embedders")
+    roberta = tiny_roberta(folder / "roberta", initializer_range=0.5)
+    return {"roberta": roberta, "gpt2": tiny_models.decoder(folder / "gpt2"), "t5": tiny_models.t5(folder / "t5")}
+
+
+PAIRS = [
+    (name, pooling) for name in ("roberta", "gpt2", "t5") for pooling in POOLINGS if (name, pooling) != ("gpt2", "cls")
+]
+
+
+@pytest.mark.parametrize(("name", "pooling"), PAIRS)
+def test_padding_does_not_change_an_embedding(models, name, pooling):
+    flags = ["--model", models[name], "--pooling", pooling]
+    together = embed(*TEXTS, *flags)
+    alone = embed(*TEXTS, *flags, "--per_device_eval_batch_size", 1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert len(np.unique(together.round(3), axis=0)) > 5
+
+
+def test_the_first_token_of_a_decoder_is_refused_as_an_embedding(models):
+    """It sees itself only: all texts that begin alike would have one and the same vector."""
+    with pytest.raises(UserError, match=r"--pooling cls: this model is a decoder.*use --pooling last or mean"):
+        embed(*TEXTS, "--model", models["gpt2"], "--pooling", "cls")
+
+
+def test_a_tokenizer_that_pads_on_the_left_changes_nothing(models, tmp_path):
+    """A decoder counts positions from the left: padding there would move the text."""
+    folder = tiny_models.decoder(tmp_path / "left")
+    AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    np.testing.assert_array_equal(embed(*TEXTS, "--model", folder), embed(*TEXTS, "--model", models["gpt2"]))
+
+
+def test_embeddings_are_made_of_what_the_pipeline_gives_each_token(models):
+    pipe = pipeline("feature-extraction", model=str(models["roberta"]))
+    states = [np.array(pipe(text)[0]) for text in TEXTS]
+    wanted = {"mean": [s.mean(0) for s in states], "cls": [s[0] for s in states]}
+    wanted |= {"max": [s.max(0) for s in states], "last": [s[-1] for s in states]}
+    for pooling in POOLINGS:
+        found = embed(*TEXTS, "--model", models["roberta"], "--pooling", pooling)
+        np.testing.assert_allclose(found, np.stack(wanted[pooling]), atol=1e-5)
+
+
+def test_pooling_sees_tokens_and_never_padding():
+    states = torch.tensor([[[9.0], [1.0], [3.0], [9.0]], [[9.0], [9.0], [9.0], [9.0]]])
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0]])
+    found = {pooling: pool(states, mask, pooling).flatten().tolist() for pooling in POOLINGS}
+    assert found == {"mean": [2.0, 0.0], "cls": [1.0, 0.0], "max": [3.0, 0.0], "last": [3.0, 0.0]}
+
+
+def test_normalised_embeddings_have_length_one(models):
+    flags = [*TEXTS, "--model", models["roberta"]]
+    plain, unit = embed(*flags), embed(*flags, "--normalize", "True")
+    np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(unit, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-6)
+    assert not np.allclose(np.linalg.norm(plain, axis=1), 1)
+
+
+def test_like_sentences_lie_closer_than_unlike_ones():
+    """Real quality: MiniLM was trained for it."""
+    pairs = [
+        ("A gripping film from start to finish.", "The movie held my attention all the way through."),
+        ("The acting was terrible.", "None of the actors gave a decent performance."),
+        ("She plays the piano every evening.", "Each night she practises on the keyboard."),
+        ("Stock prices fell sharply on Monday.", "At the start of the week shares lost a lot of value."),
+    ]
+    texts = [text for pair in pairs for text in pair]
+    vectors = embed(*texts, "--model", "minilm", "--normalize", "True")
+    likeness = vectors @ vectors.T - 2 * np.eye(len(texts))
+    assert likeness.argmax(axis=1).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
+    assert min(likeness[i, i + 1] for i in range(0, 8, 2)) > 0.4
+
+
+def test_real_embeddings_are_those_of_mean_pooling_by_hand():
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(ModelConfig()))
+    with torch.no_grad():
+        states = AutoModel.from_pretrained(resolve_model(ModelConfig()))(
+            **tokenizer("A gripping film.", return_tensors="pt")
+        )
+    wanted = states.last_hidden_state[0].mean(dim=0).numpy()
+    np.testing.assert_allclose(embed("A gripping film.", "A much longer text beside it, " * 9)[0], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(("column", "ids"), [(None, list(range(10))), ("name", [f"row {i}" for i in range(10)])])
+def test_files_hold_vectors_and_ids(models, tmp_path, column, ids):
+    file = write_csv(tmp_path / "t.csv", [(f"row {i}", text) for i, text in enumerate(TEXTS)], ("name", "text"))
+    flags = ["--input", file, "--model", models["roberta"], *(["--id_column", column] if column else [])]
+    found = raw_answers(*TASK, *flags)
+    vectors = np.stack([answer["embedding"] for _, answer in found])
+    assert write_answers(str(tmp_path / "v.npy"), iter(found)) == write_answers(
+        str(tmp_path / "v.parquet"), iter(found)
+    )
+    np.testing.assert_array_equal(np.load(tmp_path / "v.npy"), vectors)
+    assert np.load(tmp_path / "v.npy").dtype == np.float32
+    assert (tmp_path / "v.ids.jsonl").read_text().splitlines() == [f'"{i}"' if column else str(i) for i in ids]
+    table = pq.read_table(tmp_path / "v.parquet")
+    assert table.column("id").to_pylist() == ids
+    np.testing.assert_array_equal(np.array(table.column("embedding").to_pylist(), dtype=np.float32), vectors)
+    assert {path.name for path in tmp_path.iterdir()} == {"t.csv", "v.npy", "v.ids.jsonl", "v.parquet"}
+
+
+def test_an_empty_text_has_an_embedding_also_where_the_tokenizer_adds_no_token(tmp_path):
+    folder = tiny_models.decoder(tmp_path / "bare")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("")["input_ids"] == []
+    alone, beside = embed("", "--model", folder), embed("a dull film", "", "--model", folder)
+    np.testing.assert_allclose(alone[0], beside[1], atol=1e-5)
+
+
+def test_a_length_without_room_for_text_is_refused(models):
+    with pytest.raises(UserError, match="no room for text"):
+        embed("a", "--model", models["roberta"], "--max_length", 2)

@@ -1,0 +1,149 @@
+"""Rows come in order, one by one, from every kind of input; what cannot be read is named with its line."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lib.config.predict import InputConfig
+from lib.config.sections import UserError
+from lib.inference.inputs import Row, count_rows, read_lines, read_rows
+
+TEXTS = ["a good film", "", 'with "quotes", commas\nand a line break', "tab\there", "naïve 电影 🎬"]
+GUESSES = (("sentence1", "sentence2"), ("text",), ("sentence",))
+
+
+def rows(guesses=GUESSES, **settings) -> list[Row]:
+    return list(read_rows(InputConfig(**settings), guesses))
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    import csv
+
+    kind = path.suffix
+    if kind == ".parquet":
+        pq.write_table(pa.table({"key": [f"k{i}" for i in range(len(texts))], "text": texts}), path)
+    elif kind == ".jsonl":
+        lines = [json.dumps({"key": f"k{i}", "text": text}) for i, text in enumerate(texts)]
+        path.write_text("\n".join(lines) + "\n")
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.writer(file, delimiter="\t" if kind == ".tsv" else ",")
+            writer.writerows([("key", "text"), *((f"k{i}", text) for i, text in enumerate(texts))])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_every_format_gives_the_texts_as_they_were_written(tmp_path, kind):
+    path = write(tmp_path / f"t.{kind}", TEXTS)
+    assert rows(input=str(path)) == [Row(i, i, (text,)) for i, text in enumerate(TEXTS)]
+    assert [row.id for row in rows(input=str(path), id_column="key")] == [f"k{i}" for i in range(5)]
+    renamed = path.rename(tmp_path / "data.bin")
+    assert [row.texts for row in rows(input=str(renamed), input_format=kind)] == [(text,) for text in TEXTS]
+
+
+def test_each_line_of_a_txt_file_is_a_text_also_an_empty_one(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("\ufeffa film\r\n\n  padded \nlast\u2028line".encode())
+    assert [row.texts[0] for row in rows(input=str(path))] == ["a film", "", "  padded ", "last\u2028line"]
+
+
+def test_arguments_and_questions_are_rows(tmp_path):
+    assert rows(texts=("a", "b")) == [Row(0, 0, ("a",)), Row(1, 1, ("b",))]
+    asked = rows((("question", "context"),), question="who", context="a man")
+    assert asked == [Row(0, 0, ("who", "a man"))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [({}, "a film\ndull\n"), ({"input": "-", "input_format": "jsonl"}, '{"text": "a film"}\n{"text": "dull"}')],
+)
+def test_the_standard_input_is_read(monkeypatch, settings, lines):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert [row.texts for row in rows(**settings)] == [("a film",), ("dull",)]
+
+
+def test_rows_are_read_when_they_are_asked_for_and_not_before(tmp_path):
+    """A file larger than memory, or a pipe that never ends."""
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"a film\n"
+
+    lines: Any = read_lines(endless(), "it")  # type: ignore[arg-type]
+    assert [next(lines) for _ in range(3)] == ["a film\n"] * 3
+    assert taken == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "settings", "wanted"),
+    [
+        (("text", "label"), {}, ("text",)),
+        (("sentence2", "text", "sentence1"), {}, ("sentence1", "sentence2")),
+        (("title", "body"), {"text_columns": ("body",)}, ("body",)),
+        (("title", "body"), {"text_columns": ("body", "title")}, ("body", "title")),
+        (("title", "key"), {"id_column": "key"}, ("title",)),
+        (("anything",), {}, ("anything",)),
+    ],
+)
+def test_text_columns_are_those_named_else_the_usual_ones_else_the_only_one(tmp_path, header, settings, wanted):
+    path = tmp_path / "t.csv"
+    path.write_text(",".join(header) + "\n" + ",".join(header) + "\n")
+    assert rows(input=str(path), **settings)[0].texts == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    [
+        ("t.csv", b"title,body\na,b\n", {}, "which column holds the text.*title, body.*--text_columns"),
+        ("t.csv", b"text\na\n", {"text_columns": ("body",)}, "--text_columns body: .* no such column; it has: text"),
+        ("t.csv", b"text\na\n", {"id_column": "key"}, "--id_column key: .* no such column"),
+        ("t.csv", b"text,label\na,b\na,b,c\n", {}, "line 3 of .* has 3 values, the header has 2: text, label"),
+        ("t.csv", b"text;label\na;b\n", {}, "has one column, 'text;label'; separate its columns by commas"),
+        ("t.csv", b"text\n", {}, "t.csv holds no text"),
+        ("t.csv", b"", {}, "t.csv holds no text"),
+        ("t.txt", b"a\nb\xff\n", {}, "line 2 of .* is not UTF-8"),
+        ("t.txt", "text".encode("utf-16"), {}, "line 1 of .* is not UTF-8"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": 3}\n', {}, "line 2 of .* has 3, not text, in column text"),
+        ("t.jsonl", b'{"text": "a"}\n{"t": "b"}\n', {}, "line 2 of .* has no value in column text"),
+        ("t.jsonl", b'{"text": "\\ud800"}\n', {}, "line 1 of .* not valid Unicode"),
+        ("t.jsonl", b'{"text": "a"}\n{"text"\n', {}, "line 2 of .* is not JSON"),
+        ("t.jsonl", b'["a"]\n', {}, "line 1 of .* is not a JSON object"),
+        ("t.jsonl", b'{"text": "a", "k": 1}\n{"text": "b"}\n', {"id_column": "k"}, "line 2 of .* no value in column k"),
+        ("t.parquet", b"PAR1 not really", {}, "is not parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, settings, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        rows(input=str(path), **settings)
+
+
+def test_a_missing_file_and_a_bare_terminal_are_mistakes(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--input .*t\.csv: no such file"):
+        rows(input=str(tmp_path / "t.csv"))
+    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+    with pytest.raises(UserError, match="there is no text; give it as an argument"):
+        rows()
+
+
+def test_texts_longer_than_the_csv_modules_limit_are_read(tmp_path):
+    path = write(tmp_path / "t.csv", ["word " * 50_000])
+    assert len(rows(input=str(path))[0].texts[0]) == 250_000
+
+
+def test_rows_are_counted_for_the_bar_where_that_is_cheap(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("a\nb\nc\n")
+    assert count_rows(InputConfig(input=str(path))) == 3
+    assert count_rows(InputConfig(texts=("a", "b"))) == 2
+    assert count_rows(InputConfig(input="-")) is None

@@ -1,0 +1,125 @@
+"""The exported graph gives PyTorch's numbers for any batch and length, and nothing is left where it does not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lib.config.sections import AdapterConfig, ModelConfig, UserError
+from lib.inference import onnx_export
+from lib.inference.onnx_export import export_onnx
+from lib.inference.tasks import find_source, load_model
+from lib.model.adapters.adapt import adapt, save_model, saved_tensors
+from lib.model.load import build_model, load_tokenizer
+from tests import tiny_models
+from tests.predicting import settings
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder with a classifier and the card beside it, and how to load it."""
+    folder = tiny_models.classifier(tmp_path / "model")
+    (folder / "README.md").write_text("the card")
+    config = settings("--model", folder, "--export_onnx", tmp_path / "onnx")
+    return load_model(config, find_source(config), CPU)
+
+
+def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_path):
+    difference = export_onnx(*source, tmp_path / "onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    assert [item.shape for item in session.get_inputs()] == [["batch", "sequence"]] * 2
+    assert [item.name for item in session.get_outputs()] == ["logits"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "onnx")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    for texts in (["film"], ["a dull film " * 9, "good", ""], ["the plot was quite bad"] * 7):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
+        with torch.no_grad():
+            wanted = model(**batch).logits.numpy()
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert np.abs(wanted).max() > 0.1
+    assert difference < 1e-5
+    names = {path.name for path in (tmp_path / "onnx").iterdir()}
+    assert {"model.onnx", "config.json", "tokenizer.json", "README.md"} <= names
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["id2label"]["1"] == "good"
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora"])
+def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
+    base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
+    tokenizer = load_tokenizer(base)
+    model, weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
+    model = adapt(model, AdapterConfig(adapter=method), base, weights.new)
+    with torch.no_grad():
+        for parameter in saved_tensors(model).values():
+            parameter.normal_(0, 0.5)
+    save_model(model, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("the card of the adapter")
+    config = settings("--model", tmp_path / "model", "--export_onnx", tmp_path / "onnx")
+    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
+    (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model.eval()(**batch).logits.numpy(), atol=1e-5)
+    assert (tmp_path / "onnx" / "README.md").read_text() == "the card of the adapter"
+
+
+@pytest.mark.slow
+def test_a_graph_with_other_numbers_is_not_written(source, tmp_path, monkeypatch):
+    """Parity is measured, not believed: here the weights change between the export and the comparison."""
+    write = onnx_export.write_graph
+
+    def write_and_change(model, tokenizer, path):
+        write(model, tokenizer, path)
+        with torch.no_grad():
+            model.classifier.out_proj.bias += 0.01
+
+    monkeypatch.setattr(onnx_export, "write_graph", write_and_change)
+    with pytest.raises(RuntimeError, match=r"differ by \d\.\de-0[23]"):
+        export_onnx(*source, tmp_path / "onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def test_a_folder_in_use_is_refused(source, tmp_path):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="not empty; name another"):
+        export_onnx(*source, tmp_path / "onnx")
+
+
+def test_missing_packages_are_named_with_the_command(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_runtime"))
+    with pytest.raises(UserError, match="not installed: no_such_runtime; run: pip install"):
+        export_onnx(*source, tmp_path / "onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "task", "outputs"),
+    [
+        ("reader", "question-answering", ["start_logits", "end_logits"]),
+        ("tagger", "ner", ["logits"]),
+        ("masked", "fill-mask", ["logits"]),
+    ],
+)
+def test_models_of_other_tasks_are_exported_too(tmp_path, kind, task, outputs):
+    folder = getattr(tiny_models, kind)(tmp_path / "model")
+    config = settings("--model", folder, "--task", task, "--export_onnx", tmp_path / "onnx")
+    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    assert [item.name for item in session.get_outputs()] == outputs
+
+
+@pytest.mark.slow
+def test_minilm_is_exported_as_the_encoder_that_it_is(tmp_path):
+    config = settings("--task", "feature-extraction", "--export_onnx", tmp_path / "onnx")
+    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    assert session.get_outputs()[0].name == "last_hidden_state"

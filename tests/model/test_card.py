@@ -1,0 +1,114 @@
+"""The card says the numbers of the run as they are, in a form the Hub reads, and nothing of the machine."""
+
+import pytest
+from huggingface_hub import ModelCard
+
+from lib.config.sections import DataConfig, ModelConfig, flatten
+from lib.config.train import TrackingConfig, TrainConfig
+from lib.model.card import write_model_card
+
+RECORD = {
+    "run/label_names": ["bad", "good"],
+    "run/parameters": 22_713_986,
+    "run/trainable_parameters": 770,
+    "run/num_processes": 2,
+    "run/mixed_precision": "bf16",
+    "run/version_torch": "2.13.0",
+    "run/version_transformers": "5.23.0",
+    "run/git_commit": "0123abc",
+}
+RESULTS = {
+    "eval/loss": 0.41234567,
+    "eval/accuracy": 0.81251,
+    "test/loss": 0.5,
+    "test/accuracy": 0.7901234,
+    "test/f1_macro": "NaN",
+    "best_step": 40,
+    "steps": 60,
+    "samples_seen": 1920,
+    "train_seconds": 12.5,
+}
+
+
+def settings(model: str = "minilm", **data) -> dict:
+    config = TrainConfig(ModelConfig(model=model), DataConfig(**data), tracking=TrackingConfig(run_name="my-run"))
+    return flatten(config) | RECORD
+
+
+def card(tmp_path, name="movie_reviews", **options) -> tuple[ModelCard, str]:
+    write_model_card(tmp_path, name, settings(**options), RESULTS)
+    return ModelCard.load(tmp_path / "README.md"), (tmp_path / "README.md").read_text()
+
+
+def test_every_score_is_in_the_head_and_in_the_table(tmp_path):
+    loaded, text = card(tmp_path)
+    found = {(item.dataset_split, item.metric_type): item.metric_value for item in loaded.data.eval_results}
+    assert found == {
+        ("validation", "loss"): 0.412346,
+        ("validation", "accuracy"): 0.81251,
+        ("test", "loss"): 0.5,
+        ("test", "accuracy"): 0.790123,
+    }
+    assert "| validation | 0.4123 | 0.8125 |" in text
+    assert "| test | 0.5000 | 0.7901 |" in text
+    assert "40 of 60 steps" in text
+
+
+def test_the_head_names_base_model_task_and_data(tmp_path):
+    loaded, text = card(tmp_path, "ag_news", model="user/base", dataset="fancyzhx/ag_news")
+    data = loaded.data
+    assert (data.base_model, data.datasets, data.pipeline_tag) == (
+        "user/base",
+        ["fancyzhx/ag_news"],
+        "text-classification",
+    )
+    assert (data.library_name, data.model_name, data.metrics) == ("transformers", "my-run", ["accuracy"])
+    assert "user/base, fine-tuned on ag_news" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "base"),
+    [
+        ("minilm", "sentence-transformers/all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("roberta-base", "roberta-base", "roberta-base"),
+        ("/secret/place/mine", "mine", None),
+        ("../mine", "mine", None),
+    ],
+)
+def test_the_base_model_is_named_and_folders_of_the_machine_are_not(tmp_path, model, name, base):
+    loaded, text = card(tmp_path, "reviews", model=model, train_file="/secret/data/reviews.csv")
+    assert loaded.data.base_model == base
+    assert f"classes: {name}, fine-tuned on reviews" in text
+    assert "secret" not in text
+    assert ".." not in text
+
+
+def test_a_folder_that_is_written_like_a_hub_id_is_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    assert card(tmp_path, model="models/mine")[0].data.base_model is None
+
+
+def test_the_options_and_what_the_model_was_made_with_are_there(tmp_path):
+    _, text = card(tmp_path)
+    for row in ("| learning_rate | 5e-05 |", "| train_batch_size | 32 |", "| seed | 42 |", "| max_length | 128 |"):
+        assert row in text
+    for fact in (
+        "770 of 22,713,986 parameters",
+        "1,920 samples",
+        "2 process(es), precision bf16",
+        "torch 2.13.0",
+        "0123abc",
+    ):
+        assert fact in text
+    assert "`bad`, `good`" in text
+
+
+def test_the_overlap_of_the_movie_reviews_is_said_where_it_matters(tmp_path):
+    assert "overlap rotten_tomatoes and SST" in card(tmp_path)[1]
+    assert "overlap" not in card(tmp_path, "reviews", train_file="reviews.csv")[1]
+
+
+def test_a_run_without_scores_has_a_card_all_the_same(tmp_path):
+    write_model_card(tmp_path, "reviews", settings(train_file="reviews.csv"), {"steps": 1})
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None

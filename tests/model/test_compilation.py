@@ -1,0 +1,111 @@
+"""A compiled run is the uncompiled one but for rounding, made of few programs, and saved under plain names."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+import torch._inductor.config
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
+from torch.fx.experimental import _config as symbols
+from transformers import AutoModelForSequenceClassification
+
+from lib.config.sections import ModelConfig, UserError
+from lib.model import compilation
+from lib.model.compilation import compile_layers
+from lib.model.layers import freeze
+from lib.model.load import build_model, load_tokenizer
+from tests.conftest import read_lines
+from tests.resuming import differences, run_flags
+from tests.run.test_resume import play
+
+SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Graphs are traced as ever, then run by PyTorch's own kernels: no compiler, hence seconds instead of minutes."""
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
+    monkeypatch.setattr(compilation, "check_compiler", lambda _: None)
+    torch._dynamo.reset(), counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8), torch._inductor.config.patch(fallback_random=False):
+        duck = symbols.use_duck_shape
+        yield
+        symbols.use_duck_shape = duck
+    torch._dynamo.reset()
+
+
+def steps(folder: Path, compiled: bool) -> tuple[list[float], torch.Tensor]:
+    """Losses and weights of a few steps on batches of all shapes, with and without padding, evaluated in between."""
+    source = ModelConfig(model=str(folder))
+    torch.manual_seed(0)
+    model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
+    compile_layers(model, compiled, Accelerator(cpu=True))
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for index, shape in enumerate(SHAPES):
+        generator = torch.Generator().manual_seed(index)
+        ids = torch.randint(5, 100, shape, generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, shape[1] - index :] = 0
+        torch.manual_seed(index)
+        loss = model.train()(input_ids=ids, attention_mask=mask).logits.square().mean()
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        with torch.inference_mode():
+            losses += [loss.item(), model.eval()(input_ids=ids, attention_mask=mask).logits.sum().item()]
+    assert not any("_orig_mod" in name for name in model.state_dict())
+    return losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_losses_and_weights_are_those_without_and_programs_are_few(roberta_without_dropout, uncompiled):
+    losses, weights = steps(roberta_without_dropout, compiled=False)
+    assert not counters["stats"]
+    others, compiled = steps(roberta_without_dropout, compiled=True)
+    assert others == pytest.approx(losses, abs=1e-4, rel=1e-5)
+    torch.testing.assert_close(compiled, weights, atol=1e-5, rtol=0)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 8  # training or not, masked or not, one text or more
+    assert not counters["graph_break"]
+
+
+def test_frozen_layers_are_left_alone(roberta, uncompiled):
+    source = ModelConfig(model=str(roberta))
+    model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
+    freeze(model, "1")
+    compile_layers(model, True, Accelerator(cpu=True))
+    assert [layer._compiled_call_impl is not None for layer in model.roberta.encoder.layer] == [False, True]
+    freeze(model, "backbone")
+    with pytest.raises(UserError, match="none of which is trained"):
+        compile_layers(model, True, Accelerator(cpu=True))
+
+
+def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_path):
+    done = run("train.py", *run_flags(tmp_path, roberta), "--compile", code=2, env={"CXX": "/missing/g++"})
+    assert "error: --compile: nothing can be compiled here" in done.stderr
+    assert "apt-get install g++" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_real_command_resumes_bit_by_bit_equals_the_uncompiled_run_and_saves_a_plain_model(run, roberta, tmp_path):
+    for compiled in ([], ["--compile"]):
+        name = "compiled" if compiled else "plain"
+        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a process that compiles anew
+    assert not differences(tmp_path / "compiled", tmp_path / "resumed")
+    plain, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    for name, weight in plain.items():  # with dropout, whose random numbers are the same
+        torch.testing.assert_close(compiled[name], weight, atol=1e-5, rtol=0)
+    _, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "compiled" / "model", output_loading_info=True
+    )
+    assert not any(loading.values())
+    losses = [
+        [line["train/loss"] for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("plain", "compiled")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)

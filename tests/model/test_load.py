@@ -1,0 +1,279 @@
+"""Loading classifiers of several architectures, their label names, and what freezing freezes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from lib.config.sections import ModelConfig, UserError
+from lib.model.layers import count_parameters, set_train_mode
+from lib.model.load import (
+    Weights,
+    build_model,
+    label_names,
+    load_classifier,
+    load_tokenizer,
+    model_name,
+)
+from tests.conftest import tiny_tokenizer
+
+NAMES = ["bad", "good", "mixed"]
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SETTINGS = {
+    "bert": SMALL,
+    "roberta": SMALL | {"max_position_embeddings": 80},
+    "distilbert": {"vocab_size": 128, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": SMALL | {"embedding_size": 8},
+    "deberta-v2": SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": SMALL | {"pad_token_id": 1},
+}
+"""Architectures with the settings of a model of two layers."""
+
+PREFIXES = {"modernbert": "model", "deberta-v2": "deberta"}
+"""Attribute of the backbone where it is not called as the architecture."""
+
+LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers"}
+"""Attribute of the backbone that holds the layers where it is not `encoder.layer`."""
+
+
+def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.dtype = torch.float32) -> Path:
+    """A classifier with random weights and a tokenizer, saved to `folder`."""
+    torch.manual_seed(0)
+    settings = SETTINGS["roberta" if kind == "xlm-roberta" else kind]
+    config = AutoConfig.for_model(kind, num_labels=num_labels, **settings)
+    AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
+def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, Weights]:
+    config = ModelConfig(model=str(folder), **settings)
+    return build_model(config, names, load_tokenizer(config))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny classifier of an architecture, made once."""
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save_classifier(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return folder_of
+
+
+def frozen_prefixes(kind: str, part: str | None) -> tuple[str, ...]:
+    """How the names of the parameters begin that `--freeze part` stops."""
+    backbone = PREFIXES.get(kind, kind)
+    embeddings = (f"{backbone}.embeddings",) + ((f"{backbone}.embeddings_project",) if kind == "electra" else ())
+    layer = f"{backbone}.{LAYERS.get(kind, 'encoder.layer')}.0"
+    return {None: (), "backbone": (backbone,), "embeddings": embeddings, "1": (*embeddings, layer)}[part]
+
+
+def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+# ---------------------------------------------------------------------------------------------------- freezing
+
+
+@pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_freezing_stops_the_named_part_and_nothing_else(
+    classifier: Callable[[str], Path], kind: str, part: str | None
+) -> None:
+    model, _ = build(classifier(kind), freeze=part)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    expected = {name for name, _ in model.named_parameters() if is_inside(name, frozen_prefixes(kind, part))}
+    assert frozen == expected
+    assert bool(frozen) == (part is not None)
+
+
+@pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_train_mode_leaves_frozen_parts_in_eval_mode(
+    classifier: Callable[[str], Path], kind: str, part: str | None
+) -> None:
+    model, _ = build(classifier(kind), freeze=part)
+    set_train_mode(model)
+    evaluating = {name for name, module in model.named_modules() if not module.training}
+    inside = {name for name, _ in model.named_modules() if is_inside(name, frozen_prefixes(kind, part))}
+    assert evaluating >= inside
+    trained_anew = evaluating - inside
+    assert not any(
+        parameter.requires_grad for name in trained_anew for parameter in model.get_submodule(name).parameters()
+    )
+    assert not any(isinstance(model.get_submodule(name), nn.Dropout) for name in trained_anew)
+
+
+def test_a_frozen_backbone_gives_the_same_features_each_time_and_the_head_does_not(
+    classifier: Callable[[str], Path],
+) -> None:
+    model, _ = build(classifier("roberta"), freeze="backbone")
+    set_train_mode(model)
+    inputs = torch.tensor([[0, 7, 8, 9, 2]])
+    first, second = (model(inputs, output_hidden_states=True) for _ in range(2))
+    assert torch.equal(first.hidden_states[-1], second.hidden_states[-1])
+    assert not torch.equal(first.logits, second.logits)
+
+
+def test_freezing_more_layers_than_there_are_is_refused(classifier: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match="--freeze 9: the model has 2 layers"):
+        build(classifier("roberta"), freeze="9")
+
+
+def test_count_parameters_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    assert count_parameters(model) == (10, 26)
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+
+
+def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> None:
+    folder = save_classifier("bert", tmp_path, dtype=torch.bfloat16)
+    model, weights = build(folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    stored = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, stored[name].float()) for name, weight in model.state_dict().items())
+    assert weights.new == []
+    assert load_classifier(ModelConfig(model=str(folder))).dtype == torch.float32
+
+
+def test_a_head_of_another_size_is_new_and_the_rest_is_kept(tmp_path: Path) -> None:
+    folder = save_classifier("bert", tmp_path, num_labels=5)
+    model, weights = build(folder)
+    assert weights.new == ["classifier.bias", "classifier.weight"]
+    assert model.classifier.weight.shape == (3, 16)
+    stored = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    kept = {name: weight for name, weight in model.state_dict().items() if name not in weights.new}
+    assert all(torch.equal(weight, stored[name]) for name, weight in kept.items())
+
+
+def test_the_head_of_a_pretrained_body_is_named_as_new(roberta: Path) -> None:
+    _, weights = build(roberta)
+    assert {name.split(".")[0] for name in weights.new} == {"classifier"}
+    assert len(weights.new) == 4
+
+
+def test_label_names_travel_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:
+    model, _ = build(classifier("bert"))
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "mixed"}
+    assert model.config.label2id == {"bad": 0, "good": 1, "mixed": 2}
+    model.save_pretrained(tmp_path)
+    assert label_names(load_classifier(ModelConfig(model=str(tmp_path)))) == NAMES
+
+
+def test_a_body_without_head_is_not_a_classifier(roberta: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a trained classifier: its weights lack classifier\..*train it first"):
+        load_classifier(ModelConfig(model=str(roberta)))
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "config is missing": lambda folder: (folder / "config.json").unlink(),
+    "config is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "weights are missing": lambda folder: (folder / "model.safetensors").unlink(),
+    "weights are cut off": cut_weights,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model_folder_is_named(tmp_path: Path, damage: str) -> None:
+    config = ModelConfig(model=str(save_classifier("bert", tmp_path)))
+    tokenizer = load_tokenizer(config)
+    DAMAGES[damage](tmp_path)
+    for load in (lambda: build_model(config, NAMES, tokenizer), lambda: load_classifier(config)):
+        with pytest.raises(UserError, match=rf"--model {tmp_path} could not be loaded: "):
+            load()
+
+
+def test_a_missing_model_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
+    config = ModelConfig(model=str(tmp_path / "nowhere"))
+    for load in (load_tokenizer, load_classifier):
+        with pytest.raises(UserError, match=r"nowhere could not be loaded: .*\n.*--model minilm"):
+            load(config)
+
+
+def test_loading_restores_the_verbosity_of_transformers(classifier: Callable[[str], Path]) -> None:
+    before = transformers.logging.get_verbosity()
+    build(classifier("bert"))
+    assert transformers.logging.get_verbosity() == before
+
+
+@pytest.mark.parametrize("given", ["roberta-base", "FacebookAI/roberta-base", "models/roberta-base/"])
+def test_model_name_is_the_last_part(given: str) -> None:
+    assert model_name(given) == "roberta-base"
+
+
+# ---------------------------------------------------------------------------------------------------- decoders
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 of two layers whose tokenizer and configuration know no padding."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tiny_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=2
+    )
+    transformers.GPT2Model(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_decoder_gets_a_padding_token_in_tokenizer_and_model(decoder: Path) -> None:
+    assert AutoTokenizer.from_pretrained(decoder).pad_token is None
+    config = ModelConfig(model=str(decoder))
+    tokenizer = load_tokenizer(config)
+    model, _ = build_model(config, NAMES, tokenizer)
+    assert tokenizer.pad_token == "</s>"
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 2
+
+
+def test_a_decoder_gives_a_batch_the_logits_of_single_texts(decoder: Path) -> None:
+    config = ModelConfig(model=str(decoder))
+    tokenizer = load_tokenizer(config)
+    model, _ = build_model(config, NAMES, tokenizer)
+    model.eval()
+    texts = ["a good film", "the plot was very very dull and not fine", "great"]
+    with torch.inference_mode():
+        batch = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        single = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    torch.testing.assert_close(batch, single, rtol=0, atol=1e-5)
+    assert (single[0] - single[1]).abs().max() > 1e-3
+
+
+def test_positions_of_a_decoder_are_frozen_with_its_other_embeddings(decoder: Path) -> None:
+    model, _ = build(decoder, freeze="embeddings")
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+@pytest.mark.parametrize("part", ["backbone", "1"])
+def test_layers_of_a_decoder_can_be_frozen(decoder: Path, part: str) -> None:
+    model, _ = build(decoder, freeze=part)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "score.weight" in trained
+    assert not any(name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0.")) for name in trained)
+    assert any(name.startswith("transformer.h.1.") for name in trained) == (part == "1")

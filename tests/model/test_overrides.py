@@ -1,0 +1,193 @@
+"""--config_overrides and --from_scratch: what is changed, kept, new and left out, and that the model comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
+
+from lib.config.sections import AdapterConfig, ModelConfig, UserError
+from lib.model.adapters.adapt import adapt, load_classifier, save_model
+from lib.model.layers import find_layers
+from lib.model.load import Weights, build_model, describe_weights, load_tokenizer
+from tests.conftest import Command, results_of, sentences, write_csv
+from tests.model.test_load import NAMES, SETTINGS, save_classifier
+from tests.predicting import answers
+
+KINDS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "modernbert", "gpt2"]
+SETTINGS["gpt2"] = {"vocab_size": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 1}
+DROPOUT = {"distilbert": "dropout", "modernbert": "mlp_dropout", "gpt2": "resid_pdrop"}
+"""The key of dropout where it is not `hidden_dropout_prob`."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: save_classifier(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
+
+
+def build(folder: Path, *changes: str, **settings: Any) -> tuple[Any, Weights]:
+    config = ModelConfig(str(folder), config_overrides=changes, **settings)
+    return build_model(config, NAMES, load_tokenizer(config))
+
+
+def layers_of(model: Any) -> Any:
+    return find_layers(model, "--freeze")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_loses_its_upper_layers_and_keeps_the_rest(folders: dict[str, Path], kind: str) -> None:
+    whole, _ = build(folders[kind])
+    model, weights = build(folders[kind], "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25")
+    assert (len(layers_of(whole)), len(layers_of(model))) == (2, 1)
+    assert 0.25 in {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    lost = {name for name in whole.state_dict() if name not in model.state_dict()}
+    unnamed = "attn.bias"  # transformers itself leaves these of GPT-2 out of its report
+    assert set(weights.dropped) == {name for name in lost if unnamed not in name}
+    assert weights.new == []
+    assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_model_comes_back_as_it_was_saved(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model, _ = build(folders[kind], "num_hidden_layers=1")
+    model.save_pretrained(tmp_path)
+    again = load_classifier(ModelConfig(str(tmp_path)))
+    ids = torch.tensor([[0, 7, 8, 9, 2]])
+    torch.testing.assert_close(model.eval()(ids).logits, again.eval()(ids).logits, rtol=0, atol=1e-6)
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_scratch_is_the_model_of_the_configuration_alone(folders: dict[str, Path], kind: str) -> None:
+    """Bit by bit what transformers makes of the configuration with the same random numbers."""
+    set_seed(5)
+    model, weights = build(folders[kind], from_scratch=True)
+    set_seed(5)
+    wanted = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folders[kind], num_labels=3))
+    assert all(torch.equal(weight, wanted.state_dict()[name]) for name, weight in model.state_dict().items())
+    assert set(weights.new) == set(model.state_dict())
+    pretrained, _ = build(folders[kind])
+    matrices = [name for name, weight in model.state_dict().items() if weight.dim() == 2]
+    assert not any(torch.equal(model.state_dict()[name], pretrained.state_dict()[name]) for name in matrices)
+
+
+def test_from_scratch_needs_no_weights(folders: dict[str, Path], tmp_path: Path) -> None:
+    for file in folders["bert"].iterdir():
+        if file.suffix == ".json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    model, _ = build(tmp_path, "num_hidden_layers=5", from_scratch=True)
+    assert len(layers_of(model)) == 5
+
+
+def test_more_layers_than_the_checkpoint_has_are_new(folders: dict[str, Path]) -> None:
+    _, weights = build(folders["bert"], "num_hidden_layers=3")
+    assert {name.split(".layer.")[1][0] for name in weights.new} == {"2"}
+    assert weights.dropped == []
+
+
+def test_weights_of_another_shape_are_new(folders: dict[str, Path]) -> None:
+    _, weights = build(folders["roberta"], "intermediate_size=24")
+    assert {name.split(".")[-2] for name in weights.new} == {"dense"}
+    assert len(weights.new) == 2 * 3
+
+
+def test_positions_that_were_taken_away_shorten_the_texts(folders: dict[str, Path]) -> None:
+    """RoBERTa counts positions from behind its padding token, so that two are lost."""
+    for kind, room in (("bert", 20), ("roberta", 18), ("gpt2", 20)):
+        config = ModelConfig(str(folders[kind]), config_overrides=("max_position_embeddings=20",))
+        tokenizer = load_tokenizer(config)
+        assert tokenizer.model_max_length == room
+        model, _ = build_model(config, NAMES, tokenizer)
+        model(torch.full((1, room), 7))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, room + 1), 7))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("num_hidden_layer=1", ["has no such key", "did you mean num_hidden_layers"]),
+        ("hidden_dropout=0.2", ["did you mean hidden_dropout_prob"]),
+        ("zzzzzz=1", ["it has: ", "hidden_act", "num_hidden_layers"]),
+        ("num_hidden_layers=four", ["a value like 2, not 'four'"]),
+        ("num_hidden_layers=1.5", ["a value like 2, not 1.5"]),
+        ("num_hidden_layers=True", ["a value like 2, not True"]),
+        ("num_hidden_layers=0", ["a value like 2, not 0"]),
+        ("num_hidden_layers=None", ["a value like 2, not None"]),
+        ("hidden_dropout_prob=much", ["a value like 0.1, not 'much'"]),
+        ("is_decoder=1", ["a value like False, not 1"]),
+        ("num_labels=2", ["num_labels: the classes are those of the data"]),
+        ("id2label={}", ["id2label: the classes are those of the data"]),
+        ("vocab_size=9", ["it belongs to the tokenizer"]),
+        ("pad_token_id=9", ["it belongs to the tokenizer"]),
+        ("model_type=gpt2", ["choose another one by --model"]),
+        ("dtype=float16", ["--mixed_precision"]),
+        ("num_attention_heads=5", ["no model can be made of that", "not a multiple"]),
+        ("hidden_act=rulu", ["no model can be made of that", "rulu"]),
+        ("hidden_dropout_prob=1.5", ["no model can be made of that", "between 0 and 1"]),
+    ],
+)
+def test_refused_changes_are_named_with_what_would_do(folders: dict[str, Path], change: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        build(folders["bert"], change)
+    message = str(error.value)
+    assert [word for word in ["--config_overrides", *words] if word not in message] == []
+
+
+def test_a_name_that_two_architectures_share_works_on_both(folders: dict[str, Path]) -> None:
+    """GPT-2 calls its layers `n_layer`, and knows the common name as well."""
+    for change in ("n_layer=1", "num_hidden_layers=1"):
+        assert len(layers_of(build(folders["gpt2"], change)[0])) == 1
+
+
+def test_a_list_with_an_entry_for_each_layer_follows(folders: dict[str, Path]) -> None:
+    model, _ = build(folders["modernbert"], "num_hidden_layers=1")
+    assert len(model.config.layer_types) == 1
+    with pytest.raises(UserError, match="layer_types describes 2 layers; change it too"):
+        build(folders["modernbert"], "num_hidden_layers=3")
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora"])
+def test_an_adapter_over_a_changed_model_comes_back(folders: dict[str, Path], method: Any, tmp_path: Path) -> None:
+    model, weights = build(folders["roberta"], "num_hidden_layers=1")
+    model = adapt(model, AdapterConfig(adapter=method), ModelConfig(str(folders["roberta"])), weights.new)
+    save_model(model, tmp_path / "adapter")
+    again = load_classifier(ModelConfig(str(tmp_path / "adapter")))
+    ids = torch.tensor([[0, 7, 8, 9, 2]])
+    torch.testing.assert_close(model.eval()(ids).logits, again.eval()(ids).logits)
+
+
+def test_many_weights_are_told_in_a_few_words() -> None:
+    names = [f"encoder.layer.{layer}.{name}.weight" for layer in (4, 5) for name in "abcd"]
+    assert describe_weights([*names, "cls.predictions.bias"]) == "encoder.layer.4.*, encoder.layer.5.*, cls.*"
+    assert describe_weights([f"w{n}" for n in range(8)]) == "w0, w1, w2, w3, w4, w5, ... (8 tensors)"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(from_scratch=True, freeze="backbone"), "--freeze would keep random weights"),
+        (lambda: ModelConfig(config_overrides=("num_hidden_layers",)), "takes name=value, got 'num_hidden_layers'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_minilm_with_four_layers_is_trained_scored_and_used(run: Command, tmp_path: Path) -> None:
+    train, test = write_csv(tmp_path / "t.csv", sentences(40)), write_csv(tmp_path / "e.csv", sentences(12, 1))
+    flags = ["--train_file", train, "--test_file", test, "--max_steps", 2, "--report_to", "none", "--run_name", "small"]
+    changes = ["--config_overrides", "num_hidden_layers=4", "hidden_dropout_prob=0.2"]
+    done = run("train.py", *flags, *changes, "--mixed_precision", "no")
+    assert "num_hidden_layers=4 hidden_dropout_prob=0.2 (--config_overrides)" in done.stdout
+    assert "encoder.layer.4.*, encoder.layer.5.* (in the checkpoint, no part of this model)" in done.stdout
+    scored = results_of(run("eval.py", "--run", "outputs/small", "--output_dir", "again"))
+    assert scored["test/loss"] == pytest.approx(results_of(done)["test/loss"], abs=1e-6)
+    model = load_classifier(ModelConfig(str(tmp_path / "outputs/small/model")))
+    assert (model.config.num_hidden_layers, model.config.hidden_dropout_prob) == (4, 0.2)
+    assert len(answers("a good film", "--model", tmp_path / "outputs/small")) == 1
+    refused = run("train.py", *flags, *changes[:1], "num_hidden_layer=4", code=2)
+    assert "did you mean num_hidden_layers" in refused.stderr

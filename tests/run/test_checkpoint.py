@@ -1,0 +1,182 @@
+"""The best model on disk: whole, restorable, and usable without this project."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
+
+from lib.config.sections import ModelConfig, UserError
+from lib.config.train import TrainingConfig
+from lib.model.load import build_model, load_tokenizer
+from lib.run.checkpoint import Checkpointer, publish_model, restore_model
+from lib.run.progress import Interval
+from lib.training.plan import State
+
+NAMES = ["terrible", "fine", "größer"]
+EVALUATED = State(step=3, best_metric=0.5, best_step=3)
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def build(folder: Path, seed: int = 0) -> PreTrainedModel:
+    """A classifier with the architecture in `folder` and random weights that depend on `seed`."""
+    config = ModelConfig(model=str(folder))
+    model, _ = build_model(config, NAMES, load_tokenizer(config))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def publish(accelerator: Accelerator, model: PreTrainedModel, source: Path, folder: Path) -> None:
+    publish_model(accelerator, model, load_tokenizer(ModelConfig(model=str(source))), folder)
+
+
+def equal_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    weights = second.state_dict()
+    return all(torch.equal(weight, weights[name]) for name, weight in first.state_dict().items())
+
+
+def test_restored_weights_equal_the_published_ones(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+    best, later = build(roberta, seed=1), build(roberta, seed=2)
+    publish(accelerator, best, roberta, tmp_path / "model")
+    assert not equal_weights(best, later)
+    restore_model(accelerator, later, tmp_path / "model", EVALUATED)
+    assert equal_weights(best, later)
+
+
+def test_a_prepared_model_is_published_and_restored_in_float32(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    model = accelerator.prepare_model(build(roberta, seed=1))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    publish(accelerator, model, roberta, tmp_path / "model")
+    restore_model(accelerator, model, tmp_path / "model", EVALUATED)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").dtype == torch.float32
+
+
+def test_publishing_replaces_the_folder_whole(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    first, second = build(roberta, seed=1), build(roberta, seed=2)
+    publish(accelerator, first, roberta, folder)
+    (folder / "left_over.txt").write_text("of the model before")
+    publish(accelerator, second, roberta, folder)
+    assert equal_weights(AutoModelForSequenceClassification.from_pretrained(folder), second)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    assert not (folder / "left_over.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_publishing_clears_what_an_interrupted_one_left(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    for name in (".tmp-model", ".old-model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half.txt").write_text("written")
+    publish(accelerator, build(roberta), roberta, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "model" / "half.txt").exists()
+
+
+def test_a_model_that_cannot_be_written_leaves_the_one_before(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = build(roberta, seed=1), build(roberta, seed=2)
+    publish(accelerator, first, roberta, tmp_path / "model")
+
+    def disk_is_full(folder: Path, **_: object) -> None:
+        Path(folder).mkdir()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(second, "save_pretrained", disk_is_full)
+    with pytest.raises(UserError, match="no space left"):
+        publish(accelerator, second, roberta, tmp_path / "model")
+    assert equal_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model"), first)
+
+
+def test_a_run_that_diverged_has_nothing_to_restore(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training diverged: .*lower --learning_rate"):
+        restore_model(accelerator, build(roberta), tmp_path / "model", State(step=3, best_metric=None))
+
+
+def test_a_published_model_works_with_a_plain_pipeline_under_its_label_names(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    model = build(roberta, seed=1)
+    publish(accelerator, model, roberta, tmp_path / "model")
+    classify = pipeline("text-classification", model=str(tmp_path / "model"), device="cpu")
+    texts = ["a good film", "the plot was very dull and awful"]
+    inputs = load_tokenizer(ModelConfig(model=str(roberta)))(texts, padding=True, return_tensors="pt")
+    model.eval()
+    with torch.inference_mode():
+        expected = model(**inputs).logits.softmax(dim=1)
+    for answers, probabilities in zip(classify(texts, top_k=None), expected.tolist(), strict=True):
+        scores = {answer["label"]: answer["score"] for answer in answers}
+        assert scores == pytest.approx(dict(zip(NAMES, probabilities, strict=True)), abs=1e-5)
+
+
+def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel, **settings: int) -> Checkpointer:
+    """Of a model with AdamW and a linear schedule, at step 3."""
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / 10)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    interval = Interval(accelerator, lambda *_: UserError("not finite"))
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
+    state = State(step=3, micro_batch_size=2, eval_batch_size=16)
+    return Checkpointer(accelerator, folder, TrainingConfig(), sizes, model, optimizer, scheduler, state, interval)
+
+
+def test_what_was_saved_is_loaded_into_another_model(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+    one = checkpointer(accelerator, tmp_path, build(roberta, seed=1))
+    one.save("run-7")
+    two = checkpointer(accelerator, tmp_path, build(roberta, seed=2))
+    two.state.step = 0
+    assert two.load(tmp_path / "checkpoints" / "step-3") == "run-7"
+    assert equal_weights(one.model, two.model)
+    assert two.state == one.state
+    assert two.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"] < 1e-3
+
+
+def test_a_batch_size_that_memory_taught_is_kept_until_the_user_sets_another(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    checkpointer(accelerator, tmp_path, build(roberta)).save(None)
+    for settings, kept in (({}, (2, 16)), ({"per_device_train_batch_size": 4}, (None, 16))):
+        later = checkpointer(accelerator, tmp_path, build(roberta), **settings)
+        later.state.micro_batch_size, later.state.eval_batch_size = None, 64
+        later.load(tmp_path / "checkpoints" / "step-3")
+        assert (later.state.micro_batch_size, later.state.eval_batch_size) == kept
+
+
+def test_another_learning_rate_is_not_overwritten_by_the_checkpoint(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    checkpointer(accelerator, tmp_path, build(roberta)).save(None)
+    later = checkpointer(accelerator, tmp_path, build(roberta))
+    later.optimizer.param_groups[0] |= {"initial_lr": 1.0, "weight_decay": 0.5}
+    later.load(tmp_path / "checkpoints" / "step-3")
+    group = later.optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.9, 0.5)
+
+
+def test_weights_that_are_not_finite_are_never_saved(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+    model = build(roberta)
+    one = checkpointer(accelerator, tmp_path, model)
+    one.save(None)
+    model.classifier.out_proj.bias.data[0] = float("inf")
+    one.state.step = 4
+    with pytest.raises(UserError, match=r"step 4 could not be saved: classifier\.out_proj\.bias holds numbers"):
+        one.save(None)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]

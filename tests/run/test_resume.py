@@ -1,0 +1,91 @@
+"""A run that was interrupted equals one that was not; a checkpoint is whole or is not used."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lib.config.sections import HubConfig, flatten
+from lib.data.batching import BLOCK
+from lib.run.checkpoint import list_checkpoints
+from lib.run.resume import compare_settings
+from tests.conftest import ROOT, Command, read_lines, results_of
+from tests.resuming import differences, run_flags
+
+LAST = 10
+ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def play(run: Command, folder: Path, model: Path, calls: list[dict[str, Any]], processes: int) -> None:
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([call | {"folder": str(folder / call["folder"])} for call in calls]))
+    run("tests/workers/interrupted.py", plan, *run_flags(folder, model), processes=processes, env=ENV, timeout=400)
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run, roberta, tmp_path, processes):
+    calls: list[dict[str, Any]] = [{"folder": "whole"}]
+    for step in range(1, LAST + 1):
+        calls += [{"folder": f"after-{step}", "stop": step}, {"folder": f"after-{step}"}]
+    for step in (3, LAST):
+        calls += [{"folder": f"in-{step}", "stop": step, "during": "evaluation"}, {"folder": f"in-{step}"}]
+    for broken in ("order", "dropout"):
+        calls += [{"folder": broken, "stop": 4}, {"folder": broken, "broken": broken}]
+    play(run, tmp_path, roberta, calls, processes)
+    state = json.loads((list_checkpoints(tmp_path / "whole" / "checkpoints")[0] / "state.json").read_text())
+    assert state["settings"]["run/num_processes"] == processes
+    assert state["settings"]["run/batches_sorted_together"] == BLOCK
+    for call in calls[1:]:
+        found = differences(tmp_path / "whole", tmp_path / call["folder"])
+        if call["folder"] in ("order", "dropout"):  # the comparison would see it
+            assert "model.safetensors" in found
+        else:
+            assert not found, call["folder"]
+    steps = [line["step"] for line in read_lines(tmp_path / "after-5" / "metrics.jsonl")]
+    assert steps == [2, 3, 4, 6, 8, 9, 10]
+
+
+def test_a_run_goes_on_through_another_mirror():
+    """Where files came from does not change what they are."""
+    there = flatten(HubConfig())
+    now = flatten(HubConfig("https://hf-mirror.com", 20, True, True))
+    assert there.keys() == {key for key in now if there[key] != now[key]}
+    assert compare_settings(there, now) == []
+
+
+@pytest.mark.parametrize("flags", [["--lr_scheduler_type", "reduce_lr_on_plateau"], ["--freeze", "backbone"]])
+def test_what_follows_the_metric_or_is_frozen_resumes_as_well(run, roberta, tmp_path, flags):
+    calls: list[dict[str, Any]] = [{"folder": "whole", "flags": flags}]
+    calls += [{"folder": "b", "stop": 7, "flags": flags}, {"folder": "b", "flags": flags}]
+    play(run, tmp_path, roberta, calls, 1)
+    assert not differences(tmp_path / "whole", tmp_path / "b")
+
+
+def test_a_run_goes_on_with_the_same_samples_on_another_number_of_processes(run, roberta_without_dropout, tmp_path):
+    flags = ["--adam_epsilon", "1e-2"]
+    start = [{"folder": "whole"}, {"folder": "more", "stop": 5}]
+    play(run, tmp_path, roberta_without_dropout, [call | {"flags": flags} for call in start], 1)
+    two = [{"folder": "more", "flags": flags}, {"folder": "fewer", "stop": 5, "flags": flags}]
+    play(run, tmp_path, roberta_without_dropout, two, 2)
+    play(run, tmp_path, roberta_without_dropout, [{"folder": "fewer", "flags": flags}], 1)
+    whole = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    for name in ("more", "fewer"):
+        lines = read_lines(tmp_path / name / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [line["step"] for line in whole]
+        for a, b in zip(whole, lines, strict=True):
+            assert (a["samples_seen"], a["train/learning_rate"]) == (b["samples_seen"], b["train/learning_rate"])
+            np.testing.assert_allclose(b["train/loss"], a["train/loss"], atol=1e-6, rtol=1e-6)
+
+
+def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_path):
+    left = results_of(run("tests/workers/killed_writes.py", tmp_path, env=ENV))
+    assert left["kills"] > 60
+    assert left["old"] > 10
+    assert left["new"] > 10
+    assert left["no checkpoint"] == left["no model"] == 0
+
+
+def test_removing_the_old_checkpoint_first_would_be_noticed(run, tmp_path):
+    assert results_of(run("tests/workers/killed_writes.py", tmp_path, "broken", env=ENV))["no checkpoint"] > 10

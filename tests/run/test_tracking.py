@@ -1,0 +1,366 @@
+"""metrics.jsonl is complete whatever the tracker does, and each tracker is found, named and ended as it should be."""
+
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from datasets import Dataset
+
+from lib.config.sections import UserError
+from lib.config.train import TrackingConfig
+from lib.data.load import Data
+from lib.evaluation.predictions import Predictions
+from lib.run.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
+from tests.conftest import ROOT, read_lines
+
+SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
+PREDICTIONS = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]), np.zeros(2, dtype=np.float32))
+SCORED = {"test": ({"accuracy": 1.0}, PREDICTIONS)}
+DATA = Data("x", {"test": Dataset.from_dict({"text": ["a", "b"]})}, {}, {}, ["bad", "good"], ("text",), [])
+RESULTS = {"test/accuracy": 1.0, "steps": 3, "samples_seen": 24}
+
+
+class FakeTracker(GeneralTracker):
+    """Notes what it is told and raises where it is told to."""
+
+    name, requires_logging_directory, main_process_only = "fake", False, False
+
+    def __init__(self, fails_at: str | None = None) -> None:
+        super().__init__(_blank=True)
+        self.fails_at, self.calls = fails_at, []
+
+    def note(self, what: str, *values: Any) -> None:
+        self.calls.append((what, *values))
+        if what == self.fails_at:
+            raise RuntimeError(f"no {what}\nwith a long explanation")
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def start(self) -> None:
+        self.note("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.note("settings", values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.note("log", step, values)
+
+    def finish(self) -> None:
+        self.note("finish")
+
+
+def tracked(tracker: FakeTracker) -> Accelerator:
+    accelerator = Accelerator(cpu=True)
+    accelerator.log_with = [tracker]
+    return accelerator
+
+
+def open_log(folder: Path, accelerator: Accelerator | None = None, report_to: str = "none") -> RunLog:
+    return RunLog(accelerator or Accelerator(cpu=True), folder, TrackingConfig(report_to=report_to))
+
+
+def log_run(folder: Path, tracker: FakeTracker) -> None:
+    """A run of three steps that `tracker` follows."""
+    log = open_log(folder, tracked(tracker), "tensorboard")
+    log.start(SETTINGS, ["accuracy"])
+    for step in (1, 2, 3):
+        log.log(step, 8 * step, {"train/loss": 1 / step})
+    log.finish(RESULTS, SCORED, DATA)
+
+
+# ---------------------------------------------------------------------------------------------------- trackers
+
+
+def test_a_tracker_is_told_everything_once(tmp_path: Path) -> None:
+    tracker = FakeTracker()
+    log_run(tmp_path, tracker)
+    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "log", "log", "finish"]
+    assert tracker.calls[2] == ("log", 1, {"samples_seen": 8, "train/loss": 1.0})
+    assert tracker.calls[1][1]["learning_rate"] == 1e-4
+    assert all(isinstance(value, (int, float, str)) for value in tracker.calls[1][1].values())
+
+
+@pytest.mark.parametrize("fails_at", ["start", "settings", "log", "finish"])
+def test_a_tracker_that_fails_never_stops_a_run(
+    tmp_path: Path, fails_at: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker = FakeTracker(fails_at)
+    with caplog.at_level(logging.WARNING):
+        log_run(tmp_path, tracker)
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert tracker.calls[-1][0] == fails_at
+    warnings = [record.getMessage() for record in caplog.records if record.name == "lib.run.tracking"]
+    assert len(warnings) == 1
+    assert f"(no {fails_at})" in warnings[0]
+
+
+@pytest.mark.parametrize("method", ["init_trackers", "log"])
+def test_an_accelerator_that_fails_to_reach_trackers_never_stops_a_run(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("unplugged")
+
+    monkeypatch.setattr(Accelerator, method, fail)
+    log_run(tmp_path, FakeTracker())
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_the_end_of_tracking_leaves_the_process_group_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes still wait for this one in it."""
+    ended: list[bool] = []
+    monkeypatch.setattr("accelerate.state.PartialState.destroy_process_group", lambda *_: ended.append(True))
+    tracker = FakeTracker()
+    log_run(tmp_path, tracker)
+    assert tracker.calls[-1] == ("finish",)
+    assert ended == []
+
+
+def test_without_a_tracker_nothing_is_told(tmp_path: Path) -> None:
+    tracker = FakeTracker()
+    log = open_log(tmp_path, tracked(tracker), "none")
+    log.start(SETTINGS, [])
+    log.log(1, 8, {})
+    log.finish(RESULTS, SCORED, DATA)
+    assert tracker.calls == []
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_other_processes_write_nothing(tmp_path: Path) -> None:
+    log = open_log(tmp_path, SimpleNamespace(is_main_process=False), "wandb")
+    log.start(SETTINGS, [])
+    log.log(1, 8, {})
+    log.finish(RESULTS, SCORED, DATA)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(UserError, match=f"--report_to {name}: not installed; run: pip install {name}"):
+        check_tracker(name)
+    check_tracker("none")
+
+
+def test_an_installed_tracker_is_accepted() -> None:
+    check_tracker("wandb")
+
+
+# ---------------------------------------------------------------------------------------------------- metrics.jsonl
+
+
+def refuse_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_a_line_begins_with_step_samples_and_time_and_keeps_the_order_of_values(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.log(2, 16, {"z": 1.5, "a": 2})
+    (row,) = read_lines(tmp_path / "metrics.jsonl")
+    assert abs(time.time() - row["time"]) < 60
+    assert list(row.items()) == [("step", 2), ("samples_seen", 16), ("time", row["time"]), ("z", 1.5), ("a", 2)]
+    log.finish({}, SCORED, DATA)
+
+
+def test_a_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    for step in (1, 2, 3):
+        log.log(step, 8 * step, {"train/loss": 0.5})
+        assert len(read_lines(tmp_path / "metrics.jsonl")) == step
+    log.finish({}, SCORED, DATA)
+
+
+def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    log.log(1, 8, {"nan": float("nan"), "up": float("inf"), "down": float("-inf"), "fine": 1e-9})
+    log.finish({}, SCORED, DATA)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse_constant)
+    assert (row["nan"], row["up"], row["down"], row["fine"]) == ("NaN", "Infinity", "-Infinity", 1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("minilm-sst5-lr5e-05-bs32-ep3-s42", "minilm-sst5-lr5e-05-bs32-ep3"),
+        ("mine-s1", "mine"),
+        ("my-sweep", "my-sweep"),
+        ("run-small", "run-small"),
+        ("-s1", "-s1"),
+        ("plain", "plain"),
+    ],
+)
+def test_a_group_is_a_name_without_its_seed(name: str, group: str) -> None:
+    assert group_name(name) == group
+
+
+@pytest.mark.parametrize(("message", "line"), [("\n one\ntwo", "one"), ("", "ValueError")])
+def test_an_error_is_reported_by_its_first_line(message: str, line: str) -> None:
+    assert first_line(ValueError(message)) == line
+
+
+# ---------------------------------------------------------------------------------------------------- W&B
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Callable[..., str]:
+    """Run code in a process with an empty home and no W&B settings but those given; returns what it prints."""
+
+    def call(code: str, **environment: str) -> str:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "NETRC"))}
+        home = tmp_path / "home"
+        home.mkdir()
+        places = {"HOME": str(home), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, "-c", code]
+        everything = inherited | places | environment
+        done = subprocess.run(command, env=everything, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return call
+
+
+ASK_MODES = """
+import os, wandb
+from lib.run.tracking import wandb_mode
+
+for environment in ({}, {"WANDB_API_KEY": "0" * 40}, {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "disabled"}):
+    os.environ.update(environment)
+    print(wandb_mode())
+    wandb.teardown()
+"""
+
+
+def test_wandb_is_online_with_a_login_and_offline_without(alone: Callable[..., str]) -> None:
+    assert alone(ASK_MODES).split() == ["offline", "online", "disabled"]
+
+
+def test_wandb_mode_of_the_environment_rules() -> None:
+    assert wandb_mode() == os.environ["WANDB_MODE"] == "offline"
+
+
+FALL_BACK = """
+import pathlib, wandb
+from accelerate import Accelerator
+from lib.config.train import TrackingConfig
+from lib.run.tracking import RunLog
+
+init, modes = wandb.init, []
+
+def init_without_server(**settings):
+    modes.append(settings["mode"])
+    if settings["mode"] == "online":
+        raise wandb.errors.CommError("no server")
+    return init(**settings)
+
+wandb.init = init_without_server
+log = RunLog(Accelerator(cpu=True, log_with="wandb"), pathlib.Path(), TrackingConfig(report_to="wandb"))
+log.start({"run_name": "mine-s1"}, ["accuracy"])
+log.log(1, 8, {"train/loss": 0.5})
+print(*modes, log.tracker, wandb.run.name, wandb.run.group)
+wandb.finish()
+"""
+
+
+def test_wandb_that_cannot_start_online_goes_on_offline(alone: Callable[..., str], tmp_path: Path) -> None:
+    printed = alone(FALL_BACK, WANDB_API_KEY="0" * 40, WANDB_SILENT="true")
+    assert printed.splitlines()[-1] == "online offline wandb mine-s1 mine"
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_lines_after_the_checkpoint_and_torn_ones_are_taken_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
+    path.write_text("".join(lines) + '{"step": 8, "tra')
+    assert take_back(path, 4) == 6
+    assert path.read_text() == "".join(lines[:2])
+    assert take_back(path, 0) == 0
+    assert path.read_text() == ""
+    assert take_back(tmp_path / "none.jsonl", 4) == 0
+
+
+def test_what_the_tracker_got_before_an_interruption_it_does_not_get_again(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
+    tracker = FakeTracker()
+    accelerator = Accelerator(cpu=True)
+    accelerator.trackers = [tracker]
+    log = RunLog(accelerator, tmp_path, TrackingConfig(report_to="tensorboard"), last_step=4)
+    for step in (6, 8):
+        log.log(step, step, {"train/loss": 1.0})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2, 4, 6, 8]
+    assert [call[1] for call in tracker.calls if call[0] == "log"] == [8]
+
+
+RESUME = """
+import pathlib, sys
+from accelerate import Accelerator
+from lib.config.train import TrackingConfig
+from lib.run.tracking import RunLog
+
+for last_step, steps in ((0, (2, 4, 6)), (4, (6, 8))):
+    log = RunLog(
+        Accelerator(cpu=True, log_with="wandb"), pathlib.Path(), TrackingConfig(report_to="wandb"), last_step,
+        log.run_id if last_step else None,
+    )
+    log.start({"run_name": "mine-s1"}, ["accuracy"])
+    for step in steps:
+        log.log(step, 8 * step, {"train/loss": 1.0 / step})
+    log.close()
+    print(log.run_id)
+"""
+
+
+def test_a_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable[..., str], tmp_path: Path) -> None:
+    first, second = alone(RESUME, WANDB_SILENT="true").splitlines()[-2:]
+    assert first == second
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert {path.name for path in files} == {f"run-{first}.wandb"}
+    assert [steps_of(path) for path in files] == [[2, 4, 6], [8]]
+
+
+def steps_of(path: Path) -> list[int]:
+    """The steps in a W&B file, in its order."""
+    from wandb.proto import wandb_internal_pb2
+
+    steps = []
+    for data in records_of(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            steps.append(int(values.get("_step", record.history.step.num)))
+    return steps
+
+
+def records_of(content: bytes) -> Iterator[bytes]:
+    """Records of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB, pieces behind 7 bytes each."""
+    position, pieces = 7, b""
+    while position + 7 <= len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        pieces += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield pieces
+            pieces = b""

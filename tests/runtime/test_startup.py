@@ -1,0 +1,66 @@
+"""A run imports what it uses, and before its first step nothing that it needs later."""
+
+import re
+
+from tests.conftest import ROOT, Command, sentences, write_csv
+
+
+def imported(stderr: str) -> set[str]:
+    """Top-level packages in the import log that Python writes."""
+    return {name.split(".")[0] for name in re.findall(r"import time:.*\|\s+(\S+)", stderr)}
+
+
+def test_no_package_is_imported_before_the_first_step_that_the_step_does_not_use(run: Command, roberta, tmp_path):
+    train = write_csv(tmp_path / "train.csv", sentences(30))
+    flags = ["--model", roberta, "--train_file", train, "--max_steps", 1, "--logging_steps", 1, "--report_to", "none"]
+    done = run("train.py", *flags, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    start, end = done.stderr.split("step 1/1 ")
+    late = {"evaluate", "sklearn", "scipy", "matplotlib"}
+    assert {"torch", "transformers", "accelerate", "tyro"} <= imported(start)
+    assert not imported(start) & (late | {"wandb", "peft", "onnx", "onnxruntime", "tensorboard", "trackio"})
+    assert late <= imported(end)
+
+
+def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lib.runtime.startup import UNUSED\n"
+        "import sys, importlib\n"
+        "early = sorted(set(UNUSED) & set(sys.modules))\n"
+        "found = [bool(importlib.import_module(name).__file__) for name in UNUSED]\n"
+        "from transformers.utils import is_peft_available\n"
+        "from transformers import Trainer\n"
+        "print(early, found, is_peft_available())\n"
+    )
+    assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "[] [True, True] False"
+
+
+def test_no_garbage_is_collected_while_the_libraries_are_imported(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import gc, sys\n"
+        "seen = []\n"
+        "gc.callbacks.append(lambda phase, info: seen.append(phase) if 'torch' in sys.modules else None)\n"
+        "import lib.runtime.startup\n"
+        "during, kept, on = len(seen), gc.get_freeze_count(), gc.isenabled()\n"
+        "gc.collect()\n"
+        "print(during, kept > 100_000, on, len(seen) > during)\n"
+    )
+    assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "0 True True True"
+
+
+def test_nothing_is_hidden_from_a_program_that_has_imported_transformers_before(run: Command, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import transformers.utils\n"
+        "with_scipy = transformers.utils.is_scipy_available()\n"
+        "import lib.runtime.startup\n"
+        "from transformers import Trainer, PreTrainedModel\n"
+        "print(with_scipy, Trainer.__name__, PreTrainedModel.__name__)\n"
+    )
+    assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "True Trainer PreTrainedModel"
+
+
+def last_line(text: str) -> str:
+    """What a script prints; W&B says a line of its own before it."""
+    return text.splitlines()[-1]

@@ -1,0 +1,93 @@
+"""Who makes no progress is named; who was only paused is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from lib.runtime import watchdog
+from lib.runtime.watchdog import beat, leave_word, report, watching
+from tests.conftest import ROOT
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess:
+    program = (
+        f"import time\nfrom pathlib import Path\nfrom lib.runtime.watchdog import *\nfolder = Path({str(folder)!r})\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=ROOT,
+        check=False,
+    )
+
+
+def test_a_process_without_progress_ends_with_its_phase_and_its_stack(tmp_path):
+    code = """
+        def stuck():
+            time.sleep(20)
+        with watching(folder / "beats", 0, 0.8):
+            beat("step 7")
+            stuck()
+        """
+    started = time.monotonic()
+    done = run(code, tmp_path)
+    assert done.returncode == 1
+    assert time.monotonic() - started < 8
+    assert "made no progress for 0.8 s (--ddp_timeout)" in done.stderr
+    assert "process 0" in done.stderr
+    assert "step 7" in done.stderr
+    assert "in stuck" in done.stderr
+
+
+def test_progress_keeps_it_quiet_and_nothing_is_left(tmp_path):
+    code = """
+        with watching(folder / "beats", 0, 0.5):
+            for step in range(12):
+                beat(f"step {step}")
+                time.sleep(0.1)
+        """
+    done = run(code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_report_tells_the_frozen_process_from_the_waiting_one(tmp_path, capfd):
+    beat("step 9")
+    leave_word(tmp_path, 0)
+    word = json.loads((tmp_path / "0").read_text())
+    (tmp_path / "1").write_text(
+        json.dumps(word | {"phase": "step 8", "seen": time.time() - 60, "since": time.time() - 61})
+    )
+    report(tmp_path, 0, 8)
+    lines = capfd.readouterr().err.splitlines()
+    assert "process 0 (" in lines[1]
+    assert lines[1].endswith("alive")
+    assert "step 8, 61 s ago, frozen or dead" in lines[2]
+
+
+def test_a_pause_of_the_whole_process_is_nobodys_fault(tmp_path):
+    """Ctrl-Z for longer than the limit, then fg: both the watcher and the watched stood still."""
+    code = """
+        import os, signal, subprocess
+        subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+        with watching(folder / "beats", 0, 1.0):
+            beat("step 1")
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)
+        """
+    assert run(code, tmp_path).returncode == 0
+
+
+def test_a_folder_that_vanishes_stops_nobody(tmp_path):
+    with watching(tmp_path / "beats", 0, 0.4):
+        shutil.rmtree(tmp_path / "beats", ignore_errors=True)
+        for _ in range(5):
+            beat("step")
+            time.sleep(0.1)
+    assert watchdog.BEAT.phase == "step"

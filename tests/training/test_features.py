@@ -1,0 +1,255 @@
+"""Training on what a frozen part gave once equals training through it, whatever the architecture."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from torch import nn
+
+from lib.config.sections import DataConfig, ModelConfig
+from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
+from lib.data.batching import build_collator
+from lib.data.load import load_data
+from lib.evaluation.scoring import evaluate_split
+from lib.model.layers import set_train_mode
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import build_objective
+from lib.run.checkpoint import list_checkpoints
+from lib.runtime.accelerator import seed_everything
+from lib.runtime.atomic import find_damage
+from lib.training.frozen import features
+from lib.training.frozen.feature_cache import load_features, remove_unused, save_features
+from lib.training.frozen.features import cache_features
+from lib.training.optimizer import build_optimizer, build_scheduler
+from lib.training.plan import State, all_windows, build_plan
+from lib.training.step import optimizer_step
+from tests.conftest import Command, read_lines, results_of, sentences, write_csv
+from tests.resuming import TIMING, differences, run_flags, without
+from tests.tiny_models import any_classifier
+
+WHOLE = [
+    "bert",
+    "roberta",
+    "distilbert",
+    "deberta",
+    "electra",
+    "albert",
+    "modernbert",
+    "modernbert-mean",
+    "gpt2",
+    "llama",
+]
+LAYERED = ["bert", "roberta", "distilbert", "electra", "modernbert", "llama"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(features, "cache_folder", lambda: tmp_path / "features")
+    yield tmp_path / "features"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def settings(model: Path, tmp_path: Path, freeze: str, **training: Any) -> TrainConfig:
+    counts = {"train": 21, "validation": 9, "test": 5}
+    files = {f"{role}_file": str(write_csv(tmp_path / f"{role}.csv", sentences(n, n))) for role, n in counts.items()}
+    return TrainConfig(
+        model=ModelConfig(model=str(model), freeze=freeze),
+        data=DataConfig(**files),
+        optim=OptimConfig(learning_rate=1e-2, adam_epsilon=1e-2),
+        training=TrainingConfig(train_batch_size=8, num_train_epochs=2, per_device_train_batch_size=3, **training),
+        mixed_precision="no",
+    )
+
+
+def train(config: TrainConfig) -> SimpleNamespace:
+    """The steps of train.py: what was lost and learnt, and the model."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
+    tokenizer = load_tokenizer(config.model)
+    data = load_data(config.data, tokenizer)
+    seed_everything(config.training.seed)
+    model, _ = build_model(config.model, data.label_names, tokenizer)
+    plan = build_plan(config.training, len(data.tokens["train"]), 1)
+    objective = build_objective(config.objective, data)
+    optimizer = build_optimizer(model, config.optim, accelerator.device)
+    scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, "accuracy")
+    collator: Any = build_collator(tokenizer, "no", accelerator.device)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inputs, collator = cache_features(accelerator, model, config, data, collator)
+    set_train_mode(model)
+    state, losses, windows = (
+        State(),
+        [],
+        list(all_windows(plan, config.training, inputs, collator, 0, 0, objective.weights)),
+    )
+    runs = count_runs(model)
+    for window in windows:
+        step = optimizer_step(accelerator, model, optimizer, scheduler, objective.loss, window, config.optim, 7, state)
+        losses.append(torch.stack(step))
+    scores, predictions = evaluate_split(accelerator, model, inputs, "test", collator, 4, ["accuracy"])
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return SimpleNamespace(losses=torch.stack(losses), weights=weights, scores=scores, logits=predictions.logits,
+        model=model, inputs=inputs, is_cached=inputs is not data, runs=runs, windows=windows)  # fmt: skip
+
+
+def count_runs(model: Any) -> list[int]:
+    """Counts from now on how often the first attention of a model, which lies in what is frozen, is computed."""
+    runs = [0]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Module) and name.rpartition(".")[2] in ("attention", "attn", "self_attn"):
+
+            def count(*_: Any) -> None:
+                runs[0] += 1
+
+            module.register_forward_hook(count)
+            return runs
+    raise AssertionError("no attention")
+
+
+def compare(config: TrainConfig, capsys: pytest.CaptureFixture) -> tuple[SimpleNamespace, str]:
+    plain = train(dataclasses.replace(config, training=dataclasses.replace(config.training, no_cache_features=True)))
+    capsys.readouterr()
+    cached = train(config)
+    torch.testing.assert_close(cached.losses, plain.losses, atol=1e-5, rtol=1e-5)
+    for name, tensor in plain.weights.items():
+        torch.testing.assert_close(cached.weights[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+    np.testing.assert_allclose(cached.logits, plain.logits, atol=1e-4)
+    assert cached.scores == pytest.approx(plain.scores, abs=1e-5)
+    assert plain.runs[0] > 0
+    assert not plain.is_cached
+    assert not torch.equal(plain.losses[0], plain.losses[-1])
+    return cached, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_training_a_head_on_what_the_backbone_gave_once_equals_training_through_it(name, tmp_path, capsys):
+    cached, note = compare(settings(any_classifier(name, tmp_path / "model"), tmp_path, "backbone"), capsys)
+    assert cached.is_cached, note
+    assert cached.runs == [0]
+    assert "train computed, validation computed, test computed" in note
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_training_the_upper_layers_on_what_the_lower_gave_once_equals_training_through_them(name, tmp_path, capsys):
+    cached, note = compare(settings(any_classifier(name, tmp_path / "model", 3), tmp_path, "2"), capsys)
+    assert cached.is_cached, note
+    assert cached.runs == [0]
+
+
+@pytest.mark.parametrize(
+    ("name", "freeze", "reason"),
+    [
+        ("bart", "backbone", "more than one vector"),  # looks for the end token among the tokens
+        ("gpt2", "2", "random numbers"),  # the dropout of its embeddings has no parameter, and is on
+        ("deberta", "2", "something below it is trained"),  # positions that all layers share
+    ],
+)
+def test_what_cannot_be_given_back_runs_in_every_step_and_it_is_said(name, freeze, reason, tmp_path, capsys):
+    model = any_classifier(name, tmp_path / "model", 3)
+    plain = train(settings(model, tmp_path, freeze, no_cache_features=True))
+    cached = train(settings(model, tmp_path, freeze))
+    assert not cached.is_cached
+    assert cached.runs[0] > plain.runs[0] / 2
+    assert torch.equal(cached.losses, plain.losses)
+    assert reason in capsys.readouterr().out
+
+
+def test_features_larger_than_the_budget_are_not_kept(tmp_path, capsys, folder):
+    cached = train(settings(any_classifier("bert", tmp_path / "model"), tmp_path, "1", feature_cache_gib=1e-6))
+    assert not cached.is_cached
+    assert "--feature_cache_gib allows 1e-06" in capsys.readouterr().out
+    assert not folder.exists()
+
+
+def test_a_damaged_file_is_noticed_and_made_again(tmp_path, capsys, folder):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
+    first = train(config)
+    capsys.readouterr()
+    files = sorted(folder.glob("*/features.safetensors"), key=lambda path: path.stat().st_size)
+    assert len(files) == 3
+    content = bytearray(files[-1].read_bytes())
+    content[-3] ^= 1
+    files[-1].write_bytes(content)
+    again = train(config)
+    said = capsys.readouterr().out
+    assert "train computed instead of damaged ones (features.safetensors was changed" in said
+    assert "validation found, test found" in said
+    assert torch.equal(first.losses, again.losses)
+    assert find_damage(files[-1].parent) is None
+
+
+def test_other_weights_tokens_and_precision_have_other_features(tmp_path, folder):
+    model = any_classifier("bert", tmp_path / "model")
+    config = settings(model, tmp_path, "backbone")
+    for count, other in enumerate(
+        [
+            config,
+            dataclasses.replace(config, training=dataclasses.replace(config.training, seed=1, train_batch_size=5)),
+            dataclasses.replace(config, mixed_precision="bf16"),
+            dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=6)),
+            settings(any_classifier("roberta", tmp_path / "other"), tmp_path, "backbone"),
+        ]
+    ):
+        assert train(other).is_cached
+        assert len(list(folder.glob("*/features.safetensors"))) == 3 * max(1, count)
+
+
+def test_bf16_features_are_kept_as_bf16_and_give_the_losses_of_bf16(tmp_path, folder):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
+    config = dataclasses.replace(config, mixed_precision="bf16")
+    plain = train(dataclasses.replace(config, training=dataclasses.replace(config.training, no_cache_features=True)))
+    cached = train(config)
+    assert cached.is_cached
+    kinds = {load_file(path)["features"].dtype for path in folder.glob("*/features.safetensors")}
+    assert kinds == {torch.bfloat16}
+    torch.testing.assert_close(cached.losses, plain.losses, atol=2e-2, rtol=2e-2)
+
+
+def test_the_least_recently_used_features_go_first(tmp_path):
+    for age, name in enumerate("abcd"):
+        assert save_features(tmp_path / name, torch.zeros(1000), {}, 1e9) is None
+        os.utime(tmp_path / name / "manifest.json", (1000 - age, 1000 - age))
+    assert load_features(tmp_path / "d", (1000,), torch.float32) is not None  # used now
+    assert load_features(tmp_path / "d", (999,), torch.float32) is None
+    remove_unused(tmp_path, 10_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]
+
+
+def launch(
+    run: Command, model: Path, tmp_path: Path, name: str, *extra: object, processes: int = 1
+) -> tuple[Path, str]:
+    """Folder and output of a run of train.py whose texts, steps and micro-batches are ragged."""
+    flags = [*run_flags(tmp_path, model), "--freeze", "backbone", "--output_dir", tmp_path / name, *extra]
+    env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = run("train.py", *flags, "--save_total_limit", 9, processes=processes, env=env)
+    assert results_of(done)["run/num_processes"] == processes
+    return tmp_path / name, done.stdout
+
+
+def test_two_processes_share_the_work_and_a_resumed_run_finds_it_done(run, roberta_without_dropout, tmp_path):
+    slow, _ = launch(run, roberta_without_dropout, tmp_path, "slow", "--no_cache_features")
+    fast, said = launch(run, roberta_without_dropout, tmp_path, "fast", processes=2)
+    assert "train computed, validation computed, test computed" in said
+    for one, two in zip(*(read_lines(folder / "metrics.jsonl") for folder in (slow, fast)), strict=True):
+        assert without(two, TIMING) == pytest.approx(without(one, TIMING), abs=1e-4)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (slow, fast)]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+    shutil.copytree(fast, tmp_path / "resumed")
+    for path in list_checkpoints(tmp_path / "resumed" / "checkpoints"):
+        if path.name != "step-3":
+            shutil.rmtree(path)
+    resumed, said = launch(run, roberta_without_dropout, tmp_path, "resumed", processes=2)
+    assert "step-3" in said
+    assert "train found, validation found, test found" in said
+    assert differences(fast, resumed) == []
