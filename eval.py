@@ -6,34 +6,37 @@ accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-late
 
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
+from lib.data.catalog import data_needs
 from lib.hub.fetch import fetch
+from lib.hub.needs import model_needs
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(EvalConfig)
-    fetch(CONFIG)
+    fetch(model_needs(CONFIG.source) + data_needs(CONFIG.data), CONFIG.hub)
 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
-from lib.data.batching import build_collator
 from lib.data.labels.targets import model_problem
 from lib.data.load import load_data
-from lib.data.sources import default_metrics
+from lib.data.loader import build_collator
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
-from lib.evaluation.scores import check_metrics
+from lib.evaluation.scores import check_metrics, default_metrics
 from lib.evaluation.scoring import evaluate_split
 from lib.model.adapters.adapt import load_classifier, tokenizer_source
 from lib.model.load import label_names, load_tokenizer
-from lib.run.record import build_eval_results, eval_folder, eval_model, run_precision, write_results
-from lib.runtime.accelerator import build_accelerator, run_script
+from lib.run.finished import eval_folder, find_scored_model
+from lib.run.results import build_eval_results, write_results
+from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import finish
+from lib.runtime.startup import run_script
 
 
 def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
-    accelerator = build_accelerator(run_precision(config))
-    source = eval_model(config)
-    tokenizer = load_tokenizer(tokenizer_source(source))
-    model = load_classifier(source)
+    trained = find_scored_model(config)
+    accelerator = build_accelerator(trained.precision)
+    tokenizer = load_tokenizer(tokenizer_source(trained.source))
+    model = load_classifier(trained.source)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))
     metrics = config.metrics or default_metrics(config.data, data.problem_type)

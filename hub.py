@@ -12,15 +12,18 @@ from typing import Any
 
 from lib.config.cli import parse_command
 from lib.config.hub import COMMANDS, DoctorConfig, ImportConfig, PackConfig, UnpackConfig, VerifyConfig
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 if __name__ == "__main__":  # before the other imports: --help answers at once
     CONFIG = parse_command(COMMANDS)
 
+from lib.config.sections import DataConfig, ModelSource
+from lib.data.catalog import data_needs
 from lib.hub.cache.layout import cached_repos, is_nameless, parse_repo, verify_repo
 from lib.hub.doctor import diagnose
 from lib.hub.importing.archives import opened, pack, unpack
 from lib.hub.importing.folder import import_folder
+from lib.hub.needs import model_needs
 
 
 def run_import(config: ImportConfig) -> int:
@@ -73,7 +76,9 @@ def run_unpack(config: UnpackConfig) -> int:
 
 def run_doctor(config: DoctorConfig) -> int:
     """Print the page; 1 when a run could not start."""
-    page, healthy = diagnose(config)
+    model = ModelSource(config.model or "minilm", config.model_revision)
+    data = DataConfig(config.dataset, config.dataset_config, config.revision)
+    page, healthy = diagnose(config, model_needs(model) + data_needs(data))
     print(page)
     return 0 if healthy else 1
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
 from lib.hub.fetch import fetch
+from lib.hub.needs import is_lost_folder, model_needs
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(PredictConfig)
-    fetch(CONFIG)
+    fetch([] if is_lost_folder(CONFIG.model.model) else model_needs(CONFIG.model), CONFIG.hub)
 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
 from lib.inference.explain_tokens import explain_tokens
@@ -24,21 +25,23 @@ from lib.inference.inputs import count_rows, read_rows
 from lib.inference.onnx_export import export_onnx
 from lib.inference.outputs import write_answers
 from lib.inference.stream import answer_rows
-from lib.inference.tasks import build_predict, count_cut, find_source, load_model, text_columns
+from lib.inference.tasks import build_predict, count_cut, load_model, text_columns
 from lib.model.load import load_tokenizer
-from lib.runtime.accelerator import build_accelerator, run_script
-from lib.runtime.cpu.casts import cast_weights
+from lib.run.finished import find_model
+from lib.runtime.accelerator import build_accelerator
+from lib.runtime.precision import cast_weights
 from lib.runtime.processes import finish
+from lib.runtime.startup import run_script
 
 
 def main(config: PredictConfig) -> None:
     """Answer every row of the input once, in its order; what is said about the work goes to stderr."""
-    source = find_source(config)
+    trained = find_model(config.model, config.mixed_precision)
     if config.explain_tokens:
-        print(explain_tokens(load_tokenizer(source.model), config.explain_tokens))
+        print(explain_tokens(load_tokenizer(trained.source), config.explain_tokens))
         return
-    accelerator = build_accelerator(source.precision)
-    model, tokenizer = load_model(config, source, accelerator.device)
+    accelerator = build_accelerator(trained.precision)
+    model, tokenizer = load_model(config, trained, accelerator.device)
     if config.export_onnx:
         if accelerator.is_main_process:
             difference = export_onnx(model, tokenizer, Path(config.export_onnx))
@@ -47,7 +50,7 @@ def main(config: PredictConfig) -> None:
         return
 
     predict = build_predict(config, model, tokenizer, accelerator.device)
-    rows = read_rows(config.inputs, text_columns(config, source))
+    rows = read_rows(config.inputs, text_columns(config, trained))
     answers = answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed)
     with cast_weights(model, accelerator.mixed_precision):
         if accelerator.is_main_process:

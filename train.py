@@ -10,32 +10,43 @@ import functools
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
+from lib.data.catalog import data_needs
 from lib.hub.fetch import fetch
+from lib.hub.needs import model_needs
 from lib.runtime.signals import watch_signals
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
     CONFIG = parse_cli(TrainConfig)
-    fetch(CONFIG)
+    fetch(model_needs(CONFIG.model) + data_needs(CONFIG.data), CONFIG.hub)
     watch_signals()
 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
-from lib.data.batching import build_collator
 from lib.data.load import load_data
+from lib.data.loader import build_collator
+from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate_split
 from lib.model.adapters.adapt import adapt
 from lib.model.compilation import compile_layers
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import build_objective
 from lib.run import record as run
-from lib.run.checkpoint import Checkpointer, publish_model, restore_model
-from lib.run.progress import Interval, Progress
+from lib.run.best_model import publish_model, restore_model, update_best
+from lib.run.checkpoint import Checkpointer
+from lib.run.introduction import introduce
+from lib.run.progress import Progress
+from lib.run.results import build_results, describe_scores, end_run, final_splits
+from lib.run.resume import open_run
 from lib.run.tracking import RunLog, check_tracker
-from lib.runtime.accelerator import build_accelerator, run_script, seed_everything
+from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import agree_to_stop, finish
+from lib.runtime.seeds import seed_everything
+from lib.runtime.startup import run_script
 from lib.training.frozen.features import cache_features
+from lib.training.meter import Interval, explain_not_finite
+from lib.training.objective import build_objective
 from lib.training.optimizer import advance_on_metric, build_optimizer, build_scheduler
-from lib.training.plan import State, all_windows, build_plan, update_best
+from lib.training.plan import all_windows, build_plan
+from lib.training.state import State
 from lib.training.step import optimizer_step, try_longest_batch
 
 
@@ -49,7 +60,7 @@ def main(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer)
-    metrics, best_by = run.choose_metrics(config, data)
+    metrics, best_by = choose_metrics(config, data)
 
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
@@ -63,11 +74,11 @@ def main(config: TrainConfig) -> None:
 
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model, collator)
-    checkpoint = run.open_run(accelerator, config, folder, settings)
-    run.introduce(accelerator, config, data, plan, settings, weights)
+    checkpoint = open_run(accelerator, config, folder, settings)
+    introduce(accelerator, config, data, plan, settings, weights)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
-    interval = Interval(accelerator, lambda step, rate: run.explain_not_finite(step, rate, plan, config, data))
+    interval = Interval(accelerator, lambda step, rate: explain_not_finite(step, rate, plan, config, data))
     checkpointer = Checkpointer(accelerator, folder, training, settings, model, optimizer, scheduler, state, interval)
     run_id = checkpointer.load(checkpoint)
     inputs, collate = cache_features(accelerator, model, config, data, collator)
@@ -95,7 +106,7 @@ def main(config: TrainConfig) -> None:
                 if plan.is_eval_step(state.step):
                     scores, predictions = evaluate("validation", batch_size=state.eval_batch_size, tune=True)
                     state.eval_batch_size = predictions.batch_size
-                    progress.write(run.describe_scores(f"step {state.step}, validation:", scores))
+                    progress.write(describe_scores(f"step {state.step}, validation:", scores))
                     values |= {f"eval/{name}": value for name, value in scores.items()}
                     advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[best_by])
                     if update_best(state, scores, best_by):
@@ -109,10 +120,10 @@ def main(config: TrainConfig) -> None:
 
     # Final test of the best model, and the report.
     restore_model(accelerator, model, folder / "model", state)
-    scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in run.final_splits(data)}
-    results = run.build_results(accelerator, config, state, settings, scored)
+    scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in final_splits(data)}
+    results = build_results(accelerator, config, state, settings, scored)
     run_log.finish(results, scored, data)
-    run.end_run(accelerator, folder, scored, metrics, data, settings, results)
+    end_run(accelerator, folder, scored, metrics, data, settings, results)
     finish(accelerator, model, optimizer)
 
 

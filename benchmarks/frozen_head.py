@@ -20,11 +20,12 @@ sys.path.insert(0, ".")
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
-from lib.data.batching import Collator, build_collator, build_loader, epoch_batches, eval_batches
+from lib.data.batching import epoch_batches, eval_batches
 from lib.data.load import Data, load_data
+from lib.data.loader import Collator, build_collator, build_loader
 from lib.evaluation.report import format_table
 from lib.model.load import build_model, load_tokenizer
-from lib.runtime.accelerator import seed_everything
+from lib.runtime.seeds import seed_everything
 
 SEEDS = range(5)
 RATES = (1e-3, 1e-5)

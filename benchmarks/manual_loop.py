@@ -67,7 +67,7 @@ def build_optimizer(model: torch.nn.Module, options: argparse.Namespace) -> torc
 
 def score(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader, measures: Measures) -> float:
     """Accuracy over all batches of `loader`."""
-    metric = evaluate.load(str(ROOT / "lib" / "metrics" / "accuracy"))
+    metric = evaluate.load(str(ROOT / "lib" / "evaluation" / "metrics" / "accuracy.py"))
     model.eval()
     with measures.evaluating(len(loader.dataset)):  # type: ignore[arg-type]
         for batch in loader:

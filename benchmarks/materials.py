@@ -29,7 +29,8 @@ from lib.config.sections import DataConfig  # noqa: E402
 from lib.data.load import take  # noqa: E402
 from lib.data.sources import load_movie_reviews  # noqa: E402
 from lib.hub.packaged import FIVE_NAMES, minilm_folder  # noqa: E402
-from lib.runtime.accelerator import cpu_description, resolve_precision, version  # noqa: E402
+from lib.run.record import version  # noqa: E402
+from lib.runtime.precision import cpu_description, resolve_precision  # noqa: E402
 
 MAX_LENGTH = 128
 

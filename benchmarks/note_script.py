@@ -101,7 +101,7 @@ class Classifier:
         return self.score("test")
 
     def score(self, split: str) -> float:
-        metric = evaluate.load(str(ROOT / "lib" / "metrics" / "accuracy"))
+        metric = evaluate.load(str(ROOT / "lib" / "evaluation" / "metrics" / "accuracy.py"))
         self.model.eval()
         with self.measures.evaluating(len(self.loaders[split].dataset)):  # type: ignore[arg-type]
             for batch in self.loaders[split]:

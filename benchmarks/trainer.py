@@ -29,13 +29,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 from benchmarks.measuring import Measures  # noqa: E402
 from lib.config.cli import parse_cli  # noqa: E402
 from lib.config.train import TrainConfig  # noqa: E402
-from lib.data.batching import build_collator, epoch_batches, micro_batches  # noqa: E402
+from lib.data.batching import epoch_batches, micro_batches  # noqa: E402
 from lib.data.load import Data, load_data  # noqa: E402
+from lib.data.loader import build_collator  # noqa: E402
 from lib.evaluation.predictions import Predictions  # noqa: E402
-from lib.evaluation.scores import compute_metric  # noqa: E402
+from lib.evaluation.scores import choose_metrics, compute_metric  # noqa: E402
 from lib.model.load import build_model, load_tokenizer  # noqa: E402
 from lib.run import record as run  # noqa: E402
-from lib.runtime.accelerator import resolve_precision, seed_everything, uses_gpu  # noqa: E402
+from lib.runtime.precision import resolve_precision, uses_gpu  # noqa: E402
+from lib.runtime.seeds import seed_everything  # noqa: E402
 from lib.training.optimizer import warmup_steps  # noqa: E402
 from lib.training.plan import Plan, build_plan  # noqa: E402
 
@@ -145,7 +147,7 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
     """A Trainer as the note builds it, on what train.py would train."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer)
-    metrics, best_by = run.choose_metrics(config, data)
+    metrics, best_by = choose_metrics(config, data)
     seed_everything(config.training.seed)
     model, _ = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     plan = build_plan(config.training, len(data.tokens["train"]), 1)

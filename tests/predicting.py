@@ -8,7 +8,8 @@ from lib.config.predict import PredictConfig
 from lib.inference.inputs import read_rows
 from lib.inference.outputs import flat_row
 from lib.inference.stream import answer_rows
-from lib.inference.tasks import build_predict, find_source, load_model, text_columns
+from lib.inference.tasks import build_predict, load_model, text_columns
+from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
 
 
@@ -19,10 +20,10 @@ def settings(*flags: object) -> PredictConfig:
 def raw_answers(*flags: object) -> list[tuple[Any, dict[str, Any]]]:
     """Rows and their answers, as they come out of the task."""
     config = settings(*flags)
-    accelerator, source = build_accelerator("no"), find_source(config)
-    model, tokenizer = load_model(config, source, accelerator.device)
+    accelerator, trained = build_accelerator("no"), find_model(config.model, config.mixed_precision)
+    model, tokenizer = load_model(config, trained, accelerator.device)
     predict = build_predict(config, model, tokenizer, accelerator.device)
-    rows = read_rows(config.inputs, text_columns(config, source))
+    rows = read_rows(config.inputs, text_columns(config, trained))
     return list(answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed))
 
 

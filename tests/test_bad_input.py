@@ -11,9 +11,10 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from lib.config.cli import save_config
-from lib.config.sections import DataConfig, UserError
+from lib.config.sections import DataConfig
 from lib.config.train import OptimConfig, TrackingConfig, TrainConfig
 from lib.data.load import load_data
+from lib.errors import UserError
 from tests.conftest import Command, sentences, write_csv
 
 Refusal = Callable[..., str]

@@ -17,7 +17,7 @@ from lib.data.load import load_data
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
 from lib.model.load import build_model, describe_weights, load_tokenizer
-from lib.training.plan import padding_shares
+from lib.run.record import padding_shares
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 

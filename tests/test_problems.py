@@ -16,11 +16,10 @@ from sklearn.metrics import average_precision_score, f1_score
 
 import train
 from lib.config.cli import parse_cli
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.config.sections import ModelConfig
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelConfig
 from lib.config.train import TrainConfig
-from lib.data.batching import build_collator
 from lib.data.load import Data
+from lib.data.loader import build_collator
 from lib.evaluation.scoring import evaluate_split
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
@@ -187,12 +186,14 @@ def test_predict_says_what_eval_says(finished: tuple) -> None:
 def test_the_export_to_onnx_gives_the_same_numbers(finished: tuple, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     from lib.inference.onnx_export import export_onnx
-    from lib.inference.tasks import find_source, load_model
+    from lib.inference.tasks import load_model
+    from lib.run.finished import find_model
     from tests.predicting import settings
 
     name, folder, _ = finished
     config = settings("--model", folder, "--export_onnx", tmp_path / "onnx")
-    assert export_onnx(*load_model(config, find_source(config), torch.device("cpu")), tmp_path / "onnx") < 1e-5
+    trained = find_model(config.model, config.mixed_precision)
+    assert export_onnx(*load_model(config, trained, torch.device("cpu")), tmp_path / "onnx") < 1e-5
     exported = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert ("thresholds" in exported) == (name == "several labels")
 

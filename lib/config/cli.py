@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from lib.config.eval import EvalConfig
-from lib.config.sections import DataConfig, UserError, flatten, require
-from lib.redaction import SECRET, redact
+from lib.config.sections import flatten
+from lib.errors import SECRET, UserError, redact, require
 
 Config = TypeVar("Config")
 _SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
@@ -31,7 +30,7 @@ class TextLoader(yaml.BaseLoader):
 
 
 def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
-    """Read flags, with the YAML file behind `--config` first and, for eval.py, the data of the run behind `--run`.
+    """Read flags, with the YAML file behind `--config` first, and before it what `kind` says that they imply.
 
     Ends the process with code 2 and a message, as argparse does, when an option is unknown or takes no such value.
     """
@@ -40,9 +39,8 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     try:
         arguments = expand_config(given)
         refuse_secrets(arguments)
-        run = last_value(arguments, "--run") if kind is EvalConfig else None
-        if run is not None:
-            arguments = [*flags_of_run(Path(run), arguments), *arguments]
+        implied = getattr(kind, "implied_flags", None)
+        arguments = [*(implied(arguments) if implied else ()), *arguments]
         return tyro.cli(
             kind,
             args=arguments,
@@ -157,20 +155,6 @@ def refuse_twice(path: Path, node: yaml.Node | None) -> None:
         line = key.start_mark.line + 1
         first = lines.setdefault(key.value.replace("-", "_"), line)
         require(first == line, f"--config {path}: {key.value} stands in lines {first} and {line}; remove one of them")
-
-
-def flags_of_run(folder: Path, arguments: list[str]) -> list[str]:
-    """The data settings of a finished run; none when the command line names other data.
-
-    Raises UserError when the folder holds no run.
-    """
-    require(
-        (folder / "config.yaml").is_file(), f"--run {folder}: no config.yaml there, so it is not the folder of a run"
-    )
-    shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
-    if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
-        shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
-    return list(flags_from_yaml(folder / "config.yaml", frozenset(shared)))
 
 
 def save_config(config: Any, path: Path) -> None:

@@ -1,9 +1,21 @@
 """Options of eval.py."""
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
-from lib.config.sections import DataConfig, HubConfig, Precision, Source, alias, check_positive, check_trust, require
+from lib.config.cli import flags_from_yaml, last_value
+from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias, check_positive
+from lib.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalModel(ModelSource):
+    """Model."""
+
+    model: Annotated[str | None, alias("--model_name_or_path")] = None  # type: ignore[assignment]  # or --run
+    """A classifier: folder or Hub id."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +29,7 @@ class EvalConfig:
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     run: str | None = None
     """Folder of a finished run."""
-    model: Annotated[str | None, alias("--model_name_or_path")] = None
-    """A classifier: folder or Hub id."""
-    model_revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    source: Source = "hub"
-    """Where a model that is no folder comes from; see train.py --help."""
-    allow_pickle: bool = False
-    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
-    trust_remote_code: bool = False
-    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+    model: EvalModel = dataclasses.field(default_factory=EvalModel)
     split: str = "test"
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None
@@ -43,6 +46,26 @@ class EvalConfig:
     """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
 
     def __post_init__(self) -> None:
-        require(bool(self.run) != bool(self.model), "give either --run FOLDER or --model ID_OR_FOLDER")
+        require(bool(self.run) != bool(self.model.model), "give either --run FOLDER or --model ID_OR_FOLDER")
         check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
-        check_trust(self)
+
+    @property
+    def source(self) -> ModelSource:
+        """What is scored: the model named, or the folder of the run."""
+        return self.model if self.run is None else ModelSource(self.run)
+
+    @staticmethod
+    def implied_flags(arguments: Sequence[str]) -> list[str]:
+        """The data settings of the run behind `--run`; only what is not about its data when other data are named.
+
+        Raises UserError when the folder holds no run.
+        """
+        run = last_value(arguments, "--run")
+        if run is None:
+            return []
+        path = Path(run) / "config.yaml"
+        require(path.is_file(), f"--run {run}: no config.yaml there, so it is not the folder of a run")
+        shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
+        if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
+            shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
+        return list(flags_from_yaml(path, frozenset(shared)))

@@ -5,7 +5,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from lib.config.sections import HubConfig, require
+from lib.config.sections import HubConfig
+from lib.errors import require
 
 RepoType = Literal["model", "dataset"]
 

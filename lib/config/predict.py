@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config.sections import HubConfig, Precision, Source, UserError, alias, check_positive, check_trust, require
+from lib.config.sections import HubConfig, ModelSource, Precision, alias, check_positive
+from lib.errors import UserError, require
 
 TaskName = Literal[
     "feature-extraction",
@@ -127,6 +128,14 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PredictModel(ModelSource):
+    """Model."""
+
+    model: Annotated[str, alias("--model_name_or_path", "--run")] = "minilm"
+    """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PredictConfig:
     """Use a model on new text.
 
@@ -137,16 +146,7 @@ class PredictConfig:
     inputs: InputConfig = dataclasses.field(default_factory=InputConfig)
     task: TaskName = "sentiment-analysis"
     """What to do; sentiment-analysis is the use of any text classifier."""
-    model: Annotated[str, alias("--model_name_or_path", "--run")] = "minilm"
-    """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
-    model_revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
-    source: Source = "hub"
-    """Where a model that is no folder comes from; see train.py --help."""
-    allow_pickle: bool = False
-    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
-    trust_remote_code: bool = False
-    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+    model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     output: str | None = None
     """File to write: jsonl or csv; npy or parquet for embeddings. [default: jsonl on the standard output]"""
@@ -174,7 +174,6 @@ class PredictConfig:
     def __post_init__(self) -> None:
         check_positive(self, "top_k", "max_length", "per_device_eval_batch_size")
         require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
-        check_trust(self)
         check_task(self)
         if self.output is not None:
             suffix = Path(self.output).suffix.lower()
@@ -182,11 +181,6 @@ class PredictConfig:
             require(suffix in OUTPUT_FORMATS, f"--output {self.output}: the name must end in one of {endings}")
             text = suffix in (".jsonl", ".csv") or self.task == "feature-extraction"
             require(text, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
-
-
-def is_lost_folder(model: str) -> bool:
-    """Whether a model is the path of a folder that is not there, below one that is; not a name to ask the Hub about."""
-    return "/" in model and Path(model).parent.is_dir() and not Path(model).is_dir()
 
 
 def check_task(config: PredictConfig) -> None:

@@ -2,46 +2,56 @@
 
 import ast
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from lib.errors import UserError, require
+
+CLASSIFICATION = "single_label_classification"
+
+REGRESSION = "regression"
+
+MULTI_LABEL = "multi_label_classification"
+
+
 Precision = Literal["auto", "no", "fp16", "bf16"]
-Source = Literal["hub", "modelscope"]
+ModelHub = Literal["hub", "modelscope"]
 ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
-PROCESS_TIMEOUT = timedelta(days=1)
-"""How long the libraries let processes wait for each other: the first may tokenise for hours. Training has its own limit."""
-
-
-class UserError(Exception):
-    """A mistake the user can mend; the message names the flag or file, what was found and what to type instead."""
 
 
 def alias(*names: str) -> Any:
     return tyro.conf.arg(aliases=names)
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelSource:
     """Model."""
 
     model: Annotated[str, alias("--model_name_or_path")] = "minilm"
     """`minilm` (comes with the installation), a folder, or a Hub id such as roberta-base."""
     model_revision: str | None = None
     """Branch, tag or commit of a Hub model."""
-    source: Source = "hub"
+    source: ModelHub = "hub"
     """Where a model that is no folder comes from: the Hub or its mirror, or ModelScope (package modelscope)."""
     allow_pickle: bool = False
     """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
     trust_remote_code: bool = False
     """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+
+    def __post_init__(self) -> None:
+        pinned = len(self.model_revision or "") == 40 or Path(self.model or "").is_dir()
+        require(
+            not self.trust_remote_code or pinned,
+            "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ModelSource):
+    """Model."""
+
     config_overrides: tuple[str, ...] = ()
     """Changes to the model's configuration as name=value, such as num_hidden_layers=4 hidden_dropout_prob=0.2."""
     from_scratch: bool = False
@@ -50,6 +60,7 @@ class ModelConfig:
     """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
         require(
@@ -57,7 +68,6 @@ class ModelConfig:
         )
         for item in self.config_overrides:
             require("=" in item, f"--config_overrides takes name=value, got {item!r}")
-        check_trust(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +186,6 @@ def check_positive(config: Any, *names: str) -> None:
         require(value is None or value > 0, f"--{name} must be above 0, got {value}")
 
 
-def check_trust(config: Any) -> None:
-    """Raise UserError unless the program that a model may bring is a folder's, or pinned to a commit."""
-    pinned = len(config.model_revision or "") == 40 or Path(config.model or "").is_dir()
-    require(
-        not config.trust_remote_code or pinned,
-        "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
-    )
-
-
 def literal(text: str) -> Any:
     """The value that a text spells in Python or YAML, such as 0.2, true or [1, 2]; else the text itself."""
     try:
@@ -204,3 +205,8 @@ def flatten(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return flat
+
+
+def words(problem_type: str) -> str:
+    """How a problem is called in messages."""
+    return problem_type.replace("_", "-").replace("-classification", " classification")

@@ -13,8 +13,8 @@ from lib.config.sections import (
     alias,
     check_positive,
     is_plain_name,
-    require,
 )
+from lib.errors import require
 
 TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
 SchedulerName = Literal[

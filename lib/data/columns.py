@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Value
 
-from lib.config.sections import DataConfig, UserError
-from lib.data.sources import catalog_source, dataset_name
+from lib.config.sections import DataConfig
+from lib.data.catalog import catalog_source, dataset_name, known_columns
+from lib.errors import UserError
 
 TEXT_GUESSES = (
     ("sentence1", "sentence2"),
@@ -29,17 +30,6 @@ def find_columns(
     known_texts, known_label = known_columns(config)
     texts = config.text_columns or known_texts or guess_text_columns(raw, config, notes)
     return texts, config.label_columns or (config.label_column or known_label or guess_label_column(raw, notes),)
-
-
-def known_columns(config: DataConfig) -> tuple[tuple[str, ...] | None, str | None]:
-    source = catalog_source(config)
-    return (source.text_columns, source.label_column) if source else (None, None)
-
-
-def further_splits(config: DataConfig) -> tuple[str, ...]:
-    """Validation sets that are scored beside the one that chooses the model."""
-    source = catalog_source(config)
-    return source.further_validation if source else ()
 
 
 def select_splits(

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lib.config.problems import CLASSIFICATION, REGRESSION
-from lib.config.sections import DataConfig, UserError
+from lib.config.sections import CLASSIFICATION, REGRESSION, DataConfig
 from lib.data.batching import count_windows, permutation
-from lib.data.columns import find_columns, further_splits, select_splits
+from lib.data.catalog import dataset_name, further_splits
+from lib.data.columns import find_columns, select_splits
 from lib.data.labels.targets import encode_targets
-from lib.data.sources import ROLES, dataset_name, load_raw
-from lib.data.tokenization import cache_file, tokens_key
-from lib.data.windows import Windows, choose_windows, encode_windows
+from lib.data.sources import ROLES, load_raw
+from lib.data.tokenization import (
+    choose_windows,
+    report_truncation,
+    tokenize,
+)
+from lib.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,58 +159,3 @@ def text_keys(dataset: Dataset, text_columns: Sequence[str]) -> np.ndarray:
     texts = (row for batch in batches for row in zip(*(column.to_pylist() for column in batch.columns), strict=True))
     digests = (hashlib.blake2b(repr(row).encode(), digest_size=8).digest() for row in texts)
     return np.fromiter((int.from_bytes(digest, "little") for digest in digests), np.uint64, len(dataset))
-
-
-def tokenize(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
-) -> Dataset:
-    """Token ids, cut to max_length or into windows and not padded; padding belongs to the batch."""
-    limit = min(config.max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
-    if limit < special + len(text_columns):
-        raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
-
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        # Empty texts stay: they still get special tokens, and dropping them would shift the order of predictions.
-        texts = [list(rows[column]) for column in text_columns]
-        if windows:
-            split = encode_windows(tokenizer, texts[0], windows)
-            sizes = [sum(map(len, pieces)) for pieces in split["input_ids"]]
-            long = [count > 1 for count in split["num_windows"]]
-            return split | {"labels": rows["labels"], "length": sizes, "truncated": long}
-        batch = tokenizer(*texts, truncation=True, max_length=limit)
-        ids = batch["input_ids"]
-        cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else [len(i) >= limit for i in ids]
-        encoded = {"input_ids": ids, "labels": rows["labels"], "length": [len(i) for i in ids], "truncated": cut}
-        if "token_type_ids" in batch:
-            encoded["token_type_ids"] = batch["token_type_ids"]
-        return encoded
-
-    key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
-    return dataset.map(
-        encode,
-        batched=True,
-        remove_columns=dataset.column_names,
-        num_proc=config.preprocessing_num_workers,
-        desc="tokenize",
-        new_fingerprint=key,
-        cache_file_name=cache_file(key),
-    )
-
-
-def report_truncation(
-    tokens: dict[str, Dataset], limit: int, config: DataConfig, windows: Windows | None, notes: list[str]
-) -> None:
-    """Note the share of long texts, and what becomes of them."""
-    if limit < config.max_length:
-        notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
-    for split, dataset in tokens.items():
-        share = float(np.mean(dataset["truncated"][:]))
-        if windows:
-            counts = np.asarray(dataset["num_windows"][:])
-            notes.append(
-                f"{share:.1%} of the {split} texts are longer than {windows.max_length} tokens and are read in windows that "
-                f"share {windows.stride}: {counts.mean():.1f} a text, {counts.max()} at most"
-            )
-        elif share:
-            notes.append(f"{share:.1%} of the {split} texts are longer than {limit} tokens and were cut (--max_length)")

@@ -12,39 +12,19 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
 
-from lib.config.problems import CLASSIFICATION, USUAL_METRICS
-from lib.config.sections import DataConfig, UserError
-from lib.data.catalog import CATALOG, Source
+from lib.config.sections import DataConfig
+from lib.data.catalog import CATALOG
+from lib.errors import UserError
 from lib.hub import packaged
+from lib.hub.advice import advice
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
 from lib.hub.cache.publish import merge_folder
 from lib.hub.endpoint import datasets_cache, settle_endpoint
-from lib.hub.needs import Need, advice, chosen_config, missing_from_cache, read_card
+from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
 from lib.runtime.startup import hidden
 
 ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-def dataset_name(config: DataConfig) -> str:
-    """A short name for run names and reports."""
-    given = config.train_file or config.test_file or config.validation_file
-    if given:
-        return Path(given).stem
-    name = (config.dataset or "movie_reviews").rstrip("/").split("/")[-1]
-    return f"{name}-{config.dataset_config}" if config.dataset_config else name
-
-
-def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
-    source = catalog_source(config)
-    return source.metrics if source and problem_type == CLASSIFICATION else USUAL_METRICS[problem_type]
-
-
-def catalog_source(config: DataConfig) -> Source | None:
-    """The row of the catalog that `config` names; None for files, folders and other Hub ids."""
-    if config.train_file or config.validation_file or config.test_file:
-        return None
-    return CATALOG.get(config.dataset or "movie_reviews")
 
 
 @hidden("scipy")  # which `datasets` imports to read files of Matlab

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.config.problems import CLASSIFICATION
+from lib.config.sections import CLASSIFICATION
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import AVERAGED, METRICS, load_metric, metric_input, metric_settings
 from lib.evaluation.tables import confusion_matrix
@@ -30,7 +30,7 @@ def bootstrap_intervals(
     intervals = {"loss": percentiles(losses)}
     for name in metrics:
         module, settings = metric_settings(name, predictions.logits.shape[1], problem)
-        if not (METRICS / module).is_dir():
+        if not (METRICS / f"{module}.py").is_file():
             continue
         values = (
             score_counts(module, draws, settings)

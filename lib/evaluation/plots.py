@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.tables import confusion_matrix, label_table
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 PLAIN_THRESHOLD = 0.5
 

@@ -1,7 +1,6 @@
 """What is said about a scored split: intervals, tables, a picture, calibration, predictions file."""
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.data.load import Data
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.plots import draw
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.tables import describe, format_table, format_tables
+from lib.runtime.atomic import finite
 
 BINS = 15
 DIGITS = 6
@@ -43,17 +43,6 @@ def format_report(
         low, high = intervals.get(name, (None, None))
         score_rows.append([name, f"{value:.4f}", f"{low:.4f} to {high:.4f}" if low is not None else ""])
     return "\n\n".join([format_table(score_rows), *format_tables(predictions, label_names)])
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite, also in lists, become the text "NaN", "Infinity" or "-Infinity"."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
 
 
 def row_texts(texts: Dataset) -> list[Any]:

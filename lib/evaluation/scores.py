@@ -6,9 +6,29 @@ from typing import Any
 
 import numpy as np
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, OWN_METRICS, words
-from lib.config.sections import UserError
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataConfig, words
+from lib.config.train import TrainConfig
+from lib.data.catalog import catalog_source
+from lib.data.load import Data
+from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
+
+USUAL_METRICS = {
+    CLASSIFICATION: ("accuracy", "f1_macro"),
+    REGRESSION: ("pearson", "spearman", "mse"),
+    # The first one chooses the model: average precision needs no thresholds.
+    MULTI_LABEL: ("average_precision", "f1_micro", "f1_macro"),
+}
+
+OWN_METRICS = {
+    CLASSIFICATION: ("accuracy", "cohen_kappa", "f1", "matthews_correlation", "precision", "recall"),
+    REGRESSION: ("mae", "mse", "pearson", "r2", "spearman"),
+    MULTI_LABEL: ("accuracy", "average_precision", "f1", "precision", "recall"),
+}
+"""Modules of lib/evaluation/metrics by the problem they are for; a module that is in no row is for all of them."""
+
+LOWER_IS_BETTER = ("loss", "mae", "mse")
+
 
 METRICS = Path(__file__).parent / "metrics"
 AVERAGES = ("macro", "micro", "weighted", "samples")
@@ -92,3 +112,23 @@ def load_metric(module: str, problem_type: str = CLASSIFICATION) -> Any:
 
     form = "multilabel" if problem_type == MULTI_LABEL else None
     return evaluate.load(str(METRICS / f"{module}.py"), form, keep_in_memory=True)
+
+
+def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
+    source = catalog_source(config)
+    return source.metrics if source and problem_type == CLASSIFICATION else USUAL_METRICS[problem_type]
+
+
+def best_metric(wanted: str | None, metrics: Sequence[str]) -> str:
+    """The metric that chooses the model; raises UserError when it is not computed."""
+    name = (wanted or metrics[0]).removeprefix("eval/").removeprefix("eval_")
+    if name not in (*metrics, "loss"):
+        raise UserError(f"--metric_for_best_model {wanted} is not among the metrics: {', '.join(metrics)}, loss")
+    return name
+
+
+def choose_metrics(config: TrainConfig, data: Data) -> tuple[tuple[str, ...], str]:
+    """The metrics to compute, and the one that chooses the model; raises UserError when they cannot be computed."""
+    metrics = config.metrics or default_metrics(config.data, data.problem_type)
+    check_metrics(metrics, len(data.label_names), data.problem_type)
+    return metrics, best_metric(config.training.metric_for_best_model, metrics)

@@ -12,16 +12,17 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.data.batching import Collator, Indices, build_loader, eval_batches
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.data.batching import Indices, eval_batches
 from lib.data.load import Data
-from lib.data.windows import compute_logits
+from lib.data.loader import Collator, build_loader
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
 from lib.evaluation.thresholds import store_thresholds, stored_thresholds, tune_thresholds
+from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
-from lib.runtime.cpu.casts import cast_weights
 from lib.runtime.memory import halve, is_out_of_memory
+from lib.runtime.precision import cast_weights
 from lib.runtime.processes import agree_to_stop, any_process
 from lib.runtime.watchdog import beat
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.config.problems import MULTI_LABEL, REGRESSION
+from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.evaluation.predictions import PLAIN_THRESHOLD, Predictions
 
 RANGES = 5

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from lib.errors import redact
 from lib.hub.cache.layout import COMMIT, Repo, check_tree
 from lib.hub.endpoint import is_official, proxy_of
-from lib.redaction import redact
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -5,14 +5,15 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from lib.config.hub import DoctorConfig
-from lib.config.sections import DataConfig, ModelConfig, UserError
-from lib.config.train import TrainConfig
+from lib.errors import UserError, redact
 from lib.hub import packaged
+from lib.hub.advice import MIRRORS, advice
 from lib.hub.cache.files import data_files, model_files
 from lib.hub.cache.layout import Repo, cache_root, find_snapshot, read_tree
 from lib.hub.client import Fault, Listing, ask_all, at_once, bounded
@@ -28,8 +29,7 @@ from lib.hub.endpoint import (
     shorten,
     token_source,
 )
-from lib.hub.needs import MIRRORS, Need, advice, damaged_files, missing_from_cache, needs_of
-from lib.redaction import redact
+from lib.hub.needs import Need, check_names, damaged_files, missing_from_cache
 
 MIRROR_SECONDS = 2.5
 """How long a mirror may take, when the Hub has not answered already."""
@@ -45,22 +45,19 @@ class Finding:
     commands: tuple[str, ...] = ()
 
 
-def diagnose(config: DoctorConfig) -> tuple[str, bool]:
+def diagnose(config: DoctorConfig, needs: Sequence[Need]) -> tuple[str, bool]:
     """The doctor's page, and whether a run could start; takes at most the time-out of the Hub and MIRROR_SECONDS.
 
-    Raises UserError for a model or data set that is no name.
+    `needs` are what that run reads from the Hub.
     """
-    model = ModelConfig(config.model or "minilm", config.model_revision)
-    data = DataConfig(config.dataset, config.dataset_config, config.revision)
-    train = TrainConfig(model, data, hub=config.hub)
     findings = environment_findings()
     try:
         endpoint = settle_endpoint(config.hub.hub_endpoint, config.hub.send_token_to_mirror)
-        needs = needs_of(train)
+        check_names(needs)
     except UserError as error:
         return page(config, [*findings, Finding("FAIL", "flags", redact(str(error)))]), False
     findings += cache_findings()
-    findings += embedded_findings(model.model, data.dataset)
+    findings += embedded_findings(config.model or "minilm", config.dataset)
     lacking = {need: missing_from_cache(need) for need in needs}
     findings += [cached_finding(need, lacking[need], endpoint) for need in needs]
     if needs:

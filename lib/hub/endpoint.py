@@ -11,8 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from lib.config.sections import UserError
-from lib.redaction import redact
+from lib.errors import UserError, redact
 
 OFFICIAL = "https://huggingface.co"
 KNOWN_VARIABLES = (

@@ -4,11 +4,13 @@ import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.config.sections import HubConfig, UserError
+from lib.config.sections import HubConfig
+from lib.errors import UserError, redact
+from lib.hub.advice import missing_report
 from lib.hub.cache.files import has_name, missing_parts
 from lib.hub.cache.layout import COMMIT, blob_name, cache_root, find_snapshot, read_ref, read_tree, snapshot_files
 from lib.hub.cache.publish import CacheError, lock_repo, locks_folder, write_whole, writing
@@ -27,38 +29,37 @@ from lib.hub.importing.folder import REFUSED, import_folder
 from lib.hub.importing.provenance import Provenance, list_files
 from lib.hub.needs import (
     Need,
-    Settings,
     base_needs,
+    check_names,
     damaged_files,
     missing_from_cache,
-    missing_report,
-    needs_of,
     read_card,
     wanted_files,
 )
-from lib.redaction import redact
 
 
-def fetch(config: Settings) -> None:
-    """Bring what the run needs into the cache, then switch every library offline; end with code 2 and a message if not.
+def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
+    """Bring what a run needs into the cache, then switch every library offline; end with code 2 and a message if not.
 
     With all of it in the cache, a Hub that does not answer within `--hub_timeout` costs a warning. Of the processes of a
     machine the first one asks; the others meet it when their group is built, and read its cache.
     """
     try:
-        endpoint = settle_endpoint(config.hub.hub_endpoint, config.hub.send_token_to_mirror)
-        needs = needs_of(config)
+        endpoint = settle_endpoint(hub.hub_endpoint, hub.send_token_to_mirror)
+        check_names(needs)
         if is_first_process():
-            prepare(needs, config.hub, endpoint)
+            prepare(needs, hub, endpoint)
             models = [find_snapshot(need.repo, need.revision) for need in needs if need.repo.repo_type == "model"]
-            prepare([need for folder in models for need in base_needs(folder)], config.hub, endpoint)
+            below = [need for folder in models for need in base_needs(folder)]
+            check_names(below)
+            prepare(below, hub, endpoint)
         go_offline()
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         os._exit(2)  # a question that hangs in its thread must not keep the process
 
 
-def prepare(needs: list[Need], hub: HubConfig, endpoint: str) -> None:
+def prepare(needs: Sequence[Need], hub: HubConfig, endpoint: str) -> None:
     """Decide for each repository between the Hub and the cache. Raises UserError for what neither has."""
     for need in (need for need in needs if need.source == "modelscope"):
         from lib.hub.modelscope import fetch_modelscope

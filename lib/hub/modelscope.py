@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import damage, missing_parts, missing_shards, model_files
 from lib.hub.cache.publish import write_whole
 from lib.hub.client import bounded, first_line

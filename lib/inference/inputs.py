@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lib.config.predict import InputConfig
-from lib.config.sections import UserError, require
+from lib.errors import UserError, require
 
 Columns = tuple[str, ...]
 Record = tuple[str, dict[str, Any]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4

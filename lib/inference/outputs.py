@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from lib.config.sections import UserError
-from lib.evaluation.report import finite
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer
+from lib.runtime.atomic import finite
 
 DIGITS = 6
 

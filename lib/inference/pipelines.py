@@ -11,15 +11,16 @@ from transformers import DataCollatorWithPadding
 from transformers.pipelines import PipelineException
 
 from lib.config.predict import PredictConfig
-from lib.config.problems import MULTI_LABEL, REGRESSION
-from lib.config.sections import UserError
+from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.data.batching import cut
-from lib.data.windows import Windows, check_windows, encode_windows, pool_logits, stored_windows
+from lib.data.tokenization import Windows, check_windows, encode_windows, stored_windows
+from lib.errors import UserError
 from lib.evaluation.predictions import PLAIN_THRESHOLD
 from lib.evaluation.thresholds import stored_thresholds
 from lib.inference.generation import answer, generate_settings, generating
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer, Predict
+from lib.model.forward import pool_logits
 from lib.model.load import label_names
 
 
@@ -92,7 +93,7 @@ def choose_label(config: PredictConfig, pipe: Any) -> Predict:
     if pipe.entailment_id == -1:
         names = ", ".join(label_names(pipe.model))
         raise UserError(
-            f"--model {config.model} was not trained on entailment (its classes: {names}); "
+            f"--model {config.model.model} was not trained on entailment (its classes: {names}); "
             "--task zero-shot-classification needs an NLI model, such as facebook/bart-large-mnli"
         )
     settings = {

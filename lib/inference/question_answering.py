@@ -11,8 +11,8 @@ import torch
 from transformers import DataCollatorWithPadding
 
 from lib.config.predict import AnswerConfig
-from lib.config.sections import UserError
 from lib.data.batching import cut
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer, Predict
 

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from lib.config.sections import UserError
 from lib.data.batching import cut, sort_by_length
+from lib.errors import UserError
 from lib.inference.inputs import Row
-from lib.runtime.accelerator import seed_everything
+from lib.runtime.seeds import seed_everything
 
 Answer = dict[str, Any]
 Predict = Callable[[list[Row]], list[Answer]]

@@ -5,22 +5,18 @@ lost theirs in transformers 5, and embeddings are more than its lists of numbers
 """
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from transformers import pipeline
 
-from lib.config.cli import load_config
-from lib.config.eval import EvalConfig
-from lib.config.predict import PredictConfig, is_lost_folder
-from lib.config.sections import DataConfig, ModelConfig, UserError
-from lib.config.train import TrainConfig
+from lib.config.predict import PredictConfig
 from lib.data.columns import TEXT_GUESSES
-from lib.data.windows import stored_windows
+from lib.data.tokenization import stored_windows
+from lib.errors import UserError
 from lib.inference.embeddings import build_embedder
-from lib.inference.explain_tokens import CutTexts
 from lib.inference.generation import build_writer, task_prefix
 from lib.inference.inputs import Columns, Row
 from lib.inference.pipelines import PIPELINES
@@ -28,7 +24,30 @@ from lib.inference.question_answering import build_reader
 from lib.inference.stream import Answer, Predict
 from lib.model.adapters.adapt import adapter_folder, load_classifier, tokenizer_source
 from lib.model.load import load_tokenizer, load_trained, longest_input
-from lib.run.record import run_precision
+from lib.run.finished import TrainedModel
+
+
+@dataclasses.dataclass
+class CutTexts:
+    """Counts the texts that are longer than what is read of them, while their answers pass by."""
+
+    tokenizer: Any
+    read: Callable[[Row], Sequence[str]]
+    """What the model reads of a row: its one or two texts."""
+    seen: int = 0
+    cut: int = 0
+
+    def watch(self, answers: Iterator[tuple[Row, Answer]]) -> Iterator[tuple[Row, Answer]]:
+        for row, answer in answers:
+            self.seen += 1
+            self.cut += is_cut(self.tokenizer, self.read(row))
+            yield row, answer
+
+    def __str__(self) -> str:
+        limit = self.tokenizer.model_max_length
+        share = f"{self.cut:,} of {self.seen:,} texts ({self.cut / max(self.seen, 1):.1%})"
+        return f"{share} are longer than {limit:,} tokens and were cut (--max_length)"
+
 
 MODELS = {
     "feature-extraction": "AutoModel",
@@ -44,62 +63,34 @@ MODELS = {
 ONE_TEXT: tuple[Columns, ...] = tuple(guess for guess in TEXT_GUESSES if len(guess) == 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A model to use: `data` are the data settings of the run that made it, `precision` the one to work in."""
-
-    model: ModelConfig
-    data: DataConfig | None
-    precision: str
-
-
-def find_source(config: PredictConfig) -> Source:
-    """The model that --model names: that of a run when it is the folder of one.
-
-    Raises UserError when the folder is not there or its run kept no model.
-    """
-    folder = Path(config.model)
-    if not (folder / "config.yaml").is_file():
-        if is_lost_folder(config.model):
-            raise UserError(f"--model {config.model}: no such folder")
-        trust: dict[str, Any] = {"allow_pickle": config.allow_pickle, "trust_remote_code": config.trust_remote_code}
-        named = ModelConfig(config.model, config.model_revision, config.source, **trust)
-        return Source(named, None, config.mixed_precision)
-    if not (folder / "model" / "config.json").is_file():
-        raise UserError(f"--model {config.model} has no model folder yet; let train.py reach its first evaluation")
-    precision = run_precision(EvalConfig(run=config.model, mixed_precision=config.mixed_precision))
-    data = load_config(TrainConfig, folder / "config.yaml").data
-    return Source(ModelConfig(model=str(folder / "model")), data, precision)
-
-
-def text_columns(config: PredictConfig, source: Source) -> tuple[Columns, ...]:
+def text_columns(config: PredictConfig, trained: TrainedModel) -> tuple[Columns, ...]:
     """Names of columns that hold the text, as the run had them and as usual for the task."""
     if config.task == "question-answering":
         return (("question", "context"),)
     usual = TEXT_GUESSES if config.task in ("sentiment-analysis", "feature-extraction") else ONE_TEXT
-    trained_on = source.data.text_columns if source.data else None
+    trained_on = trained.data.text_columns if trained.data else None
     return ((trained_on,) if trained_on else ()) + tuple(usual)
 
 
-def load_model(config: PredictConfig, source: Source, device: torch.device) -> tuple[Any, Any]:
+def load_model(config: PredictConfig, trained: TrainedModel, device: torch.device) -> tuple[Any, Any]:
     """(model, tokenizer) for the task; the tokenizer knows the longest input.
 
     Raises UserError when the model cannot be loaded or was not trained for the task.
     """
-    tokenizer = load_tokenizer(tokenizer_source(source.model))
-    if config.task in MODELS and adapter_folder(source.model) is not None:
-        raise UserError(f"--task {config.task}: {config.model} is an adapter of a text classifier")
+    tokenizer = load_tokenizer(tokenizer_source(trained.source))
+    if config.task in MODELS and adapter_folder(trained.source) is not None:
+        raise UserError(f"--task {config.task}: {config.model.model} is an adapter of a text classifier")
     if config.task in MODELS:
         kind = getattr(transformers, MODELS[config.task])
-        model = load_trained(source.model, kind, f"model for {config.task}")
+        model = load_trained(trained.source, kind, f"model for {config.task}")
     else:
-        model = load_classifier(source.model)
+        model = load_classifier(trained.source)
     if (
         getattr(model.config, "pad_token_id", None) is None
     ):  # a decoder that classifies looks for the last token before it
         model.config.pad_token_id = tokenizer.pad_token_id
     windows = stored_windows(tokenizer)
-    trained_with = source.data.max_length if source.data else windows.max_length if windows else None
+    trained_with = trained.data.max_length if trained.data else windows.max_length if windows else None
     asked = config.max_length or trained_with
     limits = [asked, tokenizer.model_max_length, longest_input(model)]
     tokenizer.model_max_length = min(limit for limit in limits if limit is not None)
@@ -119,7 +110,7 @@ def build_predict(config: PredictConfig, model: Any, tokenizer: Any, device: tor
     if config.task in ("summarization", "translation"):
         return build_writer(config.task, model, tokenizer, config.generate, top_k)
     if config.task == "fill-mask" and tokenizer.mask_token is None:
-        raise UserError(f"--model {config.model}: its tokenizer has no mask; name a masked language model")
+        raise UserError(f"--model {config.model.model}: its tokenizer has no mask; name a masked language model")
     predict = PIPELINES[config.task](config, pipeline(config.task, model=model, tokenizer=tokenizer, device=device))
     return predict if config.task == "text-generation" else with_a_token(predict, tokenizer)
 
@@ -147,3 +138,16 @@ def with_a_token(predict: Predict, tokenizer: Any) -> Predict:
         return predict([dataclasses.replace(row, texts=tuple(text or token for text in row.texts)) for row in rows])
 
     return filled
+
+
+def is_cut(tokenizer: Any, texts: Sequence[str]) -> bool:
+    """Whether texts have more tokens than the tokenizer's limit; only those with enough bytes for that are taken apart."""
+    limit = tokenizer.model_max_length
+    if (
+        sum(len(text.encode()) for text in texts)
+        + tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+        + len(texts)
+        <= limit
+    ):
+        return False
+    return len(tokenizer(*texts, verbose=False)["input_ids"]) > limit

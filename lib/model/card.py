@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.hub.packaged import VADER, VADER_VERSION
 
 SPLITS = {"eval": "validation"}

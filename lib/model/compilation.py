@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.model.layers import find_layers
 
 PROGRAMS = 32

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 EMBEDDINGS = re.compile(r"emb|word_emb|layernorm_emb|shared$|wte$|wpe$|project_in$")
 """How the names begin of what lies below the layers, in the models of transformers."""

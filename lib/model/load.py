@@ -12,14 +12,15 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lib.config.problems import CLASSIFICATION
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import CLASSIFICATION, ModelConfig, ModelSource
+from lib.errors import UserError
 from lib.hub import packaged
+from lib.hub.advice import advice
 from lib.hub.cache.files import weight_files
 from lib.hub.cache.layout import REPO_ID, Repo, find_snapshot
 from lib.hub.endpoint import settle_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
-from lib.hub.needs import Need, advice
+from lib.hub.needs import Need
 from lib.model.layers import freeze
 from lib.model.overrides import override
 
@@ -29,7 +30,7 @@ def model_name(model: str) -> str:
     return model.rstrip("/").split("/")[-1]
 
 
-def resolve_model(config: ModelConfig) -> str:
+def resolve_model(config: ModelSource) -> str:
     """The folder of a model: of minilm, the user's, ModelScope's, or the snapshot in the cache; else its Hub name."""
     if config.model == "minilm":
         return str(packaged.minilm_folder())
@@ -41,7 +42,7 @@ def resolve_model(config: ModelConfig) -> str:
     return str(snapshot or config.model)
 
 
-def model_origin(config: ModelConfig) -> dict[str, str]:
+def model_origin(config: ModelSource) -> dict[str, str]:
     """Commit (or ModelScope revision) and sha256 of the weights of a model that was fetched; nothing for a folder."""
     folder = Path(resolve_model(config))
     record = read_record(config.model, config.model_revision or "master") if config.source == "modelscope" else None
@@ -55,17 +56,17 @@ def model_origin(config: ModelConfig) -> dict[str, str]:
     return {"model_commit": folder.name, "model_sha256": " ".join(blob for blob in blobs if len(blob) == 64)}
 
 
-def load_settings(config: ModelConfig) -> dict[str, Any]:
+def load_settings(config: ModelSource) -> dict[str, Any]:
     """Revision and trust, for every loader: no program of a repository runs unless it was asked for."""
     return {"revision": config.model_revision or "main", "trust_remote_code": config.trust_remote_code}
 
 
-def weight_settings(config: ModelConfig) -> dict[str, Any]:
+def weight_settings(config: ModelSource) -> dict[str, Any]:
     """The same for weights, which are safetensors unless pickles are allowed."""
     return load_settings(config) | {"use_safetensors": None if config.allow_pickle else True, "dtype": torch.float32}
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
+def load_tokenizer(config: ModelSource) -> Any:
     """The model's tokenizer, with a padding token also where the model (a decoder) was trained without one.
 
     Raises UserError when it cannot be loaded.
@@ -78,7 +79,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    positions = changed_positions(config) if config.config_overrides else None
+    positions = changed_positions(config) if isinstance(config, ModelConfig) and config.config_overrides else None
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     return tokenizer
 
@@ -180,7 +181,7 @@ def describe_weights(names: list[str]) -> str:
     return ", ".join(list(short)[:6]) + (f", ... ({len(names)} tensors)" if len(short) > 6 else "")
 
 
-def load_classifier(config: ModelConfig) -> PreTrainedModel:
+def load_classifier(config: ModelSource) -> PreTrainedModel:
     """An already trained classifier, as it is.
 
     Raises UserError when it cannot be loaded or its head is not part of the checkpoint.
@@ -188,7 +189,7 @@ def load_classifier(config: ModelConfig) -> PreTrainedModel:
     return load_trained(config, AutoModelForSequenceClassification, "classifier")
 
 
-def load_trained(config: ModelConfig, kind: Any, name: str) -> PreTrainedModel:
+def load_trained(config: ModelSource, kind: Any, name: str) -> PreTrainedModel:
     """An already trained model of one of the Auto classes, as it is; `name` is what messages call it.
 
     Raises UserError when it cannot be loaded or its head is not part of the checkpoint. A pooler may be missing: models
@@ -214,7 +215,7 @@ def label_names(model: PreTrainedModel) -> list[str]:
 
 
 @contextlib.contextmanager
-def loading(config: ModelConfig) -> Iterator[None]:
+def loading(config: ModelSource) -> Iterator[None]:
     """Loading without the library's own report, which the start block replaces, and with a message instead of a trace."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -227,7 +228,7 @@ def loading(config: ModelConfig) -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def load_report(config: ModelConfig, error: Exception) -> str:
+def load_report(config: ModelSource, error: Exception) -> str:
     """Why a model could not be loaded, and what to do about it."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):

@@ -1,17 +1,11 @@
 """What training minimises: a loss per sample, and how much each sample counts."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, log_softmax, one_hot, softmax
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
-from lib.config.sections import UserError
-from lib.config.train import ObjectiveConfig
-from lib.data.load import Data
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits float32 (samples, outputs), labels (samples, ...)) -> losses float32 (samples,)."""
@@ -72,76 +66,4 @@ PLAIN: dict[str, Loss] = {
 every objective, so that the runs of one can be compared with those of another."""
 
 
-def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
-    """The loss to train with. Raises UserError when there is no such loss for the problem."""
-    if config.loss == "cross_entropy" and not config.label_smoothing_factor:
-        return PLAIN[problem_type]
-    if problem_type != CLASSIFICATION:
-        flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
-        raise UserError(f"{flag} is for data with one label of several, these are for {words(problem_type)}")
-    losses: dict[str, Loss] = {
-        "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
-        "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
-        "ordinal": ordinal_loss,
-    }
-    return losses[config.loss]
-
-
 # ---------------------------------------------------------------------------------------------------- weights
-
-
-@dataclasses.dataclass(frozen=True)
-class Objective:
-    """A step minimises sum(weight * loss) / sum(weight) over all its samples.
-
-    `weights` holds a float32 for each sample of the train split; None: all count alike.
-    """
-
-    loss: Loss
-    weights: np.ndarray | None = None
-
-
-def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
-    """Loss and sample weights for the train split; what a user should know of them is added to the notes of `data`.
-
-    Raises UserError when the settings do not fit the data.
-    """
-    loss = build_loss(config, data.problem_type)
-    if config.loss == "ordinal":
-        data.notes.append(f"ordinal loss: the classes are graded {' < '.join(data.label_names)}")
-    if not config.class_weights:
-        return Objective(loss)
-    if data.problem_type != CLASSIFICATION:
-        raise UserError(
-            f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
-        )
-    labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
-    weights = class_weights(config.class_weights, labels, data.label_names)
-    shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
-    data.notes.append(f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")
-    return Objective(loss, weights[labels].astype(np.float32))
-
-
-def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
-    """float64 (classes,): `balanced` is samples / (classes * samples of the class), as scikit-learn has it.
-
-    Otherwise `given` holds class=weight, by name or else by number; classes that are not named weigh 1. A class without
-    samples weighs 1. Raises UserError for a class that does not exist or is named twice.
-    """
-    weights = np.ones(len(label_names))
-    if list(given) == ["balanced"]:
-        from sklearn.utils.class_weight import compute_class_weight  # takes seconds to import
-
-        present = np.unique(labels)
-        weights[present] = compute_class_weight("balanced", classes=present, y=labels)
-        return weights
-    numbers = {str(number): number for number in range(len(label_names))}
-    numbers |= {name: number for number, name in enumerate(label_names)}
-    named = set()
-    for name, weight in (item.rsplit("=", 1) for item in given):
-        if name not in numbers or numbers[name] in named:
-            problem = "is named twice" if name in numbers else "is not among the classes"
-            raise UserError(f"--class_weights {name}={weight}: {name} {problem}: {', '.join(label_names[:20])}")
-        named.add(numbers[name])
-        weights[numbers[name]] = float(weight)
-    return weights

@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from lib.config.sections import UserError, literal
+from lib.config.sections import literal
+from lib.errors import UserError
 
 REASONS = {
     "the classes are those of the data": ("num_labels", "id2label", "label2id", "problem_type"),

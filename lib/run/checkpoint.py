@@ -18,25 +18,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 
-from lib.config.sections import UserError
 from lib.config.train import TrainingConfig
-from lib.evaluation.thresholds import restore_thresholds
-from lib.model.adapters.adapt import FROZEN, frozen_names, load_weights, restore_weights, save_model, save_weights
-from lib.run.progress import Interval
+from lib.errors import UserError
+from lib.model.weights import FROZEN, frozen_names, load_weights, save_weights
 from lib.run.tracking import RunLog
-from lib.runtime.atomic import link_file, link_tree, publish_folder, write_manifest
+from lib.runtime.atomic import WRITE_ERRORS, explain, link_file, link_tree, publish_folder, write_manifest
 from lib.runtime.processes import any_process
 from lib.runtime.signals import Stopped, deferring_signals
 from lib.runtime.watchdog import beat, watching
+from lib.training.meter import Interval
 from lib.training.optimizer import restore_optimizer
-from lib.training.plan import State
+from lib.training.state import State
 
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-"""What Python, PyTorch and safetensors raise when the disk is full."""
 NAME = re.compile(r"step-(\d+)(-pending)?")
 
 
@@ -201,47 +197,3 @@ def check_space(folder: Path, model: nn.Module) -> None:
             f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
             "then run the same command again: it goes on from the checkpoint before"
         )
-
-
-def explain(error: Exception, folder: Path) -> str:
-    """A failed write in words: what the libraries say of a full disk does not mention the disk."""
-    if isinstance(error, UserError):
-        return str(error)
-    free = shutil.disk_usage(folder).free / 2**20
-    return (
-        f"{str(error).splitlines()[0]} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command "
-        "again: it goes on from the checkpoint before"
-    )
-
-
-def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there in one step.
-
-    Every process waits until the folder is complete. Raises UserError on every process when the disk has no room.
-    """
-    beat("saving the best model")
-    problem = ""
-    if accelerator.is_main_process:
-        fresh = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(fresh, ignore_errors=True)
-        try:
-            save_model(accelerator.unwrap_model(model), fresh)
-            tokenizer.save_pretrained(fresh)
-            publish_folder(fresh, folder)
-        except WRITE_ERRORS as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
-    if any_process(accelerator, bool(problem)):
-        raise UserError(problem or "the first process could not save the best model")
-
-
-def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
-    """Load what `publish_model` saved into `model`, in place: weights, and the thresholds of several labels.
-
-    Raises UserError when no evaluation of the run gave a finite number, so that none was saved.
-    """
-    if state.best_metric is None:
-        raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
-    inner = accelerator.unwrap_model(model)
-    restore_weights(inner, folder)
-    restore_thresholds(inner.config, folder)

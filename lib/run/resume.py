@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, whether it may, and what is then promised."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,43 +8,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lib.config.sections import UserError, flatten
+from lib.config.cli import load_config, save_config
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
+from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, read_record
+from lib.run.record import compare_settings
 from lib.runtime.atomic import MANIFEST, find_damage
-
-HARMLESS = {
-    *("output_dir", "run_name", "report_to", "project", "tags", "notes", "logging_steps"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "pad_to_max_length"),
-    *("dataloader_num_workers", "preprocessing_num_workers"),
-    *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
-    *("no_cache_features", "feature_cache_gib"),
-    *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
-}
-"""Settings that do not change what is computed, so that a run may go on with others."""
-
-LENGTH = {"num_train_epochs", "max_steps"}
-
-
-def experiment(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the result depends on, as JSON gives them back."""
-    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together"}
-    chosen = {k: v for k, v in settings.items() if (k in names) or (k not in HARMLESS and not k.startswith("run/"))}
-    return json.loads(json.dumps(chosen))
-
-
-def experiment_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(experiment(settings), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting that changes the experiment; one that came after `before` was at its default then."""
-    before, now = experiment(flatten(TrainConfig()) | before), experiment(now)
-    keys = [key for key in now if before.get(key) != now[key]]
-    lines = [f"  {key.removeprefix('run/')}: {before.get(key)} there, {now[key]} now" for key in keys]
-    if LENGTH & set(keys):
-        lines.append("  (another length changes the learning rate of every step, also of those already made)")
-    return lines
 
 
 def choose_checkpoint(
@@ -117,3 +86,31 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
     if not other:
         return "goes on as if it had never stopped, bit by bit"
     return "same samples and schedule; numbers may differ by rounding and dropout: " + ", ".join(other)
+
+
+def open_folder(config: TrainConfig, folder: Path) -> None:
+    """Create the folder of a run and save the configuration there.
+
+    Raises UserError when the folder holds a run with other settings, and names them, unless changes are allowed.
+    """
+    saved = folder / "config.yaml"
+    if saved.exists() and not config.training.allow_changes:
+        changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
+        if changed:
+            lines = "\n".join(changed)
+            raise UserError(
+                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or go "
+                "on with the new settings by --allow_changes."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def open_run(accelerator: Accelerator, config: TrainConfig, folder: Path, settings: dict[str, Any]) -> Path | None:
+    """Open the folder of a run; the checkpoint in it to go on from, the same on every process, or None."""
+    if accelerator.is_main_process:
+        open_folder(config, folder)
+    return choose_checkpoint(accelerator, config.training, folder, settings)

@@ -11,14 +11,16 @@ from typing import Any, TextIO
 
 from accelerate import Accelerator
 
-from lib.config.problems import LOWER_IS_BETTER, MULTI_LABEL, REGRESSION
-from lib.config.sections import UserError
+from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
+from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.report import finite, worst_rows
+from lib.evaluation.report import worst_rows
+from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.scoring import Scored, prefix
 from lib.evaluation.tables import label_table
+from lib.runtime.atomic import finite
 
 logger = logging.getLogger(__name__)
 

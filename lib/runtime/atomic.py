@@ -3,10 +3,19 @@
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+from lib.errors import UserError
+
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What Python, PyTorch and safetensors raise when the disk is full."""
+
 
 MANIFEST = "manifest.json"
 
@@ -134,3 +143,25 @@ def link_tree(source: Path, target: Path) -> None:
         # Small files are edited in place.
         if path.suffix != ".safetensors" or not link_file(path, copy):
             shutil.copyfile(path, copy)
+
+
+def explain(error: Exception, folder: Path) -> str:
+    """A failed write in words: what the libraries say of a full disk does not mention the disk."""
+    if isinstance(error, UserError):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{str(error).splitlines()[0]} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command "
+        "again: it goes on from the checkpoint before"
+    )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite, also in lists, become the text "NaN", "Infinity" or "-Infinity"."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value

@@ -5,7 +5,7 @@ import logging
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 logger = logging.getLogger(__name__)
 

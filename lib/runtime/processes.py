@@ -3,6 +3,7 @@
 import functools
 import secrets
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from lib.config.sections import PROCESS_TIMEOUT
 from lib.runtime.signals import check_stop
+
+PROCESS_TIMEOUT = timedelta(days=1)
+"""How long the libraries let processes wait for each other: the first may tokenise for hours. Training has its own limit."""
+
 
 BUCKET_BYTES = 25 * 2**20
 

@@ -5,8 +5,13 @@ Scripts import this module before anything else that imports transformers; later
 
 import contextlib
 import gc
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lib.errors import UserError
+from lib.runtime.signals import EXIT_RESUME, Stopped
 
 UNUSED = ("peft", "scipy")
 """Packages that transformers imports with every model when it finds them: for Trainer, and to match boxes in pictures."""
@@ -46,3 +51,24 @@ if "transformers" not in sys.modules:
         import accelerate  # noqa: F401
         import datasets  # noqa: F401
         from transformers import PreTrainedModel, get_scheduler  # noqa: F401
+
+
+def run_script(main: Callable[[Any], None], config: Any) -> None:
+    """Call `main`; a mistake of the user ends the process with code 2 and its message, printed once, without a trace.
+
+    A run that was stopped and saved ends with code 75.
+    """
+    try:
+        main(config)
+        return
+    except UserError as error:
+        code, message = 2, f"error: {error}"
+    except Stopped as stopped:
+        code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):  # whoever read this may be gone
+            print(message, file=sys.stderr, flush=True)
+    # Without cleaning up: processes that wait for this one are ended by the launcher, not by a collective.
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)

@@ -11,9 +11,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lib.config.problems import LOWER_IS_BETTER
-from lib.config.sections import UserError
 from lib.config.train import OptimConfig
+from lib.errors import UserError
+from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.model.layers import backbone_of, find_embeddings, find_layers
 from lib.runtime.processes import is_alone
 

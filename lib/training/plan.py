@@ -2,48 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
-from lib.config.problems import LOWER_IS_BETTER
-from lib.config.sections import UserError
 from lib.config.train import TrainingConfig
-from lib.data.batching import (
-    Collator,
-    Window,
-    count_windows,
-    epoch_batches,
-    eval_batches,
-    padding_share,
-    training_windows,
-)
+from lib.data.batching import epoch_batches
 from lib.data.load import Data
-
-
-@dataclasses.dataclass
-class State:
-    """All that a run knows beside weights, optimizer and schedule; steps are optimizer steps."""
-
-    step: int = 0
-    samples_seen: int = 0
-    pending: bool = False
-    """The last step is made, but not yet logged, evaluated and saved as its number may ask."""
-    learning_rate: float = 0.0
-    """That of the last step."""
-    train_seconds: float = 0.0
-    best_metric: float | None = None
-    best_step: int = 0
-    best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
-    evals_since_best: int = 0
-    micro_batch_size: int | None = None
-    """Samples per forward after memory was too short for what was planned."""
-    eval_batch_size: int = 64
-
-    @property
-    def last_logged(self) -> int:
-        """The last step whose line in metrics.jsonl stands when a run resumes here."""
-        return self.step - 1 if self.pending else self.step
+from lib.data.loader import Collator, Window, training_windows
+from lib.errors import UserError
+from lib.training.state import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,33 +83,6 @@ def build_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Pla
     )
 
 
-def best_metric(wanted: str | None, metrics: Sequence[str]) -> str:
-    """The metric that chooses the model; raises UserError when it is not computed."""
-    name = (wanted or metrics[0]).removeprefix("eval/").removeprefix("eval_")
-    if name not in (*metrics, "loss"):
-        raise UserError(f"--metric_for_best_model {wanted} is not among the metrics: {', '.join(metrics)}, loss")
-    return name
-
-
-def is_better(metric: float, best: float | None, name: str) -> bool:
-    """Whether `metric` beats `best`; a number that is not finite never does."""
-    if not math.isfinite(metric):
-        return False
-    return best is None or (metric < best if name in LOWER_IS_BETTER else metric > best)
-
-
-def update_best(state: State, scores: dict[str, float], name: str) -> bool:
-    """Note an evaluation in `state`; True when it is the best so far.
-
-    A model whose loss is not finite is never the best, though its accuracy may look like a number.
-    """
-    better = math.isfinite(scores["loss"]) and is_better(scores[name], state.best_metric, name)
-    if better:
-        state.best_metric, state.best_step, state.best_scores = scores[name], state.step, scores
-    state.evals_since_best = 0 if better else state.evals_since_best + 1
-    return better
-
-
 def all_windows(
     plan: Plan,
     config: TrainingConfig,
@@ -167,27 +108,6 @@ def all_windows(
             config.dataloader_num_workers,
             weights,
         )
-
-
-def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:
-    """Share of padding among the positions of the first epoch's batches, by the way they are made and padded."""
-    lengths, limit = data.lengths["train"], data.max_length
-    shares = {
-        strategy: padding_share(
-            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple, limit
-        )
-        for strategy in ("group_by_length", "random")
-    }
-    return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
-
-
-def evaluation_padding(config: TrainingConfig, data: Data, multiple: int | None = None) -> float:
-    """Share of padding among the positions of the batches of an evaluation."""
-    lengths, positions = data.lengths["validation"], data.positions("validation")
-    if data.pad_to_max_length:
-        return 1.0 - float(lengths.sum() / positions.sum())
-    batches = eval_batches(positions, config.per_device_eval_batch_size)
-    return padding_share(lengths, batches, multiple, data.max_length)
 
 
 def step_indices(plan: Plan, config: TrainingConfig, lengths: np.ndarray, step: int) -> np.ndarray:

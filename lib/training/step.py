@@ -10,21 +10,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lib.config.train import OptimConfig
-from lib.data.batching import (
-    Collator,
-    Window,
-    build_loader,
-    split_micro_batches,
-)
 from lib.data.load import Data
-from lib.data.windows import compute_logits
+from lib.data.loader import Collator, Window, build_loader, split_micro_batches
+from lib.model.forward import compute_logits
 from lib.model.losses import Loss
-from lib.runtime.accelerator import seed_everything
 from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
 from lib.runtime.processes import any_process, lowest, sum_gradients
+from lib.runtime.seeds import seed_everything
 from lib.runtime.watchdog import beat
 from lib.training.optimizer import advance_scheduler, learning_rate
-from lib.training.plan import Plan, State
+from lib.training.plan import Plan
+from lib.training.state import State
 
 
 def optimizer_step(

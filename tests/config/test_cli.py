@@ -13,7 +13,7 @@ from lib.config import eval as eval_config
 from lib.config import sections as config
 from lib.config import train as train_config
 from lib.config.cli import load_config, parse_cli, save_config
-from lib.config.eval import EvalConfig
+from lib.config.eval import EvalConfig, EvalModel
 from lib.config.sections import DataConfig, ModelConfig, flatten
 from lib.config.train import ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
 from tests.conftest import ROOT
@@ -138,7 +138,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
         TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="")),
         TrainConfig(tracking=TrackingConfig(notes="- first\n- second # not a comment\n", tags=("true", "False"))),
         TrainConfig(training=TrainingConfig(num_train_epochs=0.1, max_steps=10, metric_for_best_model="loss")),
-        EvalConfig(model="roberta-base", metrics=("f1",), data=DataConfig(dataset="sst2")),
+        EvalConfig(model=EvalModel("roberta-base"), metrics=("f1",), data=DataConfig(dataset="sst2")),
         Switches(on=False, off=True),
         Switches(on=True, off=False),
     ],
@@ -249,7 +249,7 @@ def documented_options() -> dict[str, str]:
     """The help line below each option of train.py and eval.py; empty where there is none."""
     lines: dict[str, str] = {}
     for section in ast.walk(ast.parse("".join(map(inspect.getsource, (config, train_config, eval_config))))):
-        if isinstance(section, ast.ClassDef) and section.name.endswith("Config"):
+        if isinstance(section, ast.ClassDef) and section.name.endswith(("Config", "Model", "Source")):
             for statement, after in zip(section.body, [*section.body[1:], None], strict=True):
                 if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                     text = after.value.value if isinstance(after, ast.Expr) else ""
@@ -262,14 +262,15 @@ def sections_of(kind: type) -> list[type]:
     return [kind, *(part for part in parts if isinstance(part, type))]
 
 
-@pytest.mark.parametrize("given", [TrainConfig(), EvalConfig(model="x")])
+@pytest.mark.parametrize("given", [TrainConfig(), EvalConfig(model=EvalModel("x"))])
 def test_help_names_and_explains_every_option(capsys: Capture, given: object) -> None:
     shown = "".join(help_text(capsys, type(given)).replace("│", " ").split())
     lines = documented_options()
     for section in sections_of(type(given)):
         for field in dataclasses.fields(section):
             if not dataclasses.is_dataclass(field.type):
-                text = "".join(lines[f"{section.__name__}.{field.name}"].split())
+                owner = next(kind for kind in section.__mro__ if f"{kind.__name__}.{field.name}" in lines)
+                text = "".join(lines[f"{owner.__name__}.{field.name}"].split())
                 assert f"--{field.name}" in shown
                 assert text, f"--{field.name} has no help line"
                 assert text in shown, f"the help line of --{field.name} is not shown"

@@ -13,8 +13,6 @@ from transformers import AutoTokenizer
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import TrainingConfig
 from lib.data.batching import (
-    Window,
-    build_collator,
     epoch_batches,
     eval_batches,
     micro_batches,
@@ -22,11 +20,11 @@ from lib.data.batching import (
     permutation,
     rank_slice,
     round_up,
-    training_windows,
 )
 from lib.data.load import Data, load_data
+from lib.data.loader import Window, build_collator, training_windows
 from lib.model.load import load_tokenizer
-from lib.training.plan import padding_shares
+from lib.run.record import padding_shares
 
 SIZES = range(1, 41)
 STRATEGIES = ("random", "group_by_length")

@@ -9,10 +9,12 @@ import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lib.config.sections import DataConfig, ModelConfig, UserError
+from lib.config.sections import DataConfig, ModelConfig
+from lib.data.catalog import dataset_name
 from lib.data.labels.single_label import label_counts
 from lib.data.load import Data, load_data
-from lib.data.sources import dataset_name, default_metrics
+from lib.errors import UserError
+from lib.evaluation.scores import default_metrics
 from lib.model.load import load_tokenizer
 from tests.conftest import ROOT, Command, sentences, write_csv
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from lib.config.sections import UserError
 from lib.data.labels.single_label import encode_labels, label_counts, match_model
+from lib.errors import UserError
 
 NAN = float("nan")
 

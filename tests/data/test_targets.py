@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.config.sections import UserError
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.data.labels.targets import encode_targets, label_lines
+from lib.errors import UserError
 
 Encoded = tuple[dict[str, list[Any]], list[str], str, list[str]]
 

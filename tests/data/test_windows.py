@@ -10,17 +10,20 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from lib.config.predict import PredictConfig
-from lib.config.sections import DataConfig, ModelConfig, UserError
-from lib.data.batching import build_collator, padding_share, split_micro_batches, training_windows
+from lib.config.predict import PredictConfig, PredictModel
+from lib.config.sections import DataConfig, ModelConfig
+from lib.data.batching import padding_share
 from lib.data.load import Data, load_data
-from lib.data.windows import Windows, choose_windows, encode_windows, stored_windows
+from lib.data.loader import build_collator, split_micro_batches, training_windows
+from lib.data.tokenization import Windows, choose_windows, encode_windows, stored_windows
+from lib.errors import UserError
 from lib.evaluation.scoring import predict
 from lib.inference.inputs import Row
-from lib.inference.tasks import build_predict, count_cut, find_source, load_model
+from lib.inference.tasks import build_predict, count_cut, load_model
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import plain_cross_entropy
-from lib.training.plan import State
+from lib.run.finished import find_model
+from lib.training.state import State
 from lib.training.step import accumulate_gradients
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 
@@ -204,8 +207,8 @@ def test_eval_and_predict_read_long_texts_as_the_run_did(run: Command, roberta: 
     for row, answer in zip(rows, read_lines(tmp_path / "answers.jsonl"), strict=True):
         assert answer["label"] == row["predicted"]
         assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=2e-6)
-    config = PredictConfig(model=str(tmp_path / "run"))
-    model, tokenizer = load_model(config, find_source(config), CPU)
+    config = PredictConfig(model=PredictModel(str(tmp_path / "run")))
+    model, tokenizer = load_model(config, find_model(config.model, config.mixed_precision), CPU)
     assert (tokenizer.model_max_length, stored_windows(tokenizer)) == (8, Windows(8, 2))
     predict = build_predict(config, model, tokenizer, CPU)
     counted = count_cut(config, model, tokenizer)

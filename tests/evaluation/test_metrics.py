@@ -11,10 +11,10 @@ import pytest
 import sklearn.metrics as sk
 from scipy import stats
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, OWN_METRICS, REGRESSION, USUAL_METRICS
-from lib.config.sections import UserError
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scores import METRICS, check_metrics, compute_metrics
+from lib.evaluation.scores import METRICS, OWN_METRICS, USUAL_METRICS, check_metrics, compute_metrics
 
 MULTICLASS: dict[str, Callable[..., float]] = {
     "accuracy": sk.accuracy_score,

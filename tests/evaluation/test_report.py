@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from lib.config.problems import MULTI_LABEL
+from lib.config.sections import MULTI_LABEL
 from lib.data.load import Data
 from lib.evaluation.intervals import bootstrap_intervals, score_counts, score_rows
 from lib.evaluation.predictions import Predictions

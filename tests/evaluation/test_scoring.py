@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.config.sections import ModelConfig
-from lib.data.batching import Collator, build_collator, eval_batches
+from lib.data.batching import eval_batches
 from lib.data.load import Data
+from lib.data.loader import Collator, build_collator
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import check_counts, evaluate_split, predict
 from lib.model.layers import set_train_mode

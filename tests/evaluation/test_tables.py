@@ -5,7 +5,7 @@ import pytest
 from datasets import Dataset
 from sklearn.metrics import average_precision_score, f1_score
 
-from lib.config.problems import MULTI_LABEL, REGRESSION
+from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import worst_rows

@@ -9,7 +9,7 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.metrics import f1_score
 
-from lib.config.problems import MULTI_LABEL
+from lib.config.sections import MULTI_LABEL
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.thresholds import restore_thresholds, store_thresholds, stored_thresholds, tune_thresholds
 

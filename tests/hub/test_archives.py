@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lib.config.sections import DataConfig, ModelConfig, UserError
+from lib.config.sections import DataConfig, ModelConfig
 from lib.data.sources import load_raw
+from lib.errors import UserError
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files, verify_repo
 from lib.hub.importing.archives import opened, pack, unpack
 from lib.hub.importing.folder import import_folder

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
 from lib.hub.cache.layout import Repo, find_snapshot, verify_repo
 from lib.hub.needs import Need, damaged_files, missing_from_cache
 from lib.model.load import build_model, load_tokenizer

@@ -7,12 +7,13 @@ import pytest
 from huggingface_hub import constants
 
 from lib.config.hub import DoctorConfig
-from lib.config.sections import HubConfig
-from lib.hub import doctor
-from lib.hub import needs as hub_needs
+from lib.config.sections import DataConfig, HubConfig, ModelSource
+from lib.data.catalog import data_needs
+from lib.hub import advice, doctor
 from lib.hub.cache.layout import Repo, find_snapshot
 from lib.hub.doctor import diagnose
 from lib.hub.importing.folder import import_folder
+from lib.hub.needs import model_needs
 from tests.conftest import Command
 from tests.loopback_hub import Hub, closed_endpoint, loopback_hub
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 def ask(endpoint: str | None, dataset: str | None = "sst5") -> tuple[str, bool]:
     """The page, and whether all is well; never in more than a few times the time-out."""
     started = time.monotonic()
-    page, healthy = diagnose(DoctorConfig("user/tiny", dataset=dataset, hub=HubConfig(endpoint, 0.7)))
+    needs = model_needs(ModelSource("user/tiny")) + data_needs(DataConfig(dataset))
+    page, healthy = diagnose(DoctorConfig("user/tiny", dataset=dataset, hub=HubConfig(endpoint, 0.7)), needs)
     assert time.monotonic() - started < 5
     return page, healthy
 
@@ -149,7 +151,7 @@ def test_where_the_hub_is_silent_a_mirror_is_advised_only_if_it_answers(
     with loopback_hub(served) as hub:
         mirror = hub.endpoint if answers else closed_endpoint()
         monkeypatch.setattr(doctor, "MIRRORS", (mirror,))
-        for module in (doctor, hub_needs):
+        for module in (doctor, advice):
             monkeypatch.setattr(module, "is_official", lambda endpoint: endpoint == down)
         page, healthy = ask(down)
     assert not healthy

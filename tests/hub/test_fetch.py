@@ -11,10 +11,11 @@ import pytest
 import torch
 from huggingface_hub import HfApi, constants, errors, get_session
 
-from lib.config.eval import EvalConfig
-from lib.config.predict import PredictConfig
-from lib.config.sections import DataConfig, HubConfig, ModelConfig, UserError
-from lib.config.train import TrainConfig
+from lib.config.eval import EvalModel
+from lib.config.predict import PredictModel
+from lib.config.sections import DataConfig, HubConfig, ModelConfig, ModelSource
+from lib.data.catalog import data_needs
+from lib.errors import UserError
 from lib.hub import download as hub_download
 from lib.hub import fetch as hub_fetch
 from lib.hub.cache import publish as hub_publish
@@ -23,8 +24,8 @@ from lib.hub.cache.publish import locks_folder
 from lib.hub.client import Fault, ask, at_once, bounded
 from lib.hub.endpoint import go_offline, settle_endpoint
 from lib.hub.fetch import prepare
-from lib.hub.needs import Need, config_patterns, needs_of
-from lib.inference.tasks import find_source
+from lib.hub.needs import Need, check_names, config_patterns, is_lost_folder, model_needs
+from lib.run.finished import find_model
 from tests.conftest import ROOT
 from tests.hub_layouts import COMMIT, cache_of_another_machine
 from tests.loopback_hub import FAULTS, closed_endpoint, commit_of, loopback_hub, repository_files
@@ -119,19 +120,19 @@ def test_predict_ends_in_the_same_way(served: Path, tmp_path: Path) -> None:
 
 
 def test_the_hub_is_not_asked_about_a_folder_that_is_lost(tmp_path: Path) -> None:
-    config = PredictConfig(model=str(tmp_path / "lost"))
-    assert needs_of(config) == []
+    lost = ModelSource(str(tmp_path / "lost"))
+    assert is_lost_folder(lost.model)
     with pytest.raises(UserError, match="lost: no such folder"):
-        find_source(config)
+        find_model(lost, "no")
 
 
 def test_predict_asks_for_a_model_with_the_same_trust_as_train() -> None:
-    (need,) = needs_of(PredictConfig(model="user/tiny", model_revision=COMMIT, trust_remote_code=True))
+    (need,) = model_needs(PredictModel("user/tiny", COMMIT, trust_remote_code=True))
     assert (need.repo, need.revision, need.code, need.allow_pickle) == (MODEL.repo, COMMIT, True, False)
-    assert needs_of(PredictConfig(model="minilm")) == []
-    for kind in (PredictConfig, EvalConfig):
+    assert model_needs(PredictModel("minilm")) == []
+    for kind in (PredictModel, EvalModel, ModelConfig):
         with pytest.raises(UserError, match="--trust_remote_code needs --model_revision COMMIT"):
-            kind(model="user/tiny", model_revision="main", trust_remote_code=True)
+            kind("user/tiny", "main", trust_remote_code=True)
 
 
 def test_predict_loads_pickled_weights_only_when_allowed(served: Path) -> None:
@@ -169,14 +170,13 @@ def test_a_token_among_the_flags_is_refused_and_not_repeated(tmp_path: Path) -> 
 
 
 def test_what_a_run_needs() -> None:
-    assert needs_of(TrainConfig()) == []
-    config = TrainConfig(ModelConfig("user/tiny", "v1"), DataConfig(dataset="mrpc"))
-    model, data = needs_of(config)
+    assert model_needs(ModelConfig()) + data_needs(DataConfig()) == []
+    (model,), (data,) = model_needs(ModelConfig("user/tiny", "v1")), data_needs(DataConfig(dataset="mrpc"))
     assert (str(model.repo), model.revision) == ("user/tiny", "v1")
     assert (str(data.repo), data.dataset_config) == ("datasets/nyu-mll/glue", "mrpc")
-    assert needs_of(TrainConfig(ModelConfig(str(ROOT)), DataConfig(train_file="x.csv"))) == []
+    assert model_needs(ModelConfig(str(ROOT))) + data_needs(DataConfig(train_file="x.csv")) == []
     with pytest.raises(UserError, match=r"--model \./nowhere: no such folder"):
-        needs_of(TrainConfig(ModelConfig("./nowhere")))
+        check_names(model_needs(ModelConfig("./nowhere")))
 
 
 def test_what_is_needed_is_fetched_once_and_then_only_asked_about(served: Path) -> None:
@@ -268,7 +268,7 @@ def test_after_the_decision_nobody_can_ask_the_hub(served: Path, monkeypatch: py
 def test_only_the_first_process_of_a_machine_asks(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with loopback_hub(served) as hub:
-        hub_fetch.fetch(TrainConfig(ModelConfig("user/tiny"), hub=HubConfig(hub_endpoint=hub.endpoint)))
+        hub_fetch.fetch([MODEL], HubConfig(hub_endpoint=hub.endpoint))
         assert hub.requests == []
 
 

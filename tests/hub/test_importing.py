@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from transformers import AutoModel, AutoTokenizer
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files, verify_repo
 from lib.hub.cache.publish import staging_folder
 from lib.hub.importing import load_check

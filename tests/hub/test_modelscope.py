@@ -12,7 +12,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from lib.config.sections import HubConfig, ModelConfig, UserError
+from lib.config.sections import HubConfig, ModelConfig
+from lib.errors import UserError
 from lib.hub.cache.layout import Repo
 from lib.hub.fetch import prepare
 from lib.hub.needs import Need

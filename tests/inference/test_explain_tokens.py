@@ -3,8 +3,9 @@
 from transformers import AutoTokenizer
 
 from lib.config.sections import ModelConfig
-from lib.inference.explain_tokens import CutTexts, explain_tokens, is_cut
+from lib.inference.explain_tokens import explain_tokens
 from lib.inference.inputs import Row
+from lib.inference.tasks import CutTexts, is_cut
 from lib.model.load import load_tokenizer
 
 

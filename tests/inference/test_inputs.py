@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lib.config.predict import InputConfig
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.inference.inputs import Row, count_rows, read_lines, read_rows
 
 TEXTS = ["a good film", "", 'with "quotes", commas\nand a line break', "tab\there", "naïve 电影 🎬"]

@@ -7,12 +7,15 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lib.config.sections import AdapterConfig, ModelConfig, UserError
+from lib.config.sections import AdapterConfig, ModelConfig
+from lib.errors import UserError
 from lib.inference import onnx_export
 from lib.inference.onnx_export import export_onnx
-from lib.inference.tasks import find_source, load_model
-from lib.model.adapters.adapt import adapt, save_model, saved_tensors
+from lib.inference.tasks import load_model
+from lib.model.adapters.adapt import adapt
 from lib.model.load import build_model, load_tokenizer
+from lib.model.weights import save_model, saved_tensors
+from lib.run.finished import find_model
 from tests import tiny_models
 from tests.predicting import settings
 
@@ -26,7 +29,7 @@ def source(tmp_path):
     folder = tiny_models.classifier(tmp_path / "model")
     (folder / "README.md").write_text("the card")
     config = settings("--model", folder, "--export_onnx", tmp_path / "onnx")
-    return load_model(config, find_source(config), CPU)
+    return load_model(config, find_model(config.model, config.mixed_precision), CPU)
 
 
 def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_path):
@@ -62,7 +65,10 @@ def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("the card of the adapter")
     config = settings("--model", tmp_path / "model", "--export_onnx", tmp_path / "onnx")
-    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    assert (
+        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
+        < 1e-5
+    )
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
     (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
@@ -112,7 +118,10 @@ def test_missing_packages_are_named_with_the_command(source, tmp_path, monkeypat
 def test_models_of_other_tasks_are_exported_too(tmp_path, kind, task, outputs):
     folder = getattr(tiny_models, kind)(tmp_path / "model")
     config = settings("--model", folder, "--task", task, "--export_onnx", tmp_path / "onnx")
-    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    assert (
+        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
+        < 1e-5
+    )
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert [item.name for item in session.get_outputs()] == outputs
 
@@ -120,6 +129,9 @@ def test_models_of_other_tasks_are_exported_too(tmp_path, kind, task, outputs):
 @pytest.mark.slow
 def test_minilm_is_exported_as_the_encoder_that_it_is(tmp_path):
     config = settings("--task", "feature-extraction", "--export_onnx", tmp_path / "onnx")
-    assert export_onnx(*load_model(config, find_source(config), CPU), tmp_path / "onnx") < 1e-5
+    assert (
+        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
+        < 1e-5
+    )
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert session.get_outputs()[0].name == "last_hidden_state"

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.outputs import flat_row, write_answers
 from tests.conftest import read_lines

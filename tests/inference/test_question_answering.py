@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from lib.config.predict import AnswerConfig
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.question_answering import Spans, best_spans, build_reader, merge_spans, read_windows
 from tests import tiny_models

@@ -5,7 +5,7 @@ import itertools
 import pytest
 from accelerate import Accelerator
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import CHUNK, answer_rows, in_order
 from tests.conftest import sentences

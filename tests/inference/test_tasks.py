@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from lib.config.cli import save_config
 from lib.config.predict import GenerateConfig
-from lib.config.sections import DataConfig, UserError
+from lib.config.sections import DataConfig
 from lib.config.train import TrainConfig
+from lib.errors import UserError
 from lib.inference.generation import language_settings, length_settings
 from tests import tiny_models
 from tests.conftest import sentences, write_csv

@@ -15,14 +15,16 @@ import eval as evaluation
 import predict
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
-from lib.config.sections import AdapterConfig, ModelConfig, UserError, flatten
+from lib.config.sections import AdapterConfig, ModelConfig, flatten
 from lib.config.train import TrainConfig
+from lib.errors import UserError
 from lib.model.adapters import peft_methods
-from lib.model.adapters.adapt import adapt, adapter_folder, load_classifier, restore_weights, save_model, saved_tensors
+from lib.model.adapters.adapt import adapt, adapter_folder, load_classifier
 from lib.model.adapters.bottleneck import ARCHITECTURES, Bottleneck, bottlenecks_of
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.load import build_model, load_tokenizer
-from lib.run.checkpoint import publish_model
+from lib.model.weights import restore_weights, save_model, saved_tensors
+from lib.run.best_model import publish_model
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
 from tests.loopback_hub import loopback_hub

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbols
 from transformers import AutoModelForSequenceClassification
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
 from lib.model import compilation
 from lib.model.compilation import compile_layers
 from lib.model.layers import freeze

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib.config.sections import UserError
 from lib.config.train import TrainingConfig
-from lib.model.adapters import adapt
-from lib.model.adapters.adapt import load_weights, save_weights
+from lib.errors import UserError
+from lib.model import weights
 from lib.model.layers import freeze
+from lib.model.weights import load_weights, save_weights
 from lib.run.checkpoint import Checkpointer
 from lib.runtime import atomic
 from lib.runtime.atomic import find_damage
@@ -59,7 +59,7 @@ def test_a_second_save_reads_and_writes_nothing_that_is_frozen(
     saver.state.best_scores = {"loss": 1.0}
     seen: dict[str, set[str]] = {"hashed": set(), "written": set()}
     looked_at = []
-    sha256, save, isfinite = atomic.sha256, adapt.save_torch_state_dict, torch.isfinite
+    sha256, save, isfinite = atomic.sha256, weights.save_torch_state_dict, torch.isfinite
 
     def counted_sha256(path: Path) -> str:
         seen["hashed"].add(str(Path(*path.parts[path.parts.index("checkpoints") + 2 :])))
@@ -74,7 +74,7 @@ def test_a_second_save_reads_and_writes_nothing_that_is_frozen(
         return isfinite(tensor)
 
     monkeypatch.setattr(atomic, "sha256", counted_sha256)
-    monkeypatch.setattr(adapt, "save_torch_state_dict", counted_save)
+    monkeypatch.setattr(weights, "save_torch_state_dict", counted_save)
     monkeypatch.setattr(torch, "isfinite", counted_isfinite)
     first = save_at(saver, 3)
     assert {"frozen.safetensors", "best/model.safetensors"} < seen["hashed"]

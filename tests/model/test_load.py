@@ -9,7 +9,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.load import (
     Weights,

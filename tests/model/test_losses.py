@@ -13,13 +13,15 @@ from datasets import Dataset
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
 from lib.config.train import ObjectiveConfig
-from lib.data.batching import build_collator, training_windows
 from lib.data.load import Data
+from lib.data.loader import build_collator, training_windows
+from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import build_loss, build_objective, class_weights, focal_loss, ordinal_loss
-from lib.training.plan import State
+from lib.model.losses import focal_loss, ordinal_loss
+from lib.training.objective import build_loss, build_objective, class_weights
+from lib.training.state import State
 from lib.training.step import accumulate_gradients
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
 

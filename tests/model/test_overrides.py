@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, set_seed
 
-from lib.config.sections import AdapterConfig, ModelConfig, UserError
-from lib.model.adapters.adapt import adapt, load_classifier, save_model
+from lib.config.sections import AdapterConfig, ModelConfig
+from lib.errors import UserError
+from lib.model.adapters.adapt import adapt, load_classifier
 from lib.model.layers import find_layers
 from lib.model.load import Weights, build_model, describe_weights, load_tokenizer
+from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
 from tests.model.test_load import NAMES, SETTINGS, save_classifier
 from tests.predicting import answers

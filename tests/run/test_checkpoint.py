@@ -9,12 +9,14 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
+from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
-from lib.run.checkpoint import Checkpointer, publish_model, restore_model
-from lib.run.progress import Interval
-from lib.training.plan import State
+from lib.run.best_model import publish_model, restore_model
+from lib.run.checkpoint import Checkpointer
+from lib.training.meter import Interval
+from lib.training.state import State
 
 NAMES = ["terrible", "fine", "größer"]
 EVALUATED = State(step=3, best_metric=0.5, best_step=3)

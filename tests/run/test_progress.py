@@ -4,8 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lib.data.batching import Window
-from lib.run.progress import Interval
+from lib.data.loader import Window
+from lib.training.meter import Interval
 
 WINDOW = Window([], 8, 8.0)
 

@@ -10,7 +10,7 @@ import pytest
 from lib.config.sections import HubConfig, flatten
 from lib.data.batching import BLOCK
 from lib.run.checkpoint import list_checkpoints
-from lib.run.resume import compare_settings
+from lib.run.record import compare_settings
 from tests.conftest import ROOT, Command, read_lines, results_of
 from tests.resuming import differences, run_flags
 

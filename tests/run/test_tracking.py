@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from datasets import Dataset
 
-from lib.config.sections import UserError
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
+from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
 from lib.run.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
 from tests.conftest import ROOT, read_lines

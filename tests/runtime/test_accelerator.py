@@ -10,21 +10,17 @@ import pytest
 import torch
 from torch.nn.functional import dropout
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
+from lib.run.record import run_record, version
 from lib.runtime import accelerator as runtime
-from lib.runtime.accelerator import (
-    build_accelerator,
-    check_devices,
-    cpu_description,
-    cpu_is_fast_at_bf16,
-    mix,
-    resolve_precision,
-    run_record,
-    run_script,
-    seed_everything,
-    use_all_cores,
-    use_tf32,
-)
+from lib.runtime import precision
+from lib.runtime.accelerator import build_accelerator, check_devices
+from lib.runtime.cpu import tuning
+from lib.runtime.cpu.tuning import use_all_cores
+from lib.runtime.precision import cpu_description, cpu_is_fast_at_bf16, resolve_precision, use_tf32
+from lib.runtime.seeds import mix, seed_everything
+from lib.runtime.startup import run_script
 from tests.conftest import ROOT
 
 AMX = "vendor_id : GenuineIntel\nflags : fpu avx512f avx512_bf16 amx_bf16 amx_tile"
@@ -127,7 +123,7 @@ def test_different_keys_give_different_dropout(other: tuple[int, ...]) -> None:
 def test_cpus_that_are_fast_at_bf16(description: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_is_fast_at_bf16(description) == fast
     pretend_gpus(monkeypatch, 0)
-    monkeypatch.setattr(runtime, "cpu_description", lambda: description)
+    monkeypatch.setattr(precision, "cpu_description", lambda: description)
     assert resolve_precision("auto") == ("bf16" if fast else "no")
 
 
@@ -229,10 +225,10 @@ def test_processes_share_the_cores_unless_threads_are_set(
 
 
 @pytest.mark.usefixtures("_keep_threads")
-@pytest.mark.parametrize(("products", "expected"), [(1, 1), (runtime.FEW_PRODUCTS, 1), (runtime.FEW_PRODUCTS + 1, 2)])
+@pytest.mark.parametrize(("products", "expected"), [(1, 1), (tuning.FEW_PRODUCTS, 1), (tuning.FEW_PRODUCTS + 1, 2)])
 def test_steps_of_few_products_are_left_to_one_thread(products: int, expected: int) -> None:
     torch.set_num_threads(2)
-    runtime.use_one_core_for(products)
+    tuning.use_one_core_for(products)
     assert torch.get_num_threads() == expected
 
 
@@ -265,7 +261,7 @@ def test_the_record_of_a_run_names_devices_precision_and_versions(monkeypatch: p
     assert record["version_torch"] == torch.__version__
     assert (record["num_processes"], record["mixed_precision"]) == (1, "no")
     assert record["devices"][0].startswith("CPU, ")
-    assert runtime.version("no-such-package") is None
+    assert version("no-such-package") is None
 
 
 # ---------------------------------------------------------------------------------------------------- errors

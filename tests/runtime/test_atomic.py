@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.config.sections import UserError, flatten
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig
+from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, rotate
-from lib.run.resume import compare_settings, describe_promise, experiment_hash, find_checkpoint
+from lib.run.record import compare_settings, experiment_hash
+from lib.run.resume import describe_promise, find_checkpoint
 from lib.runtime import atomic
 from lib.runtime.atomic import find_damage, link_tree, publish_folder, write_manifest
 from tests.conftest import ROOT

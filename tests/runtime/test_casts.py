@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from lib.runtime.cpu.casts import cast_weights, use_shared_casts
+from lib.runtime.cpu.casts import use_shared_casts
+from lib.runtime.precision import cast_weights
 
 INPUTS = [{"input_ids": torch.randint(5, 30, (2, n), generator=torch.Generator().manual_seed(n))} for n in (3, 7, 4)]
 

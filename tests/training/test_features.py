@@ -18,20 +18,21 @@ from torch import nn
 
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
-from lib.data.batching import build_collator
 from lib.data.load import load_data
+from lib.data.loader import build_collator
 from lib.evaluation.scoring import evaluate_split
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import build_objective
 from lib.run.checkpoint import list_checkpoints
-from lib.runtime.accelerator import seed_everything
 from lib.runtime.atomic import find_damage
+from lib.runtime.seeds import seed_everything
 from lib.training.frozen import features
 from lib.training.frozen.feature_cache import load_features, remove_unused, save_features
 from lib.training.frozen.features import cache_features
+from lib.training.objective import build_objective
 from lib.training.optimizer import build_optimizer, build_scheduler
-from lib.training.plan import State, all_windows, build_plan
+from lib.training.plan import all_windows, build_plan
+from lib.training.state import State
 from lib.training.step import optimizer_step
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import TIMING, differences, run_flags, without

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lib.config.sections import AdapterConfig, ModelConfig, UserError
+from lib.config.sections import AdapterConfig, ModelConfig
 from lib.config.train import OptimConfig, SchedulerName
+from lib.errors import UserError
 from lib.model.adapters.adapt import adapt
 from lib.model.layers import freeze
 from lib.training import optimizer as optim

@@ -14,10 +14,11 @@ from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib.config.sections import DataConfig, ModelConfig, UserError
+from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainingConfig
-from lib.data.batching import Window, build_collator, split_micro_batches
 from lib.data.load import load_data
+from lib.data.loader import Window, build_collator, split_micro_batches
+from lib.errors import UserError
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import plain_cross_entropy
@@ -25,7 +26,8 @@ from lib.runtime.memory import halve
 from lib.runtime.processes import buckets
 from lib.training import step as training
 from lib.training.optimizer import build_optimizer
-from lib.training.plan import State, all_windows, build_plan
+from lib.training.plan import all_windows, build_plan
+from lib.training.state import State
 from lib.training.step import gradient_norm, optimizer_step, try_longest_batch
 from tests.conftest import sentences, write_csv
 

@@ -18,7 +18,7 @@ import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.evaluation import scoring as evaluation
-from lib.run import record as run_module
+from lib.run import results
 from lib.runtime import signals
 from lib.training import plan
 from lib.training import step as training
@@ -57,7 +57,7 @@ def patches(call: dict[str, Any]) -> list[Any]:
         return batch(*arguments)
 
     made = [
-        mock.patch.object(run_module, "write_report", mock.Mock(return_value="")),
+        mock.patch.object(results, "write_report", mock.Mock(return_value="")),
         mock.patch.object(train, "finish", mock.Mock()),
     ]
     made += [mock.patch.object(train, "optimizer_step", optimizer_step)]

@@ -22,19 +22,21 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lib.config.sections import ModelConfig, UserError
+from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
+from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
-from lib.run import checkpoint
-from lib.run.checkpoint import Checkpointer, publish_model
-from lib.run.progress import Interval
+from lib.run import best_model, checkpoint
+from lib.run.best_model import publish_model
+from lib.run.checkpoint import Checkpointer
 from lib.run.resume import find_checkpoint
 from lib.runtime import atomic
-from lib.training.plan import State
+from lib.training.meter import Interval
+from lib.training.state import State
 
 WRITES = [
     *((os, name) for name in ("fsync", "rename", "link", "unlink", "rmdir", "mkdir")),
-    *((checkpoint, name) for name in ("save_model", "write_manifest")),
+    *((best_model, "save_model"), (checkpoint, "write_manifest")),
     *((torch, "save"), (shutil, "copyfile"), (atomic, "exchange"), (Path, "write_text")),
 ]
 

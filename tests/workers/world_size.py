@@ -17,16 +17,18 @@ from conftest import sentences, write_csv
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
-from lib.data.batching import build_collator
 from lib.data.load import Data, load_data
+from lib.data.loader import build_collator
 from lib.model.adapters.adapt import adapt
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import build_objective
-from lib.runtime.accelerator import build_accelerator, seed_everything
+from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import finish
+from lib.runtime.seeds import seed_everything
+from lib.training.objective import build_objective
 from lib.training.optimizer import build_optimizer, build_scheduler, learning_rate
-from lib.training.plan import State, all_windows, build_plan
+from lib.training.plan import all_windows, build_plan
+from lib.training.state import State
 from lib.training.step import optimizer_step
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.

@@ -4,7 +4,6 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
-from lib.config.sections import UserError
 from lib.data.labels.single_label import (
     check_labelled,
     is_label,
@@ -13,6 +12,7 @@ from lib.data.labels.single_label import (
     replace_labels,
     sort_values,
 )
+from lib.errors import UserError
 
 LabelSets = list[list[Any] | None]
 """The labels of each row; None where it is not labelled."""

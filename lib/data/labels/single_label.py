@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 
 NAME_COLUMNS = ("label_text", "label_name", "label_names")
 """Columns that spell out an integer label."""

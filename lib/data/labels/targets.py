@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
-from lib.config.problems import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
-from lib.config.sections import UserError
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
 from lib.data.labels.multi_label import encode_label_sets, is_list
 from lib.data.labels.single_label import (
     check_labelled,
@@ -16,6 +15,7 @@ from lib.data.labels.single_label import (
     leave_out_hidden,
     replace_labels,
 )
+from lib.errors import UserError
 
 Splits = dict[str, Dataset]
 

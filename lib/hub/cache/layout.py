@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import HASH, damage, has_name, missing_shards
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

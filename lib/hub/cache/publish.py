@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import has_name
 from lib.hub.cache.layout import Repo, cache_root, read_ref, snapshot_files
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import has_name
 from lib.hub.cache.layout import (
     COMMIT,

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import (
     OPTIONAL_FILES,
     TOKENIZER_FILES,

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import ADAPTER_WEIGHTS, is_adapter
 from lib.hub.cache.layout import Repo, snapshot_files
 from lib.hub.endpoint import offline_environment

@@ -11,7 +11,7 @@ import re
 import subprocess
 from pathlib import Path, PurePosixPath
 
-from lib.config.sections import UserError
+from lib.errors import UserError
 from lib.hub.cache.files import HASH, POINTER
 from lib.hub.cache.layout import COMMIT, Repo, blob_name, read_ref, read_tree
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from lib.config.sections import UserError, require
+from lib.errors import UserError, require
 from lib.model.adapters.bottleneck import Bottlenecks, adapter_names
 
 ADAPTER_FILES = ("adapter.safetensors", "pytorch_adapter.bin")

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.activations import get_activation
 
-from lib.config.sections import AdapterConfig, UserError, require
+from lib.config.sections import AdapterConfig
+from lib.errors import UserError, require
 
 
 @dataclasses.dataclass(frozen=True)

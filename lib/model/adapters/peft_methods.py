@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from lib.config.sections import AdapterConfig, UserError
+from lib.config.sections import AdapterConfig
+from lib.errors import UserError
 
 LORA_TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
 IA3_TARGETS = {

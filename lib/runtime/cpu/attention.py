@@ -39,7 +39,7 @@ class Attention(torch.autograd.Function):
         dropped = dropped.view(batch * heads, q.shape[1], k.shape[1])
         ctx.save_for_backward(q, k, v, weights, kept, dropped)
         ctx.scaling, ctx.factor = scaling, 1 / (1 - dropout)
-        return torch.bmm(dropped, v).mul_(ctx.factor).view(batch, heads, *v.shape[1:])
+        return torch.bmm(dropped, v).mul_(ctx.factor).view(batch, heads, q.shape[1], v.shape[2])
 
     @staticmethod
     @once_differentiable

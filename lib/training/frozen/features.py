@@ -12,14 +12,16 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from lib.config.train import TrainConfig
-from lib.data.batching import Collator, build_loader, eval_batches
+from lib.data.batching import eval_batches
 from lib.data.load import Data
+from lib.data.loader import Collator, build_loader
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
-from lib.runtime.accelerator import seed_everything, use_one_core_for
-from lib.runtime.cpu.casts import DTYPES, cast_weights
+from lib.runtime.cpu.tuning import use_one_core_for
 from lib.runtime.memory import halve
+from lib.runtime.precision import DTYPES, cast_weights
 from lib.runtime.processes import any_process
+from lib.runtime.seeds import seed_everything
 from lib.training.frozen.feature_cache import (
     cache_folder,
     check_features,

@@ -1,0 +1,70 @@
+"""The best model so far: which it is, published whole, loaded again for the final test."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from lib.errors import UserError
+from lib.evaluation.scores import LOWER_IS_BETTER
+from lib.evaluation.thresholds import restore_thresholds
+from lib.model.weights import restore_weights, save_model
+from lib.runtime.atomic import WRITE_ERRORS, explain, publish_folder
+from lib.runtime.processes import any_process
+from lib.runtime.watchdog import beat
+from lib.training.state import State
+
+
+def is_better(metric: float, best: float | None, name: str) -> bool:
+    """Whether `metric` beats `best`; a number that is not finite never does."""
+    if not math.isfinite(metric):
+        return False
+    return best is None or (metric < best if name in LOWER_IS_BETTER else metric > best)
+
+
+def update_best(state: State, scores: dict[str, float], name: str) -> bool:
+    """Note an evaluation in `state`; True when it is the best so far.
+
+    A model whose loss is not finite is never the best, though its accuracy may look like a number.
+    """
+    better = math.isfinite(scores["loss"]) and is_better(scores[name], state.best_metric, name)
+    if better:
+        state.best_metric, state.best_step, state.best_scores = scores[name], state.step, scores
+    state.evals_since_best = 0 if better else state.evals_since_best + 1
+    return better
+
+
+def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there in one step.
+
+    Every process waits until the folder is complete. Raises UserError on every process when the disk has no room.
+    """
+    beat("saving the best model")
+    problem = ""
+    if accelerator.is_main_process:
+        fresh = folder.with_name(f".tmp-{folder.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        try:
+            save_model(accelerator.unwrap_model(model), fresh)
+            tokenizer.save_pretrained(fresh)
+            publish_folder(fresh, folder)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
+    if any_process(accelerator, bool(problem)):
+        raise UserError(problem or "the first process could not save the best model")
+
+
+def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
+    """Load what `publish_model` saved into `model`, in place: weights, and the thresholds of several labels.
+
+    Raises UserError when no evaluation of the run gave a finite number, so that none was saved.
+    """
+    if state.best_metric is None:
+        raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
+    inner = accelerator.unwrap_model(model)
+    restore_weights(inner, folder)
+    restore_thresholds(inner.config, folder)

@@ -1,0 +1,66 @@
+"""The block before the first step."""
+
+from typing import Any
+
+from accelerate import Accelerator
+
+from lib.config.train import TrainConfig
+from lib.data.labels.targets import label_lines
+from lib.data.load import Data
+from lib.model.load import Weights, describe_weights
+from lib.run.record import run_folder, run_name
+from lib.runtime.accelerator import describe_devices
+from lib.runtime.precision import describe_precision
+from lib.training.plan import Plan
+
+
+def introduce(accelerator: Accelerator, *run: Any) -> None:
+    """Print what `describe_run` says, on the main process."""
+    if accelerator.is_main_process:
+        print(describe_run(accelerator, *run), flush=True)
+
+
+def describe_run(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    data: Data,
+    plan: Plan,
+    settings: dict[str, Any],
+    weights: Weights,
+) -> str:
+    """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
+    trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
+    sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
+    rows = {
+        "run": f"{run_name(config)}  ({run_folder(config)})",
+        "devices": "; ".join(describe_devices(accelerator)),
+        "processes": f"{accelerator.num_processes}, {accelerator.distributed_type.value}",
+        "precision": f"{describe_precision(accelerator.mixed_precision)} (asked for: {config.mixed_precision})",
+        "batch": plan.sentence(),
+        "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
+        "data": f"{data.name}: {sizes}",
+        "labels": label_lines(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
+        "padding": describe_padding(config, settings),
+        "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
+    }
+    if config.model.config_overrides:
+        rows["changes"] = f"{' '.join(config.model.config_overrides)} (--config_overrides)"
+    if config.model.from_scratch:
+        rows["new weights"] = "all (--from_scratch)"
+    elif weights.new:
+        rows["new weights"] = f"{describe_weights(weights.new)} (not in the checkpoint, trained from scratch)"
+    if weights.dropped:
+        rows["left out"] = f"{describe_weights(weights.dropped)} (in the checkpoint, no part of this model)"
+    width = max(map(len, rows))
+    return "\n".join(
+        [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]
+    )
+
+
+def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:
+    """The share of padding in training, and what it would be with the other choices."""
+    shares = {name: settings[f"run/padding_{name}"] for name in ("group_by_length", "random", "pad_to_max_length")}
+    chosen = "pad_to_max_length" if config.data.pad_to_max_length else config.training.train_sampling_strategy
+    others = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != chosen)
+    evaluation = f"{settings['run/padding_evaluation']:.1%} in evaluation"
+    return f"{shares[chosen]:.1%} of the positions in training ({chosen}), {evaluation}; it would be: {others}"

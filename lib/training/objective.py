@@ -1,0 +1,85 @@
+"""What training minimises: a loss, and how much each sample counts."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lib.config.sections import CLASSIFICATION, words
+from lib.config.train import ObjectiveConfig
+from lib.data.load import Data
+from lib.errors import UserError
+from lib.model.losses import PLAIN, Loss, focal_loss, ordinal_loss, plain_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """A step minimises sum(weight * loss) / sum(weight) over all its samples.
+
+    `weights` holds a float32 for each sample of the train split; None: all count alike.
+    """
+
+    loss: Loss
+    weights: np.ndarray | None = None
+
+
+def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
+    """The loss to train with. Raises UserError when there is no such loss for the problem."""
+    if config.loss == "cross_entropy" and not config.label_smoothing_factor:
+        return PLAIN[problem_type]
+    if problem_type != CLASSIFICATION:
+        flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
+        raise UserError(f"{flag} is for data with one label of several, these are for {words(problem_type)}")
+    losses: dict[str, Loss] = {
+        "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
+        "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
+        "ordinal": ordinal_loss,
+    }
+    return losses[config.loss]
+
+
+def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
+    """Loss and sample weights for the train split; what a user should know of them is added to the notes of `data`.
+
+    Raises UserError when the settings do not fit the data.
+    """
+    loss = build_loss(config, data.problem_type)
+    if config.loss == "ordinal":
+        data.notes.append(f"ordinal loss: the classes are graded {' < '.join(data.label_names)}")
+    if not config.class_weights:
+        return Objective(loss)
+    if data.problem_type != CLASSIFICATION:
+        raise UserError(
+            f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
+        )
+    labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
+    weights = class_weights(config.class_weights, labels, data.label_names)
+    shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
+    data.notes.append(f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")
+    return Objective(loss, weights[labels].astype(np.float32))
+
+
+def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
+    """float64 (classes,): `balanced` is samples / (classes * samples of the class), as scikit-learn has it.
+
+    Otherwise `given` holds class=weight, by name or else by number; classes that are not named weigh 1. A class without
+    samples weighs 1. Raises UserError for a class that does not exist or is named twice.
+    """
+    weights = np.ones(len(label_names))
+    if list(given) == ["balanced"]:
+        from sklearn.utils.class_weight import compute_class_weight  # takes seconds to import
+
+        present = np.unique(labels)
+        weights[present] = compute_class_weight("balanced", classes=present, y=labels)
+        return weights
+    numbers = {str(number): number for number in range(len(label_names))}
+    numbers |= {name: number for number, name in enumerate(label_names)}
+    named = set()
+    for name, weight in (item.rsplit("=", 1) for item in given):
+        if name not in numbers or numbers[name] in named:
+            problem = "is named twice" if name in numbers else "is not among the classes"
+            raise UserError(f"--class_weights {name}={weight}: {name} {problem}: {', '.join(label_names[:20])}")
+        named.add(numbers[name])
+        weights[numbers[name]] = float(weight)
+    return weights
