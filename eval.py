@@ -20,7 +20,7 @@ from lib.data.load import load_data
 from lib.data.loader import build_collator
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
-from lib.evaluation.scores import check_metrics, default_metrics
+from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate_split
 from lib.model.adapters.adapt import load_classifier, tokenizer_source
 from lib.model.load import label_names, load_tokenizer
@@ -39,8 +39,7 @@ def main(config: EvalConfig) -> None:
     model = load_classifier(trained.source)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))
-    metrics = config.metrics or default_metrics(config.data, data.problem_type)
-    check_metrics(metrics, len(data.label_names), data.problem_type)
+    metrics = choose_metrics(config.metrics, config.data, data).names
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)

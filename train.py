@@ -60,7 +60,7 @@ def main(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer)
-    metrics, best_by = choose_metrics(config, data)
+    metrics = choose_metrics(config.metrics, config.data, data, training.metric_for_best_model)
 
     # Model, optimizer, schedule. The schedule is not prepared: it advances once per optimizer step, not per process.
     seed_everything(training.seed)
@@ -69,7 +69,7 @@ def main(config: TrainConfig) -> None:
     plan = build_plan(training, len(data.tokens["train"]), accelerator.num_processes)
     objective = build_objective(config.objective, data)
     optimizer = build_optimizer(model, config.optim, accelerator.device)
-    scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, best_by)
+    scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, metrics.best)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
 
     # The folder of the run, and the checkpoint in it to go on from.
@@ -82,9 +82,9 @@ def main(config: TrainConfig) -> None:
     checkpointer = Checkpointer(accelerator, folder, training, settings, model, optimizer, scheduler, state, interval)
     run_id = checkpointer.load(checkpoint)
     inputs, collate = cache_features(accelerator, model, config, data, collator)
-    evaluate = functools.partial(evaluate_split, accelerator, model, inputs, collator=collate, metrics=metrics)
+    evaluate = functools.partial(evaluate_split, accelerator, model, inputs, collator=collate, metrics=metrics.names)
     run_log = RunLog(accelerator, folder, tracking, state.last_logged, run_id)
-    run_log.start(settings, metrics)
+    run_log.start(settings, metrics.names)
 
     # Training. Signals and the time limit wait until all processes can save together.
     progress = Progress(accelerator, plan.total_steps, state)
@@ -108,22 +108,22 @@ def main(config: TrainConfig) -> None:
                     state.eval_batch_size = predictions.batch_size
                     progress.write(describe_scores(f"step {state.step}, validation:", scores))
                     values |= {f"eval/{name}": value for name, value in scores.items()}
-                    advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[best_by])
-                    if update_best(state, scores, best_by):
+                    advance_on_metric(scheduler, config.optim.lr_scheduler_type, scores[metrics.best])
+                    if update_best(state, scores, metrics.best):
                         publish_model(accelerator, model, tokenizer, folder / "model")
                 run_log.log(state.step, state.samples_seen, values)
                 interval.reset()
             state.pending = False
             if plan.is_save_step(state):
                 checkpointer.save(run_log.run_id)
-    progress.close(state.step, best_by)
+    progress.close(state.step, metrics.best)
 
     # Final test of the best model, and the report.
     restore_model(accelerator, model, folder / "model", state)
     scored = {split: evaluate(split, batch_size=state.eval_batch_size) for split in final_splits(data)}
     results = build_results(accelerator, config, state, settings, scored)
     run_log.finish(results, scored, data)
-    end_run(accelerator, folder, scored, metrics, data, settings, results)
+    end_run(accelerator, folder, scored, metrics.names, data, settings, results)
     finish(accelerator, model, optimizer)
 
 

@@ -147,15 +147,15 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
     """A Trainer as the note builds it, on what train.py would train."""
     tokenizer = load_tokenizer(config.model)
     data = load_data(config.data, tokenizer)
-    metrics, best_by = choose_metrics(config, data)
+    metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)
     seed_everything(config.training.seed)
     model, _ = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     plan = build_plan(config.training, len(data.tokens["train"]), 1)
-    arguments = arguments_of(config, plan, best_by)
+    arguments = arguments_of(config, plan, metrics.best)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
         scores: dict[str, float] = {}
-        for name in metrics:
+        for name in metrics.names:
             logits = prediction.predictions
             made = Predictions(logits, prediction.label_ids, np.zeros(len(logits)), problem_type=data.problem_type)
             scores |= compute_metric(name, made)

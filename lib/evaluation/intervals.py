@@ -8,7 +8,7 @@ import numpy as np
 
 from lib.config.sections import CLASSIFICATION
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scores import AVERAGED, METRICS, load_metric, metric_input, metric_settings
+from lib.evaluation.scores import AVERAGED, load_metric, metric_input, metric_settings
 from lib.evaluation.tables import confusion_matrix
 
 Interval = tuple[float, float]
@@ -30,8 +30,6 @@ def bootstrap_intervals(
     intervals = {"loss": percentiles(losses)}
     for name in metrics:
         module, settings = metric_settings(name, predictions.logits.shape[1], problem)
-        if not (METRICS / f"{module}.py").is_file():
-            continue
         values = (
             score_counts(module, draws, settings)
             if draws is not None

@@ -1,5 +1,6 @@
-"""Scores of predictions: which metrics there are, what each needs to know, and their values."""
+"""Metrics: which ones a run computes, which one chooses its model, and their values for given predictions."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,39 +8,78 @@ from typing import Any
 import numpy as np
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataConfig, words
-from lib.config.train import TrainConfig
 from lib.data.catalog import catalog_source
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
 
-USUAL_METRICS = {
+FOLDER = Path(__file__).parent / "metrics"
+"""The metrics: `evaluate` modules, one per file, loaded by path."""
+
+METRICS = {
+    CLASSIFICATION: ("accuracy", "cohen_kappa", "f1", "matthews_correlation", "precision", "recall"),
+    REGRESSION: ("mae", "mse", "pearson", "r2", "spearman"),
+    MULTI_LABEL: ("accuracy", "average_precision", "f1", "precision", "recall"),
+}
+"""The modules that fit each problem type. A module added to the folder and not listed here fits all of them."""
+
+DEFAULT_METRICS = {
     CLASSIFICATION: ("accuracy", "f1_macro"),
     REGRESSION: ("pearson", "spearman", "mse"),
     # The first one chooses the model: average precision needs no thresholds.
     MULTI_LABEL: ("average_precision", "f1_micro", "f1_macro"),
 }
 
-OWN_METRICS = {
-    CLASSIFICATION: ("accuracy", "cohen_kappa", "f1", "matthews_correlation", "precision", "recall"),
-    REGRESSION: ("mae", "mse", "pearson", "r2", "spearman"),
-    MULTI_LABEL: ("accuracy", "average_precision", "f1", "precision", "recall"),
-}
-"""Modules of lib/evaluation/metrics by the problem they are for; a module that is in no row is for all of them."""
+AVERAGED = ("f1", "precision", "recall")
+"""Modules with one value per class, averaged as the ending of the metric's name says: `f1_macro`."""
 
+AVERAGES = ("macro", "micro", "weighted", "samples")
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 
 
-METRICS = Path(__file__).parent / "metrics"
-AVERAGES = ("macro", "micro", "weighted", "samples")
-AVERAGED = ("f1", "precision", "recall")
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """What is computed on each split beside the loss."""
+
+    names: tuple[str, ...]
+    best: str
+    """The metric that chooses the model: one of `names`, or "loss"."""
+
+
+def choose_metrics(
+    names: tuple[str, ...] | None, config: DataConfig, data: Data, metric_for_best_model: str | None = None
+) -> Metrics:
+    """`names`, or by default those of the data set; the first chooses the model unless `metric_for_best_model` does.
+
+    Raises UserError for a metric that is unknown or does not fit the data, and for a `metric_for_best_model` that is
+    not computed.
+    """
+    names = names or default_metrics(config, data.problem_type)
+    check_metrics(names, len(data.label_names), data.problem_type)
+    best = (metric_for_best_model or names[0]).removeprefix("eval/").removeprefix("eval_")
+    if best not in (*names, "loss"):
+        listed = ", ".join(names)
+        raise UserError(f"--metric_for_best_model {metric_for_best_model} is not among the metrics: {listed}, loss")
+    return Metrics(names, best)
+
+
+def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
+    source = catalog_source(config)
+    return source.metrics if source and problem_type == CLASSIFICATION else DEFAULT_METRICS[problem_type]
+
+
+def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSIFICATION) -> None:
+    """Raise UserError for a metric that is unknown or does not fit the problem type or the number of outputs."""
+    known, fitting = {module for modules in METRICS.values() for module in modules}, METRICS[problem_type]
+    for name in names:
+        module, _ = split_average(name)
+        if module in known.difference(fitting):
+            raise UserError(f"--metrics {name} is not for {words(problem_type)}; use some of {', '.join(fitting)}")
+        metric_path(metric_settings(name, outputs, problem_type)[0])
 
 
 def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
-    """`loss` (mean over samples) and each metric of `names`, through the `evaluate` interface.
-
-    Raises UserError for a metric that is not one of ours.
-    """
+    """`loss`, the mean over samples, and each metric of `names`. Raises UserError for an unknown metric."""
     scores = {"loss": float(predictions.losses.astype(np.float64).mean())}
     for name in names:
         scores |= compute_metric(name, predictions)
@@ -47,7 +87,7 @@ def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str,
 
 
 def compute_metric(name: str, predictions: Predictions) -> dict[str, float]:
-    """A metric by its name; a module may give several values."""
+    """The values of a metric by name: one, or several where its module returns several; NaN if predictions are not finite."""
     module, settings = metric_settings(name, predictions.logits.shape[1], predictions.problem_type)
     given = metric_input(module, predictions)
     if not np.isfinite(given).all():
@@ -58,17 +98,17 @@ def compute_metric(name: str, predictions: Predictions) -> dict[str, float]:
 
 
 def metric_input(module: str, predictions: Predictions) -> np.ndarray:
-    """What a metric compares with the labels: probabilities where it looks at their order, else what was predicted."""
+    """What the module compares with the labels: probabilities for average precision, else what was predicted."""
     return predictions.probabilities if module == "average_precision" else predictions.predicted
 
 
 def metric_settings(name: str, outputs: int, problem_type: str = CLASSIFICATION) -> tuple[str, dict[str, Any]]:
-    """Module and settings of a metric: `f1_macro` is f1 averaged over all classes, `f1` that of class 1 of two.
+    """The module of a metric and the keyword arguments for its `compute`.
 
-    Raises UserError for f1, precision or recall of more than two classes without a way to average.
+    `f1_macro` is F1 averaged over all classes, `f1` that of class 1 of two. Raises UserError for f1, precision or
+    recall of more than two classes without an average.
     """
-    module, _, average = name.rpartition("_")
-    module, average = (module, average) if average in AVERAGES else (name, "")
+    module, average = split_average(name)
     if module == "average_precision":
         return module, {"average": average or "macro"}
     if module not in AVERAGED:
@@ -84,51 +124,26 @@ def metric_settings(name: str, outputs: int, problem_type: str = CLASSIFICATION)
     return module, {"average": "binary"}
 
 
-def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSIFICATION) -> None:
-    """Raise UserError for a metric that cannot be computed, before a run depends on it."""
-    fitting = OWN_METRICS[problem_type]
-    for name in names:
-        module = next((own for own in sorted(every_own()) if name in (own, *(f"{own}_{a}" for a in AVERAGES))), name)
-        if module in every_own() - {*fitting}:
-            raise UserError(f"--metrics {name} is not for {words(problem_type)}; use some of {', '.join(fitting)}")
-        module, _ = metric_settings(name, outputs, problem_type)
-        if not (METRICS / f"{module}.py").is_file():
-            load_metric(module)
-
-
-def every_own() -> set[str]:
-    return {name for names in OWN_METRICS.values() for name in names}
+def split_average(name: str) -> tuple[str, str]:
+    """(module, average) of a metric's name; the average is empty where the name ends with none."""
+    module, _, average = name.rpartition("_")
+    return (module, average) if average in AVERAGES else (name, "")
 
 
 def load_metric(module: str, problem_type: str = CLASSIFICATION) -> Any:
-    """An `evaluate` module of ours, by its path. Raises UserError for others: one of the Hub is a program, run unseen."""
-    ours = sorted(path.stem for path in METRICS.glob("[!_]*.py"))
-    if module not in ours:
-        raise UserError(
-            f"--metrics {module}: not one of ours ({', '.join(ours)}). Metrics of the Hub are programs and are not run; "
-            f"read the one you mean, and put it into lib/evaluation/metrics as {module}.py"
-        )
+    """The `evaluate` module of that name. Raises UserError if it is not in the folder."""
+    path = metric_path(module)
     import evaluate  # takes seconds to import
 
-    form = "multilabel" if problem_type == MULTI_LABEL else None
-    return evaluate.load(str(METRICS / f"{module}.py"), form, keep_in_memory=True)
+    return evaluate.load(str(path), "multilabel" if problem_type == MULTI_LABEL else None, keep_in_memory=True)
 
 
-def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
-    source = catalog_source(config)
-    return source.metrics if source and problem_type == CLASSIFICATION else USUAL_METRICS[problem_type]
-
-
-def best_metric(wanted: str | None, metrics: Sequence[str]) -> str:
-    """The metric that chooses the model; raises UserError when it is not computed."""
-    name = (wanted or metrics[0]).removeprefix("eval/").removeprefix("eval_")
-    if name not in (*metrics, "loss"):
-        raise UserError(f"--metric_for_best_model {wanted} is not among the metrics: {', '.join(metrics)}, loss")
-    return name
-
-
-def choose_metrics(config: TrainConfig, data: Data) -> tuple[tuple[str, ...], str]:
-    """The metrics to compute, and the one that chooses the model; raises UserError when they cannot be computed."""
-    metrics = config.metrics or default_metrics(config.data, data.problem_type)
-    check_metrics(metrics, len(data.label_names), data.problem_type)
-    return metrics, best_metric(config.training.metric_for_best_model, metrics)
+def metric_path(module: str) -> Path:
+    """The file of a module. Raises UserError if it is not in the folder: a metric of the Hub is remote code."""
+    ours = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+    if module not in ours:
+        raise UserError(
+            f"--metrics {module}: not one of ours ({', '.join(ours)}). Metrics of the Hub are remote code and are not run; "
+            f"read the one you mean, and put it into lib/evaluation/metrics as {module}.py"
+        )
+    return FOLDER / f"{module}.py"

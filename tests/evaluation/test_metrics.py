@@ -14,7 +14,7 @@ from scipy import stats
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scores import METRICS, OWN_METRICS, USUAL_METRICS, check_metrics, compute_metrics
+from lib.evaluation.scores import DEFAULT_METRICS, FOLDER, METRICS, check_metrics, compute_metrics
 
 MULTICLASS: dict[str, Callable[..., float]] = {
     "accuracy": sk.accuracy_score,
@@ -95,9 +95,9 @@ def test_metric_of_two_classes_is_that_of_class_1(name: str) -> None:
 
 
 def test_every_metric_module_is_covered_here_and_has_its_problems() -> None:
-    modules = {path.stem for path in METRICS.glob("[!_]*.py")}
+    modules = {path.stem for path in FOLDER.glob("[!_]*.py")}
     assert modules == {*MULTICLASS, *AVERAGED, *NUMBERS, "average_precision"}
-    assert modules == {name for names in OWN_METRICS.values() for name in names}
+    assert modules == {name for names in METRICS.values() for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------- numbers
@@ -187,7 +187,7 @@ def test_accuracy_of_several_labels_asks_for_all_of_them() -> None:
     ],
 )
 def test_a_metric_of_another_problem_is_refused_with_those_that_fit(name: str, problem: str) -> None:
-    with pytest.raises(UserError, match=f"--metrics {name} is not for .*; use some of {OWN_METRICS[problem][0]}, "):
+    with pytest.raises(UserError, match=f"--metrics {name} is not for .*; use some of {METRICS[problem][0]}, "):
         check_metrics([name], 1 if problem == REGRESSION else 3, problem)
 
 
@@ -195,7 +195,7 @@ def test_a_metric_of_another_problem_is_refused_with_those_that_fit(name: str, p
 def test_predictions_that_are_not_finite_have_no_score_and_no_traceback(make: Callable[..., Predictions]) -> None:
     broken = make(9)
     broken.logits[0] = np.nan
-    for name in USUAL_METRICS[broken.problem_type]:
+    for name in DEFAULT_METRICS[broken.problem_type]:
         if make is number_predictions or name == "average_precision":
             assert np.isnan(score(broken, name))
 
