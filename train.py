@@ -75,7 +75,7 @@ def main(config: TrainConfig) -> None:
     # The folder of the run, and the checkpoint in it to go on from.
     settings = run.run_settings(accelerator, config, data, model, collator)
     checkpoint = open_run(accelerator, config, folder, settings)
-    introduce(accelerator, config, data, plan, settings, weights)
+    introduce(accelerator, config, data, plan, settings, weights, objective.notes)
     model, optimizer = accelerator.prepare(model, optimizer)
     state = State(eval_batch_size=training.per_device_eval_batch_size)
     interval = Interval(accelerator, lambda step, rate: explain_not_finite(step, rate, plan, config, data))

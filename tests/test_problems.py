@@ -257,7 +257,7 @@ def test_only_the_split_that_tunes_changes_the_thresholds(roberta: Path) -> None
     lengths = np.array(list(map(len, ids)))
     other = tokens.remove_columns("labels").add_column("labels", [[1 - cell for cell in row] for row in labels])
     splits, sizes = {"validation": tokens, "test": other}, {"validation": lengths, "test": lengths}
-    data = Data("", {}, splits, sizes, LABELS, (), [], MULTI_LABEL)
+    data = Data("", {}, splits, sizes, LABELS, (), (), MULTI_LABEL)
     collator = build_collator(tokenizer, "no", torch.device("cpu"))
 
     def score(split: str, tune: bool = False) -> Any:

@@ -38,7 +38,7 @@ class Data:
     lengths: dict[str, np.ndarray]
     label_names: list[str]
     text_columns: tuple[str, ...]
-    notes: list[str]
+    notes: tuple[str, ...]
     problem_type: str = CLASSIFICATION
     """As in a transformers configuration."""
     max_length: int = 0
@@ -105,7 +105,7 @@ def load_data(
         lengths={split: np.asarray(dataset["length"][:], dtype=np.int64) for split, dataset in tokens.items()},
         label_names=names,
         text_columns=tuple(text_columns),
-        notes=notes,
+        notes=tuple(notes),
         max_length=windows.max_length if windows else limit,
         pad_to_max_length=config.pad_to_max_length,
         problem_type=problem,

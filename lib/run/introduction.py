@@ -1,5 +1,6 @@
 """The block before the first step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from accelerate import Accelerator
@@ -27,6 +28,7 @@ def describe_run(
     plan: Plan,
     settings: dict[str, Any],
     weights: Weights,
+    notes: Sequence[str],
 ) -> str:
     """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
@@ -53,7 +55,7 @@ def describe_run(
         rows["left out"] = f"{describe_weights(weights.dropped)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
     return "\n".join(
-        [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in data.notes)]
+        [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in [*data.notes, *notes])]
     )
 
 

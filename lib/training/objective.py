@@ -17,11 +17,12 @@ from lib.model.losses import PLAIN, Loss, focal_loss, ordinal_loss, plain_cross_
 class Objective:
     """A step minimises sum(weight * loss) / sum(weight) over all its samples.
 
-    `weights` holds a float32 for each sample of the train split; None: all count alike.
+    `weights` holds a float32 for each sample of the train split; None: all count alike. `notes` are sentences for the log.
     """
 
     loss: Loss
     weights: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
@@ -40,15 +41,16 @@ def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
 
 
 def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
-    """Loss and sample weights for the train split; what a user should know of them is added to the notes of `data`.
+    """Loss and sample weights for the train split.
 
     Raises UserError when the settings do not fit the data.
     """
     loss = build_loss(config, data.problem_type)
+    notes: tuple[str, ...] = ()
     if config.loss == "ordinal":
-        data.notes.append(f"ordinal loss: the classes are graded {' < '.join(data.label_names)}")
+        notes = (f"ordinal loss: the classes are graded {' < '.join(data.label_names)}",)
     if not config.class_weights:
-        return Objective(loss)
+        return Objective(loss, notes=notes)
     if data.problem_type != CLASSIFICATION:
         raise UserError(
             f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
@@ -56,8 +58,8 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
     labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
     weights = class_weights(config.class_weights, labels, data.label_names)
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
-    data.notes.append(f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")
-    return Objective(loss, weights[labels].astype(np.float32))
+    notes = (*notes, f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")
+    return Objective(loss, weights[labels].astype(np.float32), notes)
 
 
 def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:

@@ -218,7 +218,7 @@ def test_less_than_a_twentieth_of_training_is_padding(movie_review_lengths: np.n
 
 def test_texts_padded_to_a_fixed_length_take_as_many_positions_each() -> None:
     lengths = {"test": np.array([3, 8, 9, 20])}
-    data = Data("x", {}, {}, lengths, [], ("text",), [], max_length=8, pad_to_max_length=True)
+    data = Data("x", {}, {}, lengths, [], ("text",), (), max_length=8, pad_to_max_length=True)
     assert data.positions("test").tolist() == [8, 8, 16, 24]  # of the longer ones, two and three windows
     assert dataclasses.replace(data, pad_to_max_length=False).positions("test").tolist() == [3, 8, 9, 20]
 
@@ -320,7 +320,7 @@ def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_worker
 def test_the_share_of_padding_of_each_choice_by_hand() -> None:
     """Two steps of two samples: like lengths together waste nothing; 1 - mean / max_length is what fixed shapes cost."""
     lengths = np.array([4, 8, 4, 8])
-    data = Data("", {}, {}, {"train": lengths}, [], ("text",), [], max_length=16)
+    data = Data("", {}, {}, {"train": lengths}, [], ("text",), (), max_length=16)
     shares = padding_shares(TrainingConfig(train_batch_size=2, seed=0), data)
     (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
     by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())

@@ -199,7 +199,7 @@ def test_confident_errors_are_limited_to_the_surest() -> None:
 
 
 def report(folder: Path, predictions: Predictions, **columns: list[str]) -> str:
-    data = Data("made up", {"test": Dataset.from_dict(columns)}, {}, {}, NAMES, tuple(columns), [])
+    data = Data("made up", {"test": Dataset.from_dict(columns)}, {}, {}, NAMES, tuple(columns), ())
     scores = compute_metrics(predictions, METRICS)
     return write_report(folder, "test", scores, METRICS, predictions, data, resamples=50)
 
@@ -242,7 +242,7 @@ def refuse_constant(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_report_with_a_score_that_is_not_defined_is_strict_json(tmp_path: Path) -> None:
-    data = Data("made up", {"test": Dataset.from_dict({"text": ["x", "y"]})}, {}, {}, NAMES[:2], ("text",), [])
+    data = Data("made up", {"test": Dataset.from_dict({"text": ["x", "y"]})}, {}, {}, NAMES[:2], ("text",), ())
     predictions = from_probabilities([[0.9, 0.1], [0.8, 0.2]], [0, 0])
     write_report(
         tmp_path,
@@ -262,7 +262,7 @@ def test_report_with_a_score_that_is_not_defined_is_strict_json(tmp_path: Path) 
 def test_confusion_matrix_is_drawn_as_png(tmp_path: Path, classes: int) -> None:
     predictions = random_predictions(100, classes=classes)
     names = [f"class {index}" for index in range(classes)]
-    data = Data("x", {"test": Dataset.from_dict({"text": ["t"] * 100})}, {}, {}, names, ("text",), [])
+    data = Data("x", {"test": Dataset.from_dict({"text": ["t"] * 100})}, {}, {}, names, ("text",), ())
     write_report(tmp_path, "test", {}, [], predictions, data, resamples=5)
     assert (tmp_path / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 

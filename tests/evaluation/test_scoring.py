@@ -136,7 +136,7 @@ def test_fixed_shapes_do_not_change_predictions(accelerator: Accelerator, parts:
 def test_evaluate_split_scores_the_split_asked_for(accelerator: Accelerator, parts: tuple) -> None:
     model, tokens, lengths, collator = parts
     half = {"validation": tokens.select(range(4)), "test": tokens}
-    data = Data("made up", {}, half, {"validation": lengths[:4], "test": lengths}, NAMES, ("text",), [])
+    data = Data("made up", {}, half, {"validation": lengths[:4], "test": lengths}, NAMES, ("text",), ())
     scores, predictions = evaluate_split(accelerator, model, data, "validation", collator, 3, ["accuracy"])
     assert len(predictions.labels) == 4
     assert scores["accuracy"] == (predictions.predicted == predictions.labels).mean()

@@ -137,9 +137,9 @@ def test_losses_of_a_sample_do_not_depend_on_its_batch(name: str) -> None:
 LABELS = np.array([0] * 7 + [1] * 2 + [2] * 1)
 
 
-def made_up(labels: np.ndarray, names: list[str] = NAMES, notes: list[str] | None = None) -> Data:
+def made_up(labels: np.ndarray, names: list[str] = NAMES) -> Data:
     train = Dataset.from_dict({"labels": labels.tolist()})
-    return Data("", {}, {"train": train}, {}, names, ("text",), [] if notes is None else notes)
+    return Data("", {}, {"train": train}, {}, names, ("text",), ())
 
 
 def test_balanced_weights_are_those_of_scikit_learn() -> None:
@@ -182,9 +182,11 @@ def test_weights_of_unknown_classes_are_refused(given: list[str], message: str) 
 
 
 def test_weights_and_the_order_of_grades_are_told() -> None:
-    notes: list[str] = []
-    build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), made_up(LABELS, notes=notes))
-    assert notes == ["ordinal loss: the classes are graded bad < good < mixed", "class weights: bad 1, good 2, mixed 1"]
+    objective = build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), made_up(LABELS))
+    assert objective.notes == (
+        "ordinal loss: the classes are graded bad < good < mixed",
+        "class weights: bad 1, good 2, mixed 1",
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from tests.conftest import ROOT, read_lines
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
 PREDICTIONS = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]), np.zeros(2, dtype=np.float32))
 SCORED = {"test": ({"accuracy": 1.0}, PREDICTIONS)}
-DATA = Data("x", {"test": Dataset.from_dict({"text": ["a", "b"]})}, {}, {}, ["bad", "good"], ("text",), [])
+DATA = Data("x", {"test": Dataset.from_dict({"text": ["a", "b"]})}, {}, {}, ["bad", "good"], ("text",), ())
 RESULTS = {"test/accuracy": 1.0, "steps": 3, "samples_seen": 24}
 
 
