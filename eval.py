@@ -14,21 +14,20 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     CONFIG = parse_cli(EvalConfig)
     fetch(model_needs(CONFIG.source) + data_needs(CONFIG.data), CONFIG.hub)
 
-import lib.runtime.startup  # noqa: F401 - before what imports transformers
+from lib.runtime.startup import run_script  # imports the heavy libraries, without what is not used
+
+# isort: split
 from lib.data.labels.targets import model_problem
 from lib.data.load import load_data
-from lib.data.loader import build_collator
-from lib.evaluation.plots import FILES
-from lib.evaluation.report import write_report
+from lib.data.loader import Batches, build_collator
 from lib.evaluation.scores import choose_metrics
-from lib.evaluation.scoring import evaluate_split
+from lib.evaluation.scoring import evaluate
 from lib.model.adapters.adapt import load_classifier, tokenizer_source
 from lib.model.load import label_names, load_tokenizer
-from lib.run.finished import eval_folder, find_scored_model
-from lib.run.results import build_eval_results, write_results
+from lib.run.finished import find_scored_model
+from lib.run.results import report_evaluation
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import finish
-from lib.runtime.startup import run_script
 
 
 def main(config: EvalConfig) -> None:
@@ -39,25 +38,14 @@ def main(config: EvalConfig) -> None:
     model = load_classifier(trained.source)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))
-    metrics = choose_metrics(config.metrics, config.data, data).names
+    metrics = choose_metrics(config.metrics, config.data, data)
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
-    scores, predictions = evaluate_split(
-        accelerator, model, data, config.split, collator, config.per_device_eval_batch_size, metrics
-    )
+    split, batch_size = Batches(data, collator).split(config.split), config.per_device_eval_batch_size
+    scored = evaluate(accelerator, model, split, metrics.names, batch_size)
     if accelerator.is_main_process:
-        folder = eval_folder(config)
-        for note in data.notes:
-            print(f"- {note}")
-        print(
-            write_report(
-                folder, config.split, scores, metrics, predictions, data, config.bootstrap_samples, config.seed
-            )
-        )
-        results = build_eval_results(accelerator, config, data, scores, predictions.seconds)
-        print(f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}")
-        print(write_results(folder, results), flush=True)
+        print(report_evaluation(accelerator, config, data, metrics, scored), flush=True)
     finish(accelerator, model)
 
 

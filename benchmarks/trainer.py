@@ -29,7 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 from benchmarks.measuring import Measures  # noqa: E402
 from lib.config.cli import parse_cli  # noqa: E402
 from lib.config.train import TrainConfig  # noqa: E402
-from lib.data.batching import epoch_batches, micro_batches  # noqa: E402
+from lib.data.batching import micro_batches  # noqa: E402
 from lib.data.load import Data, load_data  # noqa: E402
 from lib.data.loader import build_collator  # noqa: E402
 from lib.evaluation.predictions import Predictions  # noqa: E402
@@ -39,7 +39,7 @@ from lib.run import record as run  # noqa: E402
 from lib.runtime.precision import resolve_precision, uses_gpu  # noqa: E402
 from lib.runtime.seeds import seed_everything  # noqa: E402
 from lib.training.optimizer import warmup_steps  # noqa: E402
-from lib.training.plan import Plan, build_plan  # noqa: E402
+from lib.training.plan import Plan  # noqa: E402
 
 
 class Watch(TrainerCallback):
@@ -64,20 +64,20 @@ class Watch(TrainerCallback):
 class OurBatches:
     """The batches of train.py as indices, epoch after epoch: one more with each iteration."""
 
-    def __init__(self, plan: Plan, config: TrainConfig, data: Data) -> None:
-        self.plan, self.training, self.lengths, self.epoch = plan, config.training, data.lengths["train"], 0
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.epoch = plan, 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        seed, strategy = self.training.seed, self.training.train_sampling_strategy
-        batches = epoch_batches(self.lengths, self.plan.train_batch_size, seed, self.epoch, strategy)
+        batches = self.plan.epoch(self.epoch)
         self.epoch += 1
         for batch in batches:
             yield from (piece.tolist() for piece in micro_batches(batch, self.plan.micro_batch_size))
 
     def __len__(self) -> int:
-        full, rest = divmod(self.plan.num_samples, self.plan.train_batch_size)
+        batch_size = self.plan.config.train_batch_size
+        full, rest = divmod(len(self.plan.lengths), batch_size)
         pieces = lambda size: -(-size // self.plan.micro_batch_size)  # noqa: E731
-        return full * pieces(self.plan.train_batch_size) + pieces(rest)
+        return full * pieces(batch_size) + pieces(rest)
 
 
 class RecordingTrainer(Trainer):
@@ -115,7 +115,7 @@ def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArgum
     return TrainingArguments(
         output_dir=str(run.run_folder(config)) + "-trainer",
         per_device_train_batch_size=plan.micro_batch_size,
-        gradient_accumulation_steps=-(-plan.train_batch_size // plan.micro_batch_size),
+        gradient_accumulation_steps=-(-config.training.train_batch_size // plan.micro_batch_size),
         per_device_eval_batch_size=training.per_device_eval_batch_size,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
@@ -150,7 +150,7 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
     metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)
     seed_everything(config.training.seed)
     model, _ = build_model(config.model, data.label_names, tokenizer, data.problem_type)
-    plan = build_plan(config.training, len(data.tokens["train"]), 1)
+    plan = Plan(config.training, data.lengths["train"], metrics.best)
     arguments = arguments_of(config, plan, metrics.best)
 
     def compute_metrics(prediction: Any) -> dict[str, float]:
@@ -169,7 +169,7 @@ def build_trainer(config: TrainConfig, our_order: bool = False) -> tuple[Recordi
         data_collator=build_collator(tokenizer, config.mixed_precision, arguments.device),
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        batches=OurBatches(plan, config, data) if our_order else None,
+        batches=OurBatches(plan) if our_order else None,
     )
     return trainer, data
 

@@ -310,7 +310,7 @@ def frozen(lab: Laboratory, rank: int) -> str:
     run = lab.start(lab.new(), {"do": "freeze", "rank": rank, "step": 4}, 2, "--ddp_timeout", 6)
     code = run.wait()
     named = f"process {rank} (" in run.text() and "step 4, " in run.text() and "frozen or dead" in run.text()
-    stacks = "optimizer_step" in run.text()
+    stacks = "train_step" in run.text()
     return (
         f"{'ends' if code else 'goes on'}, {'named' if named else 'not named'}, {'stacks' if stacks else 'no stacks'}"
     )

@@ -19,8 +19,8 @@ from lib.config.cli import parse_cli
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelConfig
 from lib.config.train import TrainConfig
 from lib.data.load import Data
-from lib.data.loader import build_collator
-from lib.evaluation.scoring import evaluate_split
+from lib.data.loader import Batches, build_collator
+from lib.evaluation.scoring import evaluate
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences
@@ -222,7 +222,7 @@ def test_the_mean_of_our_losses_is_that_of_transformers(roberta_without_dropout:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "finish", lambda *_: None)
+    monkeypatch.setattr("lib.run.run.finish", lambda *_: None)
 
 
 @pytest.mark.usefixtures("in_process")
@@ -261,8 +261,8 @@ def test_only_the_split_that_tunes_changes_the_thresholds(roberta: Path) -> None
     collator = build_collator(tokenizer, "no", torch.device("cpu"))
 
     def score(split: str, tune: bool = False) -> Any:
-        scored = evaluate_split(Accelerator(cpu=True), model, data, split, collator, 8, [], tune)
-        return scored[1].thresholds
+        batches = Batches(data, collator)
+        return evaluate(Accelerator(cpu=True), model, batches.split(split), [], 8, tune).predictions.thresholds
 
     assert score("test") is None
     tuned = score("validation", tune=True)

@@ -1,4 +1,4 @@
-"""Batches as padded tensors: the window of each optimizer step, cut into micro-batches."""
+"""Batches as padded tensors: of every optimizer step in training, of every split in evaluation."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -9,26 +9,136 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from lib.data.batching import Indices, micro_batches, rank_slice
+from lib.data.batching import Indices, micro_batches, rank_slice, sort_by_length
+from lib.data.load import Data
 from lib.runtime.signals import quiet_worker
 
-Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
+Tensors = dict[str, torch.Tensor]
+Collator = Callable[[list[dict[str, Any]]], Tensors]
 
-PER_SAMPLE = ("labels", "sample_weight", "num_windows")
-"""What a batch holds once a sample; all else it holds once a window, of which a long text may have several."""
+PER_SAMPLE = ("labels", "num_windows")
+"""Columns with one value per sample; all others have one per window, of which a long text may have several."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Window:
+class MicroBatch:
+    """The samples of one forward.
+
+    `inputs` is what `compute_logits` takes, `labels` has a row per sample, `weights` (samples,) holds a float32 for
+    each, 0.0 for a stand-in sample.
+    """
+
+    inputs: Tensors
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def build(cls, tensors: Tensors, weights: torch.Tensor) -> "MicroBatch":
+        """Of what a collator made."""
+        return cls({n: tensor for n, tensor in tensors.items() if n != "labels"}, tensors["labels"], weights)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        labels, weights = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.weights))
+        return MicroBatch(to_device(self.inputs, device), labels, weights)
+
+    def split(self, size: int) -> list["MicroBatch"]:
+        """The same samples in pieces of at most `size`."""
+        counts = self.inputs.get("num_windows", torch.ones(len(self), dtype=torch.int64))
+        windows = [int(piece.sum()) for piece in counts.split(size)]
+        cuts = {n: tensor.split(size if n in PER_SAMPLE else windows) for n, tensor in self.inputs.items()}
+        pieces = [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
+        return list(map(MicroBatch, pieces, self.labels.split(size), self.weights.split(size)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
     """All that one process computes for one optimizer step.
 
-    `micro_batches` holds padded tensors and, under `sample_weight`, the weight of each sample, 0.0 for a stand-in;
     `num_samples` counts the samples of the step over all processes, `weight` is the sum of their weights.
     """
 
-    micro_batches: list[dict[str, torch.Tensor]]
+    micro_batches: list[MicroBatch]
     num_samples: int
     weight: float
+
+    def pieces(self, size: int | None) -> list[MicroBatch]:
+        """The micro-batches, cut to at most `size` samples where a size is given."""
+        if size is None:
+            return self.micro_batches
+        return [piece for micro_batch in self.micro_batches for piece in micro_batch.split(size)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The part of each batch that one process computes, in micro-batches of at most `micro_batch_size` samples."""
+
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, batch: Indices) -> list[Indices]:
+        return micro_batches(rank_slice(batch, self.rank, self.world_size), self.micro_batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split as evaluation reads it: `tokens` with a column `labels`, and the positions each text takes in a batch."""
+
+    name: str
+    tokens: Any
+    positions: np.ndarray
+    collator: Collator
+    num_outputs: int
+    problem_type: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Data and collator; `weights` holds a float32 for each training sample, None: all weigh 1."""
+
+    data: Data
+    collator: Collator
+    weights: np.ndarray | None = None
+
+    def split(self, name: str) -> Split:
+        data = self.data
+        outputs = len(data.label_names)
+        return Split(name, data.tokens[name], data.positions(name), self.collator, outputs, data.problem_type)
+
+    def longest(self, size: int) -> StepBatch:
+        """The `size` longest training samples as one micro-batch, on every process; all weigh 1."""
+        lengths = self.data.lengths["train"]
+        indices = sort_by_length(np.arange(len(lengths)), lengths)[::-1][:size]
+        tensors = next(iter(build_loader(self.data.tokens["train"], [indices], self.collator)))
+        return StepBatch([MicroBatch.build(tensors, torch.ones(len(indices)))], len(indices), float(len(indices)))
+
+    def steps(self, batches: Sequence[Indices], share: Share, num_workers: int = 0) -> Iterator[StepBatch]:
+        """A StepBatch for each global batch of training samples, holding the share of this process.
+
+        A process whose share is empty gets the first sample of the batch with weight 0: it must still run forward and
+        backward, because the other processes wait for its gradients.
+        """
+        tokens = self.data.tokens["train"]
+        shares = [share.of(batch) for batch in batches]
+        pieces = [
+            part if len(part) else batch[:1] for batch, parts in zip(batches, shares, strict=True) for part in parts
+        ]
+        loader = iter(build_loader(tokens, pieces, self.collator, num_workers))
+        weights = np.ones(len(tokens), dtype=np.float32) if self.weights is None else self.weights
+        for batch, parts in zip(batches, shares, strict=True):
+            made = [
+                MicroBatch.build(next(loader), torch.from_numpy(weights[part]) if len(part) else torch.zeros(1))
+                for part in parts
+            ]
+            yield StepBatch(made, len(batch), float(weights[batch].sum(dtype=np.float64)))
+
+
+def to_device(tensors: Tensors, device: torch.device) -> Tensors:
+    """What the model reads on its device. The counts of windows stay on the CPU, so that nothing waits for the device."""
+    return {n: t if n == "num_windows" else t.to(device, non_blocking=True) for n, t in tensors.items()}
 
 
 class WindowCollator(DataCollatorWithPadding):
@@ -41,8 +151,7 @@ class WindowCollator(DataCollatorWithPadding):
         rows = [{name: sample[name][i] for name in names} for sample in features for i in range(sample["num_windows"])]
         batch = super().__call__(rows)
         for name in PER_SAMPLE:
-            if name in features[0]:
-                batch[name] = torch.tensor([sample[name] for sample in features])
+            batch[name] = torch.tensor([sample[name] for sample in features])
         return batch
 
 
@@ -72,45 +181,3 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def split_micro_batches(window: Window, size: int | None) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches of `window`, cut to at most `size` samples where memory was too short for more."""
-    if size is None:
-        return window.micro_batches
-    pieces = []
-    for micro_batch in window.micro_batches:
-        counts = micro_batch.get("num_windows", torch.ones(len(micro_batch["labels"]), dtype=torch.int64))
-        windows = [int(piece.sum()) for piece in counts.split(size)]
-        cuts = {n: tensor.split(size if n in PER_SAMPLE else windows) for n, tensor in micro_batch.items()}
-        pieces += [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
-    return pieces
-
-
-def training_windows(
-    dataset: Any,
-    batches: Sequence[Indices],
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    collator: Collator,
-    num_workers: int = 0,
-    weights: np.ndarray | None = None,
-) -> Iterator[Window]:
-    """One window per global batch of `batches`, holding the slice of this process.
-
-    `weights` holds a float32 for each sample of `dataset`; None: all weigh 1. Every process knows those of the whole step.
-    A process whose slice is empty gets the first sample of the batch with weight 0: it must still run forward and
-    backward, because the other processes wait for its gradients.
-    """
-    plans = [micro_batches(rank_slice(batch, rank, world_size), micro_batch_size) for batch in batches]
-    pieces = [piece if len(piece) else batch[:1] for batch, plan in zip(batches, plans, strict=True) for piece in plan]
-    loader = iter(build_loader(dataset, pieces, collator, num_workers))
-    weights = np.ones(len(dataset), dtype=np.float32) if weights is None else weights
-    for batch, plan in zip(batches, plans, strict=True):
-        window = []
-        for piece in plan:
-            tensors = next(loader)
-            tensors["sample_weight"] = torch.from_numpy(weights[piece]) if len(piece) else torch.zeros(1)
-            window.append(tensors)
-        yield Window(window, len(batch), float(weights[batch].sum(dtype=np.float64)))

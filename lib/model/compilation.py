@@ -1,7 +1,6 @@
 """torch.compile for the layers that are trained, opt-in: one program for all of them, whatever the shape of a batch."""
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
@@ -12,7 +11,7 @@ PROGRAMS = 32
 for a single text and for more, and for each kind of layer; past this number it runs uncompiled."""
 
 
-def compile_layers(model: nn.Module, wanted: bool, accelerator: Accelerator) -> nn.Module:
+def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.Module:
     """Compile the trained layers of `model` in place, if `wanted`; names of weights stay as they are.
 
     The work is done in the first forward and backward. Layers are compiled, not the model: as they are alike, one program
@@ -27,7 +26,7 @@ def compile_layers(model: nn.Module, wanted: bool, accelerator: Accelerator) -> 
     if not layers:
         raise UserError("--compile is for the layers of the model, none of which is trained here; leave it out")
     set_up_compiler()
-    check_compiler(accelerator.device.type)
+    check_compiler(device.type)
     for layer in layers:
         layer.compile(dynamic=True)
     return model

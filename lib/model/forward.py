@@ -4,15 +4,14 @@ import torch
 from torch import nn
 
 
-def compute_logits(model: nn.Module, batch: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
-    """float32 (samples, outputs): the model's logits, or where `batch` has `num_windows` their mean over each text.
+def compute_logits(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """float32 (samples, outputs): the model's logits, or where `inputs` has `num_windows` their mean over each text.
 
-    The counts stay where they are, on the CPU, so that nothing waits for the device; sums over contiguous rows do not
-    depend on the order in which a GPU works.
+    `inputs` lie on the model's device, the counts of windows on the CPU. Means of contiguous rows do not depend on the
+    order in which a GPU works.
     """
-    counts = batch.get("num_windows")
-    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items() if name != "num_windows"}
-    logits = model(**inputs).logits.float()
+    counts = inputs.get("num_windows")
+    logits = model(**{name: tensor for name, tensor in inputs.items() if name != "num_windows"}).logits.float()
     return logits if counts is None else pool_logits(logits, counts.tolist())
 
 

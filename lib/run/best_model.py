@@ -1,6 +1,5 @@
 """The best model so far: which it is, published whole, loaded again for the final test."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,32 +8,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
-from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.thresholds import restore_thresholds
 from lib.model.weights import restore_weights, save_model
 from lib.runtime.atomic import WRITE_ERRORS, explain, publish_folder
 from lib.runtime.processes import any_process
 from lib.runtime.watchdog import beat
 from lib.training.state import State
-
-
-def is_better(metric: float, best: float | None, name: str) -> bool:
-    """Whether `metric` beats `best`; a number that is not finite never does."""
-    if not math.isfinite(metric):
-        return False
-    return best is None or (metric < best if name in LOWER_IS_BETTER else metric > best)
-
-
-def update_best(state: State, scores: dict[str, float], name: str) -> bool:
-    """Note an evaluation in `state`; True when it is the best so far.
-
-    A model whose loss is not finite is never the best, though its accuracy may look like a number.
-    """
-    better = math.isfinite(scores["loss"]) and is_better(scores[name], state.best_metric, name)
-    if better:
-        state.best_metric, state.best_step, state.best_scores = scores[name], state.step, scores
-    state.evals_since_best = 0 if better else state.evals_since_best + 1
-    return better
 
 
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -7,29 +7,23 @@ A checkpoint is complete in itself: `best` is the best model at that step, linke
 not trained lie in frozen.safetensors, which a process writes once and links into its later checkpoints.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.optim import Optimizer
 
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
 from lib.model.weights import FROZEN, frozen_names, load_weights, save_weights
-from lib.run.tracking import RunLog
 from lib.runtime.atomic import WRITE_ERRORS, explain, link_file, link_tree, publish_folder, write_manifest
 from lib.runtime.processes import any_process
-from lib.runtime.signals import Stopped, deferring_signals
-from lib.runtime.watchdog import beat, watching
-from lib.training.meter import Interval
+from lib.runtime.watchdog import beat
+from lib.training.learner import Learner
 from lib.training.optimizer import restore_optimizer
 from lib.training.state import State
 
@@ -38,64 +32,48 @@ NAME = re.compile(r"step-(\d+)(-pending)?")
 
 @dataclasses.dataclass
 class Checkpointer:
-    """Saves and restores all that changes during training; `settings` is what the run is known by.
+    """Saves and restores a learner; `settings` is what the run is known by.
 
     `last` is the checkpoint that this very process wrote last: only from there are files linked, so that damage to those
     of an earlier run does not spread.
     """
 
-    accelerator: Accelerator
     folder: Path
     config: TrainingConfig
     settings: dict[str, Any]
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Any
-    state: State
-    interval: Interval
+    learner: Learner
     last: Path | None = None
 
     def save(self, run_id: str | None) -> None:
         """Publish a checkpoint of this step, then remove old ones; every process must call this.
 
-        `run_id` names the tracker's run. Raises UserError on every process when the weights are not finite, or when
-        the disk has no room; the checkpoints before it are then untouched.
+        `run_id` names the tracker's run. Raises UserError on every process if the weights are not finite, or if the
+        disk has no room; the checkpoints before it are then untouched.
         """
-        beat(f"checkpoint of step {self.state.step}")
-        sums = self.interval.state()
+        accelerator, state = self.learner.accelerator, self.learner.state
+        beat(f"checkpoint of step {state.step}")
+        sums = self.learner.meter.state()
         problem = ""
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             try:
-                self.write({"state": dataclasses.asdict(self.state), "interval": sums, "run_id": run_id})
+                self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id})
             except (*WRITE_ERRORS, UserError) as error:
-                problem = f"the checkpoint of step {self.state.step} could not be saved: {explain(error, self.folder)}"
-        if any_process(self.accelerator, bool(problem)):
+                problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
+        if any_process(accelerator, bool(problem)):
             raise UserError(problem or "the first process could not save a checkpoint")
 
-    @contextlib.contextmanager
-    def guarding(self, run_log: RunLog) -> Iterator[None]:
-        """Within, who asks the run to stop gets a checkpoint and a closed log first, and no process hangs unnoticed."""
-        rank, config = self.accelerator.process_index, self.config
-        with watching(self.folder / "heartbeats", rank, config.ddp_timeout), deferring_signals(config.max_minutes):
-            try:
-                yield
-            except Stopped:
-                self.save(run_log.run_id)
-                run_log.close()
-                self.accelerator.wait_for_everyone()
-                raise
-
     def write(self, record: dict[str, Any]) -> None:
-        model = self.accelerator.unwrap_model(self.model)
+        learner, model = self.learner, self.learner.inner_model
+        state, scaler = learner.state, learner.accelerator.scaler
         checkpoints = self.folder / "checkpoints"
-        name = f"step-{self.state.step}" + ("-pending" if self.state.pending else "")
+        name = f"step-{state.step}" + ("-pending" if state.pending else "")
         check_finite(model)
         checkpoints.mkdir(exist_ok=True)
         fresh = checkpoints / f".tmp-{name}"
         shutil.rmtree(fresh, ignore_errors=True)
-        tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-        if self.accelerator.scaler is not None:
-            tensors["scaler"] = self.accelerator.scaler.state_dict()
+        tensors = {"optimizer": learner.optimizer.state_dict(), "scheduler": learner.scheduler.state_dict()}
+        if scaler is not None:
+            tensors["scaler"] = scaler.state_dict()
         try:
             fresh.mkdir()
             if self.last is not None:
@@ -105,15 +83,15 @@ class Checkpointer:
             torch.save(tensors, fresh / "optimizer.pt")
             text = json.dumps(record | {"settings": self.settings}, indent=2)
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
-            if self.state.best_scores:
+            if state.best_scores:
                 link_tree(self.folder / "model", fresh / "best")
-            write_manifest(fresh, describe(self.state, self.settings), self.last)
+            write_manifest(fresh, describe(state, self.settings), self.last)
             publish_folder(fresh, checkpoints / name)
         except (*WRITE_ERRORS, UserError):
             shutil.rmtree(fresh, ignore_errors=True)
             raise
         self.last = checkpoints / name
-        rotate(checkpoints, self.state.step, self.config.save_total_limit)
+        rotate(checkpoints, state.step, self.config.save_total_limit)
 
     def load(self, checkpoint: Path | None) -> str | None:
         """Take over everything from `checkpoint`, which must be whole; returns the name of the tracker's run.
@@ -122,25 +100,26 @@ class Checkpointer:
         """
         if checkpoint is None:
             return None
+        learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
-        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        load_weights(learner.inner_model, checkpoint)
         self.last = None  # what is frozen there may be other than now
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-        restore_optimizer(self.optimizer, self.scheduler, tensors["optimizer"], tensors["scheduler"])
-        if self.accelerator.scaler is not None and "scaler" in tensors:
-            self.accelerator.scaler.load_state_dict(tensors["scaler"])
+        restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
+        if accelerator.scaler is not None and "scaler" in tensors:
+            accelerator.scaler.load_state_dict(tensors["scaler"])
         kept = {"micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
         for name, value in record["state"].items():
-            # What a lack of memory has taught holds until the user sets another size.
+            # A size learned from an out-of-memory error holds until the user sets another one.
             if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:
-                setattr(self.state, name, value)
-        self.interval.restore(record["interval"])
-        if self.accelerator.is_main_process and (checkpoint / "best").is_dir():
+                setattr(learner.state, name, value)
+        learner.meter.restore(record["interval"])
+        if accelerator.is_main_process and (checkpoint / "best").is_dir():
             fresh = self.folder / ".tmp-model"
             shutil.rmtree(fresh, ignore_errors=True)
             link_tree(checkpoint / "best", fresh)
             publish_folder(fresh, self.folder / "model")
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         return record["run_id"]
 
 

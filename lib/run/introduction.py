@@ -1,9 +1,6 @@
 """The block before the first step."""
 
-from collections.abc import Sequence
 from typing import Any
-
-from accelerate import Accelerator
 
 from lib.config.train import TrainConfig
 from lib.data.labels.targets import label_lines
@@ -12,25 +9,12 @@ from lib.model.load import Weights, describe_weights
 from lib.run.record import run_folder, run_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.precision import describe_precision
-from lib.training.plan import Plan
+from lib.training.learner import Learner
 
 
-def introduce(accelerator: Accelerator, *run: Any) -> None:
-    """Print what `describe_run` says, on the main process."""
-    if accelerator.is_main_process:
-        print(describe_run(accelerator, *run), flush=True)
-
-
-def describe_run(
-    accelerator: Accelerator,
-    config: TrainConfig,
-    data: Data,
-    plan: Plan,
-    settings: dict[str, Any],
-    weights: Weights,
-    notes: Sequence[str],
-) -> str:
+def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: Weights) -> str:
     """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
+    accelerator, plan, notes = learner.accelerator, learner.plan, (*data.notes, *learner.objective.notes)
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     rows = {
@@ -54,9 +38,7 @@ def describe_run(
     if weights.dropped:
         rows["left out"] = f"{describe_weights(weights.dropped)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
-    return "\n".join(
-        [*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in [*data.notes, *notes])]
-    )
+    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in notes)])
 
 
 def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import time
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from lib.training.learner import Learner
 from lib.training.state import State
 
 
@@ -24,19 +25,27 @@ class Progress:
         if self.bar is not None:
             self.bar.update()
 
-    def show(self, step: int, values: dict[str, float]) -> None:
-        """Loss, learning rate and speed of the last interval."""
-        loss, rate = f"{values['train/loss']:.4f}", f"{values['train/learning_rate']:.2e}"
+    def show(self, learner: Learner) -> dict[str, float]:
+        """Loss, gradient norm, learning rate and speed since the last log line, as they are logged.
+
+        Raises UserError on every process if a loss or gradient was not finite.
+        """
+        state, plan = learner.state, learner.plan
+        values = learner.meter.read()
+        values |= {"train/learning_rate": state.learning_rate, "train/epoch": state.step / plan.steps_per_epoch}
+        loss, rate = f"{values['train/loss']:.4f}", f"{state.learning_rate:.2e}"
         speed = f"{values['train/samples_per_second']:.0f}"
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss}, lr {rate}, {speed} samples/s")
         elif self.shown:
-            left = (time.perf_counter() - self.started) / max(1, step - self.first) * (self.total - step)
+            seconds = (time.perf_counter() - self.started) / max(1, state.step - self.first) * (self.total - state.step)
             print(
-                f"step {step}/{self.total}  loss {loss}  lr {rate}  {speed} samples/s  {clock(left)} left",
+                f"step {state.step}/{self.total}  loss {loss}  lr {rate}  {speed} samples/s  "
+                f"{tqdm.format_interval(seconds)} left",
                 file=sys.stderr,
                 flush=True,
             )
+        return values
 
     def write(self, line: str) -> None:
         if self.bar is not None:
@@ -52,10 +61,3 @@ class Progress:
             )
         if self.bar is not None:
             self.bar.close()
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds as a clock shows them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

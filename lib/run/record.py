@@ -11,13 +11,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import DataCollatorWithPadding
 
 from lib.config.sections import AdapterConfig, flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BLOCK, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
 from lib.data.load import Data
+from lib.data.loader import Batches
 from lib.model.layers import count_parameters
 from lib.model.load import model_name, model_origin
 from lib.runtime.accelerator import describe_devices
@@ -63,13 +63,12 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.tracking.output_dir or Path("outputs") / run_name(config))
 
 
-def run_settings(
-    accelerator: Accelerator, config: TrainConfig, data: Data, model: nn.Module, collator: DataCollatorWithPadding
-) -> dict[str, Any]:
+def run_settings(accelerator: Accelerator, config: TrainConfig, batches: Batches, model: nn.Module) -> dict[str, Any]:
     """All that runs are compared by: resolved options, and under `run/` what they were made with; no secret."""
+    data, multiple = batches.data, getattr(batches.collator, "pad_to_multiple_of", None)
     trainable, total = count_parameters(model)
-    padding = padding_shares(config.training, data, collator.pad_to_multiple_of)
-    padding["evaluation"] = evaluation_padding(config.training, data, collator.pad_to_multiple_of)
+    padding = padding_shares(config.training, data, multiple)
+    padding["evaluation"] = evaluation_padding(config.training, data, multiple)
     record = run_record(accelerator) | {
         "data_fingerprint": data.fingerprint(),
         "label_names": data.label_names,

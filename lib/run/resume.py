@@ -17,6 +17,27 @@ from lib.run.record import compare_settings
 from lib.runtime.atomic import MANIFEST, find_damage
 
 
+def open_folder(config: TrainConfig, folder: Path) -> None:
+    """Create the folder of a run and save the configuration there.
+
+    Raises UserError when the folder holds a run with other settings, and names them, unless changes are allowed.
+    """
+    saved = folder / "config.yaml"
+    if saved.exists() and not config.training.allow_changes:
+        changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
+        if changed:
+            lines = "\n".join(changed)
+            raise UserError(
+                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or go "
+                "on with the new settings by --allow_changes."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
 def choose_checkpoint(
     accelerator: Accelerator, config: TrainingConfig, folder: Path, settings: dict[str, Any]
 ) -> Path | None:
@@ -86,31 +107,3 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
     if not other:
         return "goes on as if it had never stopped, bit by bit"
     return "same samples and schedule; numbers may differ by rounding and dropout: " + ", ".join(other)
-
-
-def open_folder(config: TrainConfig, folder: Path) -> None:
-    """Create the folder of a run and save the configuration there.
-
-    Raises UserError when the folder holds a run with other settings, and names them, unless changes are allowed.
-    """
-    saved = folder / "config.yaml"
-    if saved.exists() and not config.training.allow_changes:
-        changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
-        if changed:
-            lines = "\n".join(changed)
-            raise UserError(
-                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or go "
-                "on with the new settings by --allow_changes."
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
-
-
-def open_run(accelerator: Accelerator, config: TrainConfig, folder: Path, settings: dict[str, Any]) -> Path | None:
-    """Open the folder of a run; the checkpoint in it to go on from, the same on every process, or None."""
-    if accelerator.is_main_process:
-        open_folder(config, folder)
-    return choose_checkpoint(accelerator, config.training, folder, settings)

@@ -3,26 +3,23 @@
 import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from lib.config.train import TrainConfig
-from lib.data.load import Data
-from lib.data.loader import Window
+from lib.data.loader import StepBatch
 from lib.errors import UserError
 from lib.runtime.processes import lowest
-from lib.training.plan import Plan, step_indices
+from lib.training.plan import Plan
+from lib.training.state import State
 
 
-class Interval:
-    """Sums on the device since the last reset: adding waits for nothing, reading waits once."""
+class Meter:
+    """Sums since the last reset: adding does not wait for the device, reading waits once."""
 
-    def __init__(self, accelerator: Accelerator, explain: Callable[[int, float], Exception]) -> None:
-        """`explain` makes the error of a step and its learning rate when that step's loss or gradient is not finite."""
-        self.accelerator, self.explain = accelerator, explain
+    def __init__(self, accelerator: Accelerator, plan: Plan) -> None:
+        self.accelerator, self.plan = accelerator, plan
         self.reset()
 
     def reset(self) -> None:
@@ -33,27 +30,27 @@ class Interval:
         self.weight = 0.0
         self.started = time.perf_counter()
 
-    def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, window: Window, step: int, rate: float) -> None:
-        """One step more: its summed loss on this process, its gradient norm, its learning rate."""
+    def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, batch: StepBatch, state: State) -> None:
+        """One more step, counted in `state` already: its summed loss on this process and its gradient norm."""
         norm = grad_norm.to(self.sums.device)
         self.sums[0] += loss_sum
         self.sums[1] += norm
         bad = (self.bad_step == 0) & ~(torch.isfinite(loss_sum) & torch.isfinite(norm))
-        self.bad_step = torch.where(bad, float(step), self.bad_step)
-        self.rates[step] = rate
-        self.samples += window.num_samples
-        self.weight += window.weight
+        self.bad_step = torch.where(bad, float(state.step), self.bad_step)
+        self.rates[state.step] = state.learning_rate
+        self.samples += batch.num_samples
+        self.weight += batch.weight
         self.steps += 1
 
     def read(self) -> dict[str, float]:
         """Weighted mean loss of the samples since the reset over all processes, mean gradient norm, samples per second.
 
-        Raises on every process what `explain` makes, when one of them met a loss or gradient that is not finite.
+        Raises UserError on every process if one of them met a loss or gradient that is not finite.
         """
         loss, norm = self.accelerator.reduce(self.sums, "sum").tolist()
         if not math.isfinite(loss + norm):
             step = lowest(self.accelerator, int(self.bad_step) or sys.maxsize)
-            raise self.explain(step, self.rates[step])
+            raise not_finite(self.plan, step, self.rates[step])
         seconds = time.perf_counter() - self.started
         return {
             "train/loss": loss / self.weight,
@@ -85,12 +82,11 @@ class Interval:
         self.started -= saved["seconds"]
 
 
-def explain_not_finite(step: int, rate: float, plan: Plan, config: TrainConfig, data: Data) -> UserError:
-    """The message that ends a run whose loss or gradient is not finite."""
-    indices = step_indices(plan, config.training, data.lengths["train"], step)
+def not_finite(plan: Plan, step: int, rate: float) -> UserError:
+    """The error that ends a run if a loss or gradient is not finite."""
     return UserError(
-        f"the loss or its gradient is not finite at step {step} (learning rate {rate:g}), and nothing of that "
-        f"step was learnt. Its samples are rows {' '.join(map(str, sorted(indices)))} of the train split, counted from 0. "
+        f"the loss or its gradient is not finite at step {step} (learning rate {rate:g}), and that step changed nothing. "
+        f"Its samples are rows {' '.join(map(str, sorted(plan.samples_of(step))))} of the train split, counted from 0. "
         "Checkpoints and the best model are those from before; try a lower --learning_rate, a smaller --max_grad_norm, or "
         "--mixed_precision no."
     )

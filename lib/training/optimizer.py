@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from transformers import get_scheduler
+from transformers.optimization import GreedyLR
 
+from lib.config.sections import literal
 from lib.config.train import OptimConfig
 from lib.errors import UserError
 from lib.evaluation.scores import LOWER_IS_BETTER
@@ -19,8 +21,8 @@ from lib.runtime.processes import is_alone
 
 LARGE_TABLE = 2**20
 """Numbers in a table of embeddings from which its zeros take longer to write than the rows of a batch."""
-METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules that follow the validation metric instead of the step."""
+METRIC_SCHEDULERS = (GreedyLR, ReduceLROnPlateau)
+"""Schedulers that follow the validation metric instead of the step."""
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -153,7 +155,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
     """
     name, settings = config.lr_scheduler_type, scheduler_settings(config)
     warmup = warmup_steps(config, total_steps)
-    if name in METRIC_SCHEDULES:
+    if name in ("reduce_lr_on_plateau", "greedy"):
         settings.setdefault("mode", "min" if metric in LOWER_IS_BETTER else "max")
     if name == "greedy":
         settings.setdefault("min_lr", 0.0)  # its own default, 1e-3, is above the rates of fine-tuning
@@ -171,26 +173,18 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
 
 def scheduler_settings(config: OptimConfig) -> dict[str, Any]:
     """`("min_lr=1e-6", "num_cycles=2")` as a dictionary of numbers, or of text where it is no number."""
-    return {name: number(value) for name, value in (item.split("=", 1) for item in config.lr_scheduler_kwargs)}
+    return {name: literal(value) for name, value in (item.split("=", 1) for item in config.lr_scheduler_kwargs)}
 
 
-def number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def advance_scheduler(scheduler: Any, name: str) -> None:
+def advance_scheduler(scheduler: Any) -> None:
     """One optimizer step on; schedules that follow a metric wait for `advance_on_metric`."""
-    if name not in METRIC_SCHEDULES:
+    if not isinstance(scheduler, METRIC_SCHEDULERS):
         scheduler.step()
 
 
-def advance_on_metric(scheduler: Any, name: str, metric: float) -> None:
-    if name in METRIC_SCHEDULES:
+def advance_on_metric(scheduler: Any, metric: float) -> None:
+    """One evaluation on, for schedules that follow a metric."""
+    if isinstance(scheduler, METRIC_SCHEDULERS):
         scheduler.step(metric)
 
 

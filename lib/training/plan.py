@@ -1,38 +1,47 @@
-"""The plan of a run, its state, and the batches of its steps."""
+"""What follows from settings, data and processes before the first step: which samples form a step, and what is done when."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
 
 import numpy as np
+from accelerate import Accelerator
 
-from lib.config.train import TrainingConfig
-from lib.data.batching import epoch_batches
+from lib.config.train import TrainConfig, TrainingConfig
+from lib.data.batching import Indices, epoch_batches
 from lib.data.load import Data
-from lib.data.loader import Collator, Window, training_windows
+from lib.data.loader import Batches, Share, StepBatch
 from lib.errors import UserError
+from lib.evaluation.scores import Metrics
 from lib.training.state import State
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What follows from the settings, the data and the number of processes before the first step."""
+    """The steps of a run. `lengths` counts the tokens of each training sample; steps count from 1."""
 
-    num_samples: int
-    train_batch_size: int
-    micro_batch_size: int
-    world_size: int
-    total_steps: int
-    eval_every: int | None
-    """None: at the end of each epoch."""
-    save_every: int | None = None
-    """None: after each evaluation."""
-    patience: int | None = None
-    """Evaluations without a better one after which the run ends early."""
+    config: TrainingConfig
+    lengths: np.ndarray
+    best_metric: str = "loss"
+    """The validation metric that chooses the model."""
+    logging_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples per forward, at most."""
+        config = self.config
+        return config.per_device_train_batch_size or math.ceil(config.train_batch_size / self.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.num_samples / self.train_batch_size)
+        return math.ceil(len(self.lengths) / self.config.train_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        config = self.config
+        return config.max_steps or max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
 
     @property
     def num_epochs(self) -> int:
@@ -40,77 +49,70 @@ class Plan:
 
     def sentence(self) -> str:
         """How a step is made: `32 samples per step = 2 processes x 2 micro-batches x 8`."""
-        per_process = math.ceil(min(self.train_batch_size, self.num_samples) / self.world_size)
+        batch_size = self.config.train_batch_size
+        per_process = math.ceil(min(batch_size, len(self.lengths)) / self.world_size)
         pieces = math.ceil(per_process / self.micro_batch_size)
         size = min(self.micro_batch_size, per_process)
-        exact = self.world_size * pieces * size == self.train_batch_size
+        exact = self.world_size * pieces * size == batch_size
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         micro = f"{pieces} micro-batch{'es' if pieces > 1 else ''}"
-        return f"{self.train_batch_size} samples per step = {processes} x {micro} x {'' if exact else 'at most '}{size}"
+        return f"{batch_size} samples per step = {processes} x {micro} x {'' if exact else 'at most '}{size}"
 
-    def position(self, state: State) -> dict[str, float]:
-        """Where the last step stands, as it is logged."""
-        return {"train/learning_rate": state.learning_rate, "train/epoch": state.step / self.steps_per_epoch}
+    # ------------------------------------------------------------------------------------------------ samples
+
+    def epoch(self, epoch: int) -> list[Indices]:
+        """The samples of each step of an epoch, over all processes."""
+        config = self.config
+        strategy = config.train_sampling_strategy
+        return epoch_batches(self.lengths, config.train_batch_size, config.seed, epoch, strategy)
+
+    def samples_of(self, step: int) -> Indices:
+        """The samples of a step, over all processes."""
+        epoch, position = divmod(step - 1, self.steps_per_epoch)
+        return self.epoch(epoch)[position]
+
+    def step_batches(self, batches: Batches, first_step: int = 0) -> Iterator[StepBatch]:
+        """This process's share of all steps after `first_step`, epoch after epoch."""
+        share = Share(self.micro_batch_size, self.rank, self.world_size)
+        for epoch in range(first_step // self.steps_per_epoch, self.num_epochs):
+            start = epoch * self.steps_per_epoch
+            steps = self.epoch(epoch)[max(0, first_step - start) : self.total_steps - start]
+            yield from batches.steps(steps, share, self.config.dataloader_num_workers)
+
+    # ------------------------------------------------------------------------------------------------ what is done when
+
+    def steps(self, batches: Batches, state: State) -> Iterator[StepBatch | None]:
+        """This process's share of each step until training is finished; None first if a step was made but not followed up."""
+        step_batches = self.step_batches(batches, state.step)
+        while not self.is_finished(state):
+            yield None if state.pending else next(step_batches)
 
     def is_finished(self, state: State) -> bool:
         """Whether nothing is left to train: the last step is made and followed up, or evaluations were no better."""
-        stopped_early = self.patience is not None and state.evals_since_best >= self.patience
+        patience = self.config.early_stopping_patience
+        stopped_early = patience is not None and state.evals_since_best >= patience
         return not state.pending and (state.step >= self.total_steps or stopped_early)
 
-    def is_eval_step(self, step: int) -> bool:
-        return step == self.total_steps or step % (self.eval_every or self.steps_per_epoch) == 0
+    def is_log_step(self, state: State) -> bool:
+        """Every `--logging_steps`, and each evaluation."""
+        return state.step % self.logging_steps == 0 or self.is_eval_step(state)
+
+    def is_eval_step(self, state: State) -> bool:
+        """Every `--eval_steps`, by default at the end of each epoch; and the last step."""
+        return state.step == self.total_steps or state.step % (self.config.eval_steps or self.steps_per_epoch) == 0
 
     def is_save_step(self, state: State) -> bool:
+        """Every `--save_steps`, by default after each evaluation; and the end of training."""
         if self.is_finished(state):
             return True
-        return state.step % self.save_every == 0 if self.save_every else self.is_eval_step(state.step)
+        every = self.config.save_steps
+        return state.step % every == 0 if every else self.is_eval_step(state)
 
 
-def build_plan(config: TrainingConfig, num_samples: int, world_size: int) -> Plan:
-    """Raises UserError when the data is too small for a single step."""
-    if num_samples == 0:
+def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: Accelerator) -> Plan:
+    """Raises UserError if there are no training samples."""
+    lengths, logging_steps = data.lengths["train"], config.tracking.logging_steps
+    if not len(lengths):
         raise UserError("the train split is empty")
-    steps_per_epoch = math.ceil(num_samples / config.train_batch_size)
-    return Plan(
-        num_samples=num_samples,
-        train_batch_size=config.train_batch_size,
-        micro_batch_size=config.per_device_train_batch_size or math.ceil(config.train_batch_size / world_size),
-        world_size=world_size,
-        total_steps=config.max_steps or max(1, math.ceil(config.num_train_epochs * steps_per_epoch)),
-        eval_every=config.eval_steps,
-        save_every=config.save_steps,
-        patience=config.early_stopping_patience,
-    )
-
-
-def all_windows(
-    plan: Plan,
-    config: TrainingConfig,
-    data: Data,
-    collator: Collator,
-    rank: int,
-    first_step: int = 0,
-    weights: np.ndarray | None = None,
-) -> Iterator[Window]:
-    """The windows of all steps after `first_step`, epoch after epoch; `weights` are those of the training samples."""
-    tokens, lengths = data.tokens["train"], data.lengths["train"]
-    for epoch in range(first_step // plan.steps_per_epoch, plan.num_epochs):
-        start = epoch * plan.steps_per_epoch
-        batches = epoch_batches(lengths, plan.train_batch_size, config.seed, epoch, config.train_sampling_strategy)
-        batches = batches[max(0, first_step - start) : plan.total_steps - start]
-        yield from training_windows(
-            tokens,
-            batches,
-            plan.micro_batch_size,
-            rank,
-            plan.world_size,
-            collator,
-            config.dataloader_num_workers,
-            weights,
-        )
-
-
-def step_indices(plan: Plan, config: TrainingConfig, lengths: np.ndarray, step: int) -> np.ndarray:
-    """The training samples of a step, over all processes; steps count from 1."""
-    epoch, position = divmod(step - 1, plan.steps_per_epoch)
-    return epoch_batches(lengths, plan.train_batch_size, config.seed, epoch, config.train_sampling_strategy)[position]
+    place = accelerator.process_index, accelerator.num_processes
+    return Plan(config.training, lengths, metrics.best, logging_steps, *place)

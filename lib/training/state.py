@@ -1,16 +1,19 @@
-"""All that a run knows beside weights, optimizer and schedule."""
+"""All that a run knows beside weights, optimizer and schedule; steps are optimizer steps."""
 
 import dataclasses
+import math
+
+from lib.evaluation.scores import LOWER_IS_BETTER
 
 
 @dataclasses.dataclass
 class State:
-    """All that a run knows beside weights, optimizer and schedule; steps are optimizer steps."""
+    """Counters, the best model so far, and sizes that fit in memory: what a checkpoint saves as JSON."""
 
     step: int = 0
     samples_seen: int = 0
     pending: bool = False
-    """The last step is made, but not yet logged, evaluated and saved as its number may ask."""
+    """True between a step and its logging, evaluation and saving; a resumed run does those first."""
     learning_rate: float = 0.0
     """That of the last step."""
     train_seconds: float = 0.0
@@ -19,10 +22,24 @@ class State:
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     evals_since_best: int = 0
     micro_batch_size: int | None = None
-    """Samples per forward after memory was too short for what was planned."""
+    """Samples per forward after an out-of-memory error; None: as planned."""
     eval_batch_size: int = 64
 
     @property
     def last_logged(self) -> int:
         """The last step whose line in metrics.jsonl stands when a run resumes here."""
         return self.step - 1 if self.pending else self.step
+
+    def update_best(self, scores: dict[str, float], metric: str) -> bool:
+        """Note an evaluation; True if it is the best so far by `metric`.
+
+        A model whose loss is not finite is never the best, though its accuracy may look like a number.
+        """
+        value, best = scores[metric], self.best_metric
+        better = math.isfinite(scores["loss"]) and math.isfinite(value)
+        if better and best is not None:
+            better = value < best if metric in LOWER_IS_BETTER else value > best
+        if better:
+            self.best_metric, self.best_step, self.best_scores = value, self.step, scores
+        self.evals_since_best = 0 if better else self.evals_since_best + 1
+        return better

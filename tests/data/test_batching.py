@@ -22,9 +22,10 @@ from lib.data.batching import (
     round_up,
 )
 from lib.data.load import Data, load_data
-from lib.data.loader import Window, build_collator, training_windows
+from lib.data.loader import Share, StepBatch, build_collator
 from lib.model.load import load_tokenizer
 from lib.run.record import padding_shares
+from tests.stepping import batches_of
 
 SIZES = range(1, 41)
 STRATEGIES = ("random", "group_by_length")
@@ -56,7 +57,7 @@ class Padder:
     def pad(self, rows: list[dict], **_: object) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
-        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([row["label"] for row in rows])}
+        return {"input_ids": torch.tensor(ids), "labels": torch.tensor([row["labels"] for row in rows])}
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -66,25 +67,26 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 def numbered_dataset(lengths: np.ndarray) -> Dataset:
     """Sample i holds the token i + 1 repeated, so that a batch tells which samples it holds."""
     rows = [[index + 1] * int(length) for index, length in enumerate(lengths)]
-    return Dataset.from_dict({"input_ids": rows, "label": list(range(len(rows)))})
+    return Dataset.from_dict({"input_ids": rows, "labels": list(range(len(rows)))})
 
 
-def windows_of_all_ranks(
+def steps_of_all_ranks(
     size: int, batch_size: int, micro_batch_size: int, world_size: int
-) -> list[tuple[Window, ...]]:
-    """For each step, the windows of all processes."""
+) -> list[tuple[StepBatch, ...]]:
+    """For each step, the shares of all processes."""
     lengths = skewed_lengths(size)
     dataset, batches = numbered_dataset(lengths), epoch_batches(lengths, batch_size, seed=3, epoch=0)
     ranks = [
-        training_windows(dataset, batches, micro_batch_size, rank, world_size, collate) for rank in range(world_size)
+        batches_of(dataset, collate).steps(batches, Share(micro_batch_size, rank, world_size))
+        for rank in range(world_size)
     ]
     return list(zip(*ranks, strict=True))
 
 
-def counted_samples(windows: tuple[Window, ...]) -> list[int]:
+def counted_samples(windows: tuple[StepBatch, ...]) -> list[int]:
     """Numbers of the samples with weight 1, over processes and micro-batches."""
     pieces = [piece for window in windows for piece in window.micro_batches]
-    return [int(label) for piece in pieces for label in piece["labels"][piece["sample_weight"] == 1]]
+    return [int(label) for piece in pieces for label in piece.labels[piece.weights == 1]]
 
 
 # ---------------------------------------------------------------------------------------------------- permutation
@@ -266,10 +268,10 @@ def test_fixed_shapes_have_one_length_on_every_device(roberta: Path) -> None:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("size", "batch_size", "micro_batch_size"), [(1, 4, 4), (7, 4, 1), (10, 3, 2), (21, 8, 8)])
-def test_windows_of_all_ranks_hold_every_sample_once(
+def test_steps_of_all_ranks_hold_every_sample_once(
     size: int, batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
-    steps = windows_of_all_ranks(size, batch_size, micro_batch_size, world_size)
+    steps = steps_of_all_ranks(size, batch_size, micro_batch_size, world_size)
     assert sorted(index for windows in steps for index in counted_samples(windows)) == list(range(size))
 
 
@@ -277,8 +279,8 @@ def test_windows_of_all_ranks_hold_every_sample_once(
 def test_weights_of_a_step_add_up_to_the_size_of_its_batch(world_size: int) -> None:
     lengths = skewed_lengths(10)
     sizes = [len(batch) for batch in epoch_batches(lengths, 4, seed=3, epoch=0)]
-    for size, windows in zip(sizes, windows_of_all_ranks(10, 4, 2, world_size), strict=True):
-        weights = [piece["sample_weight"].sum().item() for window in windows for piece in window.micro_batches]
+    for size, windows in zip(sizes, steps_of_all_ranks(10, 4, 2, world_size), strict=True):
+        weights = [piece.weights.sum().item() for share in windows for piece in share.micro_batches]
         assert sum(weights) == size
         assert {window.num_samples for window in windows} == {size}
 
@@ -287,20 +289,19 @@ def test_micro_batches_split_a_batch_in_order() -> None:
     lengths = skewed_lengths(9)
     batches = epoch_batches(lengths, 4, seed=3, epoch=0)
     for micro_batch_size, world_size in itertools.product((1, 2, 3), (1, 2)):
-        steps = windows_of_all_ranks(9, 4, micro_batch_size, world_size)
+        steps = steps_of_all_ranks(9, 4, micro_batch_size, world_size)
         assert [counted_samples(windows) for windows in steps] == [batch.tolist() for batch in batches]
 
 
 def test_a_rank_without_samples_gets_one_stand_in_that_does_not_count() -> None:
     batch = np.array([2, 0])
-    windows = [
-        next(training_windows(numbered_dataset(np.array([4, 5, 6])), [batch], 4, rank, 3, collate)) for rank in range(3)
-    ]
-    idle = [window for window in windows if window.micro_batches[0]["sample_weight"].sum() == 0]
+    batches = batches_of(numbered_dataset(np.array([4, 5, 6])), collate)
+    ranks = [next(batches.steps([batch], Share(4, rank, 3))) for rank in range(3)]
+    idle = [share for share in ranks if share.micro_batches[0].weights.sum() == 0]
     assert len(idle) == 1
     assert len(idle[0].micro_batches) == 1
-    assert idle[0].micro_batches[0]["labels"].tolist() == [2]
-    assert idle[0].micro_batches[0]["sample_weight"].tolist() == [0.0]
+    assert idle[0].micro_batches[0].labels.tolist() == [2]
+    assert idle[0].micro_batches[0].weights.tolist() == [0.0]
     assert idle[0].num_samples == 2
 
 
@@ -309,8 +310,8 @@ def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_worker
     lengths = skewed_lengths(6)
     batches = epoch_batches(lengths, 2, seed=0, epoch=0)
     before = torch.get_rng_state()
-    windows = list(training_windows(numbered_dataset(lengths), batches, 2, 0, 1, collate, num_workers))
-    assert [counted_samples((window,)) for window in windows] == [batch.tolist() for batch in batches]
+    steps = list(batches_of(numbered_dataset(lengths), collate).steps(batches, Share(2), num_workers))
+    assert [counted_samples((step,)) for step in steps] == [batch.tolist() for batch in batches]
     assert torch.equal(torch.get_rng_state(), before)
 
 

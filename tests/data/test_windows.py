@@ -14,18 +14,16 @@ from lib.config.predict import PredictConfig, PredictModel
 from lib.config.sections import DataConfig, ModelConfig
 from lib.data.batching import padding_share
 from lib.data.load import Data, load_data
-from lib.data.loader import build_collator, split_micro_batches, training_windows
+from lib.data.loader import Batches, Share, build_collator
 from lib.data.tokenization import Windows, choose_windows, encode_windows, stored_windows
 from lib.errors import UserError
 from lib.evaluation.scoring import predict
 from lib.inference.inputs import Row
 from lib.inference.tasks import build_predict, count_cut, load_model
 from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import plain_cross_entropy
 from lib.run.finished import find_model
-from lib.training.state import State
-from lib.training.step import accumulate_gradients
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
+from tests.stepping import add_gradients
 
 CPU = torch.device("cpu")
 SIZE = 12
@@ -115,8 +113,7 @@ def test_predictions_are_the_mean_of_windows_whatever_the_batch(
     assert np.ptp(wanted, axis=0).min() > 0.05  # texts differ
     for batch_size, length in ((1, None), (5, None), (SIZE, None), (5, 16)):
         collator = build_collator(tokenizer, "no", CPU, length)
-        parts = (data.tokens["train"], data.lengths["train"], collator, batch_size, 3)
-        found = predict(Accelerator(cpu=True), model, *parts)
+        found = predict(Accelerator(cpu=True), model, Batches(data, collator).split("train"), batch_size)
         np.testing.assert_allclose(found.logits, wanted, atol=1e-5)
         losses = cross_entropy(torch.from_numpy(wanted), torch.from_numpy(found.labels), reduction="none")
         np.testing.assert_allclose(found.losses, losses.numpy(), atol=1e-5)
@@ -137,12 +134,10 @@ def test_a_step_over_windows_is_the_mean_loss_of_texts(
     model = model_of(roberta_without_dropout, data, tokenizer)
     reference = cross_entropy(mean_logits(model, data), torch.tensor(data.tokens["train"]["labels"]))
     wanted = torch.autograd.grad(reference, list(model.parameters()), allow_unused=True)
-    collator, total = build_collator(tokenizer, "no", CPU), 0.0
+    batches, total = Batches(data, build_collator(tokenizer, "no", CPU)), 0.0
     for rank in range(world_size):
-        plan = (data.tokens["train"], [np.arange(SIZE)], micro_batch_size, rank, world_size, collator)
-        window = next(training_windows(*plan))
-        state = State(micro_batch_size=limit)
-        total += accumulate_gradients(Accelerator(cpu=True), model, plain_cross_entropy, window, 0, state).item()
+        batch = next(batches.steps([np.arange(SIZE)], Share(micro_batch_size, rank, world_size)))
+        total += add_gradients(model, batch, size=limit)
     assert total / SIZE == pytest.approx(reference.item(), abs=1e-6)
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         if gradient is not None:
@@ -156,26 +151,27 @@ def test_short_texts_are_trained_on_as_without_windows_bit_by_bit(
     for stride in (None, 2):
         data = data_of(tmp_path, tokenizer, max_length=64, window_stride=stride)
         model = model_of(roberta_without_dropout, data, tokenizer)
-        plan = (data.tokens["train"], [np.arange(SIZE)], 5, 0, 1, build_collator(tokenizer, "no", CPU))
-        window = next(training_windows(*plan))
-        assert ("num_windows" in window.micro_batches[0]) == (stride is not None)
-        loss = accumulate_gradients(Accelerator(cpu=True), model, plain_cross_entropy, window, 0, State())
-        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        batch = next(Batches(data, build_collator(tokenizer, "no", CPU)).steps([np.arange(SIZE)], Share(5)))
+        assert ("num_windows" in batch.micro_batches[0].inputs) == (stride is not None)
+        loss = add_gradients(model, batch)
+        found.append([torch.tensor(loss), *(p.grad for p in model.parameters() if p.grad is not None)])
     assert all(map(torch.equal, *found))
 
 
 def test_cut_micro_batches_keep_the_windows_of_a_text_together(tokenizer: Any, tmp_path: Path) -> None:
     data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
-    plan = (data.tokens["train"], [np.arange(SIZE)], 7, 0, 1, build_collator(tokenizer, "no", CPU))
-    window = next(training_windows(*plan))
-    pieces = split_micro_batches(window, 3)
-    assert [len(piece["labels"]) for piece in pieces] == [3, 3, 1, 3, 2]
-    assert all(len(piece["input_ids"]) == piece["num_windows"].sum() for piece in pieces)
-    for name in window.micro_batches[0]:
-        pad = [(8 - piece[name].shape[-1]) if piece[name].ndim == 2 else 0 for piece in pieces]
+    batch = next(Batches(data, build_collator(tokenizer, "no", CPU)).steps([np.arange(SIZE)], Share(7)))
+    pieces = batch.pieces(3)
+    assert list(map(len, pieces)) == [3, 3, 1, 3, 2]
+    assert all(len(piece.inputs["input_ids"]) == piece.inputs["num_windows"].sum() for piece in pieces)
+    for name in batch.micro_batches[0].inputs:
+        pad = [(8 - piece.inputs[name].shape[-1]) if piece.inputs[name].ndim == 2 else 0 for piece in pieces]
         assert not any(pad)
-        whole = torch.cat([micro_batch[name] for micro_batch in window.micro_batches])
-        assert torch.equal(torch.cat([piece[name] for piece in pieces]), whole)
+        whole = torch.cat([micro_batch.inputs[name] for micro_batch in batch.micro_batches])
+        assert torch.equal(torch.cat([piece.inputs[name] for piece in pieces]), whole)
+    for name in ("labels", "weights"):
+        whole = torch.cat([getattr(micro_batch, name) for micro_batch in batch.micro_batches])
+        assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), whole)
 
 
 def test_padding_is_counted_by_window(tokenizer: Any, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib.config.sections import ModelConfig
+from lib.config.sections import CLASSIFICATION, ModelConfig
 from lib.data.batching import eval_batches
 from lib.data.load import Data
-from lib.data.loader import Collator, build_collator
+from lib.data.loader import Batches, Collator, Split, build_collator
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scoring import check_counts, evaluate_split, predict
+from lib.evaluation.scoring import check_counts, evaluate, predict
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
 from tests.conftest import sentences
@@ -48,7 +48,8 @@ def parts(roberta: Path) -> tuple[PreTrainedModel, Dataset, np.ndarray, Collator
 
 
 def predict_all(accelerator: Accelerator, parts: tuple, batch_size: int) -> Predictions:
-    return predict(accelerator, *parts, batch_size, len(NAMES))
+    model, tokens, lengths, collator = parts
+    return predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), batch_size)
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +134,11 @@ def test_fixed_shapes_do_not_change_predictions(accelerator: Accelerator, parts:
     np.testing.assert_allclose(padded.logits, predict_all(accelerator, parts, 4).logits, rtol=0, atol=1e-5)
 
 
-def test_evaluate_split_scores_the_split_asked_for(accelerator: Accelerator, parts: tuple) -> None:
+def test_evaluate_scores_the_split_asked_for(accelerator: Accelerator, parts: tuple) -> None:
     model, tokens, lengths, collator = parts
     half = {"validation": tokens.select(range(4)), "test": tokens}
     data = Data("made up", {}, half, {"validation": lengths[:4], "test": lengths}, NAMES, ("text",), ())
-    scores, predictions = evaluate_split(accelerator, model, data, "validation", collator, 3, ["accuracy"])
+    scores, predictions = evaluate(accelerator, model, Batches(data, collator).split("validation"), ["accuracy"], 3)
     assert len(predictions.labels) == 4
     assert scores["accuracy"] == (predictions.predicted == predictions.labels).mean()
     assert scores["loss"] == pytest.approx(predictions.losses.mean())
@@ -156,7 +157,7 @@ def test_predictions_stand_in_input_order_for_any_size(accelerator: Accelerator,
     lengths = np.random.default_rng(size).integers(1, 6, size)
     ids = [[number] * int(length) for number, length in enumerate(lengths)]
     tokens = Dataset.from_dict({"input_ids": ids, "labels": [0] * size})
-    predictions = predict(accelerator, Echo(), tokens, lengths, parts[3], 4, 2)
+    predictions = predict(accelerator, Echo(), Split("test", tokens, lengths, parts[3], 2, CLASSIFICATION), 4)
     assert predictions.logits[:, 0].tolist() == list(range(size))
 
 
@@ -187,7 +188,7 @@ def test_a_batching_that_drops_or_repeats_samples_is_an_error(
     model, tokens, lengths, collator = parts
     monkeypatch.setattr("lib.evaluation.scoring.eval_batches", lambda *_: [np.array(order)])
     with pytest.raises(RuntimeError, match="evaluation is not complete"):
-        predict(accelerator, model, tokens.select(range(4)), lengths[:4], collator, 4, len(NAMES))
+        predict_all(accelerator, (model, tokens.select(range(4)), lengths[:4], collator), 4)
 
 
 # ---------------------------------------------------------------------------------------------------- probabilities

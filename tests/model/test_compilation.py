@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch._inductor.config
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbols
@@ -45,7 +44,7 @@ def steps(folder: Path, compiled: bool) -> tuple[list[float], torch.Tensor]:
     source = ModelConfig(model=str(folder))
     torch.manual_seed(0)
     model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
-    compile_layers(model, compiled, Accelerator(cpu=True))
+    compile_layers(model, compiled, torch.device("cpu"))
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
     for index, shape in enumerate(SHAPES):
         generator = torch.Generator().manual_seed(index)
@@ -76,11 +75,11 @@ def test_frozen_layers_are_left_alone(roberta, uncompiled):
     source = ModelConfig(model=str(roberta))
     model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
     freeze(model, "1")
-    compile_layers(model, True, Accelerator(cpu=True))
+    compile_layers(model, True, torch.device("cpu"))
     assert [layer._compiled_call_impl is not None for layer in model.roberta.encoder.layer] == [False, True]
     freeze(model, "backbone")
     with pytest.raises(UserError, match="none of which is trained"):
-        compile_layers(model, True, Accelerator(cpu=True))
+        compile_layers(model, True, torch.device("cpu"))
 
 
 def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_path):

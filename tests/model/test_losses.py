@@ -16,14 +16,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from lib.config.sections import ModelConfig
 from lib.config.train import ObjectiveConfig
 from lib.data.load import Data
-from lib.data.loader import build_collator, training_windows
+from lib.data.loader import Share, build_collator
 from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import focal_loss, ordinal_loss
 from lib.training.objective import build_loss, build_objective, class_weights
-from lib.training.state import State
-from lib.training.step import accumulate_gradients
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
+from tests.stepping import add_gradients, batches_of
 
 NAMES = ["bad", "good", "mixed"]
 CLASSIFICATION = "single_label_classification"
@@ -223,9 +222,9 @@ def test_a_weighted_step_is_the_weighted_mean_of_pytorch(
     collator = build_collator(tokenizer, "no", accelerator.device)
     total = 0.0
     for rank in range(world_size):
-        plan = (tokens, [np.arange(12)], micro_batch_size, rank, world_size, collator)
-        window = next(training_windows(*plan, weights=objective.weights))
-        total += accumulate_gradients(accelerator, model, objective.loss, window, 0, State()).item() / window.weight
+        share = Share(micro_batch_size, rank, world_size)
+        batch = next(batches_of(tokens, collator, objective.weights).steps([np.arange(12)], share))
+        total += add_gradients(model, batch, objective.loss) / batch.weight
     assert total == pytest.approx(reference.item(), abs=1e-6)
     for parameter, gradients in zip(model.parameters(), wanted, strict=True):
         if gradients is not None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,9 +14,13 @@ from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import plain_cross_entropy
 from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer
-from lib.training.meter import Interval
+from lib.training.learner import Learner
+from lib.training.meter import Meter
+from lib.training.objective import Objective
+from lib.training.plan import Plan
 from lib.training.state import State
 
 NAMES = ["terrible", "fine", "größer"]
@@ -134,21 +139,22 @@ def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel,
             parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     scheduler.step()
-    interval = Interval(accelerator, lambda *_: UserError("not finite"))
     sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
     state = State(step=3, micro_batch_size=2, eval_batch_size=16)
-    return Checkpointer(accelerator, folder, TrainingConfig(), sizes, model, optimizer, scheduler, state, interval)
+    meter = Meter(accelerator, Plan(TrainingConfig(), np.ones(8)))
+    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
+    return Checkpointer(folder, TrainingConfig(), sizes, learner)
 
 
 def test_what_was_saved_is_loaded_into_another_model(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
     one = checkpointer(accelerator, tmp_path, build(roberta, seed=1))
     one.save("run-7")
     two = checkpointer(accelerator, tmp_path, build(roberta, seed=2))
-    two.state.step = 0
+    two.learner.state.step = 0
     assert two.load(tmp_path / "checkpoints" / "step-3") == "run-7"
-    assert equal_weights(one.model, two.model)
-    assert two.state == one.state
-    assert two.optimizer.param_groups[0]["lr"] == one.optimizer.param_groups[0]["lr"] < 1e-3
+    assert equal_weights(one.learner.model, two.learner.model)
+    assert two.learner.state == one.learner.state
+    assert two.learner.optimizer.param_groups[0]["lr"] == one.learner.optimizer.param_groups[0]["lr"] < 1e-3
 
 
 def test_a_batch_size_that_memory_taught_is_kept_until_the_user_sets_another(
@@ -157,9 +163,9 @@ def test_a_batch_size_that_memory_taught_is_kept_until_the_user_sets_another(
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)
     for settings, kept in (({}, (2, 16)), ({"per_device_train_batch_size": 4}, (None, 16))):
         later = checkpointer(accelerator, tmp_path, build(roberta), **settings)
-        later.state.micro_batch_size, later.state.eval_batch_size = None, 64
+        later.learner.state.micro_batch_size, later.learner.state.eval_batch_size = None, 64
         later.load(tmp_path / "checkpoints" / "step-3")
-        assert (later.state.micro_batch_size, later.state.eval_batch_size) == kept
+        assert (later.learner.state.micro_batch_size, later.learner.state.eval_batch_size) == kept
 
 
 def test_another_learning_rate_is_not_overwritten_by_the_checkpoint(
@@ -167,9 +173,9 @@ def test_another_learning_rate_is_not_overwritten_by_the_checkpoint(
 ) -> None:
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)
     later = checkpointer(accelerator, tmp_path, build(roberta))
-    later.optimizer.param_groups[0] |= {"initial_lr": 1.0, "weight_decay": 0.5}
+    later.learner.optimizer.param_groups[0] |= {"initial_lr": 1.0, "weight_decay": 0.5}
     later.load(tmp_path / "checkpoints" / "step-3")
-    group = later.optimizer.param_groups[0]
+    group = later.learner.optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"]) == (0.9, 0.5)
 
 
@@ -178,7 +184,7 @@ def test_weights_that_are_not_finite_are_never_saved(accelerator: Accelerator, r
     one = checkpointer(accelerator, tmp_path, model)
     one.save(None)
     model.classifier.out_proj.bias.data[0] = float("inf")
-    one.state.step = 4
+    one.learner.state.step = 4
     with pytest.raises(UserError, match=r"step 4 could not be saved: classifier\.out_proj\.bias holds numbers"):
         one.save(None)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]

@@ -18,24 +18,14 @@ from torch import nn
 
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
-from lib.data.load import load_data
-from lib.data.loader import build_collator
-from lib.evaluation.scoring import evaluate_split
-from lib.model.layers import set_train_mode
-from lib.model.load import build_model, load_tokenizer
 from lib.run.checkpoint import list_checkpoints
 from lib.runtime.atomic import find_damage
-from lib.runtime.seeds import seed_everything
 from lib.training.frozen import features
 from lib.training.frozen.feature_cache import load_features, remove_unused, save_features
 from lib.training.frozen.features import cache_features
-from lib.training.objective import build_objective
-from lib.training.optimizer import build_optimizer, build_scheduler
-from lib.training.plan import all_windows, build_plan
-from lib.training.state import State
-from lib.training.step import optimizer_step
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import TIMING, differences, run_flags, without
+from tests.stepping import METRICS, build_experiment
 from tests.tiny_models import any_classifier
 
 WHOLE = [
@@ -67,40 +57,29 @@ def settings(model: Path, tmp_path: Path, freeze: str, **training: Any) -> Train
         model=ModelConfig(model=str(model), freeze=freeze),
         data=DataConfig(**files),
         optim=OptimConfig(learning_rate=1e-2, adam_epsilon=1e-2),
-        training=TrainingConfig(train_batch_size=8, num_train_epochs=2, per_device_train_batch_size=3, **training),
+        training=TrainingConfig(
+            train_batch_size=8,
+            num_train_epochs=2,
+            per_device_train_batch_size=3,
+            per_device_eval_batch_size=4,
+            **training,
+        ),
         mixed_precision="no",
     )
 
 
 def train(config: TrainConfig) -> SimpleNamespace:
-    """The steps of train.py: what was lost and learnt, and the model."""
+    """The steps of train.py: losses, gradient norms, scores and weights, and the model."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
-    tokenizer = load_tokenizer(config.model)
-    data = load_data(config.data, tokenizer)
-    seed_everything(config.training.seed)
-    model, _ = build_model(config.model, data.label_names, tokenizer)
-    plan = build_plan(config.training, len(data.tokens["train"]), 1)
-    objective = build_objective(config.objective, data)
-    optimizer = build_optimizer(model, config.optim, accelerator.device)
-    scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, "accuracy")
-    collator: Any = build_collator(tokenizer, "no", accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    inputs, collator = cache_features(accelerator, model, config, data, collator)
-    set_train_mode(model)
-    state, losses, windows = (
-        State(),
-        [],
-        list(all_windows(plan, config.training, inputs, collator, 0, 0, objective.weights)),
-    )
-    runs = count_runs(model)
-    for window in windows:
-        step = optimizer_step(accelerator, model, optimizer, scheduler, objective.loss, window, config.optim, 7, state)
-        losses.append(torch.stack(step))
-    scores, predictions = evaluate_split(accelerator, model, inputs, "test", collator, 4, ["accuracy"])
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return SimpleNamespace(losses=torch.stack(losses), weights=weights, scores=scores, logits=predictions.logits,
-        model=model, inputs=inputs, is_cached=inputs is not data, runs=runs, windows=windows)  # fmt: skip
+    experiment = build_experiment(config, accelerator)
+    learner, plain = experiment.learner, experiment.batches
+    cached = experiment.batches = cache_features(learner, plain, config.model, config.training)
+    runs, losses = count_runs(learner.model), torch.tensor(experiment.train())
+    scores, predictions = learner.evaluate(cached.split("test"), METRICS)
+    weights = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+    return SimpleNamespace(losses=losses, weights=weights, scores=scores, logits=predictions.logits, model=learner.model,
+        is_cached=cached is not plain, runs=runs)  # fmt: skip
 
 
 def count_runs(model: Any) -> list[int]:

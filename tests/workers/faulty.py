@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,13 @@ import torch
 from accelerate import Accelerator
 
 from lib.data import load as data
-from lib.evaluation import scoring as evaluation
-from lib.training import step as training
+from lib.evaluation import scoring
+from lib.model import forward
+from lib.training import step
 
 FAULT = json.loads(sys.argv.pop(1))
 RANK = int(os.environ.get("RANK", "0"))
-step, batch, loss, load = (
-    training.optimizer_step,
-    evaluation.predict_batch,
-    training.micro_batch_loss,
-    data.load_data,
-)
+attempts, logits, predict, load = step.attempts, forward.compute_logits, scoring.predict_batch, data.load_data
 backward = Accelerator.backward
 
 
@@ -50,8 +47,8 @@ class Now:
     step = 0
 
 
-def optimizer_step(*arguments: Any) -> Any:
-    Now.step = arguments[-1].step + 1
+def faulty_attempts(learner: Any, *arguments: Any) -> Iterator[Any]:
+    Now.step = learner.state.step + 1
     time.sleep(FAULT.get("sleep", 0))
     if Now.step == FAULT.get("step"):
         if acts("freeze"):
@@ -60,7 +57,7 @@ def optimizer_step(*arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
         if acts("raise"):
             raise RuntimeError("a fault")
-    return step(*arguments)
+    yield from attempts(learner, *arguments)
 
 
 def no_memory(size: int) -> None:
@@ -68,11 +65,12 @@ def no_memory(size: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def micro_batch_loss(model: Any, micro_batch: Any, *arguments: Any) -> torch.Tensor:
-    Now.size = len(micro_batch["labels"])
+def compute_logits(model: Any, inputs: Any) -> torch.Tensor:
+    """Of training: evaluation has the one it imported before."""
+    Now.size = len(inputs["input_ids"])
     if Now.step >= FAULT.get("step", 0) and acts("oom"):
         no_memory(Now.size)
-    value = loss(model, micro_batch, *arguments)
+    value = logits(model, inputs)
     return value * float("nan") if Now.step == FAULT.get("step") and acts("nan") else value
 
 
@@ -85,7 +83,7 @@ def failing_backward(self: Accelerator, *arguments: Any) -> None:
 def predict_batch(model: Any, inputs: Any, *arguments: Any) -> torch.Tensor:
     if acts("eval_oom"):
         no_memory(inputs["input_ids"].numel())
-    return batch(model, inputs, *arguments)
+    return predict(model, inputs, *arguments)
 
 
 def load_data(*arguments: Any) -> Any:
@@ -94,9 +92,9 @@ def load_data(*arguments: Any) -> Any:
     return load(*arguments)
 
 
-training.optimizer_step, training.micro_batch_loss = optimizer_step, micro_batch_loss
+step.attempts, forward.compute_logits = faulty_attempts, compute_logits
 Accelerator.backward = failing_backward
-evaluation.predict_batch, data.load_data = predict_batch, load_data
+scoring.predict_batch, data.load_data = predict_batch, load_data
 if "file_bytes" in FAULT:
     resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["file_bytes"], FAULT["file_bytes"]))
 if "free" in FAULT:

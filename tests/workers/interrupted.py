@@ -17,11 +17,10 @@ import torch
 import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
-from lib.evaluation import scoring as evaluation
-from lib.run import results
+from lib.evaluation import scoring
+from lib.run import run
 from lib.runtime import signals
 from lib.training import plan
-from lib.training import step as training
 
 
 def is_last_process() -> bool:
@@ -37,39 +36,33 @@ def ask_to_stop() -> None:
 def patches(call: dict[str, Any]) -> list[Any]:
     """What differs from a plain run: the request to stop, and what is broken on purpose."""
     stop, steps = call.get("stop"), {"made": 0}
-    step, batch, batches, seed = (
-        train.optimizer_step,
-        evaluation.predict_batch,
-        plan.epoch_batches,
-        training.seed_everything,
-    )
+    step, predict, epoch, seed = train.train_step, scoring.predict_batch, plan.epoch_batches, train.seed_everything
 
-    def optimizer_step(*arguments: Any) -> Any:
-        result = step(*arguments)
-        steps["made"] = arguments[-1].step
+    def train_step(learner: Any, *arguments: Any) -> None:
+        step(learner, *arguments)
+        steps["made"] = learner.state.step
         if steps["made"] == stop and call.get("during") != "evaluation":
             ask_to_stop()
-        return result
 
     def predict_batch(*arguments: Any) -> Any:
         if steps["made"] == stop:
             ask_to_stop()
-        return batch(*arguments)
+        return predict(*arguments)
 
     made = [
-        mock.patch.object(results, "write_report", mock.Mock(return_value="")),
-        mock.patch.object(train, "finish", mock.Mock()),
+        mock.patch.object(run, "write_report", mock.Mock(return_value="")),
+        mock.patch.object(run, "finish", mock.Mock()),
+        mock.patch.object(train, "train_step", train_step),
+        mock.patch.object(scoring, "predict_batch", predict_batch),
     ]
-    made += [mock.patch.object(train, "optimizer_step", optimizer_step)]
-    made += [mock.patch.object(evaluation, "predict_batch", predict_batch)]
     if call.get("broken") == "order":
-        made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: batches(a, b, c + 1, d, e))]
+        made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: epoch(a, b, c + 1, d, e))]
     if call.get("broken") == "dropout":
-        made += [mock.patch.object(training, "seed_everything", lambda first, *key: seed(first + 1, *key))]
+        made += [mock.patch.object(train, "seed_everything", lambda first, *key: seed(first + 1, *key))]
     return made
 
 
-def run(call: dict[str, Any], flags: list[str]) -> None:
+def play(call: dict[str, Any], flags: list[str]) -> None:
     config = parse_cli(TrainConfig, [*flags, *call.get("flags", []), "--output_dir", call["folder"]])
     active = patches(call)
     for patch in active:
@@ -88,7 +81,7 @@ def run(call: dict[str, Any], flags: list[str]) -> None:
 
 def main(path: str, *flags: str) -> None:
     for call in json.loads(Path(path).read_text()):
-        run(call, list(flags))
+        play(call, list(flags))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

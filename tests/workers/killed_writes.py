@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from conftest import tiny_roberta
@@ -24,14 +25,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
-from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import plain_cross_entropy
 from lib.run import best_model, checkpoint
 from lib.run.best_model import publish_model
 from lib.run.checkpoint import Checkpointer
 from lib.run.resume import find_checkpoint
 from lib.runtime import atomic
-from lib.training.meter import Interval
+from lib.training.learner import Learner
+from lib.training.meter import Meter
+from lib.training.objective import Objective
+from lib.training.plan import Plan
 from lib.training.state import State
 
 WRITES = [
@@ -72,10 +76,11 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     optimizer.step()
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
     state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0})
-    interval = Interval(accelerator, lambda *_: UserError(""))
-    config = TrainingConfig(save_total_limit=1)
+    plan = Plan(TrainingConfig(save_total_limit=1), np.ones(8))
+    meter = Meter(accelerator, plan)
+    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
     publish_model(accelerator, model, tokenizer, folder / "model")
-    Checkpointer(accelerator, folder, config, {}, model, optimizer, scheduler, state, interval).save(None)
+    Checkpointer(folder, plan.config, {}, learner).save(None)
 
 
 def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:

@@ -13,23 +13,15 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import sentences, write_csv
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.data.load import Data, load_data
-from lib.data.loader import build_collator
-from lib.model.adapters.adapt import adapt
-from lib.model.layers import set_train_mode
-from lib.model.load import build_model, load_tokenizer
+from lib.model.load import load_tokenizer
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import finish
-from lib.runtime.seeds import seed_everything
-from lib.training.objective import build_objective
-from lib.training.optimizer import build_optimizer, build_scheduler, learning_rate
-from lib.training.plan import all_windows, build_plan
-from lib.training.state import State
-from lib.training.step import optimizer_step
+from tests.conftest import sentences, write_csv
+from tests.stepping import build_experiment
 
 # A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
 FIXED = "--lr 1e-2 --adam_epsilon 1e-2 --warmup_steps 1 --lr_scheduler_type cosine --epochs 2 --train_batch_size 16"
@@ -52,28 +44,17 @@ def shorten(data: Data, size: int) -> Data:
     return dataclasses.replace(data, tokens=train, lengths={"train": data.lengths["train"][:size]})
 
 
-def train(accelerator, config: TrainConfig, tokenizer, data: Data) -> dict:
-    seed_everything(0)
-    model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
-    model = adapt(model, config.adapter, config.model, weights.new)
-    plan = build_plan(config.training, len(data.tokens["train"]), accelerator.num_processes)
-    objective = build_objective(config.objective, data)
-    optimizer = build_optimizer(model, config.optim, accelerator.device)
-    scheduler = build_scheduler(optimizer, config.optim, plan.total_steps, "accuracy")
-    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    set_train_mode(model)
-    state, losses, norms, rates = State(), [], [], []
-    rank = accelerator.process_index
-    for window in all_windows(plan, config.training, data, collator, rank, weights=objective.weights):
-        rates.append(learning_rate(optimizer))
-        fixed = (accelerator, model, optimizer, scheduler, objective.loss)
-        loss, norm = optimizer_step(*fixed, window, config.optim, config.training.seed, state)
-        losses.append(accelerator.reduce(loss, "sum").item() / window.weight)
-        norms.append(norm.item())
-    trained = torch.cat([p.detach().flatten() for p in accelerator.unwrap_model(model).parameters()])
-    accelerator.free_memory(model, optimizer)
-    return {"losses": losses, "norms": norms, "rates": rates, "samples": state.samples_seen, "weights": trained.clone()}
+def train(accelerator, config: TrainConfig, data: Data) -> dict:
+    experiment = build_experiment(config, accelerator, data)
+    learner, losses, norms, rates = experiment.learner, [], [], []
+    for batch in experiment.plan.step_batches(experiment.batches):
+        loss, norm = experiment.step(batch)
+        losses.append(loss)
+        norms.append(norm)
+        rates.append(learner.state.learning_rate)
+    trained = torch.cat([p.detach().flatten() for p in learner.inner_model.parameters()]).clone()
+    accelerator.free_memory(learner.model, learner.optimizer)
+    return {"losses": losses, "norms": norms, "rates": rates, "samples": learner.state.samples_seen, "weights": trained}
 
 
 def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_flags: str) -> None:
@@ -90,7 +71,7 @@ def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_fl
         with accelerator.main_process_first():
             data = load_data(config.data, tokenizer)
         for size in map(int, sizes.split(",")):
-            results[flags, size] = train(accelerator, config, tokenizer, shorten(data, size))
+            results[flags, size] = train(accelerator, config, shorten(data, size))
     if accelerator.is_main_process:
         torch.save(results, Path(out) / f"results-{accelerator.num_processes}-{micro_batch_size}.pt")
     finish(accelerator)

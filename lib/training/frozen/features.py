@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from lib.config.train import TrainConfig
+from lib.config.sections import ModelConfig
+from lib.config.train import TrainingConfig
 from lib.data.batching import eval_batches
 from lib.data.load import Data
-from lib.data.loader import Collator, build_loader
+from lib.data.loader import Batches, Tensors, build_loader
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
 from lib.runtime.cpu.tuning import use_one_core_for
@@ -30,7 +30,8 @@ from lib.training.frozen.feature_cache import (
     model_digest,
     save_features,
 )
-from lib.training.frozen.replay import Batch, Replay, as_it_is, first_rows, name_samples, views
+from lib.training.frozen.stand_in import StandIn, as_it_is, first_rows, name_samples, views
+from lib.training.learner import Learner
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between logits as a share of the largest one: rounding, and nothing else."""
@@ -44,36 +45,34 @@ class NotCacheable(Exception):
     """Why a frozen part must run in every step, in words."""
 
 
-def cache_features(
-    accelerator: Accelerator, model: nn.Module, config: TrainConfig, data: Data, collator: Collator
-) -> tuple[Data, Collator]:
-    """Data and collator whose batches name their samples, so that `model` takes the output of its frozen part from memory.
+def cache_features(learner: Learner, batches: Batches, model: ModelConfig, training: TrainingConfig) -> Batches:
+    """Batches whose samples carry their numbers, so that the model takes the output of its frozen part from memory.
 
     It is computed once for every split, each process doing its share, or found on disk. Samples, batches and the
-    randomness of what is trained stay the same. All comes back as it was when no part is frozen, when features are not
-    wanted, or when the model makes other logits of them: the main process prints which. `model` must be prepared and hold
-    its weights.
+    randomness of what is trained stay the same. `batches` comes back as it was if no part is frozen, if features are not
+    wanted, or if the model computes other logits from them: the main process prints which. The learner must be prepared
+    and hold its weights.
     """
-    part = config.model.freeze
-    if config.training.no_cache_features or part in (None, "embeddings", "0"):
-        return data, collator
+    accelerator, data, part = learner.accelerator, batches.data, model.freeze
+    if training.no_cache_features or part in (None, "embeddings", "0"):
+        return batches
     if "num_windows" in data.tokens["train"].column_names:
         say(accelerator, "- the frozen part runs in every step: --window_stride gives a text more than one input")
-        return data, collator
+        return batches
     lengths = np.concatenate([data.lengths[split] for split in data.tokens])
-    replay = Replay(accelerator.unwrap_model(model), str(part), lengths, accelerator.device)
-    set_train_mode(replay.model)
-    builder = Builder(accelerator, replay, config, data, collator)
+    stand_in = StandIn(learner.inner_model, str(part), lengths, accelerator.device)
+    set_train_mode(stand_in.model)
     try:
-        say(accelerator, builder.build())
+        say(accelerator, Builder(accelerator, stand_in, batches, training, model.model).build())
     except NotCacheable as reason:
-        replay.remove()
+        stand_in.remove()
         say(accelerator, f"- the frozen part runs in every step: {reason}")
-        return data, collator
-    if replay.is_backbone:
-        trained, _ = count_parameters(replay.model)
-        use_one_core_for(trained * config.training.train_batch_size)
-    return name_samples(data, replay.is_backbone), as_it_is if replay.is_backbone else collator
+        return batches
+    if stand_in.is_backbone:
+        trained, _ = count_parameters(stand_in.model)
+        use_one_core_for(trained * training.train_batch_size)
+    named, collator = name_samples(data, stand_in.is_backbone), as_it_is if stand_in.is_backbone else batches.collator
+    return dataclasses.replace(batches, data=named, collator=collator)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +80,14 @@ class Builder:
     """Fills the table of a stand-in and sees that the model makes the same logits of it."""
 
     accelerator: Accelerator
-    replay: Replay
-    config: TrainConfig
-    data: Data
-    collator: Collator
+    stand_in: StandIn
+    batches: Batches
+    config: TrainingConfig
+    model_name: str
+
+    @property
+    def data(self) -> Data:
+        return self.batches.data
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,9 +102,9 @@ class Builder:
         for split in self.data.tokens:
             rows, batch = self.probe(split)
             _, logits = self.whole(batch)
-            if not self.is_same(logits, self.stand_in(rows, batch)):
+            if not self.is_same(logits, self.logits_of(rows, batch)):
                 raise NotCacheable("its output depends on the other texts of a batch, or on random numbers")
-        what = f"the frozen backbone ({self.replay.view})" if self.replay.is_backbone else "the frozen layers"
+        what = f"the frozen backbone ({self.stand_in.view})" if self.stand_in.is_backbone else "the frozen layers"
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"- {what}, {kind}, {size / 2**20:,.1f} MiB, runs once: {how}, {time.perf_counter() - started:.1f} s "
@@ -110,29 +113,29 @@ class Builder:
 
     # ------------------------------------------------------------------------------------------------ checking
 
-    def probe(self, split: str) -> tuple[torch.Tensor, Batch]:
+    def probe(self, split: str) -> tuple[torch.Tensor, Tensors]:
         """Numbers and tensors of some samples of a split, from the shortest to the longest."""
         order = np.argsort(self.data.lengths[split], kind="stable")
         indices = np.unique(order[np.linspace(0, len(order) - 1, min(PROBE, len(order))).astype(int)])
-        batch = next(iter(build_loader(self.data.tokens[split], [indices], self.collator)))
+        batch = next(iter(build_loader(self.data.tokens[split], [indices], self.batches.collator)))
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items() if name != "labels"}
         rows = torch.from_numpy(indices + first_rows(self.data)[split])
         return rows.to(self.accelerator.device), batch
 
-    def whole(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+    def whole(self, batch: Tensors) -> tuple[Any, torch.Tensor]:
         """Output of the frozen part and logits, in train mode: dropout, too, must come out the same."""
-        seed_everything(self.config.training.seed)
-        return self.replay.compute_whole(batch)
+        seed_everything(self.config.seed)
+        return self.stand_in.compute_whole(batch)
 
     @torch.no_grad()
-    def stand_in(self, rows: torch.Tensor, batch: Batch) -> torch.Tensor | None:
+    def logits_of(self, rows: torch.Tensor, batch: Tensors) -> torch.Tensor | None:
         """Logits of samples out of the table; None when the head cannot do with it."""
-        if self.replay.is_backbone:  # as in `Rows`
+        if self.stand_in.is_backbone:  # as in `Rows`
             one = torch.ones(len(rows), 1, dtype=torch.int64, device=rows.device)
             batch = {"input_ids": one, "attention_mask": one}
-        seed_everything(self.config.training.seed)
+        seed_everything(self.config.seed)
         try:
-            return self.replay.model(**batch, rows=rows).logits.float()
+            return self.stand_in.model(**batch, rows=rows).logits.float()
         except Exception:  # a head that wants more than one position says so in its own way
             return None
 
@@ -151,14 +154,14 @@ class Builder:
         if "attention_mask" not in batch:
             raise NotCacheable("its tokenizer makes no attention mask")
         output, logits = self.whole(batch)
-        states = self.replay.learn_form(output)
+        states = self.stand_in.learn_form(output)
         if states.requires_grad:
             raise NotCacheable("something below it is trained, such as positions that all layers share")
-        if not self.replay.is_backbone:
+        if not self.stand_in.is_backbone:
             return states.shape[-1]
-        for view, vectors in views(output, batch, self.replay.model.config.pad_token_id).items():
-            self.replay.view, self.replay.table = view, vectors.detach()
-            if self.is_same(logits, self.stand_in(torch.arange(len(rows), device=rows.device), batch)):
+        for view, vectors in views(output, batch, self.stand_in.model.config.pad_token_id).items():
+            self.stand_in.view, self.stand_in.table = view, vectors.detach()
+            if self.is_same(logits, self.logits_of(torch.arange(len(rows), device=rows.device), batch)):
                 return vectors.shape[1]
         raise NotCacheable("the head needs more than one vector of a text")
 
@@ -169,24 +172,26 @@ class Builder:
 
         Raises NotCacheable when they are more than is allowed.
         """
-        replay, limit = self.replay, self.config.training.feature_cache_gib
+        stand_in, limit = self.stand_in, self.config.feature_cache_gib
         count = sum(map(self.positions, self.data.tokens))
         size = count * width * self.dtype.itemsize
         if size > limit * 2**30:
             raise NotCacheable(f"its output takes {size / 2**30:.2f} GiB, --feature_cache_gib allows {limit:g}")
-        replay.table = torch.zeros(count, width, dtype=self.dtype, device=self.accelerator.device)
+        stand_in.table = torch.zeros(count, width, dtype=self.dtype, device=self.accelerator.device)
         return size
 
     def positions(self, split: str) -> int:
         """Rows of the table that a split takes."""
-        return len(self.data.tokens[split]) if self.replay.is_backbone else int(self.data.lengths[split].sum())
+        return len(self.data.tokens[split]) if self.stand_in.is_backbone else int(self.data.lengths[split].sum())
 
     def fill(self) -> str:
         """Find or compute the vectors of every split; says which, in words."""
-        replay, start, how = self.replay, 0, []
-        made_of = model_digest(replay.model, len(replay.modules), replay.view, self.dtype, self.accelerator.device.type)
+        stand_in, start, how = self.stand_in, 0, []
+        made_of = model_digest(
+            stand_in.model, len(stand_in.modules), stand_in.view, self.dtype, self.accelerator.device.type
+        )
         for split in self.data.tokens:
-            part = replay.table[start : start + self.positions(split)]
+            part = stand_in.table[start : start + self.positions(split)]
             how.append(f"{split} {self.fill_split(split, part, made_of)}")
             start += len(part)
         return ", ".join(how)
@@ -204,28 +209,26 @@ class Builder:
         self.encode(split, part)
         problem = None
         if self.accelerator.is_main_process:
-            limit = KEPT * self.config.training.feature_cache_gib * 2**30
-            problem = save_features(folder, part, {"split": split, "model": self.config.model.model}, limit)
+            limit = KEPT * self.config.feature_cache_gib * 2**30
+            problem = save_features(folder, part, {"split": split, "model": self.model_name}, limit)
         notes = ["computed"] + ([f"instead of damaged ones ({damage})"] if damage not in (None, "absent") else [])
         return " ".join([*notes, *([f"but not kept: {problem}"] if problem else [])])
 
     def encode(self, split: str, part: torch.Tensor) -> None:
         """Compute the vectors of a split, each once, by one of the processes, and put them together in `part`."""
-        tokens, lengths, first = self.data.tokens[split], self.data.positions(split), first_rows(self.data)[split]
-        counts = torch.zeros(len(tokens), device=self.accelerator.device)
+        source, first = self.batches.split(split), first_rows(self.data)[split]
+        counts = torch.zeros(len(source.tokens), device=self.accelerator.device)
 
-        def compute(indices: torch.Tensor, batch: Batch) -> None:
-            batch = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items() if k != "labels"}
-            places, vectors = self.replay.vectors(indices + first, self.replay.compute(batch), batch)
-            self.replay.table[places] = vectors.to(self.dtype)
+        def compute(indices: torch.Tensor, batch: Tensors) -> None:
+            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            places, vectors = self.stand_in.vectors(indices + first, self.stand_in.compute(inputs), inputs)
+            self.stand_in.table[places] = vectors.to(self.dtype)
             counts[indices] += 1
 
-        size = self.config.training.per_device_eval_batch_size
-        with torch.no_grad(), cast_weights(self.replay.model, self.accelerator.mixed_precision):
-            while not share_batches(
-                self.accelerator, tokens, eval_batches(lengths, size), self.collator, compute, f"features of {split}"
-            ):
-                size = halve(min(size, len(tokens)), "--per_device_eval_batch_size")
+        size, what = self.config.per_device_eval_batch_size, f"features of {split}"
+        with torch.no_grad(), cast_weights(self.stand_in.model, self.accelerator.mixed_precision):
+            while not share_batches(self.accelerator, source, eval_batches(source.positions, size), compute, what):
+                size = halve(min(size, len(source.tokens)), "--per_device_eval_batch_size")
                 part.zero_(), counts.zero_()
         check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())
         if self.accelerator.num_processes > 1:

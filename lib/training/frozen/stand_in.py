@@ -13,16 +13,15 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
 from lib.data.load import Data
+from lib.data.loader import Tensors
 from lib.model.layers import backbone_of, find_layers
-
-Batch = dict[str, torch.Tensor]
 
 
 class Reached(Exception):
     """Ends a forward where the frozen part ends, with what it gave."""
 
 
-def views(output: Any, batch: Batch, pad_token_id: int | None) -> dict[str, torch.Tensor]:
+def views(output: Any, batch: Tensors, pad_token_id: int | None) -> dict[str, torch.Tensor]:
     """The vectors (batch, size) by which heads know a text, of the output of a backbone, the cheapest first."""
     states, mask, samples = output[0], batch["attention_mask"], torch.arange(len(output[0]), device=output[0].device)
     pooled = getattr(output, "pooler_output", None)
@@ -34,7 +33,7 @@ def views(output: Any, batch: Batch, pad_token_id: int | None) -> dict[str, torc
     return found | {"mean": (states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)}
 
 
-class Replay:
+class StandIn:
     """Answers for frozen modules out of `table`.
 
     For a whole backbone, sample i has row i of it, and `view` names what that is. For layers, sample i has the rows from
@@ -53,13 +52,13 @@ class Replay:
         self.mask: Any = None
         self.hook = model.register_forward_pre_hook(self.note, with_kwargs=True)
         for module in self.modules:
-            self.stand_in(module)
+            self.replace_forward(module)
 
     def note(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         self.rows, self.mask = kwargs.pop("rows", None), kwargs.get("attention_mask")
         return args, kwargs
 
-    def stand_in(self, module: nn.Module) -> None:
+    def replace_forward(self, module: nn.Module) -> None:
         compute = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -98,7 +97,7 @@ class Replay:
         """(batch, length): where in `table` the tokens of samples are, whichever side they are padded on."""
         return (self.starts[rows][:, None] + mask.cumsum(dim=1) - 1).clamp(min=0)
 
-    def compute(self, batch: Batch) -> Any:
+    def compute(self, batch: Tensors) -> Any:
         """What the frozen part gives; nothing above it is computed."""
 
         def reach(_: nn.Module, __: Any, output: Any) -> None:
@@ -113,7 +112,7 @@ class Replay:
             handle.remove()
         raise AssertionError("the frozen part is not part of the forward")
 
-    def compute_whole(self, batch: Batch) -> tuple[Any, torch.Tensor]:
+    def compute_whole(self, batch: Tensors) -> tuple[Any, torch.Tensor]:
         """What the frozen part gives, and the logits that the model makes of it."""
         seen: list[Any] = []
         handle = self.modules[-1].register_forward_hook(lambda _, __, output: seen.append(output))
@@ -123,7 +122,7 @@ class Replay:
         finally:
             handle.remove()
 
-    def vectors(self, rows: torch.Tensor, output: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def vectors(self, rows: torch.Tensor, output: Any, batch: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
         """(places in `table`, vectors) of samples, out of what `compute` gave."""
         if self.is_backbone:
             return rows, views(output, batch, self.model.config.pad_token_id)[self.view]
@@ -148,7 +147,7 @@ class Rows:
     def __getitem__(self, column: str) -> np.ndarray:
         return {"labels": self.labels.numpy()}[column]
 
-    def __getitems__(self, indices: list[int]) -> Batch:
+    def __getitems__(self, indices: list[int]) -> Tensors:
         """One position for each sample; what stands there is not read, but heads count it."""
         rows = torch.tensor(indices)
         one = torch.ones(len(rows), 1, dtype=torch.int64)

@@ -1,0 +1,108 @@
+"""What outlives the process, as one object: folder, settings, log, checkpoints, best model, progress, results."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from lib.config.train import TrainConfig
+from lib.data.load import Data
+from lib.data.loader import Batches
+from lib.evaluation.report import write_report
+from lib.evaluation.scores import Metrics
+from lib.evaluation.scoring import Scored
+from lib.model.card import write_model_card
+from lib.model.load import Weights
+from lib.run.best_model import publish_model, restore_model
+from lib.run.checkpoint import Checkpointer
+from lib.run.introduction import describe_run
+from lib.run.progress import Progress
+from lib.run.record import run_folder, run_settings
+from lib.run.results import build_results, write_results
+from lib.run.resume import choose_checkpoint, open_folder
+from lib.run.tracking import RunLog, check_tracker
+from lib.runtime.processes import finish
+from lib.runtime.signals import Stopped, deferring_signals
+from lib.runtime.watchdog import watching
+from lib.training.learner import Learner
+from lib.training.state import State
+
+
+class Run:
+    """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
+
+    progress: Progress
+    log: RunLog
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        """Writes nothing. Raises UserError if the tracker asked for is not installed."""
+        check_tracker(config.tracking.report_to)
+        self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
+
+    def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: Weights) -> None:
+        """Open the folder, take over the checkpoint to resume from, print the start block, start log and tracker.
+
+        Raises UserError if the folder holds another experiment, or no checkpoint that `--resume_from_checkpoint` wants.
+        """
+        accelerator, config, folder = self.accelerator, self.config, self.folder
+        self.metrics = metrics
+        self.settings = run_settings(accelerator, config, batches, learner.inner_model)
+        if accelerator.is_main_process:
+            open_folder(config, folder)
+        checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
+        if accelerator.is_main_process:
+            print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
+        self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
+        run_id = self.checkpointer.load(checkpoint)
+        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
+        self.log.start(self.settings, metrics.names)
+
+    @contextlib.contextmanager
+    def guard(self, learner: Learner) -> Iterator[None]:
+        """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named."""
+        rank, training = self.accelerator.process_index, self.config.training
+        self.progress = Progress(self.accelerator, learner.plan.total_steps, learner.state)
+        watched = watching(self.folder / "heartbeats", rank, training.ddp_timeout)
+        with watched, deferring_signals(training.max_minutes):
+            try:
+                yield
+            except Stopped:
+                self.save_checkpoint()
+                self.log.close()
+                self.accelerator.wait_for_everyone()
+                raise
+        self.progress.close(learner.state.step, learner.plan.best_metric)
+
+    def log_values(self, state: State, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, with the tracker and, for scores of an evaluation, the screen."""
+        scores = {name.removeprefix("eval/"): value for name, value in values.items() if name.startswith("eval/")}
+        if scores:
+            listed = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self.progress.write(f"step {state.step}, validation:  {listed}")
+        self.log.log(state.step, state.samples_seen, values)
+
+    def save_checkpoint(self) -> None:
+        self.checkpointer.save(self.log.run_id)
+
+    def save_best(self, learner: Learner, tokenizer: Any) -> None:
+        """Export the model of this step to `model/`, in place of the best one before."""
+        publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
+
+    def load_best(self, learner: Learner) -> None:
+        """Raises UserError if no evaluation gave a finite number, so that there is none."""
+        restore_model(self.accelerator, learner.model, self.folder / "model", learner.state)
+
+    def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
+        """Reports, model card and results.json, whose content is the last line on stdout; then the processes part."""
+        results = build_results(self.config, self.settings, learner, scored)
+        self.log.finish(results, scored, data)
+        if self.accelerator.is_main_process:
+            for split, (scores, predictions) in scored.items():
+                folder, names = self.folder / f"eval-{split}", self.metrics.names
+                print(write_report(folder, split, scores, names, predictions, data), flush=True)
+            thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
+            write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
+            print(write_results(self.folder, results), flush=True)
+        finish(self.accelerator, learner.model, learner.optimizer)

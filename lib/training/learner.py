@@ -1,0 +1,92 @@
+"""What an optimizer step changes and a checkpoint saves, as one object."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+
+from lib.config.train import OptimConfig
+from lib.data.loader import Split, StepBatch
+from lib.evaluation.scores import Metrics
+from lib.evaluation.scoring import Scored, evaluate
+from lib.model.layers import set_train_mode
+from lib.training.meter import Meter
+from lib.training.objective import Objective
+from lib.training.optimizer import (
+    advance_on_metric,
+    advance_scheduler,
+    build_optimizer,
+    build_scheduler,
+    learning_rate,
+)
+from lib.training.plan import Plan
+from lib.training.state import State
+
+
+@dataclasses.dataclass
+class Learner:
+    """Model, optimizer and schedule, prepared by the accelerator; objective, counters and sums since the last log line."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    objective: Objective
+    optimizer: Optimizer
+    scheduler: Any
+    state: State
+    meter: Meter
+
+    @property
+    def plan(self) -> Plan:
+        return self.meter.plan
+
+    @property
+    def inner_model(self) -> Any:
+        """The model without what the accelerator wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def step_schedule(self) -> None:
+        """Advance the schedule by one step; not after a step that fp16 skipped."""
+        self.state.learning_rate = learning_rate(self.optimizer)
+        if not self.accelerator.optimizer_step_was_skipped:
+            advance_scheduler(self.scheduler)
+
+    def count_step(self, batch: StepBatch, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """Count a finished step, and add its loss and gradient norm to the sums that are logged."""
+        if self.accelerator.optimizer_step_was_skipped:
+            grad_norm = torch.zeros(())  # infinite: the loss scale of fp16 was too large
+        self.state.step += 1
+        self.state.samples_seen += batch.num_samples
+        self.state.pending = True
+        self.meter.add(loss_sum, grad_norm, batch, self.state)
+
+    def evaluate(self, split: Split, metrics: Metrics, tune_thresholds: bool = False) -> Scored:
+        """Score a split; a batch size that did not fit in memory is not tried again."""
+        size = self.state.eval_batch_size
+        scored = evaluate(self.accelerator, self.model, split, metrics.names, size, tune_thresholds)
+        self.state.eval_batch_size = scored.predictions.batch_size
+        return scored
+
+    def update_best(self, scores: dict[str, float]) -> bool:
+        """Note the validation scores of this step, for schedules that follow them too; True if they are the best so far."""
+        metric = self.plan.best_metric
+        advance_on_metric(self.scheduler, scores[metric])
+        return self.state.update_best(scores, metric)
+
+
+def build_learner(
+    accelerator: Accelerator, model: nn.Module, objective: Objective, plan: Plan, config: OptimConfig
+) -> Learner:
+    """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
+
+    The schedule is not prepared: it advances once per optimizer step, not once per process. Raises UserError if the
+    settings of the schedule, or rates by layer, do not fit.
+    """
+    optimizer = build_optimizer(model, config, accelerator.device)
+    scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    set_train_mode(model)
+    state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
+    return Learner(accelerator, model, objective, optimizer, scheduler, state, Meter(accelerator, plan))
