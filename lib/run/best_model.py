@@ -1,4 +1,4 @@
-"""The best model so far: which it is, published whole, loaded again for the final test."""
+"""The best model so far: `OUTPUT_DIR/model/`, exported with save_pretrained and usable by any transformers program."""
 
 import shutil
 from pathlib import Path
@@ -17,9 +17,9 @@ from lib.training.state import State
 
 
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Save model (or adapter and head) and tokenizer to `folder`, replacing what is there in one step.
+    """Save model (or adapter and head) and tokenizer to `folder`, atomically replacing what is there.
 
-    Every process waits until the folder is complete. Raises UserError on every process when the disk has no room.
+    Every process waits until the folder is complete. Raises UserError on every process if the disk is full.
     """
     beat("saving the best model")
     problem = ""
@@ -38,9 +38,9 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
 
 
 def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
-    """Load what `publish_model` saved into `model`, in place: weights, and the thresholds of several labels.
+    """Load what `publish_model` saved into `model`, in place: weights, and thresholds of a multi-label model.
 
-    Raises UserError when no evaluation of the run gave a finite number, so that none was saved.
+    Raises UserError if no evaluation of the run gave a finite number, so that no model was saved.
     """
     if state.best_metric is None:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")

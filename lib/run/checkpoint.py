@@ -1,10 +1,9 @@
-"""Checkpoints to resume from, published whole, and the best model, usable by any transformers program.
+"""Checkpoints to resume from, published atomically.
 
     OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/
-    OUTPUT_DIR/model/                  the best model so far, from plain save_pretrained
 
-A checkpoint is complete in itself: `best` is the best model at that step, linked and not copied. Parameters that are
-not trained lie in frozen.safetensors, which a process writes once and links into its later checkpoints.
+A checkpoint is complete: `best` is the best model at that step, as hard links. Frozen parameters are in
+frozen.safetensors, which a process writes once and hard-links into its later checkpoints.
 """
 
 import dataclasses
@@ -32,10 +31,10 @@ NAME = re.compile(r"step-(\d+)(-pending)?")
 
 @dataclasses.dataclass
 class Checkpointer:
-    """Saves and restores a learner; `settings` is what the run is known by.
+    """Saves and restores a learner; `settings` are the settings of the run, compared when it resumes.
 
-    `last` is the checkpoint that this very process wrote last: only from there are files linked, so that damage to those
-    of an earlier run does not spread.
+    `last` is the last checkpoint that this process wrote. Only its files are hard-linked, so that damage to files of an
+    earlier process does not spread.
     """
 
     folder: Path
@@ -45,10 +44,10 @@ class Checkpointer:
     last: Path | None = None
 
     def save(self, run_id: str | None) -> None:
-        """Publish a checkpoint of this step, then remove old ones; every process must call this.
+        """Publish a checkpoint of this step, then delete old ones; every process must call this.
 
-        `run_id` names the tracker's run. Raises UserError on every process if the weights are not finite, or if the
-        disk has no room; the checkpoints before it are then untouched.
+        `run_id` is the id of the tracker's run. Raises UserError on every process if the weights are not finite or the
+        disk is full; earlier checkpoints stay as they are.
         """
         accelerator, state = self.learner.accelerator, self.learner.state
         beat(f"checkpoint of step {state.step}")
@@ -85,7 +84,7 @@ class Checkpointer:
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
             if state.best_scores:
                 link_tree(self.folder / "model", fresh / "best")
-            write_manifest(fresh, describe(state, self.settings), self.last)
+            write_manifest(fresh, manifest_head(state, self.settings), self.last)
             publish_folder(fresh, checkpoints / name)
         except (*WRITE_ERRORS, UserError):
             shutil.rmtree(fresh, ignore_errors=True)
@@ -94,16 +93,16 @@ class Checkpointer:
         rotate(checkpoints, state.step, self.config.save_total_limit)
 
     def load(self, checkpoint: Path | None) -> str | None:
-        """Take over everything from `checkpoint`, which must be whole; returns the name of the tracker's run.
+        """Restore everything from a valid checkpoint; returns the id of the tracker's run. Every process must call this.
 
-        Every process must call this. Hyper-parameters stay those of the settings.
+        Hyper-parameters stay those of the settings.
         """
         if checkpoint is None:
             return None
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
         load_weights(learner.inner_model, checkpoint)
-        self.last = None  # what is frozen there may be other than now
+        self.last = None  # other parameters may be frozen there
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
@@ -123,8 +122,8 @@ class Checkpointer:
         return record["run_id"]
 
 
-def describe(state: State, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a manifest: what a person, or another program, wants to know of a checkpoint."""
+def manifest_head(state: State, settings: dict[str, Any]) -> dict[str, Any]:
+    """What a person or another program wants to know about a checkpoint."""
     versions = {key.removeprefix("run/version_"): value for key, value in settings.items() if "run/version_" in key}
     return {
         "format": 1,
@@ -142,15 +141,15 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Checkpoint folders by name, newest first; whatever else lies there is not looked at."""
+    """Checkpoint folders by name, newest first; other files are ignored."""
     found = [(match, path) for path in checkpoints.glob("*") if (match := NAME.fullmatch(path.name)) and path.is_dir()]
-    # At the same step, the one whose evaluation is done is the newer.
+    # At the same step, the one after the evaluation is newer.
     found.sort(key=lambda item: (int(item[0][1]), item[0][2] is None), reverse=True)
     return [path for _, path in found]
 
 
 def rotate(checkpoints: Path, step: int, limit: int) -> None:
-    """Keep the newest `limit` checkpoints up to `step`; those ahead of it are of a course that was given up."""
+    """Keep the newest `limit` checkpoints up to `step`; later ones are of an abandoned continuation."""
     paths = list_checkpoints(checkpoints)
     keep = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step][:limit]  # type: ignore[index]
     for path in {*paths, *checkpoints.glob(".tmp-*"), *checkpoints.glob(".old-*")} - set(keep):
@@ -158,14 +157,14 @@ def rotate(checkpoints: Path, step: int, limit: int) -> None:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise UserError for trained weights that are not finite."""
+    """Raise UserError if a trained weight is not finite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise UserError(f"{name} holds numbers that are not finite; try a lower --learning_rate")
 
 
 def check_space(folder: Path, model: nn.Module) -> None:
-    """Raise UserError unless the disk has room for the weights that `folder` lacks and AdamW's two moments."""
+    """Raise UserError unless the disk has room for the missing weights and AdamW's two moments."""
     frozen = set() if (folder / FROZEN).exists() else frozen_names(model)
     needed = 2**20 + sum(
         p.nbytes * 3 if p.requires_grad else p.nbytes * (name in frozen) for name, p in model.named_parameters()
@@ -174,5 +173,5 @@ def check_space(folder: Path, model: nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
-            "then run the same command again: it goes on from the checkpoint before"
+            "then run the same command again: it resumes from the checkpoint before"
         )

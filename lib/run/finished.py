@@ -16,7 +16,7 @@ from lib.model.load import model_name
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A model to use: `data` are the data settings of the run that made it, `precision` the one to work in."""
+    """A trained model, the data settings of its run if it is one, and the precision to compute in."""
 
     source: ModelSource
     data: DataConfig | None
@@ -24,9 +24,9 @@ class TrainedModel:
 
 
 def find_model(source: ModelSource, precision: str) -> TrainedModel:
-    """The model that --model names: that of a run when it is the folder of one.
+    """The model that `--model` names; if it is the folder of a run, the model of that run.
 
-    Raises UserError when the folder is not there or its run kept no model.
+    Raises UserError if the folder does not exist, or the run has no model yet.
     """
     folder = Path(source.model)
     if not (folder / "config.yaml").is_file():
@@ -38,7 +38,7 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
 
 
 def find_scored_model(config: EvalConfig) -> TrainedModel:
-    """The model to score: that of the run, or the one named. Raises UserError when the run kept none."""
+    """The model to score: that of `--run`, or `--model`. Raises UserError if the run has no model yet."""
     if config.run is None:
         return TrainedModel(config.model, None, config.mixed_precision)
     folder = Path(config.run)
@@ -46,14 +46,14 @@ def find_scored_model(config: EvalConfig) -> TrainedModel:
 
 
 def run_model(folder: Path, flag: str) -> ModelSource:
-    """The model of a run, named by `flag`. Raises UserError when the run kept none."""
+    """The model of a run, named by `flag`. Raises UserError if there is none yet."""
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{flag} {folder} has no model folder yet; let train.py reach its first evaluation")
     return ModelSource(str(folder / "model"))
 
 
 def run_precision(folder: Path, asked: str) -> str:
-    """The precision asked for, or that in which the run in `folder` was trained."""
+    """The precision that was asked for; `auto` is that of the run in `folder`."""
     results = folder / "results.json"
     if asked == "auto" and results.is_file():
         return json.loads(results.read_text(encoding="utf-8"))["run/mixed_precision"]
@@ -61,7 +61,7 @@ def run_precision(folder: Path, asked: str) -> str:
 
 
 def eval_folder(config: EvalConfig) -> Path:
-    """Where the report of a split goes."""
+    """The folder of eval.py's report."""
     if config.output_dir:
         return Path(config.output_dir)
     named = f"{dataset_name(config.data)}-{config.split}"

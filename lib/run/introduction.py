@@ -1,4 +1,4 @@
-"""The block before the first step."""
+"""The start block, printed before the first step."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lib.training.learner import Learner
 
 
 def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: Weights) -> str:
-    """The block before the first step: devices, precision, batch, data, what is trained, what was noticed."""
+    """Devices, precision, batch, data, model, and notes about them, one line each."""
     accelerator, plan, notes = learner.accelerator, learner.plan, (*data.notes, *learner.objective.notes)
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
@@ -42,7 +42,7 @@ def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner
 
 
 def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:
-    """The share of padding in training, and what it would be with the other choices."""
+    """The share of padding in training, and with the other ways to form batches."""
     shares = {name: settings[f"run/padding_{name}"] for name in ("group_by_length", "random", "pad_to_max_length")}
     chosen = "pad_to_max_length" if config.data.pad_to_max_length else config.training.train_sampling_strategy
     others = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != chosen)

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of training on stderr: a bar on a terminal, a line per log step elsewhere."""
 
 import sys
 import time
@@ -20,13 +20,13 @@ class Progress:
         self.bar = tqdm(total=total_steps, initial=state.step, unit="step", dynamic_ncols=True) if on_terminal else None
 
     def step(self, state: State) -> None:
-        """One step more; `state` learns the time spent in training so far, also before an interruption."""
+        """One more step; adds to the training time in `state`, which includes the time before an interruption."""
         state.train_seconds = self.seconds_before + time.perf_counter() - self.started
         if self.bar is not None:
             self.bar.update()
 
     def show(self, learner: Learner) -> dict[str, float]:
-        """Loss, gradient norm, learning rate and speed since the last log line, as they are logged.
+        """Show and return loss, gradient norm, learning rate and speed since the last log line.
 
         Raises UserError on every process if a loss or gradient was not finite.
         """
@@ -54,10 +54,8 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def close(self, step: int, metric: str) -> None:
-        """End at `step`, which is early when `metric` was no longer better."""
+        """End at `step`; says so if early stopping ended training."""
         if step < self.total:
-            self.write(
-                f"stopped early at step {step}: no better {metric} for as long as --early_stopping_patience allows"
-            )
+            self.write(f"stopped early at step {step}: no better {metric} within --early_stopping_patience evaluations")
         if self.bar is not None:
             self.bar.close()

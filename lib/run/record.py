@@ -1,4 +1,4 @@
-"""A run as a thing: its name, its folder, the block that introduces it, the results that end it."""
+"""The record of a run: its name and folder, and the settings that make it comparable with others."""
 
 import hashlib
 import importlib.metadata
@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from lib.config.sections import AdapterConfig, flatten
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BLOCK, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
@@ -32,13 +32,14 @@ HARMLESS = {
     *("no_cache_features", "feature_cache_gib"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
 }
-"""Settings that do not change what is computed, so that a run may go on with others."""
+"""Settings that do not change the result: a run may be resumed with others."""
 
 LENGTH = {"num_train_epochs", "max_steps"}
+"""Settings that change the learning rate of every step."""
 
 
 def run_name(config: TrainConfig) -> str:
-    """The name given, or one that tells model, data, method, learning rate, batch size, epochs and seed."""
+    """`--run_name`, by default made of model, data, method, learning rate, batch size, epochs and seed."""
     if config.tracking.run_name:
         return config.tracking.run_name
     training = config.training
@@ -47,16 +48,13 @@ def run_name(config: TrainConfig) -> str:
     parts += [re.sub(r"[^\w.-]+", "", item) for item in config.model.config_overrides]
     parts += ["scratch"] if config.model.from_scratch else []
     parts += [f"freeze_{config.model.freeze}"] if config.model.freeze else []
-    parts += [adapter_name(config.adapter)] if config.adapter.adapter else []
+    adapter = config.adapter
+    if adapter.adapter:
+        parts += [adapter.adapter_placement if adapter.adapter == "bottleneck" else adapter.adapter]
     parts += [config.objective.loss] if config.objective.loss != "cross_entropy" else []
     parts += ["weighted"] if config.objective.class_weights else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
     return "-".join(parts)
-
-
-def adapter_name(config: AdapterConfig) -> str:
-    """The method, and of bottlenecks the placement."""
-    return config.adapter_placement if config.adapter == "bottleneck" else str(config.adapter)
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -64,7 +62,7 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def run_settings(accelerator: Accelerator, config: TrainConfig, batches: Batches, model: nn.Module) -> dict[str, Any]:
-    """All that runs are compared by: resolved options, and under `run/` what they were made with; no secret."""
+    """What runs are compared by: all options, and under `run/` versions, devices, data and model; no secrets."""
     data, multiple = batches.data, getattr(batches.collator, "pad_to_multiple_of", None)
     trainable, total = count_parameters(model)
     padding = padding_shares(config.training, data, multiple)
@@ -84,32 +82,29 @@ def run_settings(accelerator: Accelerator, config: TrainConfig, batches: Batches
     return settings | {"run/experiment": experiment_hash(settings)}
 
 
-# ---------------------------------------------------------------------------------------------------- scoring
+def experiment(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the result depends on, as they are after a round trip through JSON."""
+    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together"}
+    chosen = {k: v for k, v in settings.items() if (k in names) or (k not in HARMLESS and not k.startswith("run/"))}
+    return json.loads(json.dumps(chosen))
 
 
-def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:
-    """Share of padding among the positions of the first epoch's batches, by the way they are made and padded."""
-    lengths, limit = data.lengths["train"], data.max_length
-    shares = {
-        strategy: padding_share(
-            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple, limit
-        )
-        for strategy in ("group_by_length", "random")
-    }
-    return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
+def experiment_hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(experiment(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def evaluation_padding(config: TrainingConfig, data: Data, multiple: int | None = None) -> float:
-    """Share of padding among the positions of the batches of an evaluation."""
-    lengths, positions = data.lengths["validation"], data.positions("validation")
-    if data.pad_to_max_length:
-        return 1.0 - float(lengths.sum() / positions.sum())
-    batches = eval_batches(positions, config.per_device_eval_batch_size)
-    return padding_share(lengths, batches, multiple, data.max_length)
+def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for each setting that changes the experiment; an option that `before` did not have yet was at its default."""
+    before, now = experiment(flatten(TrainConfig()) | before), experiment(now)
+    keys = [key for key in now if before.get(key) != now[key]]
+    lines = [f"  {key.removeprefix('run/')}: {before.get(key)} there, {now[key]} now" for key in keys]
+    if LENGTH & set(keys):
+        lines.append("  (another length changes the learning rate of every step, also of past ones)")
+    return lines
 
 
 def run_record(accelerator: Accelerator) -> dict[str, Any]:
-    """What a run was made with: commit, versions, devices, precision; no setting and no secret."""
+    """The environment of a run: commit, versions, devices, precision."""
     record: dict[str, Any] = {
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -138,22 +133,22 @@ def git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def experiment(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the result depends on, as JSON gives them back."""
-    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together"}
-    chosen = {k: v for k, v in settings.items() if (k in names) or (k not in HARMLESS and not k.startswith("run/"))}
-    return json.loads(json.dumps(chosen))
+def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:
+    """Share of padding among all positions of the first epoch, for each way to form and pad batches."""
+    lengths, limit = data.lengths["train"], data.max_length
+    shares = {
+        strategy: padding_share(
+            lengths, epoch_batches(lengths, config.train_batch_size, config.seed, 0, strategy), multiple, limit
+        )
+        for strategy in ("group_by_length", "random")
+    }
+    return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
 
 
-def experiment_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(experiment(settings), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting that changes the experiment; one that came after `before` was at its default then."""
-    before, now = experiment(flatten(TrainConfig()) | before), experiment(now)
-    keys = [key for key in now if before.get(key) != now[key]]
-    lines = [f"  {key.removeprefix('run/')}: {before.get(key)} there, {now[key]} now" for key in keys]
-    if LENGTH & set(keys):
-        lines.append("  (another length changes the learning rate of every step, also of those already made)")
-    return lines
+def evaluation_padding(config: TrainingConfig, data: Data, multiple: int | None = None) -> float:
+    """Share of padding among all positions of an evaluation."""
+    lengths, positions = data.lengths["validation"], data.positions("validation")
+    if data.pad_to_max_length:
+        return 1.0 - float(lengths.sum() / positions.sum())
+    batches = eval_batches(positions, config.per_device_eval_batch_size)
+    return padding_share(lengths, batches, multiple, data.max_length)

@@ -24,18 +24,18 @@ ORIGIN = (
     *("run/data_fingerprint", "run/trainable_parameters", "run/parameters"),
     *("run/model_source", "run/model_commit", "run/model_sha256"),
 )
-"""Facts about data and model that results repeat."""
+"""Settings about data and model that results.json repeats."""
 
 
 def final_splits(data: Data) -> list[str]:
-    """What the best model is scored on: test, or validation where there is none, and further validation sets."""
+    """Splits the best model is scored on: test, or validation if there is none, and further validation sets."""
     return ["test" if "test" in data.tokens else "validation", *(split for split in data.tokens if split not in ROLES)]
 
 
 def build_results(
     config: TrainConfig, settings: dict[str, Any], learner: Learner, scored: dict[str, Scored]
 ) -> dict[str, Any]:
-    """The numbers of a finished run, flat: `split/metric`, steps and samples, and under `run/` what made them."""
+    """The content of results.json: `split/metric`, steps and samples, and under `run/` the environment."""
     accelerator, state = learner.accelerator, learner.state
     by_split = {"validation": state.best_scores} | {split: scores for split, (scores, _) in scored.items()}
     source = catalog_source(config.data)
@@ -57,7 +57,7 @@ def build_results(
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> str:
-    """Save the numbers of a finished run as results.json; return them as one line of JSON."""
+    """Save results.json; returns its content as one line of JSON."""
     results = finite(results)
     (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return json.dumps(results, ensure_ascii=False)
@@ -66,7 +66,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
 def report_evaluation(
     accelerator: Accelerator, config: EvalConfig, data: Data, metrics: Metrics, scored: Scored
 ) -> str:
-    """Write what eval.py leaves in its folder; returns it as text, whose last line is results.json."""
+    """Write report, predictions and results.json of eval.py; returns what it prints, results.json as the last line."""
     folder, (scores, predictions) = eval_folder(config), scored
     report = write_report(
         folder, config.split, scores, metrics.names, predictions, data, config.bootstrap_samples, config.seed

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, whether it may, and what is then promised."""
+"""The output folder, the checkpoint to resume from, and what a resumed run promises."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ from lib.runtime.atomic import MANIFEST, find_damage
 def open_folder(config: TrainConfig, folder: Path) -> None:
     """Create the folder of a run and save the configuration there.
 
-    Raises UserError when the folder holds a run with other settings, and names them, unless changes are allowed.
+    Raises UserError if the folder holds a run with other settings, and lists them, unless `--allow_changes` is given.
     """
     saved = folder / "config.yaml"
     if saved.exists() and not config.training.allow_changes:
@@ -28,8 +28,8 @@ def open_folder(config: TrainConfig, folder: Path) -> None:
         if changed:
             lines = "\n".join(changed)
             raise UserError(
-                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or go "
-                "on with the new settings by --allow_changes."
+                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or "
+                "continue with the new settings: --allow_changes."
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,9 @@ def open_folder(config: TrainConfig, folder: Path) -> None:
 def choose_checkpoint(
     accelerator: Accelerator, config: TrainingConfig, folder: Path, settings: dict[str, Any]
 ) -> Path | None:
-    """The checkpoint to resume from, the same on every process; what was decided is printed by the first.
+    """The checkpoint to resume from, the same on every process, or None; the main process prints the decision.
 
-    Raises UserError when the one asked for is damaged or missing, or belongs to another experiment.
+    Raises UserError if the checkpoint that was asked for is damaged, missing, or of another experiment.
     """
     chosen: list[Path | None] = [None]
     if accelerator.is_main_process:
@@ -54,7 +54,7 @@ def choose_checkpoint(
             if changed and not config.allow_changes:
                 raise UserError(
                     f"{chosen[0]} belongs to another experiment:\n" + "\n".join(changed) + "\nChoose another "
-                    "--output_dir or --run_name, or go on with the new settings by --allow_changes."
+                    "--output_dir or --run_name, or continue with the new settings: --allow_changes."
                 )
             step = record["state"]["step"]
             promise = describe_promise(record["settings"], settings, changed)
@@ -63,10 +63,10 @@ def choose_checkpoint(
 
 
 def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
-    """`auto`, `must`, `never` or a path to the newest checkpoint that is whole; damaged ones are named and passed over.
+    """The newest valid checkpoint for `auto`, `must`, `never` or a path; damaged ones are named and skipped.
 
-    With `never` the checkpoints of the run before are removed, so that nothing goes on from them later.
-    Raises UserError when there is none under `must`, or when the path holds none.
+    `never` removes all checkpoints, so that no later start resumes from them. Raises UserError if `must` or a path finds
+    none.
     """
     if wanted == "never":
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -90,9 +90,9 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
 
 
 def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
-    """What still holds between the two parts of a resumed run."""
+    """What a run promises that resumes under `now` what was trained under `before`."""
     if changed:
-        return "with other settings, so that the result is that of neither:\n" + "\n".join(changed)
+        return "with other settings, so the result belongs to neither:\n" + "\n".join(changed)
     keys = [
         "run/num_processes",
         "per_device_train_batch_size",
@@ -105,5 +105,5 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
     now = json.loads(json.dumps(now))
     other = [f"{k.removeprefix('run/')} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     if not other:
-        return "goes on as if it had never stopped, bit by bit"
+        return "continues as if it had never stopped, bit by bit"
     return "same samples and schedule; numbers may differ by rounding and dropout: " + ", ".join(other)

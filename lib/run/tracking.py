@@ -1,4 +1,4 @@
-"""metrics.jsonl, the truth about a run, and W&B or another tracker of Accelerate, a copy that may fail without harm."""
+"""metrics.jsonl, and a tracker (W&B, TensorBoard, Trackio) that gets a copy and never stops the run."""
 
 import importlib.util
 import json
@@ -29,17 +29,17 @@ WANDB_FINISH_SECONDS = 60
 
 
 def check_tracker(name: str) -> None:
-    """Raise UserError when the tracker asked for is not installed; Accelerate would drop it in silence."""
+    """Raise UserError if the tracker is not installed; Accelerate would ignore it silently."""
     package = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--report_to {name}: not installed; run: pip install {package}, or use --report_to none")
 
 
 class RunLog:
-    """Writes what a run logs, on the main process; on the others every call does nothing.
+    """Writes metrics.jsonl and calls the tracker, on the main process; on other processes every method does nothing.
 
-    metrics.jsonl gets one object a line, flushed as it is written: `step`, `samples_seen`, `time` (seconds since 1970),
-    then the values. Whatever the tracker raises is reported once, and the tracker is then left alone.
+    metrics.jsonl has one JSON object per line, flushed when written: `step`, `samples_seen`, `time` (seconds since 1970),
+    then the values. If the tracker raises an error, it is reported once and the tracker is not called again.
     """
 
     def __init__(
@@ -50,17 +50,17 @@ class RunLog:
         last_step: int = 0,
         run_id: str | None = None,
     ) -> None:
-        """Lines after `last_step` are taken back, and the tracker's run `run_id` goes on where it was."""
+        """Deletes the lines after `last_step`; the tracker's run `run_id` is resumed."""
         self.accelerator, self.folder, self.config, self.run_id = accelerator, folder, config, run_id
         self.file: TextIO | None = None
         self.tracked_step = 0
         if accelerator.is_main_process:
-            self.tracked_step = take_back(folder / "metrics.jsonl", last_step)
+            self.tracked_step = truncate_log(folder / "metrics.jsonl", last_step)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
 
     def start(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
-        """Start the tracker's run; `settings` is what runs are compared by, with the name under run_name."""
+        """Start the tracker's run with `settings`, which hold its name under run_name."""
         if self.tracker is None:
             return
         try:
@@ -99,7 +99,7 @@ class RunLog:
         except Exception as error:
             if mode != "online":
                 raise
-            logger.warning("W&B did not start online (%s); going on offline", first_line(error))
+            logger.warning("W&B did not start online (%s); continuing offline", first_line(error))
             wandb.teardown()
             self.accelerator.trackers.clear()  # else the one that failed would be started again
             mode = kwargs["mode"] = "offline"
@@ -114,7 +114,7 @@ class RunLog:
             logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
 
     def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
-        """Add a line; steps must not go back. What the tracker got before an interruption it does not get again."""
+        """Add a line; steps must not go back. Steps that the tracker got before an interruption are not sent again."""
         if self.file is None:
             return
         line = {"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3)} | values
@@ -127,7 +127,7 @@ class RunLog:
                 self.give_up("log", error)
 
     def finish(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
-        """Give W&B the final numbers, a picture and the worst errors; end the tracker's run in bounded time."""
+        """Send results, a plot and the worst errors to W&B; end the tracker's run in bounded time."""
         if self.tracker == "wandb":
             try:
                 self.log_report(results, scored, data)
@@ -163,13 +163,16 @@ class RunLog:
 
     def give_up(self, what: str, error: Exception) -> None:
         logger.warning(
-            "%s could not %s (%s); the run goes on, metrics.jsonl has everything", self.tracker, what, first_line(error)
+            "%s could not %s (%s); the run continues, metrics.jsonl has everything",
+            self.tracker,
+            what,
+            first_line(error),
         )
         self.tracker = None
 
 
 def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:
-    """What W&B draws: a confusion matrix, predicted over gold numbers, or the table of the labels."""
+    """W&B's plot of a split: a confusion matrix, a scatter plot of numbers, or a table of labels."""
     import wandb
 
     gold, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
@@ -183,8 +186,8 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
     return {"confusion_matrix": matrix}
 
 
-def take_back(path: Path, last_step: int) -> int:
-    """Cut the lines after `last_step` off, and a torn one; return the last step that was there before."""
+def truncate_log(path: Path, last_step: int) -> int:
+    """Delete the lines after `last_step` and an incomplete last line; returns the last step that was there before."""
     seen = end = 0
     if last_step and path.exists():
         for line in path.read_bytes().splitlines(keepends=True):
@@ -198,7 +201,7 @@ def take_back(path: Path, last_step: int) -> int:
 
 
 def wandb_mode() -> str:
-    """W&B's own mode where it is set (WANDB_MODE), else online with a login and offline without, instead of a prompt."""
+    """WANDB_MODE if it is set, else online with a login and offline without one, so that W&B never prompts."""
     import wandb
     from requests.utils import get_netrc_auth
 
@@ -210,7 +213,7 @@ def wandb_mode() -> str:
 
 
 def group_name(run_name: str) -> str:
-    """The name without its seed: runs of a group differ by seed alone."""
+    """The name without its seed: runs of a group differ only in the seed."""
     stem, _, seed = run_name.rpartition("-s")
     return stem if stem and seed.isdigit() else run_name
 

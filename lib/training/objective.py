@@ -1,4 +1,4 @@
-"""What training minimises: a loss, and how much each sample counts."""
+"""What training minimizes: a loss, and the weight of each sample."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from lib.model.losses import PLAIN, Loss, focal_loss, ordinal_loss, plain_cross_
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A step minimises sum(weight * loss) / sum(weight) over all its samples.
+    """A step minimizes sum(weight * loss) / sum(weight) over all its samples.
 
-    `weights` holds a float32 for each sample of the train split; None: all count alike. `notes` are sentences for the log.
+    `weights` holds a float32 for each sample of the train split; None: all weigh 1. `notes` are lines for the start block.
     """
 
     loss: Loss
@@ -26,12 +26,12 @@ class Objective:
 
 
 def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
-    """The loss to train with. Raises UserError when there is no such loss for the problem."""
+    """The training loss. Raises UserError if it does not fit the problem type."""
     if config.loss == "cross_entropy" and not config.label_smoothing_factor:
         return PLAIN[problem_type]
     if problem_type != CLASSIFICATION:
         flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
-        raise UserError(f"{flag} is for data with one label of several, these are for {words(problem_type)}")
+        raise UserError(f"{flag} is for data with one label per text, this is {words(problem_type)}")
     losses: dict[str, Loss] = {
         "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
         "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
@@ -41,20 +41,15 @@ def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
 
 
 def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
-    """Loss and sample weights for the train split.
-
-    Raises UserError when the settings do not fit the data.
-    """
+    """Loss and sample weights of the train split. Raises UserError if the settings do not fit the data."""
     loss = build_loss(config, data.problem_type)
     notes: tuple[str, ...] = ()
     if config.loss == "ordinal":
-        notes = (f"ordinal loss: the classes are graded {' < '.join(data.label_names)}",)
+        notes = (f"ordinal loss: the order of the classes is {' < '.join(data.label_names)}",)
     if not config.class_weights:
         return Objective(loss, notes=notes)
     if data.problem_type != CLASSIFICATION:
-        raise UserError(
-            f"--class_weights is for data with one label of several, these are for {words(data.problem_type)}"
-        )
+        raise UserError(f"--class_weights is for data with one label per text, this is {words(data.problem_type)}")
     labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
     weights = class_weights(config.class_weights, labels, data.label_names)
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
@@ -63,10 +58,10 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
 
 
 def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:
-    """float64 (classes,): `balanced` is samples / (classes * samples of the class), as scikit-learn has it.
+    """float64 (classes,): `balanced` is samples / (classes * samples of the class), as in scikit-learn.
 
-    Otherwise `given` holds class=weight, by name or else by number; classes that are not named weigh 1. A class without
-    samples weighs 1. Raises UserError for a class that does not exist or is named twice.
+    Otherwise `given` holds class=weight, by class name or number; all other classes weigh 1, as do classes without samples.
+    Raises UserError if a class does not exist or is named twice.
     """
     weights = np.ones(len(label_names))
     if list(given) == ["balanced"]:

@@ -20,16 +20,17 @@ from lib.model.layers import backbone_of, find_embeddings, find_layers
 from lib.runtime.processes import is_alone
 
 LARGE_TABLE = 2**20
-"""Numbers in a table of embeddings from which its zeros take longer to write than the rows of a batch."""
+"""Size of an embedding table (numbers) above which zeroing its whole gradient costs more than zeroing the rows of a batch."""
+
 METRIC_SCHEDULERS = (GreedyLR, ReduceLROnPlateau)
 """Schedulers that follow the validation metric instead of the step."""
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by peak rate, as decayed matrices and undecayed vectors; those at `learning_rate` come first.
+    """Trainable parameters grouped by peak learning rate and weight decay; those at `learning_rate` come first.
 
-    Biases and norm scales have one dimension; decaying them pulls activations towards zero for no regularising benefit.
-    Raises UserError when rates are asked for by layer and the model does not show its layers.
+    Matrices are decayed, vectors are not: decaying biases and norm scales pulls activations towards zero without
+    regularizing. Raises UserError if `--layerwise_lr_decay` is given and the layers of the model are not found.
     """
     rates, peak = other_rates(model, config), config.learning_rate
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -43,16 +44,18 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def other_rates(model: Any, config: OptimConfig) -> dict[nn.Parameter, float]:
-    """Peak rates of the parameters that do not learn at `learning_rate`: layers below the top one, embeddings, the head.
+    """Peak rates of the parameters with a rate of their own: layers below the top one, embeddings, the head.
 
-    What lies between the top layer and the head, such as a pooler, and tables that all layers share learn at
-    `learning_rate`, as the top layer does (discriminative fine-tuning, Howard and Ruder 2018). The head is all outside of
-    the backbone but virtual tokens.
+    All others learn at `learning_rate`: the top layer, a pooler between it and the head, tables that all layers share
+    (discriminative fine-tuning, Howard and Ruder 2018). The head is everything outside the backbone except virtual tokens.
     """
     rates: dict[nn.Parameter, float] = {}
     if config.layerwise_lr_decay != 1:
         if model.config.is_encoder_decoder:
-            raise UserError(f"--layerwise_lr_decay: {type(model).__name__} is made of an encoder and a decoder")
+            raise UserError(
+                f"--layerwise_lr_decay: {type(model).__name__} has an encoder and a decoder; only models with one stack of "
+                "layers are supported"
+            )
         layers = find_layers(model, "--layerwise_lr_decay")
         embeddings = nn.ModuleList(find_embeddings(backbone_of(model)))
         for distance, part in enumerate([*reversed(layers), embeddings]):
@@ -66,25 +69,25 @@ def other_rates(model: Any, config: OptimConfig) -> dict[nn.Parameter, float]:
 
 
 class TableAdamW(AdamW):
-    """AdamW that keeps the gradients of large tables of embeddings, where PyTorch makes a table of zeros for each batch."""
+    """AdamW that reuses the gradients of large embedding tables: PyTorch allocates a table of zeros for each batch."""
 
     def __init__(self, *arguments: Any, tables: Sequence[nn.Embedding] = (), **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.kept: list[tuple[nn.Embedding, torch.Tensor, list[torch.Tensor]]] = []
-        """Tables, their gradients, and the rows of these that were added to since the last `zero_grad`."""
+        """Tables, their gradients, and the rows touched since the last `zero_grad`."""
         for table in tables:
-            table.sparse = True  # a batch adds the rows it has to the gradient that is there
+            table.sparse = True  # backward adds the rows of a batch to the existing gradient
             table.weight.grad = torch.zeros_like(table.weight)
             rows: list[torch.Tensor] = []
             table.weight.register_hook(lambda gradient, rows=rows: rows.append(rows_of(gradient)))
             self.kept.append((table, table.weight.grad, rows))
 
     def gradients(self) -> list[torch.Tensor]:
-        """The gradients there are; of large tables only the rows that were added to: all others are zero."""
+        """All gradients; of large tables only the touched rows, since all others are zero."""
         touched = {
             table.weight: gradient[torch.cat(rows).unique()]
             for table, gradient, rows in self.kept
-            if rows and is_alone()  # the others touched rows of their own
+            if rows and is_alone()  # other processes touched other rows
         }
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return [touched.get(p, p.grad) for p in parameters if p.grad is not None]
@@ -101,18 +104,20 @@ class TableAdamW(AdamW):
 
 
 def rows_of(gradient: torch.Tensor) -> torch.Tensor:
-    """The rows that a gradient touches: all, where the weights were used as a whole."""
+    """The rows that a gradient touches; all of them if the weights were used as a whole."""
     return gradient._indices()[0] if gradient.is_sparse else torch.arange(len(gradient))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused where PyTorch has it for the device.
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused if PyTorch has it for the device.
 
-    On a CPU the parameters and the gradients of large tables get memory of their own, for speed.
+    On a CPU the trainable parameters are copied to memory of their own: they lie in the memory-mapped file of the
+    checkpoint, where the first step would copy them page by page, ten times as slowly.
     """
     on_cpu = device.type == "cpu"
-    if on_cpu:
-        take_out_of_file(model)
+    for parameter in model.parameters() if on_cpu else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
     return TableAdamW(
         parameter_groups(model, config),
         lr=config.learning_rate,
@@ -124,34 +129,24 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
 
 
 def large_tables(model: nn.Module) -> list[nn.Embedding]:
-    """Trainable tables that nothing but the look-up of rows uses: a head that shares its weights would touch all of them."""
+    """Large trainable embedding tables whose weights no other module shares: a tied head would touch all rows."""
     tables = [module for module in model.modules() if type(module) is nn.Embedding and module.weight.requires_grad]
     users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return [table for table in tables if table.weight.numel() >= LARGE_TABLE and users[id(table.weight)] == 1]
 
 
-def take_out_of_file(model: nn.Module) -> None:
-    """Copy the trainable parameters to memory of their own.
-
-    They lie in the mapped file of the checkpoint, where the first step would copy them page by page, ten times as slowly.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
-
-
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Steps of warm-up: the setting itself, or below 1 its share of all steps, rounded up."""
+    """Warm-up steps: the setting itself, or if below 1 that share of all steps, rounded up."""
     return (
         math.ceil(round(config.warmup_steps * total_steps, 6)) if config.warmup_steps < 1 else int(config.warmup_steps)
     )
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int, metric: str) -> Any:
-    """The schedule named by `lr_scheduler_type`; `metric` is the validation metric that some schedules follow.
+    """The schedule named by `--lr_scheduler_type`; `metric` is the validation metric that some schedules follow.
 
-    It is stepped once per optimizer step and never prepared: a prepared scheduler advances once per process.
-    Raises UserError when the schedule does not take the given settings, or needs more of them.
+    It is not prepared by the accelerator: a prepared scheduler advances once per process instead of once per step.
+    Raises UserError if the schedule does not accept the given settings, or needs others.
     """
     name, settings = config.lr_scheduler_type, scheduler_settings(config)
     warmup = warmup_steps(config, total_steps)
@@ -165,31 +160,31 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
         settings["min_lr_rate"] = 0.1
     try:
         if name in ("constant", "constant_with_warmup") and settings:
-            raise TypeError("this schedule has no settings")  # get_scheduler drops them in silence
+            raise TypeError("this schedule has no settings")  # get_scheduler would ignore them
         return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error
 
 
 def scheduler_settings(config: OptimConfig) -> dict[str, Any]:
-    """`("min_lr=1e-6", "num_cycles=2")` as a dictionary of numbers, or of text where it is no number."""
+    """`("min_lr=1e-6", "num_cycles=2")` as a dictionary, with numbers as numbers."""
     return {name: literal(value) for name, value in (item.split("=", 1) for item in config.lr_scheduler_kwargs)}
 
 
 def advance_scheduler(scheduler: Any) -> None:
-    """One optimizer step on; schedules that follow a metric wait for `advance_on_metric`."""
+    """Advance by one optimizer step; schedules that follow a metric wait for `advance_on_metric`."""
     if not isinstance(scheduler, METRIC_SCHEDULERS):
         scheduler.step()
 
 
 def advance_on_metric(scheduler: Any, metric: float) -> None:
-    """One evaluation on, for schedules that follow a metric."""
+    """Advance by one evaluation; only schedules that follow a metric do."""
     if isinstance(scheduler, METRIC_SCHEDULERS):
         scheduler.step(metric)
 
 
 def learning_rate(optimizer: Optimizer) -> float:
-    """That of the first group: of `--learning_rate`, unless only others are trained."""
+    """The rate of the first group, which is at `--learning_rate` unless only other groups are trained."""
     rate = optimizer.param_groups[0]["lr"]
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
 
@@ -197,15 +192,15 @@ def learning_rate(optimizer: Optimizer) -> float:
 def restore_optimizer(
     optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
 ) -> None:
-    """Take over moments, counts and the place in the schedule, but no hyper-parameter: those are the settings'.
+    """Restore moments, step counts and the position in the schedule; hyper-parameters stay those of the settings.
 
-    Raises UserError when other parameters are trained, or in other groups.
+    Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
     """
     sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
         raise UserError(
-            "the checkpoint's parameters stand in other groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
-            "--adapter changed; start anew by --resume_from_checkpoint never"
+            "the checkpoint has other parameter groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
+            "--adapter changed; start again with --resume_from_checkpoint never"
         )
     fresh = [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups

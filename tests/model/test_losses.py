@@ -183,7 +183,7 @@ def test_weights_of_unknown_classes_are_refused(given: list[str], message: str) 
 def test_weights_and_the_order_of_grades_are_told() -> None:
     objective = build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), made_up(LABELS))
     assert objective.notes == (
-        "ordinal loss: the classes are graded bad < good < mixed",
+        "ordinal loss: the order of the classes is bad < good < mixed",
         "class weights: bad 1, good 2, mixed 1",
     )
 
@@ -193,7 +193,7 @@ def test_weights_and_the_order_of_grades_are_told() -> None:
 )
 def test_what_is_for_one_label_of_several_is_refused_elsewhere(settings: dict) -> None:
     data = dataclasses.replace(made_up(LABELS), problem_type="regression")
-    with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label of several"):
+    with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label per text"):
         build_objective(ObjectiveConfig(**settings), data)
 
 

@@ -22,7 +22,7 @@ from lib.config.train import TrackingConfig
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
-from lib.run.tracking import RunLog, check_tracker, first_line, group_name, take_back, wandb_mode
+from lib.run.tracking import RunLog, check_tracker, first_line, group_name, truncate_log, wandb_mode
 from tests.conftest import ROOT, read_lines
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
@@ -290,11 +290,11 @@ def test_lines_after_the_checkpoint_and_torn_ones_are_taken_back(tmp_path: Path)
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "tra')
-    assert take_back(path, 4) == 6
+    assert truncate_log(path, 4) == 6
     assert path.read_text() == "".join(lines[:2])
-    assert take_back(path, 0) == 0
+    assert truncate_log(path, 0) == 0
     assert path.read_text() == ""
-    assert take_back(tmp_path / "none.jsonl", 4) == 0
+    assert truncate_log(tmp_path / "none.jsonl", 4) == 0
 
 
 def test_what_the_tracker_got_before_an_interruption_it_does_not_get_again(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_without_decay_and_head_rate_there_are_two_groups() -> None:
             {"num_hidden_layers": 3, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 8},
             "AlbertModel does not show its 3",
         ),
-        ("bart", {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16}, "is made of an encoder and a decoder"),
+        ("bart", {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16}, "has an encoder and a decoder"),
     ],
 )
 def test_models_that_do_not_show_their_layers_are_refused(kind: str, settings: dict, message: str) -> None:
@@ -168,7 +168,9 @@ def test_moments_of_other_groups_are_refused() -> None:
     model = tiny_classifier("roberta")
     one, two = (build_optimizer(model, config, CPU) for config in (OptimConfig(), BY_DEPTH))
     scheduler = build_scheduler(two, BY_DEPTH, TOTAL_STEPS, "accuracy")
-    with pytest.raises(UserError, match=r"stand in other groups: --layerwise_lr_decay.*--resume_from_checkpoint never"):
+    with pytest.raises(
+        UserError, match=r"other parameter groups: --layerwise_lr_decay.*--resume_from_checkpoint never"
+    ):
         restore_optimizer(two, scheduler, one.state_dict(), scheduler.state_dict())
 
 

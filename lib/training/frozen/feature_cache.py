@@ -1,4 +1,4 @@
-"""Outputs of frozen parts on disk: found again by what they were made of, whole or absent, and not more than a budget.
+"""The cache of frozen outputs on disk: keyed by model and data, published atomically, limited in size.
 
 HF_DATASETS_CACHE/features/KEY/    manifest.json  features.safetensors
 """
@@ -23,18 +23,18 @@ from lib.hub.endpoint import datasets_cache
 from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, write_manifest
 
 NAMES_ONLY = ("id2label", "label2id", "problem_type", "_name_or_path", "transformers_version")
-"""Settings of a model that say nothing about what its frozen part computes."""
+"""Settings of a model that do not change what its frozen part computes."""
 
 
 def cache_folder() -> Path:
-    """Where features are kept: beside the tables of `datasets`, which the user can move by HF_DATASETS_CACHE."""
+    """The folder of the cache, beside the tables of `datasets`; HF_DATASETS_CACHE moves both."""
     return datasets_cache() / "features"
 
 
 def model_digest(model: Any, *facts: Any) -> str:
-    """sha256 of all that the output of the frozen part of `model` follows from, but for the data.
+    """sha256 of everything but the data that the frozen output depends on.
 
-    That is its weights, its configuration and its program, the versions of the libraries, and `facts`.
+    These are weights, configuration, class, versions of the libraries, and `facts`.
     """
     settings = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY}
     program = [type(model).__module__, type(model).__qualname__, torch.__version__, transformers.__version__]
@@ -51,7 +51,7 @@ def frozen_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def data_digest(tokens: Dataset) -> str:
-    """sha256 of what the model reads of a split, in order: its token ids, and token types where there are any."""
+    """sha256 of what the model reads of a split, in order: token ids, and token types if there are any."""
     digest = hashlib.sha256(str(len(tokens)).encode())
     columns = [name for name in sorted(tokens.column_names) if name not in ("labels", "rows")]
     for batch in tokens.with_format("arrow").iter(batch_size=10_000):
@@ -64,7 +64,7 @@ def data_digest(tokens: Dataset) -> str:
 
 
 def load_features(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor | None:
-    """What `save_features` wrote; None when it cannot be read or is something else."""
+    """What `save_features` wrote; None if it cannot be read or has another shape or dtype."""
     try:
         features = load_file(folder / "features.safetensors")["features"]
         os.utime(folder / MANIFEST)  # used now: others go first
@@ -74,12 +74,12 @@ def load_features(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> tor
 
 
 def check_features(folder: Path) -> str | None:
-    """None when whole features lie in `folder`, `absent` when nothing does, else their damage in words."""
+    """None if the features in `folder` are valid, `absent` if there are none, else the damage in words."""
     return find_damage(folder) if folder.exists() else "absent"
 
 
 def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], limit: float) -> str | None:
-    """Publish features, then remove the least recently used ones beyond `limit` bytes; None, or why it failed."""
+    """Publish features, then delete the least recently used ones beyond `limit` bytes; returns None, or why it failed."""
     fresh = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
         fresh.mkdir(parents=True)
@@ -94,7 +94,7 @@ def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], 
 
 
 def remove_unused(folder: Path, limit: float) -> None:
-    """Keep the most recently used features of `folder`, up to `limit` bytes together."""
+    """Keep the most recently used features of `folder`, up to `limit` bytes in total."""
     entries = sorted(folder.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for manifest in entries:

@@ -1,4 +1,4 @@
-"""Outputs of a frozen part of the model, computed once for every split, kept on disk, and trained on from memory."""
+"""The output of the frozen part of a model: computed once for every split, cached on disk, trained on from memory."""
 
 import dataclasses
 import hashlib
@@ -34,24 +34,26 @@ from lib.training.frozen.stand_in import StandIn, as_it_is, first_rows, name_sam
 from lib.training.learner import Learner
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest difference between logits as a share of the largest one: rounding, and nothing else."""
+"""Largest difference between logits, relative to the largest logit, that counts as rounding."""
+
 PROBE = 8
-"""Samples on which the stand-in is compared with the model itself."""
+"""Samples per split on which the stand-in is compared with the model."""
+
 KEPT = 4
-"""The folder of all features may grow to so many times what one run may keep in memory."""
+"""The cache on disk may grow to this many times `--feature_cache_gib`."""
 
 
 class NotCacheable(Exception):
-    """Why a frozen part must run in every step, in words."""
+    """Why the frozen part must run in every step."""
 
 
 def cache_features(learner: Learner, batches: Batches, model: ModelConfig, training: TrainingConfig) -> Batches:
-    """Batches whose samples carry their numbers, so that the model takes the output of its frozen part from memory.
+    """Batches with which the model reads the output of its frozen part from memory instead of computing it.
 
-    It is computed once for every split, each process doing its share, or found on disk. Samples, batches and the
-    randomness of what is trained stay the same. `batches` comes back as it was if no part is frozen, if features are not
-    wanted, or if the model computes other logits from them: the main process prints which. The learner must be prepared
-    and hold its weights.
+    The output is computed once for every split, shared among processes, or loaded from disk. Samples, batches and dropout
+    above the frozen part stay the same. Returns `batches` unchanged if nothing is frozen, if `--no_cache_features` is
+    given, or if logits from the cache differ from those of the model; the main process prints why. The learner must be
+    prepared and hold its weights.
     """
     accelerator, data, part = learner.accelerator, batches.data, model.freeze
     if training.no_cache_features or part in (None, "embeddings", "0"):
@@ -77,7 +79,7 @@ def cache_features(learner: Learner, batches: Batches, model: ModelConfig, train
 
 @dataclasses.dataclass(frozen=True)
 class Builder:
-    """Fills the table of a stand-in and sees that the model makes the same logits of it."""
+    """Fills the table of a stand-in and checks that the model computes the same logits from it."""
 
     accelerator: Accelerator
     stand_in: StandIn
@@ -91,11 +93,11 @@ class Builder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """How features are kept."""
+        """The dtype of the cache."""
         return DTYPES.get(self.accelerator.mixed_precision, torch.float32)
 
     def build(self) -> str:
-        """A line that tells what was done. Raises NotCacheable when the frozen part has to run in every step."""
+        """Returns a line for the start block. Raises NotCacheable if the frozen part must run in every step."""
         started = time.perf_counter()
         size = self.prepare_table(self.choose_view())
         how = self.fill()
@@ -114,7 +116,7 @@ class Builder:
     # ------------------------------------------------------------------------------------------------ checking
 
     def probe(self, split: str) -> tuple[torch.Tensor, Tensors]:
-        """Numbers and tensors of some samples of a split, from the shortest to the longest."""
+        """Row numbers and tensors of some samples of a split, from the shortest to the longest."""
         order = np.argsort(self.data.lengths[split], kind="stable")
         indices = np.unique(order[np.linspace(0, len(order) - 1, min(PROBE, len(order))).astype(int)])
         batch = next(iter(build_loader(self.data.tokens[split], [indices], self.batches.collator)))
@@ -123,36 +125,33 @@ class Builder:
         return rows.to(self.accelerator.device), batch
 
     def whole(self, batch: Tensors) -> tuple[Any, torch.Tensor]:
-        """Output of the frozen part and logits, in train mode: dropout, too, must come out the same."""
+        """Output of the frozen part and logits in train mode, with a fixed seed: dropout must be equal, too."""
         seed_everything(self.config.seed)
         return self.stand_in.compute_whole(batch)
 
     @torch.no_grad()
     def logits_of(self, rows: torch.Tensor, batch: Tensors) -> torch.Tensor | None:
-        """Logits of samples out of the table; None when the head cannot do with it."""
+        """Logits of samples from the table; None if the head cannot work with it."""
         if self.stand_in.is_backbone:  # as in `Rows`
             one = torch.ones(len(rows), 1, dtype=torch.int64, device=rows.device)
             batch = {"input_ids": one, "attention_mask": one}
         seed_everything(self.config.seed)
         try:
             return self.stand_in.model(**batch, rows=rows).logits.float()
-        except Exception:  # a head that wants more than one position says so in its own way
+        except Exception:  # each head that needs more than one position raises its own error
             return None
 
     def is_same(self, logits: torch.Tensor, others: torch.Tensor | None) -> bool:
-        """Whether logits are equal but for rounding, on every process."""
+        """Whether logits are equal up to rounding, on every process."""
         limit = TOLERANCE[self.dtype] * logits.abs().max()
         same = others is not None and bool((logits - others).abs().max() <= limit)
         return not any_process(self.accelerator, not same)
 
     def choose_view(self) -> int:
-        """Find out what of the output has to be kept; returns the numbers in a vector of it.
-
-        Raises NotCacheable when there is no such thing.
-        """
+        """Find which vector of the output the head reads; returns its size. Raises NotCacheable if it reads more."""
         rows, batch = self.probe("train")
         if "attention_mask" not in batch:
-            raise NotCacheable("its tokenizer makes no attention mask")
+            raise NotCacheable("its tokenizer returns no attention mask")
         output, logits = self.whole(batch)
         states = self.stand_in.learn_form(output)
         if states.requires_grad:
@@ -168,9 +167,9 @@ class Builder:
     # ------------------------------------------------------------------------------------------------ computing
 
     def prepare_table(self, width: int) -> int:
-        """Make room for all vectors of `width` numbers; returns their bytes.
+        """Allocate the table of all vectors of `width` numbers; returns its bytes.
 
-        Raises NotCacheable when they are more than is allowed.
+        Raises NotCacheable if it is larger than `--feature_cache_gib`.
         """
         stand_in, limit = self.stand_in, self.config.feature_cache_gib
         count = sum(map(self.positions, self.data.tokens))
@@ -181,11 +180,11 @@ class Builder:
         return size
 
     def positions(self, split: str) -> int:
-        """Rows of the table that a split takes."""
+        """Rows of the table that a split occupies."""
         return len(self.data.tokens[split]) if self.stand_in.is_backbone else int(self.data.lengths[split].sum())
 
     def fill(self) -> str:
-        """Find or compute the vectors of every split; says which, in words."""
+        """Load or compute the vectors of every split; returns which, in words."""
         stand_in, start, how = self.stand_in, 0, []
         made_of = model_digest(
             stand_in.model, len(stand_in.modules), stand_in.view, self.dtype, self.accelerator.device.type
@@ -215,7 +214,7 @@ class Builder:
         return " ".join([*notes, *([f"but not kept: {problem}"] if problem else [])])
 
     def encode(self, split: str, part: torch.Tensor) -> None:
-        """Compute the vectors of a split, each once, by one of the processes, and put them together in `part`."""
+        """Compute the vectors of a split, each once on one process, and gather them in `part` on all."""
         source, first = self.batches.split(split), first_rows(self.data)[split]
         counts = torch.zeros(len(source.tokens), device=self.accelerator.device)
 
@@ -232,7 +231,7 @@ class Builder:
                 part.zero_(), counts.zero_()
         check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())
         if self.accelerator.num_processes > 1:
-            # Bytes: a sum with zeros that no rounding touches, for every type.
+            # Summed as bytes: x + 0 is exact for every dtype.
             part.copy_(self.accelerator.reduce(part.view(torch.uint8), "sum").view(self.dtype))
 
 
