@@ -1,10 +1,10 @@
-"""Which samples form which step: pure functions of (lengths, batch size, seed, epoch), the same on every machine.
+"""Which samples form a batch: pure functions of lengths, batch size, seed and epoch, the same on every machine.
 
-epoch_batches     global batches of one epoch, each sample once
-rank_slice        the part of a batch that one process works on
-micro_batches     that part in pieces a device can hold
-training_windows  the above as padded tensors, one window per optimizer step
-eval_batches      batches of like length, whatever the number of processes
+epoch_batches   the batches of one training epoch, over all processes
+rank_slice      the part of a batch that one process works on
+micro_batches   that part in pieces that fit a device
+eval_batches    the batches of an evaluation
+padding_share   how much of such batches is padding
 """
 
 import math
@@ -12,47 +12,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BATCHES_PER_MEGABATCH = 100
+"""Batches whose samples are sorted by length together: enough for equal lengths, few enough for random batches."""
+
+MIN_LENGTH_RATIO = 0.92
+"""An evaluation batch ends at the first text shorter than this share of its longest."""
+
 Indices = np.ndarray
-
-BLOCK = 100
-"""Batches whose samples are sorted together: enough to fill batches with like lengths, few enough to keep them random."""
-
-ALIKE = 0.92
-"""Texts to evaluate that are at least so long, compared with the longest of their batch, are padded rather than cut off."""
-
-
-def permutation(n: int, *key: int) -> Indices:
-    """A permutation of range(n) that depends on `key` alone.
-
-    NumPy keeps the bit stream of PCG64 and the hash of SeedSequence stable between versions; `Generator.permutation` it
-    does not (NEP 19), hence the sort of raw draws.
-    """
-    draws = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
-    return np.argsort(draws, kind="stable")
+"""Row numbers of a split."""
 
 
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, seed: int, epoch: int, strategy: str = "group_by_length"
 ) -> list[Indices]:
-    """Global batches of an epoch: every index of `lengths` once, all batches full but one.
+    """The batches of an epoch: every index of `lengths` once, all batches full but one.
 
-    With `group_by_length`, blocks of shuffled samples are sorted by length and cut, and the finished batches are shuffled
-    again, so that short and long batches follow each other at random.
+    `group_by_length` sorts the shuffled samples by length within mega-batches, splits these into batches and shuffles the
+    batches, so that long and short ones alternate at random. `random` only shuffles the samples.
     """
     order = permutation(len(lengths), seed, epoch, 0)
     if strategy == "random":
-        return cut(order, batch_size)
-    blocks = cut(order, BLOCK * batch_size)
-    batches = [batch for block in blocks for batch in cut(sort_by_length(block, lengths), batch_size)]
+        return chunked(order, batch_size)
+    megabatches = chunked(order, BATCHES_PER_MEGABATCH * batch_size)
+    batches = [batch for group in megabatches for batch in chunked(sort_by_length(group, lengths), batch_size)]
     return [batches[i] for i in permutation(len(batches), seed, epoch, 1)]
-
-
-def sort_by_length(indices: Indices, lengths: np.ndarray) -> Indices:
-    return indices[np.argsort(lengths[indices], kind="stable")]
-
-
-def cut(indices: Indices, size: int) -> list[Indices]:
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def rank_slice(batch: Indices, rank: int, world_size: int) -> Indices:
@@ -63,24 +46,24 @@ def rank_slice(batch: Indices, rank: int, world_size: int) -> Indices:
 
 def micro_batches(part: Indices, size: int) -> list[Indices]:
     """`part` in pieces of at most `size`; an empty part is one empty piece, since every process takes part in a step."""
-    return cut(part, size) or [part]
+    return chunked(part, size) or [part]
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
-    """All indices in batches of like length, longest first, so that a lack of memory shows at once.
+    """All indices in batches of similar length, longest first, so that out of memory happens in the first batch.
 
-    No batch takes more positions than `batch_size` of the longest texts: the shorter texts are, the more of them go
-    together. From a quarter of these on, a batch ends where texts get shorter than `ALIKE` of its longest.
+    No batch has more positions than `batch_size` of the longest texts: a batch of shorter texts holds more of them.
+    Once it holds a quarter of what fits, it ends at the first text shorter than MIN_LENGTH_RATIO of its longest.
     """
     order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
-    rising = -lengths[order]
+    negated = -lengths[order]
     batches: list[Indices] = []
     start, positions = 0, batch_size * int(lengths.max(initial=1))
     while start < len(order):
-        longest = max(1, -int(rising[start]))
-        alike = int(np.searchsorted(rising, -math.ceil(ALIKE * longest), side="right"))
+        longest = max(1, -int(negated[start]))
+        similar = int(np.searchsorted(negated, -math.ceil(MIN_LENGTH_RATIO * longest), side="right"))
         most = positions // longest
-        stop = min(start + most, max(alike, start + max(1, most // 4)))
+        stop = min(start + most, max(similar, start + max(1, most // 4)))
         batches.append(order[start:stop])
         start = stop
     return batches
@@ -89,21 +72,37 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
 def padding_share(
     lengths: np.ndarray, pieces: Sequence[Indices], multiple: int | None = None, window: int | None = None
 ) -> float:
-    """Share of padding among the positions that `pieces` occupy once each is padded to its longest member.
+    """Share of padding among the positions of `pieces`, each padded to its longest member, rounded up to `multiple`.
 
-    Samples of more than `window` tokens are windows of so many and a last one.
+    A sample of more than `window` tokens takes several rows of at most `window`.
     """
     if not len(lengths):
         return 0.0
     counts = count_windows(lengths, window)
-    longest = np.minimum(lengths, window or lengths)
-    positions = [round_up(int(longest[piece].max()), multiple) * counts[piece].sum() for piece in pieces if len(piece)]
-    return 1.0 - sum(int(lengths[piece].sum()) for piece in pieces) / float(sum(positions))
+    longest, multiple = np.minimum(lengths, window or lengths), multiple or 1
+    positions = sum(-(-int(longest[i].max()) // multiple) * multiple * int(counts[i].sum()) for i in pieces if len(i))
+    return 1.0 - sum(int(lengths[i].sum()) for i in pieces) / float(positions)
 
 
 def count_windows(lengths: np.ndarray, window: int | None) -> np.ndarray:
+    """How many windows of at most `window` tokens each sample takes; one without windows."""
     return np.ones_like(lengths) if window is None else np.maximum(1, -(-lengths // window))
 
 
-def round_up(length: int, multiple: int | None) -> int:
-    return length if multiple is None else -(-length // multiple) * multiple
+def sort_by_length(indices: Indices, lengths: np.ndarray) -> Indices:
+    """`indices`, shortest first; equal lengths keep their order."""
+    return indices[np.argsort(lengths[indices], kind="stable")]
+
+
+def chunked(indices: Indices, size: int) -> list[Indices]:
+    """`indices` in pieces of `size`; the last may be shorter."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def permutation(n: int, *key: int) -> Indices:
+    """A permutation of range(n) that depends on `key` alone, on every machine and NumPy version.
+
+    NumPy keeps the raw draws of PCG64 and SeedSequence stable, but not `Generator.permutation` (NEP 19).
+    """
+    draws = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+    return np.argsort(draws, kind="stable")

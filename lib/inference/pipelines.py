@@ -12,7 +12,7 @@ from transformers.pipelines import PipelineException
 
 from lib.config.predict import PredictConfig
 from lib.config.sections import MULTI_LABEL, REGRESSION
-from lib.data.batching import cut
+from lib.data.batching import chunked
 from lib.data.tokenization import Windows, check_windows, encode_windows, stored_windows
 from lib.errors import UserError
 from lib.evaluation.predictions import PLAIN_THRESHOLD
@@ -77,7 +77,7 @@ def read_windows(pipe: Any, rows: list[Row], windows: Windows, batch_size: int, 
     counts = encoded.pop("num_windows")
     flat = {name: list(itertools.chain(*pieces)) for name, pieces in encoded.items()}
     collator, found = DataCollatorWithPadding(pipe.tokenizer), []
-    for piece in cut(np.arange(sum(counts)), batch_size):
+    for piece in chunked(np.arange(sum(counts)), batch_size):
         batch = collator([{name: values[i] for name, values in flat.items()} for i in piece])
         found.append(pipe.model(**batch.to(pipe.device)).logits.float())
     _, _, settings = pipe._sanitize_parameters(**settings)

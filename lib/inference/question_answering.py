@@ -11,7 +11,7 @@ import torch
 from transformers import DataCollatorWithPadding
 
 from lib.config.predict import AnswerConfig
-from lib.data.batching import cut
+from lib.data.batching import chunked
 from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.inference.stream import Answer, Predict
@@ -87,7 +87,7 @@ def window_logits(
     names = [name for name in collator.tokenizer.model_input_names if name in windows]
     start: list[np.ndarray] = []
     end: list[np.ndarray] = []
-    for piece in cut(np.arange(len(windows["input_ids"])), batch_size):
+    for piece in chunked(np.arange(len(windows["input_ids"])), batch_size):
         batch = collator([{name: windows[name][i] for name in names} for i in piece])
         with torch.inference_mode():
             output = model(**batch.to(model.device))

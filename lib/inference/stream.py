@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from lib.data.batching import cut, sort_by_length
+from lib.data.batching import chunked, sort_by_length
 from lib.errors import UserError
 from lib.inference.inputs import Row
 from lib.runtime.seeds import seed_everything
@@ -34,7 +34,7 @@ def answer_rows(
     for chunk in shared_chunks(accelerator, rows, CHUNK * batch_size):
         lengths = np.array([sum(map(len, row.texts)) for row in chunk])
         # By number and not by positions: what a task makes of a row, such as an answer, may be longer than the row.
-        batches = list(enumerate(cut(sort_by_length(np.arange(len(lengths)), lengths)[::-1], batch_size)))
+        batches = list(enumerate(chunked(sort_by_length(np.arange(len(lengths)), lengths)[::-1], batch_size)))
         answers: list[tuple[int, Answer]] = []
         mistake = None
         try:

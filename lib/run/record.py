@@ -14,7 +14,7 @@ from torch import nn
 
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
-from lib.data.batching import BLOCK, count_windows, epoch_batches, eval_batches, padding_share
+from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
 from lib.data.load import Data
 from lib.data.loader import Batches
@@ -75,7 +75,7 @@ def run_settings(accelerator: Accelerator, config: TrainConfig, batches: Batches
         "parameters": total,
     }
     if config.training.train_sampling_strategy == "group_by_length":
-        record["batches_sorted_together"] = BLOCK
+        record["batches_sorted_together"] = BATCHES_PER_MEGABATCH
     record |= model_origin(config.model) | {f"padding_{name}": round(share, 4) for name, share in padding.items()}
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}

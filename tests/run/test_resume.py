@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib.config.sections import HubConfig, flatten
-from lib.data.batching import BLOCK
+from lib.data.batching import BATCHES_PER_MEGABATCH
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
 from tests.conftest import ROOT, Command, read_lines, results_of
@@ -36,7 +36,7 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
     play(run, tmp_path, roberta, calls, processes)
     state = json.loads((list_checkpoints(tmp_path / "whole" / "checkpoints")[0] / "state.json").read_text())
     assert state["settings"]["run/num_processes"] == processes
-    assert state["settings"]["run/batches_sorted_together"] == BLOCK
+    assert state["settings"]["run/batches_sorted_together"] == BATCHES_PER_MEGABATCH
     for call in calls[1:]:
         found = differences(tmp_path / "whole", tmp_path / call["folder"])
         if call["folder"] in ("order", "dropout"):  # the comparison would see it
