@@ -17,7 +17,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
 from lib.runtime.startup import run_script  # imports the heavy libraries, without what is not used
 
 # isort: split
-from lib.data.labels.targets import model_problem
+from lib.data.labels.problem_types import model_problem
 from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
 from lib.evaluation.scores import choose_metrics

@@ -26,7 +26,7 @@ from transformers import (  # noqa: E402
 
 from benchmarks.flops import forward_flops, matmul_rates  # noqa: E402
 from lib.config.sections import DataConfig  # noqa: E402
-from lib.data.load import take  # noqa: E402
+from lib.data.load import subsample  # noqa: E402
 from lib.data.sources import load_movie_reviews  # noqa: E402
 from lib.hub.packaged import FIVE_NAMES, minilm_folder  # noqa: E402
 from lib.run.record import version  # noqa: E402
@@ -41,7 +41,7 @@ def write_data(folder: Path, samples: int | None, eval_samples: int | None) -> d
     limits = DataConfig(max_train_samples=samples, max_eval_samples=eval_samples)
     texts = {}
     for split, dataset in load_movie_reviews("five").items():
-        rows = take(dataset, split, limits)
+        rows = subsample(dataset, split, limits)
         lines = [json.dumps(row | {"label_text": FIVE_NAMES[row["label"]]}) + "\n" for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         texts[split] = list(rows["text"])

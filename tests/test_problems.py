@@ -134,7 +134,7 @@ def test_the_report_has_its_intervals_tables_and_picture(finished: tuple) -> Non
     else:
         assert [row["label"] for row in record["labels"]] == LABELS
         assert "for each label that of the best F1 on validation" in done.stdout
-        assert "(several a text)" in done.stdout
+        assert "(multi-label)" in done.stdout
 
 
 def test_the_exported_model_says_what_it_is_and_so_does_its_card(finished: tuple) -> None:

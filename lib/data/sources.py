@@ -1,4 +1,4 @@
-"""Data sets as they are stored: from the catalog, the Hub, a folder or files of the user; the only place that reads them."""
+"""Data sets as they are stored: from the catalog, the Hub, a folder or the user's files. Nothing else reads them."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
 
 from lib.config.sections import DataConfig
-from lib.data.catalog import CATALOG
+from lib.data.catalog import DEFAULT, ROLES, data_needs, own_files
 from lib.errors import UserError
 from lib.hub import packaged
 from lib.hub.advice import advice
@@ -23,45 +23,41 @@ from lib.hub.endpoint import datasets_cache, settle_endpoint
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
 from lib.runtime.startup import hidden
 
-ROLES = ("train", "validation", "test")
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+"""The builder of `datasets` that reads each kind of file."""
 
 
-@hidden("scipy")  # which `datasets` imports to read files of Matlab
+@hidden("scipy")  # `datasets` imports it for Matlab files only
 def load_raw(config: DataConfig) -> dict[str, Dataset]:
-    """All splits as they are stored, by their own names."""
-    quieten()
-    files = {role: getattr(config, f"{role}_file") for role in ROLES if getattr(config, f"{role}_file")}
-    if files:
-        return {role: load_file(path, f"--{role}_file") for role, path in files.items()}
-    name = config.dataset or "movie_reviews"
-    plain = "movie_reviews" if name == "movie_reviews" else "a folder" if Path(name).is_dir() else None
-    if plain and config.revision:
-        raise UserError(f"--revision {config.revision}: {plain} has no revisions; leave it out")
-    if name == "movie_reviews":
-        return load_movie_reviews(config.dataset_config or "five")
-    if Path(name).is_dir():
-        if config.dataset_config:
-            raise UserError(f"--dataset_config {config.dataset_config}: the folder {name} has none; leave it out")
-        return load_folder(name, "--dataset")
-    if Path(name).is_file():
-        raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")
-    source = CATALOG.get(name)
-    path, hub_config = (
-        (source.path, config.dataset_config or source.config) if source else (name, config.dataset_config)
-    )
-    return load_hub(path, hub_config, config.revision)
+    """All splits as they are stored, under their own names.
 
-
-def quieten() -> None:
-    """No log lines of the library beside our messages, and progress bars on a terminal only."""
+    Raises UserError for a file, folder or data set that cannot be read, and for options that do not apply to it.
+    """
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    files = own_files(config)
+    if files:
+        return {role: load_file(path, role) for role, path in files.items()}
+    name = config.dataset or DEFAULT
+    is_folder = Path(name).is_dir()
+    if config.revision and (name == DEFAULT or is_folder):
+        kind = DEFAULT if name == DEFAULT else "a folder"
+        raise UserError(f"--revision {config.revision}: {kind} has no revisions; leave it out")
+    if name == DEFAULT:
+        return load_movie_reviews(config.dataset_config or "five")
+    if is_folder:
+        if config.dataset_config:
+            raise UserError(f"--dataset_config {config.dataset_config}: the folder {name} has none; leave it out")
+        return load_folder(name, "--dataset")
+    if Path(name).exists():
+        raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")
+    (need,) = data_needs(config)
+    return load_hub(need.repo.repo_id, need.dataset_config, config.revision)
 
 
 def load_movie_reviews(kind: str) -> dict[str, Dataset]:
-    """The embedded ratings as five classes, as two (ratings of exactly 0 left out), or as they are."""
+    """The movie-review ratings as `five` classes, as `binary` ones (without ratings of exactly 0), or as `rating`, a float."""
     try:
         folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", packaged.VADER_VERSION))
     except OSError as error:
@@ -87,15 +83,15 @@ def load_movie_reviews(kind: str) -> dict[str, Dataset]:
 
 
 def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[str, Dataset]:
-    """A Hub data set from its snapshot in the cache; without one, from where `datasets` itself finds it.
+    """A Hub data set from its snapshot in the cache, or else from wherever `datasets` finds it.
 
-    Raises UserError with the commands that bring it.
+    Raises UserError with the commands that download or import it.
     """
     need = Need("--dataset", Repo(path, "dataset"), revision or "main", dataset_config=hub_config)
     snapshot = find_snapshot(need.repo, need.revision)
     try:
         if snapshot and not missing_from_cache(need):
-            return dict(load_dataset(str(only_chosen(snapshot, need)), hub_config))
+            return dict(load_dataset(str(isolate_config(snapshot, need)), hub_config))
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -106,11 +102,11 @@ def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[st
         ) from error
 
 
-def only_chosen(snapshot: Path, need: Need) -> Path:
-    """The snapshot; where it names several configurations, a folder of links to it that names the chosen one alone.
+def isolate_config(snapshot: Path, need: Need) -> Path:
+    """The snapshot, or if its README lists several configurations, a folder of symlinks whose README lists only one.
 
-    `datasets` wants the files of all that are named, and a run fetches those of one. The place stays the same, so that
-    the tables made of it are found again.
+    `datasets` wants the files of every configuration in the README, but a run downloads those of one. The folder's path
+    depends on data set, commit and configuration alone, so that the tables `datasets` caches for it are found again.
     """
     card = read_card(snapshot / "README.md")
     chosen = chosen_config(need, card)
@@ -124,20 +120,17 @@ def only_chosen(snapshot: Path, need: Need) -> Path:
         for file, path in snapshot_files(snapshot).items():
             (draft / file).parent.mkdir(parents=True, exist_ok=True)
             (draft / file).symlink_to(path.absolute())
-        infos = [item for item in listed(card.get("dataset_info")) if item.get("config_name", "default") == name]
-        head = json.dumps({"configs": [chosen], "dataset_info": infos}, default=str)
+        infos = card.get("dataset_info") or []
+        infos = infos if isinstance(infos, list) else [infos]
+        head = {"configs": [chosen], "dataset_info": [i for i in infos if i.get("config_name", "default") == name]}
         (draft / "README.md").unlink()
-        (draft / "README.md").write_text(f"---\n{head}\n---\n", encoding="utf-8")
+        (draft / "README.md").write_text(f"---\n{json.dumps(head, default=str)}\n---\n", encoding="utf-8")
         merge_folder(draft, place)
     return place
 
 
-def listed(item: Any) -> list[Any]:
-    return item if isinstance(item, list) else [item] if item else []
-
-
 def load_folder(path: str, flag: str) -> dict[str, Dataset]:
-    """A folder saved by `datasets`, or one that holds data files."""
+    """A folder saved by `datasets`, or one of data files. Raises UserError with `flag` and path if it cannot be read."""
     try:
         if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
             saved = load_from_disk(path)
@@ -151,12 +144,11 @@ def load_folder(path: str, flag: str) -> dict[str, Dataset]:
         raise UserError(f"{flag} {path} could not be loaded: {root_cause(error)}") from error
 
 
-def load_file(path: str, flag: str) -> Dataset:
-    """One file, or the fitting split of a saved folder; raises UserError with flag, file and, where known, the line."""
-    file = Path(path)
+def load_file(path: str, role: str) -> Dataset:
+    """One file, or the split `role` of a saved folder. Raises UserError with flag, file and, where known, the line."""
+    flag, file = f"--{role}_file", Path(path)
     if file.is_dir():
         splits = load_folder(path, flag)
-        role = flag.removeprefix("--").removesuffix("_file")
         if len(splits) > 1 and role not in splits:
             raise UserError(
                 f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}"
@@ -170,12 +162,12 @@ def load_file(path: str, flag: str) -> Dataset:
         raise UserError(f"{flag} {path} is empty")
     options: dict[str, Any] = {}
     if file.suffix.lower() in (".csv", ".tsv"):
-        # Without these, the words "null", "NA" and "None" would be read as missing values.
+        # By default the words "null", "NA" and "None" are read as missing values.
         options = {"keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
         options["sep"] = "\t" if file.suffix.lower() == ".tsv" else ","
     try:
         dataset = load_dataset(FILE_FORMATS[file.suffix.lower()], data_files={"train": path}, **options)["train"]
-    except Exception as error:  # the readers behind `datasets` raise all kinds, each about this one file
+    except Exception as error:  # the readers behind `datasets` raise errors of many kinds, all about this file
         raise UserError(f"{flag} {path} could not be read: {bad_line(file) or root_cause(error)}") from error
     header = dataset.column_names[0]
     if "sep" in options and len(dataset.column_names) == 1 and any(mark in header for mark in ",;\t|"):
@@ -185,15 +177,16 @@ def load_file(path: str, flag: str) -> Dataset:
 
 
 def root_cause(error: BaseException) -> str:
+    """The first line of the error that started it all."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    bare = any(sign in lines[0] for sign in ("corresponds to no data", "No columns to parse"))
-    return "there are no rows in it" if bare else lines[0]
+    no_rows = any(text in lines[0] for text in ("corresponds to no data", "No columns to parse"))
+    return "there are no rows in it" if no_rows else lines[0]
 
 
 def bad_line(file: Path) -> str | None:
-    """Where a text file breaks, for the ways readers do not say: wrong encoding, and a line that is no JSON object."""
+    """The first line that is not UTF-8 or, of .jsonl, not a JSON object; None if there is none. Readers name no line."""
     if file.suffix.lower() == ".parquet":
         return None
     for number, line in enumerate(file.read_bytes().splitlines(), 1):

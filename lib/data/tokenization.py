@@ -1,4 +1,4 @@
-"""Token ids are kept on the disk, for later runs and the other processes."""
+"""Texts become token ids, cached on disk for later runs and other processes; long texts are cut or read in windows."""
 
 import dataclasses
 import hashlib
@@ -16,60 +16,34 @@ from lib.config.sections import DataConfig
 from lib.errors import UserError
 from lib.hub.endpoint import datasets_cache
 
-KEY = "windows"
-"""Where tokenizer_config.json says how the model was trained to read long texts."""
+WINDOWS_KEY = "windows"
+"""The key in tokenizer_config.json under which a trained model's windows are saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Windows of at most `max_length` tokens, special tokens included, of which neighbours share `stride`."""
+    """Overlapping windows of at most `max_length` tokens, special tokens included; neighbors share `stride` tokens."""
 
+    # The repr is part of the cache key of token ids: a renamed class or field would tokenize all data again.
     max_length: int
     stride: int
-
-
-def tokens_key(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], limit: int, windows: Windows | None
-) -> str:
-    """Hash of all that token ids depend on, the same in every process and every run.
-
-    `datasets` keeps no tables of data that it did not read from files, and hashes the tokenizer anew for each split.
-    """
-    digest = hashlib.sha256(f"{limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode())
-    digest.update(f"{type(tokenizer)} {tokenizer.model_input_names} {dataset.features}".encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        digest.update(Hasher.hash(tokenizer).encode())
-    else:
-        backend.no_truncation()  # what the call before has left there; each call sets its own
-        backend.no_padding()
-        digest.update(backend.to_str().encode())
-    for rows in dataset.select_columns([*text_columns, "labels"]).iter(batch_size=10_000):
-        digest.update(repr(rows).encode(errors="surrogatepass"))
-    return digest.hexdigest()[:32]
-
-
-def cache_file(key: str) -> str | None:
-    """Where token ids are kept for later runs; None where nothing can be written."""
-    path = datasets_cache() / "tokens" / f"{key}.arrow"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return str(path) if path.is_file() or os.access(path.parent, os.W_OK) else None
 
 
 def tokenize(
     dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
 ) -> Dataset:
-    """Token ids, cut to max_length or into windows and not padded; padding belongs to the batch."""
+    """Unpadded token ids, truncated to max_length or split into windows, from the cache where they are.
+
+    Columns: input_ids, token_type_ids if the tokenizer makes them, labels, length (tokens of the text), truncated (whether
+    it is too long), and num_windows with windows. Raises UserError when max_length leaves no room for text.
+    """
     limit = min(config.max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
     if limit < special + len(text_columns):
         raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        # Empty texts stay: they still get special tokens, and dropping them would shift the order of predictions.
+        # Empty texts are kept: they have special tokens, and without them rows and predictions would not match.
         texts = [list(rows[column]) for column in text_columns]
         if windows:
             split = encode_windows(tokenizer, texts[0], windows)
@@ -85,6 +59,12 @@ def tokenize(
         return encoded
 
     key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
+    cache = datasets_cache() / "tokens" / f"{key}.arrow"
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        usable = cache.is_file() or os.access(cache.parent, os.W_OK)
+    except OSError:
+        usable = False
     return dataset.map(
         encode,
         batched=True,
@@ -92,14 +72,37 @@ def tokenize(
         num_proc=config.preprocessing_num_workers,
         desc="tokenize",
         new_fingerprint=key,
-        cache_file_name=cache_file(key),
+        cache_file_name=str(cache) if usable else None,
     )
 
 
-def report_truncation(
-    tokens: dict[str, Dataset], limit: int, config: DataConfig, windows: Windows | None, notes: list[str]
-) -> None:
-    """Note the share of long texts, and what becomes of them."""
+def tokens_key(
+    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], limit: int, windows: Windows | None
+) -> str:
+    """Hash of everything that token ids depend on, the same in every process and run.
+
+    The cache of `datasets` itself does not do: it forgets data that come from memory, and tokenizing a split changes the
+    hash of the tokenizer.
+    """
+    digest = hashlib.sha256(f"{limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode())
+    digest.update(f"{type(tokenizer)} {tokenizer.model_input_names} {dataset.features}".encode())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        digest.update(Hasher.hash(tokenizer).encode())
+    else:
+        backend.no_truncation()  # left by the previous call; every call sets its own
+        backend.no_padding()
+        digest.update(backend.to_str().encode())
+    for rows in dataset.select_columns([*text_columns, "labels"]).iter(batch_size=10_000):
+        digest.update(repr(rows).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:32]
+
+
+def truncation_notes(
+    tokens: dict[str, Dataset], limit: int, config: DataConfig, windows: Windows | None
+) -> tuple[str, ...]:
+    """Which share of each split's texts is too long, and whether they are truncated or read in windows."""
+    notes = []
     if limit < config.max_length:
         notes.append(f"--max_length {config.max_length} is more than the model can take: {limit} is used")
     for split, dataset in tokens.items():
@@ -112,39 +115,36 @@ def report_truncation(
             )
         elif share:
             notes.append(f"{share:.1%} of the {split} texts are longer than {limit} tokens and were cut (--max_length)")
-
-
-def stored_windows(tokenizer: Any) -> Windows | None:
-    """How the model of this tokenizer was trained to read long texts; None: it cuts them."""
-    stored = tokenizer.init_kwargs.get(KEY)
-    return Windows(**stored) if stored else None
-
-
-def store_windows(tokenizer: Any, windows: Windows | None) -> None:
-    """Let the tokenizer be saved with `windows`, so that whoever uses the model reads long texts as it was trained to."""
-    tokenizer.init_kwargs.pop(KEY, None)
-    if windows is not None:
-        tokenizer.init_kwargs[KEY] = dataclasses.asdict(windows)
+    return tuple(notes)
 
 
 def choose_windows(
     tokenizer: Any, max_length: int, stride: int | None, num_columns: int, trained: bool
 ) -> Windows | None:
-    """The windows asked for, else, if the model is `trained`, those it was trained with; noted in the tokenizer.
+    """The windows of --window_stride, or else those that a `trained` model was trained with; None: texts are truncated.
 
-    None: long texts are cut. Raises UserError when texts cannot be read in windows.
+    Writes them into the tokenizer, so that they are saved with it and used by whoever loads it.
+    Raises UserError when texts cannot be read in these windows.
     """
     windows = stored_windows(tokenizer) if trained else None
     if stride is not None:
         windows = Windows(max_length, stride)
-    if windows is not None:
+    if windows is None:
+        tokenizer.init_kwargs.pop(WINDOWS_KEY, None)
+    else:
         check_windows(tokenizer, windows, num_columns)
-    store_windows(tokenizer, windows)
+        tokenizer.init_kwargs[WINDOWS_KEY] = dataclasses.asdict(windows)
     return windows
 
 
+def stored_windows(tokenizer: Any) -> Windows | None:
+    """The windows that a tokenizer's model was trained with; None: it truncates long texts."""
+    stored = tokenizer.init_kwargs.get(WINDOWS_KEY)
+    return Windows(**stored) if stored else None
+
+
 def check_windows(tokenizer: Any, windows: Windows, num_columns: int) -> None:
-    """Raise UserError when texts cannot be read in these windows."""
+    """Raise UserError for pairs of texts, a slow tokenizer, and a stride that leaves no room for new tokens."""
     flag = f"--window_stride {windows.stride}"
     if num_columns != 1:
         raise UserError(f"{flag} is for one text column, not for pairs")
@@ -156,9 +156,9 @@ def check_windows(tokenizer: Any, windows: Windows, num_columns: int) -> None:
 
 
 def encode_windows(tokenizer: Any, texts: list[str], windows: Windows) -> dict[str, list[Any]]:
-    """Each input of the model (but the mask) as a list of windows for each text, and `num_windows`.
+    """input_ids and token_type_ids as a list of windows for each text, without padding, and `num_windows`.
 
-    All windows of a text but the last are full. A text that is not too long is one window, the same tokens as without.
+    All windows of a text but the last are full. A text that fits is one window, with the same tokens as without windows.
     """
     encoded = tokenizer(
         texts,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataConfig, words
-from lib.data.catalog import catalog_source
+from lib.data.catalog import catalog_entry
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
@@ -64,8 +64,8 @@ def choose_metrics(
 
 
 def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
-    source = catalog_source(config)
-    return source.metrics if source and problem_type == CLASSIFICATION else DEFAULT_METRICS[problem_type]
+    entry = catalog_entry(config)
+    return entry.metrics if entry and problem_type == CLASSIFICATION else DEFAULT_METRICS[problem_type]
 
 
 def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSIFICATION) -> None:

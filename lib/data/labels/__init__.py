@@ -1,1 +1,1 @@
-"""Whatever a data set calls its labels becomes the numbers a model learns."""
+"""Labels, in whatever form they are stored, become class numbers, floats or multi-hot vectors."""
