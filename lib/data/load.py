@@ -133,7 +133,7 @@ def hold_out_validation(train: Dataset, problem: str) -> dict[str, Dataset]:
     if len(order) < 2:
         raise UserError(
             "no class of the train split has two rows, so that no validation split can be held out; "
-            "give one with --validation_file"
+            "give a validation split, or more rows"
         )
     held_out = np.zeros(len(train), dtype=bool)
     held_out[order[min(5, len(order) - 1) :: 10]] = True

@@ -171,17 +171,19 @@ def test_named_columns_are_used_without_a_note(load: Load, tmp_path: Path) -> No
 def test_guessed_columns_are_in_the_notes(load: Load, tmp_path: Path) -> None:
     path = write_csv(tmp_path / "train.csv", sentences(12), header=("opinion", "stars"))
     data = load(train_file=path)
-    assert notes_with(data, "guessed") == [
-        "text columns: opinion (guessed; set --text_columns to change)",
-        "label column: stars (guessed; set --label_column to change)",
-    ]
+    text_note, label_note = notes_with(data, "guessed")
+    assert "opinion" in text_note
+    assert "--text_columns" in text_note
+    assert "stars" in label_note
+    assert "--label_column" in label_note
 
 
 def test_pair_columns_are_guessed_by_their_usual_names(load: Load, tmp_path: Path) -> None:
     rows = [(text, "a plot", label) for text, label in sentences(12)]
     data = load(train_file=write_csv(tmp_path / "train.csv", rows, header=("hypothesis", "premise", "label")))
     assert data.text_columns == ("premise", "hypothesis")
-    assert notes_with(data, "guessed") == ["text columns: premise hypothesis (guessed; set --text_columns to change)"]
+    (note,) = notes_with(data, "guessed")
+    assert "premise hypothesis" in note
 
 
 # ---------------------------------------------------------------------------------------------------- splits
@@ -194,9 +196,8 @@ def test_missing_validation_split_is_a_stratified_tenth_of_train(load: Load, tmp
     train, held_out = texts(data, "train"), texts(data, "validation")
     assert sorted(train + held_out) == sorted(text for text, _ in rows)
     assert np.bincount(data.tokens["validation"]["labels"]).tolist() == [1, 2, 3, 14]
-    assert notes_with(data, "held out") == [
-        "no validation split: 20 of 200 training samples held out, stratified by label"
-    ]
+    (note,) = notes_with(data, "held out")
+    assert "20 of 200" in note
 
 
 def test_held_out_samples_are_fixed_and_spread_over_the_file(load: Load, tmp_path: Path) -> None:
@@ -267,7 +268,8 @@ def test_texts_that_are_in_train_as_well_are_counted(load: Load, tmp_path: Path)
         validation_file=write_csv(tmp_path / "dev.csv", fresh),
         test_file=write_csv(tmp_path / "test.csv", [*train[:2], *fresh[:1]]),
     )
-    assert notes_with(data, "in train as well") == ["warning: 2 of 3 test texts are in train as well"]
+    (note,) = notes_with(data, "in train as well")
+    assert "2 of 3 test texts" in note
 
 
 def test_pairs_are_duplicates_only_when_both_texts_are(load: Load, tmp_path: Path) -> None:
@@ -275,7 +277,8 @@ def test_pairs_are_duplicates_only_when_both_texts_are(load: Load, tmp_path: Pat
     train = write_csv(tmp_path / "train.csv", [("a", "good", "x"), ("a", "bad", "y")], header)
     dev = write_csv(tmp_path / "dev.csv", [("a", "fine", "x"), ("a", "bad", "x")], header)
     data = load(train_file=train, validation_file=dev)
-    assert notes_with(data, "in train as well") == ["warning: 1 of 2 validation texts are in train as well"]
+    (note,) = notes_with(data, "in train as well")
+    assert "1 of 2 validation texts" in note
 
 
 def test_share_of_truncated_texts_is_reported(load: Load, tmp_path: Path) -> None:
@@ -287,9 +290,8 @@ def test_share_of_truncated_texts_is_reported(load: Load, tmp_path: Path) -> Non
         validation_file=write_csv(tmp_path / "dev.csv", dev),
         max_length=8,
     )
-    assert notes_with(data, "were cut") == [
-        "40.0% of the train texts are longer than 8 tokens and were cut (--max_length)"
-    ]
+    (note,) = notes_with(data, "--max_length")
+    assert "40.0% of the train texts are longer than 8 tokens" in note
     assert data.lengths["train"].tolist() == [8] * 5
     assert data.texts["train"]["text"][1] == too_long
 
@@ -298,7 +300,7 @@ def test_max_length_above_that_of_the_model_is_lowered_with_a_note(load: Load, t
     path = write_csv(tmp_path / "t.csv", [("film " * 100, "x"), ("good", "y")])
     data = load(train_file=path, validation_file=path, max_length=100)
     assert max(data.lengths["train"]) == 64
-    assert notes_with(data, "--max_length 100 is more than the model can take: 64 is used")
+    assert "64" in notes_with(data, "--max_length 100")[0]
 
 
 def test_pad_to_max_length_is_max_length_or_that_of_the_model(load: Load, tmp_path: Path) -> None:
