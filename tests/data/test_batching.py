@@ -82,9 +82,9 @@ def steps_of_all_ranks(
     return list(zip(*ranks, strict=True))
 
 
-def counted_samples(windows: tuple[StepBatch, ...]) -> list[int]:
+def counted_samples(shares: tuple[StepBatch, ...]) -> list[int]:
     """Numbers of the samples with weight 1, over processes and micro-batches."""
-    pieces = [piece for window in windows for piece in window.micro_batches]
+    pieces = [piece for share in shares for piece in share.micro_batches]
     return [int(label) for piece in pieces for label in piece.labels[piece.weights == 1]]
 
 
@@ -256,11 +256,11 @@ def test_padding_shares_of_all_strategies_are_those_computed_by_hand() -> None:
     ("device", "precision", "multiple"),
     [("cpu", "bf16", None), ("cuda", "no", None), ("cuda", "bf16", 8), ("cuda", "fp16", 8)],
 )
-def test_only_tensor_cores_ask_for_multiples_of_8(device: str, precision: str, multiple: int | None) -> None:
+def test_only_tensor_cores_pad_to_multiples_of_8(device: str, precision: str, multiple: int | None) -> None:
     assert build_collator(Padder(), precision, torch.device(device)).pad_to_multiple_of == multiple
 
 
-def test_fixed_shapes_have_one_length_on_every_device(roberta: Path) -> None:
+def test_pad_to_max_length_gives_one_length_on_every_device(roberta: Path) -> None:
     collator = build_collator(AutoTokenizer.from_pretrained(roberta), "bf16", torch.device("cuda"), 21)
     for texts in ([[0, 2]], [[0, 2], [0] * 21, [0, 5, 2]]):
         batch = collator([{"input_ids": ids, "labels": 0} for ids in texts])
@@ -268,7 +268,7 @@ def test_fixed_shapes_have_one_length_on_every_device(roberta: Path) -> None:
         assert batch["attention_mask"].sum(dim=1).tolist() == [len(ids) for ids in texts]
 
 
-# ---------------------------------------------------------------------------------------------------- windows
+# ---------------------------------------------------------------------------------------------------- steps
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -277,28 +277,28 @@ def test_steps_of_all_ranks_hold_every_sample_once(
     size: int, batch_size: int, micro_batch_size: int, world_size: int
 ) -> None:
     steps = steps_of_all_ranks(size, batch_size, micro_batch_size, world_size)
-    assert sorted(index for windows in steps for index in counted_samples(windows)) == list(range(size))
+    assert sorted(index for shares in steps for index in counted_samples(shares)) == list(range(size))
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_weights_of_a_step_add_up_to_the_size_of_its_batch(world_size: int) -> None:
+def test_weights_of_a_step_sum_to_its_batch_size(world_size: int) -> None:
     lengths = skewed_lengths(10)
     sizes = [len(batch) for batch in epoch_batches(lengths, 4, seed=3, epoch=0)]
-    for size, windows in zip(sizes, steps_of_all_ranks(10, 4, 2, world_size), strict=True):
-        weights = [piece.weights.sum().item() for share in windows for piece in share.micro_batches]
+    for size, shares in zip(sizes, steps_of_all_ranks(10, 4, 2, world_size), strict=True):
+        weights = [piece.weights.sum().item() for share in shares for piece in share.micro_batches]
         assert sum(weights) == size
-        assert {window.num_samples for window in windows} == {size}
+        assert {share.num_samples for share in shares} == {size}
 
 
-def test_micro_batches_split_a_batch_in_order() -> None:
+def test_micro_batches_of_a_step_keep_the_order_of_its_batch() -> None:
     lengths = skewed_lengths(9)
     batches = epoch_batches(lengths, 4, seed=3, epoch=0)
     for micro_batch_size, world_size in itertools.product((1, 2, 3), (1, 2)):
         steps = steps_of_all_ranks(9, 4, micro_batch_size, world_size)
-        assert [counted_samples(windows) for windows in steps] == [batch.tolist() for batch in batches]
+        assert [counted_samples(shares) for shares in steps] == [batch.tolist() for batch in batches]
 
 
-def test_a_rank_without_samples_gets_one_stand_in_that_does_not_count() -> None:
+def test_rank_without_samples_gets_one_sample_of_weight_zero() -> None:
     batch = np.array([2, 0])
     batches = batches_of(numbered_dataset(np.array([4, 5, 6])), collate)
     ranks = [next(batches.steps([batch], Share(4, rank, 3))) for rank in range(3)]
@@ -311,7 +311,7 @@ def test_a_rank_without_samples_gets_one_stand_in_that_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_loading_batches_leaves_the_random_numbers_of_the_model_alone(num_workers: int) -> None:
+def test_loading_batches_does_not_change_the_random_state(num_workers: int) -> None:
     lengths = skewed_lengths(6)
     batches = epoch_batches(lengths, 2, seed=0, epoch=0)
     before = torch.get_rng_state()

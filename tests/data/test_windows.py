@@ -122,7 +122,7 @@ def test_logits_of_a_text_are_the_mean_of_its_windows_in_every_batch_size(
 
 @pytest.mark.parametrize("limit", [None, 2])
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, SIZE), (1, 5), (3, 3)])
-def test_a_step_over_windows_is_the_mean_loss_of_texts(
+def test_loss_of_a_step_over_windows_is_the_mean_loss_of_texts(
     tokenizer: Any,
     roberta_without_dropout: Path,
     tmp_path: Path,
@@ -130,7 +130,7 @@ def test_a_step_over_windows_is_the_mean_loss_of_texts(
     micro_batch_size: int,
     limit: int | None,
 ) -> None:
-    """The gradients that processes would add up; `limit` cuts micro-batches as a lack of memory does."""
+    """So are the gradients summed over processes; `limit` splits micro-batches, as after out of memory."""
     data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
     model = model_of(roberta_without_dropout, data, tokenizer)
     reference = cross_entropy(mean_logits(model, data), torch.tensor(data.tokens["train"]["labels"]))
@@ -145,7 +145,7 @@ def test_a_step_over_windows_is_the_mean_loss_of_texts(
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_short_texts_are_trained_on_as_without_windows_bit_by_bit(
+def test_windows_do_not_change_the_training_of_short_texts_bit_for_bit(
     tokenizer: Any, roberta_without_dropout: Path, tmp_path: Path
 ) -> None:
     found = []
@@ -159,7 +159,7 @@ def test_short_texts_are_trained_on_as_without_windows_bit_by_bit(
     assert all(map(torch.equal, *found))
 
 
-def test_cut_micro_batches_keep_the_windows_of_a_text_together(tokenizer: Any, tmp_path: Path) -> None:
+def test_split_micro_batches_keep_the_windows_of_a_text_together(tokenizer: Any, tmp_path: Path) -> None:
     data = data_of(tmp_path, tokenizer, max_length=8, window_stride=2)
     batch = next(Batches(data, build_collator(tokenizer, "no", CPU)).steps([np.arange(SIZE)], Share(7)))
     pieces = batch.pieces(3)
