@@ -8,6 +8,7 @@ python predict.py --task feature-extraction --input reviews.txt --output vectors
 import collections
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from lib.config.cli import parse_cli
@@ -21,11 +22,13 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
 from lib.inference.explain_tokens import explain_tokens
-from lib.inference.inputs import count_rows, read_rows
+from lib.inference.inputs import Example, count_rows, read_examples
+from lib.inference.load import Task, load_task
 from lib.inference.onnx_export import export_onnx
-from lib.inference.outputs import write_answers
-from lib.inference.stream import answer_rows
-from lib.inference.tasks import build_predict, count_cut, load_model, text_columns
+from lib.inference.outputs import write_predictions
+from lib.inference.stream import Prediction, predict_stream
+from lib.inference.tasks import build_predict, count_truncation
+from lib.model.adapters.adapt import tokenizer_source
 from lib.model.load import load_tokenizer
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
@@ -35,37 +38,41 @@ from lib.runtime.startup import run_script
 
 
 def main(config: PredictConfig) -> None:
-    """Answer every row of the input once, in its order; what is said about the work goes to stderr."""
+    """Predict once for every row of the input, in its order; messages go to stderr."""
     trained = find_model(config.model, config.mixed_precision)
     if config.explain_tokens:
-        print(explain_tokens(load_tokenizer(trained.source), config.explain_tokens))
+        print(explain_tokens(load_tokenizer(tokenizer_source(trained.source)), config.explain_tokens))
         return
     accelerator = build_accelerator(trained.precision)
-    model, tokenizer = load_model(config, trained, accelerator.device)
+    task = load_task(config, trained, accelerator.device)
     if config.export_onnx:
         if accelerator.is_main_process:
-            difference = export_onnx(model, tokenizer, Path(config.export_onnx))
+            difference = export_onnx(task.model, task.tokenizer, Path(config.export_onnx))
             print(f"written to {config.export_onnx}; largest difference from PyTorch: {difference:.1e}")
-        finish(accelerator, model)
+        finish(accelerator, task.model)
         return
 
-    predict = build_predict(config, model, tokenizer, accelerator.device)
-    rows = read_rows(config.inputs, text_columns(config, trained))
-    answers = answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed)
-    with cast_weights(model, accelerator.mixed_precision):
+    examples = read_examples(config.inputs, task.text_columns)
+    predict, batch_size = build_predict(task), config.per_device_eval_batch_size
+    predictions = predict_stream(accelerator, examples, predict, batch_size, config.seed)
+    with cast_weights(task.model, accelerator.mixed_precision):
         if accelerator.is_main_process:
-            started = time.perf_counter()
-            cut = count_cut(config, model, tokenizer)
-            total = count_rows(config.inputs) if sys.stderr.isatty() else None
-            count = write_answers(config.output, cut.watch(answers), total)
-            seconds = time.perf_counter() - started
-            if config.output:
-                print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
-            if cut.cut:
-                print(cut, file=sys.stderr)
+            write(task, predictions)
         else:
-            collections.deque(answers, maxlen=0)
-    finish(accelerator, model)
+            collections.deque(predictions, maxlen=0)  # computes this process's share
+    finish(accelerator, task.model)
+
+
+def write(task: Task, predictions: Iterator[tuple[Example, Prediction]]) -> None:
+    """Write the predictions as they come, then report their number, the time and how many texts were truncated."""
+    config, truncation, started = task.config, count_truncation(task), time.perf_counter()
+    total = count_rows(config.inputs) if sys.stderr.isatty() else None
+    count = write_predictions(config.output, truncation.watch(predictions), total)
+    if config.output:
+        seconds = time.perf_counter() - started
+        print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
+    if truncation.truncated:
+        print(truncation, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""predict.py inside the test's process: the flags a user types, and the answers as they would be written."""
+"""predict.py inside the test's process: from the flags that a user types to the predictions as they would be written."""
 
 from pathlib import Path
 from typing import Any
 
 from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
-from lib.inference.inputs import read_rows
-from lib.inference.outputs import flat_row
-from lib.inference.stream import answer_rows
-from lib.inference.tasks import build_predict, load_model, text_columns
+from lib.inference.inputs import Example, read_examples
+from lib.inference.load import Task, load_task
+from lib.inference.outputs import to_record
+from lib.inference.stream import Prediction, predict_stream
+from lib.inference.tasks import build_predict
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
 
@@ -17,18 +18,21 @@ def settings(*flags: object) -> PredictConfig:
     return parse_cli(PredictConfig, [*map(str, flags), "--mixed_precision", "no"])
 
 
-def raw_answers(*flags: object) -> list[tuple[Any, dict[str, Any]]]:
-    """Rows and their answers, as they come out of the task."""
+def load(*flags: object) -> Task:
     config = settings(*flags)
-    accelerator, trained = build_accelerator("no"), find_model(config.model, config.mixed_precision)
-    model, tokenizer = load_model(config, trained, accelerator.device)
-    predict = build_predict(config, model, tokenizer, accelerator.device)
-    rows = read_rows(config.inputs, text_columns(config, trained))
-    return list(answer_rows(accelerator, rows, predict, config.per_device_eval_batch_size, config.seed))
+    return load_task(config, find_model(config.model, "no"), build_accelerator("no").device)
+
+
+def predictions(*flags: object) -> list[tuple[Example, Prediction]]:
+    task, accelerator = load(*flags), build_accelerator("no")
+    examples, predict = read_examples(task.config.inputs, task.text_columns), build_predict(task)
+    batch_size, seed = task.config.per_device_eval_batch_size, task.config.seed
+    return list(predict_stream(accelerator, examples, predict, batch_size, seed))
 
 
 def answers(*flags: object) -> list[dict[str, Any]]:
-    return [flat_row(row, answer) for row, answer in raw_answers(*flags)]
+    """The records that predict.py writes."""
+    return [to_record(example, prediction) for example, prediction in predictions(*flags)]
 
 
 def lines_file(path: Path, texts: list[str]) -> Path:

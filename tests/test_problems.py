@@ -26,7 +26,7 @@ from lib.model.losses import PLAIN
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences
 from tests.hub.test_hub_models import environment
 from tests.loopback_hub import loopback_hub
-from tests.predicting import answers
+from tests.predicting import answers, load
 from tests.resuming import differences
 
 LABELS = ["bad", "good", "plot"]
@@ -186,14 +186,10 @@ def test_predict_says_what_eval_says(finished: tuple) -> None:
 def test_the_export_to_onnx_gives_the_same_numbers(finished: tuple, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
     from lib.inference.onnx_export import export_onnx
-    from lib.inference.tasks import load_model
-    from lib.run.finished import find_model
-    from tests.predicting import settings
 
     name, folder, _ = finished
-    config = settings("--model", folder, "--export_onnx", tmp_path / "onnx")
-    trained = find_model(config.model, config.mixed_precision)
-    assert export_onnx(*load_model(config, trained, torch.device("cpu")), tmp_path / "onnx") < 1e-5
+    task = load("--model", folder, "--export_onnx", tmp_path / "onnx")
+    assert export_onnx(task.model, task.tokenizer, tmp_path / "onnx") < 1e-5
     exported = json.loads((tmp_path / "onnx" / "config.json").read_text())
     assert ("thresholds" in exported) == (name == "several labels")
 

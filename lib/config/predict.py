@@ -20,29 +20,32 @@ TaskName = Literal[
     "translation",
     "zero-shot-classification",
 ]
+
 GENERATING = ("summarization", "text-generation", "translation")
+"""Tasks whose models call `generate`."""
+
 INPUT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt", ".parquet")
 OUTPUT_FORMATS = (".jsonl", ".csv", ".npy", ".parquet")
 
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-    """Input: texts as arguments, a file, or the standard input, one text a line."""
+    """Input: texts as arguments, a file, or standard input with one text per line."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to work on."""
+    """Input texts."""
     input: str | None = None
-    """File of texts: csv, tsv, jsonl, txt or parquet, of any size; - is the standard input."""
+    """File of texts (csv, tsv, jsonl, txt or parquet, of any size), or - for standard input."""
     input_format: Literal["csv", "tsv", "jsonl", "txt", "parquet"] | None = None
-    """Format of the input. [default: by the ending of the file; txt for the standard input]"""
+    """Format of the input. [default: by the ending of the file; txt for standard input]"""
     text_columns: tuple[str, ...] | None = None
     """One text column, or two for pairs; guessed when obvious."""
     id_column: str | None = None
-    """Column that names the rows in the output. [default: the number of the row, from 0]"""
+    """Column whose value is the id of a row in the output. [default: the number of the row, from 0]"""
     question: str | None = None
-    """Question to be answered from --context."""
+    """Question to answer from --context."""
     context: str | None = None
-    """Text that holds the answer to --question."""
+    """Text that contains the answer to --question."""
 
     def __post_init__(self) -> None:
         sources = {"texts as arguments": self.texts, "--input": self.input, "--question": self.question}
@@ -65,23 +68,23 @@ class EmbeddingConfig:
     """Embeddings: feature-extraction."""
 
     pooling: Literal["mean", "cls", "max", "last"] = "mean"
-    """How the vectors of a text's tokens become one: their mean, the first, the largest values, or the last."""
+    """How token vectors become one vector per text: mean, first token (cls), maximum or last token."""
     normalize: bool = False
-    """True: embeddings of length 1, so that their dot product is the cosine."""
+    """Scale embeddings to length 1, so that their dot product is the cosine similarity."""
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerConfig:
-    """Long texts: question-answering and ner read them in windows."""
+class SpanConfig:
+    """Spans of text: question-answering and ner, which read long texts in windows."""
 
     stride: int = 128
-    """Tokens that neighbouring windows share."""
+    """Tokens that neighboring windows share."""
     max_answer_len: int = 30
     """Longest answer in tokens."""
     handle_impossible_answer: bool = False
-    """True: the answer may be that the text holds none, an empty one."""
+    """Give an empty answer if that is likelier than every span of the text."""
     aggregation_strategy: Literal["none", "simple", "first", "average", "max"] = "simple"
-    """How tokens become entities; none: every token by itself."""
+    """How tokens are merged into entities; none: each token is one."""
 
     def __post_init__(self) -> None:
         require(self.stride >= 0, f"--stride must not be negative, got {self.stride}")
@@ -93,11 +96,11 @@ class ZeroShotConfig:
     """Zero-shot classification."""
 
     candidate_labels: tuple[str, ...] = ()
-    """The labels to choose from."""
+    """Labels to choose from."""
     hypothesis_template: str = "This example is {}."
-    """Sentence that a label makes true."""
+    """Sentence that is true if the label in place of {} is right."""
     multi_label: bool = False
-    """True: each label by itself, so that several may hold."""
+    """Score each label by itself, so that several may be right."""
 
     def __post_init__(self) -> None:
         template = self.hypothesis_template
@@ -111,15 +114,15 @@ class GenerateConfig:
     max_new_tokens: int | None = None
     """Longest output in tokens. [default: the model's own setting, else 256]"""
     num_beams: int | None = None
-    """Beams searched. [default: the model's own setting, and at least --top_k]"""
+    """Number of beams in beam search. [default: the model's own setting, at least --top_k]"""
     generate_kwargs: tuple[str, ...] = ()
-    """Further settings of `generate`, as name=value, such as do_sample=True temperature=0.7."""
+    """Other settings of `generate` as name=value, such as do_sample=True temperature=0.7."""
     prefix: str | None = None
-    """Words put before each text. [default: what a T5 model has in its settings for the task]"""
+    """Text put before each input. [default: the prefix for the task in a T5 model's configuration]"""
     source_lang: str | None = None
-    """Language of the text, as the model names it: en_XX, eng_Latn, en, ..."""
+    """Language of the input, as the model names it: en_XX, eng_Latn, en, ..."""
     target_lang: str | None = None
-    """Language wanted, as the model names it."""
+    """Language of the output, as the model names it."""
 
     def __post_init__(self) -> None:
         check_positive(self, "max_new_tokens", "num_beams")
@@ -145,65 +148,63 @@ class PredictConfig:
 
     inputs: InputConfig = dataclasses.field(default_factory=InputConfig)
     task: TaskName = "sentiment-analysis"
-    """What to do; sentiment-analysis is the use of any text classifier."""
+    """Task; sentiment-analysis is for every text classifier."""
     model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     output: str | None = None
-    """File to write: jsonl or csv; npy or parquet for embeddings. [default: jsonl on the standard output]"""
+    """Output file: jsonl or csv; npy or parquet for embeddings. [default: jsonl on standard output]"""
     top_k: int | None = None
-    """Give the k most likely answers. [default: 5 fillings of a mask, all labels, else 1]"""
+    """Number of answers, the likeliest first. [default: 5 for fill-mask, all labels of a classifier, else 1]"""
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-    """What makes probabilities of a classifier's logits; none: give the logits. [default: as the model was trained]"""
+    """Function from a classifier's logits to probabilities; none: give logits. [default: as the model was trained]"""
     max_length: int | None = None
-    """Longest input in tokens; longer texts are cut, or read in windows. [default: that of the run, else the model's]"""
+    """Longest input in tokens; longer texts are truncated or read in windows. [default: the run's, else the model's]"""
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
-    answer: AnswerConfig = dataclasses.field(default_factory=AnswerConfig)
+    span: SpanConfig = dataclasses.field(default_factory=SpanConfig)
     zero_shot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
     per_device_eval_batch_size: int = 64
-    """Texts per forward."""
+    """Texts per forward pass on each device."""
     seed: int = 42
-    """Fixes what is sampled with do_sample=True."""
+    """Seed for sampling with do_sample=True."""
     mixed_precision: Precision = "auto"
-    """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
+    """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
     explain_tokens: tuple[str, ...] = ()
-    """Show how the model's tokenizer takes these texts apart, step by step, and stop."""
+    """Print the steps from these texts to token ids, and stop."""
     export_onnx: str | None = None
-    """Write the model to this folder as ONNX, check that it gives the same numbers, and stop."""
+    """Folder to export the model to as ONNX, checked against PyTorch; then stop."""
 
     def __post_init__(self) -> None:
+        """Also refuses options that the task does not have: they would be ignored."""
         check_positive(self, "top_k", "max_length", "per_device_eval_batch_size")
         require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
-        check_task(self)
+        task = self.task
         if self.output is not None:
             suffix = Path(self.output).suffix.lower()
             endings = ", ".join(OUTPUT_FORMATS)
             require(suffix in OUTPUT_FORMATS, f"--output {self.output}: the name must end in one of {endings}")
-            text = suffix in (".jsonl", ".csv") or self.task == "feature-extraction"
-            require(text, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
+            fits = suffix in (".jsonl", ".csv") or task == "feature-extraction"
+            require(fits, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
 
+        extractive = task == "question-answering"
+        require(self.inputs.question is None or extractive, "--question needs --task question-answering")
+        fits = not (extractive and self.inputs.texts)
+        require(fits, "--task question-answering takes --question and --context, or --input")
 
-def check_task(config: PredictConfig) -> None:
-    """Raise UserError when an option that changes the result is not one of the task."""
-    task, inputs = config.task, config.inputs
-    question = task == "question-answering"
-    require(inputs.question is None or question, "--question needs --task question-answering")
-    require(not (question and inputs.texts), "--task question-answering takes --question and --context, or --input")
-    labels = bool(config.zero_shot.candidate_labels)
-    working = not (config.explain_tokens or config.export_onnx)
-    require(
-        labels == (task == "zero-shot-classification") or not working,
-        "--candidate_labels is for --task zero-shot-classification"
-        if labels
-        else "--task zero-shot-classification needs --candidate_labels, such as --candidate_labels sports politics",
-    )
-    require(config.top_k is None or task not in ("ner", "feature-extraction"), f"--task {task} has no --top_k")
-    require(
-        config.function_to_apply is None or task == "sentiment-analysis",
-        "--function_to_apply is for --task sentiment-analysis",
-    )
-    exportable = config.export_onnx is None or task not in (*GENERATING, "zero-shot-classification")
-    require(exportable, f"--export_onnx takes models of one forward; not --task {task}")
-    beams, wanted = config.generate.num_beams, config.top_k or 1
-    enough = task not in GENERATING or beams is None or beams >= wanted
-    require(enough, f"--top_k {wanted} needs --num_beams {wanted} or more, got {beams}")
+        zero_shot = task == "zero-shot-classification"
+        if not (self.explain_tokens or self.export_onnx):
+            has_labels = bool(self.zero_shot.candidate_labels)
+            require(zero_shot or not has_labels, "--candidate_labels is for --task zero-shot-classification")
+            require(
+                has_labels or not zero_shot,
+                "--task zero-shot-classification needs --candidate_labels, such as --candidate_labels sports politics",
+            )
+        fits = self.export_onnx is None or task not in (*GENERATING, "zero-shot-classification")
+        require(fits, f"--export_onnx is for models that need one forward pass per text, not for --task {task}")
+
+        require(self.top_k is None or task not in ("ner", "feature-extraction"), f"--task {task} has no --top_k")
+        fits = self.function_to_apply is None or task == "sentiment-analysis"
+        require(fits, "--function_to_apply is for --task sentiment-analysis")
+        beams, wanted = self.generate.num_beams, self.top_k or 1
+        fits = task not in GENERATING or beams is None or beams >= wanted
+        require(fits, f"--top_k {wanted} needs --num_beams {wanted} or more, got {beams}")

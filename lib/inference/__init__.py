@@ -1,1 +1,1 @@
-"""Answers to new text."""
+"""Predictions for new text: nine tasks, from inputs to outputs."""

@@ -1,4 +1,4 @@
-"""Text written by a model: summaries and translations by sequence-to-sequence models, and how long and how they search."""
+"""Text generation: summaries and translations by sequence-to-sequence models, continuations by decoders."""
 
 import contextlib
 from collections.abc import Iterator
@@ -6,51 +6,92 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from lib.config.predict import GenerateConfig
+from lib.config.predict import GenerateConfig, PredictConfig
 from lib.config.sections import literal
 from lib.errors import UserError
-from lib.inference.inputs import Row
-from lib.inference.stream import Answer, Predict
+from lib.inference.inputs import Example
+from lib.inference.load import Task
+from lib.inference.stream import Predict, Prediction
 
 KEYS = {"summarization": "summary_text", "translation": "translation_text", "text-generation": "generated_text"}
+"""The field of the most likely text, named as in the pipelines of transformers 4."""
+
 DEFAULT_NEW_TOKENS = 256
 
 
-def build_writer(task: str, model: Any, tokenizer: Any, config: GenerateConfig, top_k: int) -> Predict:
-    """Answers with `summary_text` or `translation_text`, and with `top_k` above 1 also `answers`, the best first.
+def build_seq2seq(task: Task) -> Predict:
+    """Predictions of summarization and translation, as of `to_prediction`.
 
-    Raises UserError for a language the model does not name.
+    Raises UserError for a language that the model does not have.
     """
-    settings = generate_settings(model, config, top_k)
-    if task == "translation":
-        settings |= language_settings(tokenizer, config)
-    prefix = task_prefix(task, model, config)
+    config, model, tokenizer, top_k = task.config, task.model, task.tokenizer, task.config.top_k or 1
+    settings = generate_settings(model, config.generate, top_k)
+    if config.task == "translation":
+        settings |= language_settings(tokenizer, config.generate)
+    prefix = task_prefix(config, model)
 
-    def predict(rows: list[Row]) -> list[Answer]:
-        texts = [prefix + row.texts[0] for row in rows]
+    def predict(examples: list[Example]) -> list[Prediction]:
+        texts = [prefix + example.texts[0] for example in examples]
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        with generating(config):
+        with user_errors(config.generate):
             outputs = model.generate(**batch, **settings)
-        written = tokenizer.batch_decode(outputs, skip_special_tokens=True)
-        written = [text.strip() for text in written]
-        return [answer(task, written[i * top_k : (i + 1) * top_k]) for i in range(len(rows))]
+        written = [text.strip() for text in tokenizer.batch_decode(outputs, skip_special_tokens=True)]
+        return [to_prediction(config.task, written[i * top_k : (i + 1) * top_k]) for i in range(len(examples))]
 
     return predict
 
 
-def answer(task: str, texts: list[str]) -> Answer:
-    """The first text under the key of its task, and all of them where there are several."""
+def build_text_generation(task: Task) -> Predict:
+    """Predictions as of `to_prediction`: each text is the input and its continuation.
+
+    An input that is too long is truncated at its beginning. Raises UserError if --max_new_tokens leaves no room for it.
+    """
+    config, tokenizer = task.config, task.tokenizer
+    settings = generate_settings(task.model, config.generate, config.top_k or 1)
+    tokenizer.truncation_side = "left"
+    room = tokenizer.model_max_length - settings["max_new_tokens"]
+    if room < 1:
+        raise UserError(f"--max_new_tokens {settings['max_new_tokens']} leaves no room for the text before it")
+    settings |= {"return_full_text": False, "tokenizer_encode_kwargs": {"truncation": True, "max_length": room}}
+    start = tokenizer.bos_token or tokenizer.eos_token
+    pipe = task.pipeline()
+
+    def predict(examples: list[Example]) -> list[Prediction]:
+        texts = [example.texts[0] for example in examples]
+        with user_errors(config.generate):
+            outputs = pipe([text or start for text in texts], batch_size=len(examples), **settings)
+        return [
+            to_prediction(config.task, [text + item["generated_text"] for item in output])
+            for text, output in zip(texts, outputs, strict=True)
+        ]
+
+    return predict
+
+
+def to_prediction(task: str, texts: list[str]) -> Prediction:
+    """The first text under the key of its task; all of them under `answers`, the most likely first, if several."""
     return {KEYS[task]: texts[0]} | ({"answers": texts} if len(texts) > 1 else {})
 
 
-def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[str, Any]:
-    """What `generate` is told: the user's settings, and a length where neither the user nor the model has one.
+@contextlib.contextmanager
+def user_errors(config: GenerateConfig) -> Iterator[None]:
+    """Raise UserError if `generate` refuses a value of --generate_kwargs."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not config.generate_kwargs:
+            raise
+        raise UserError(f"--generate_kwargs {' '.join(config.generate_kwargs)}: {error}") from error
 
-    The most likely text is searched, not sampled, so that a text gets the same answer each time. Raises UserError for a
-    name that `generate` does not know and for a length that the model has no room for.
+
+def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[str, Any]:
+    """Arguments of `generate`: the user's settings, and a length if neither the user nor the model has one.
+
+    The default is search without sampling, so that a text gets the same output each time. Raises UserError for a name that
+    `generate` does not know and for more tokens than the model has positions.
     """
-    settings: dict[str, Any] = {"do_sample": False, "num_return_sequences": top_k}
-    settings["num_beams"] = config.num_beams or max(top_k, getattr(model.generation_config, "num_beams", None) or 1)
+    beams = config.num_beams or max(top_k, getattr(model.generation_config, "num_beams", None) or 1)
+    settings: dict[str, Any] = {"do_sample": False, "num_return_sequences": top_k, "num_beams": beams}
     settings |= length_settings(model, config.max_new_tokens)
     for name, value in (item.split("=", 1) for item in config.generate_kwargs):
         if name not in vars(GenerationConfig()):
@@ -61,64 +102,56 @@ def generate_settings(model: Any, config: GenerateConfig, top_k: int) -> dict[st
     return settings
 
 
-@contextlib.contextmanager
-def generating(config: GenerateConfig) -> Iterator[None]:
-    """Where `generate` refuses the value of a setting, its reason becomes a message to the user."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        if not config.generate_kwargs:
-            raise
-        raise UserError(f"--generate_kwargs {' '.join(config.generate_kwargs)}: {error}") from error
+def length_settings(model: Any, max_new_tokens: int | None) -> dict[str, int]:
+    """`max_new_tokens` for `generate`; nothing if a sequence-to-sequence model has its own default length.
 
-
-def length_settings(model: Any, asked: int | None) -> dict[str, int]:
-    """`max_new_tokens`, but where a sequence-to-sequence model has a length of its own.
-
-    A decoder's prompt takes places as well: unless asked for, at most half of them go to new tokens.
+    The prompt and the new tokens of a decoder share its positions: by default new tokens get at most half of them.
+    Raises UserError if the model has too few positions.
     """
-    own, writes_apart = model.generation_config, model.config.is_encoder_decoder
-    places = getattr(model.config, "max_position_embeddings", None) or 2**30
-    if asked is not None and asked >= places:
-        raise UserError(f"--max_new_tokens {asked}: the model has room for {places - 1}")
-    if asked is None and writes_apart and (own.max_length or own.max_new_tokens):
+    defaults, is_seq2seq = model.generation_config, model.config.is_encoder_decoder
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**30
+    if max_new_tokens is not None and max_new_tokens >= positions:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: the model has room for {positions - 1}")
+    if max_new_tokens is None and is_seq2seq and (defaults.max_length or defaults.max_new_tokens):
         return {}
-    room = places - 1 if writes_apart else places // 2
-    return {"max_new_tokens": asked or min(own.max_new_tokens or DEFAULT_NEW_TOKENS, room)}
+    room = positions - 1 if is_seq2seq else positions // 2
+    return {"max_new_tokens": max_new_tokens or min(defaults.max_new_tokens or DEFAULT_NEW_TOKENS, room)}
 
 
-def task_prefix(task: str, model: Any, config: GenerateConfig) -> str:
-    """The words that tell a T5 model its task, as its settings have them; none for other models."""
-    if config.prefix is not None:
-        return config.prefix
-    tasks = getattr(model.config, "task_specific_params", None) or {}
-    name = f"translation_{config.source_lang}_to_{config.target_lang}" if task == "translation" else task
-    known = [key for key in tasks if key.startswith("translation_")]
-    if task == "translation" and known and name not in tasks:
-        languages = ", ".join(key.removeprefix("translation_").replace("_to_", " to ") for key in known)
+def task_prefix(config: PredictConfig, model: Any) -> str:
+    """The text before each input: --prefix, else what a T5 model's configuration has for the task, else nothing.
+
+    Raises UserError if the model's configuration has prefixes for translation, but not for these two languages.
+    """
+    if config.generate.prefix is not None:
+        return config.generate.prefix
+    name, source, target = config.task, config.generate.source_lang, config.generate.target_lang
+    prefixes = getattr(model.config, "task_specific_params", None) or {}
+    pairs = [key for key in prefixes if key.startswith("translation_")]
+    key = f"translation_{source}_to_{target}" if name == "translation" else name
+    if name == "translation" and pairs and key not in pairs:
+        languages = ", ".join(pair.removeprefix("translation_").replace("_to_", " to ") for pair in pairs)
         raise UserError(f"--source_lang and --target_lang: this model translates {languages}; name one of them")
-    return tasks.get(name, {}).get("prefix", "")
+    return prefixes.get(key, {}).get("prefix", "")
 
 
 def language_settings(tokenizer: Any, config: GenerateConfig) -> dict[str, Any]:
-    """Tell a tokenizer of many languages the source, and `generate` the token that begins the target.
+    """The argument of `generate` for the target language; the source language is set in the tokenizer.
 
-    Models of one pair of languages, and those told by a prefix, need neither.
+    Nothing for models of one language pair and models told by a prefix. Raises UserError for an unknown language.
     """
     if not hasattr(tokenizer, "src_lang"):
         return {}
+    example = f"as the model does, such as {tokenizer.src_lang}"
     if config.source_lang is None or config.target_lang is None:
         raise UserError(
-            "this model translates between many languages; name both with --source_lang and --target_lang, "
-            f"as the model does, such as {tokenizer.src_lang}"
+            "this model translates between many languages; name both with --source_lang and --target_lang, " + example
         )
     codes = getattr(tokenizer, "lang_code_to_token", {})
-    tokens = {name: codes.get(name, name) for name in (config.source_lang, config.target_lang)}
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
-    for name, number in ids.items():
-        if number is None or number == tokenizer.unk_token_id:
-            raise UserError(
-                f"the model has no language {name}; write it as the model does, such as {tokenizer.src_lang}"
-            )
+    ids = {}
+    for name in (config.source_lang, config.target_lang):
+        ids[name] = tokenizer.convert_tokens_to_ids(codes.get(name, name))
+        if ids[name] is None or ids[name] == tokenizer.unk_token_id:
+            raise UserError(f"the model has no language {name}; write it {example}")
     tokenizer.src_lang = config.source_lang
     return {"forced_bos_token_id": ids[config.target_lang]}

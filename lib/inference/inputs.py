@@ -1,10 +1,10 @@
-"""New text, row by row, from arguments, the standard input or a file: never more of it in memory than is asked for."""
+"""New texts from arguments, standard input or a file, read one row at a time, so that memory does not limit their number."""
 
 import csv
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,12 +13,12 @@ from lib.errors import UserError, require
 
 Columns = tuple[str, ...]
 Record = tuple[str, dict[str, Any]]
-"""Where a row stands, in words, and its values by column."""
+"""The place of a row, for messages, and its values by column."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One input: `texts` are one text, or two for a pair or a question with its context.
+class Example:
+    """One row of the input: `texts` are one text, a pair, or a question and its context.
 
     `number` counts from 0; `id` is that number or the value of --id_column.
     """
@@ -28,11 +28,11 @@ class Row:
     texts: tuple[str, ...]
 
 
-def read_rows(config: InputConfig, guesses: Sequence[Columns]) -> Iterator[Row]:
-    """The rows of the input, in order, as they are needed.
+def read_examples(config: InputConfig, guesses: Sequence[Columns]) -> Iterator[Example]:
+    """The examples of the input, in order, each read when it is needed.
 
-    `guesses` are usual names of text columns, the best first. Raises UserError, when it comes there, for a missing
-    file or column, a line that cannot be read, a value that is not text, and an input without a row.
+    `guesses` are names that text columns may have, the likeliest first. Raises UserError for a missing file or column, a
+    row that cannot be read, a value that is not text, and an empty input.
     """
     if config.texts:
         records: Iterator[Record] = ((f"text {i}", {"text": text}) for i, text in enumerate(config.texts, 1))
@@ -42,21 +42,17 @@ def read_rows(config: InputConfig, guesses: Sequence[Columns]) -> Iterator[Row]:
         records = read_records(config)
     columns: Columns = ()
     number = -1
-    for number, (where, record) in enumerate(records):
+    for number, (place, record) in enumerate(records):
         columns = columns or choose_columns(list(record), config, guesses)
-        texts = tuple(text_of(record, column, where) for column in columns)
-        known = config.id_column is None or record.get(config.id_column) is not None
-        require(known, f"{where} has no value in column {config.id_column}")
-        yield Row(number, record[config.id_column] if config.id_column else number, texts)
+        texts = tuple(text_of(record, column, place) for column in columns)
+        has_id = config.id_column is None or record.get(config.id_column) is not None
+        require(has_id, f"{place} has no value in column {config.id_column}")
+        yield Example(number, record[config.id_column] if config.id_column else number, texts)
     require(number >= 0, f"{source_name(config)} holds no text")
 
 
-def source_name(config: InputConfig) -> str:
-    return "the standard input" if config.input in (None, "-") else f"--input {config.input}"
-
-
 def choose_columns(names: Sequence[str], config: InputConfig, guesses: Sequence[Columns]) -> Columns:
-    """The columns that hold the text: those named, else usual ones, else the only one there is."""
+    """The text columns: --text_columns, else the first guess that is there, else the only column. Raises UserError."""
     have = ", ".join(names)
     for flag, wanted in (("--text_columns", config.text_columns or ()), ("--id_column", (config.id_column,))):
         for column in wanted:
@@ -73,44 +69,60 @@ def choose_columns(names: Sequence[str], config: InputConfig, guesses: Sequence[
     raise UserError(f"which column holds the text? {source_name(config)} has: {have}; name it with --text_columns")
 
 
-def text_of(record: dict[str, Any], column: str, where: str) -> str:
+def text_of(record: dict[str, Any], column: str, place: str) -> str:
+    """The text in a column. Raises UserError unless it is text that UTF-8 can encode."""
     text = record.get(column)
     if not isinstance(text, str):
-        what = "no value" if text is None else f"{text!r}, not text,"
-        raise UserError(f"{where} has {what} in column {column}")
+        found = "no value" if text is None else f"{text!r}, not text,"
+        raise UserError(f"{place} has {found} in column {column}")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds characters that are not valid Unicode in column {column}") from None
+        raise UserError(f"{place} holds characters that are not valid Unicode in column {column}") from None
     return text
 
 
-# ---------------------------------------------------------------------------------------------------- formats
+def source_name(config: InputConfig) -> str:
+    return "the standard input" if config.input in (None, "-") else f"--input {config.input}"
+
+
+def count_rows(config: InputConfig) -> int | None:
+    """The number of rows for a progress bar, counted by line breaks; None for parquet and standard input."""
+    if config.texts or config.question is not None:
+        return max(1, len(config.texts))
+    path = Path(str(config.input))
+    if config.input in (None, "-") or not path.is_file() or format_of(config) == "parquet":
+        return None
+    with path.open("rb") as file:
+        blocks = iter(lambda: file.read(1 << 20), b"")
+        return sum(block.count(b"\n") for block in blocks)
+
+
+def format_of(config: InputConfig) -> str:
+    if config.input in (None, "-"):
+        return config.input_format or "txt"
+    return config.input_format or Path(str(config.input)).suffix.lower().removeprefix(".")
 
 
 def read_records(config: InputConfig) -> Iterator[Record]:
-    """The rows of a file or of the standard input, by its format."""
-    name = source_name(config)
+    """The rows of a file or of standard input. Raises UserError if there is none, or a row cannot be read."""
+    reader, name = READERS[format_of(config)], source_name(config)
     if config.input in (None, "-"):
         if config.input is None and sys.stdin.isatty():
             raise UserError('there is no text; give it as an argument ("..."), with --input FILE, or through a pipe')
-        yield from READERS[config.input_format or "txt"](sys.stdin.buffer, name)
+        yield from reader(sys.stdin.buffer, name)
         return
     path = Path(str(config.input))
     require(path.is_file(), f"--input {path}: no such file")
-    kind = config.input_format or path.suffix.lower().removeprefix(".")
     try:
-        if kind == "parquet":
-            yield from read_parquet(path, name)
-        else:
-            with path.open("rb") as file:
-                yield from READERS[kind](file, name)
+        with path.open("rb") as file:
+            yield from reader(file, name)
     except OSError as error:
         raise UserError(f"--input {path} cannot be read: {error}") from error
 
 
 def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Lines as text, with their ends. Raises UserError for the first that is not UTF-8."""
+    """Lines as text, with their line ends. Raises UserError for a line that is not UTF-8."""
     for number, line in enumerate(file, 1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -119,7 +131,7 @@ def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
 
 
 def read_txt(file: BinaryIO, name: str) -> Iterator[Record]:
-    """Each line is a text, an empty one too, so that line n of the input is row n of the output."""
+    """Each line is a text, an empty line too, so that line n of the input is row n of the output."""
     for number, line in enumerate(read_lines(file, name), 1):
         yield f"line {number} of {name}", {"text": line.rstrip("\r\n")}
 
@@ -138,13 +150,13 @@ def read_jsonl(file: BinaryIO, name: str) -> Iterator[Record]:
 
 
 def read_csv(file: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Record]:
-    """A header, then rows as long as it. Raises UserError with the line of one that is not."""
+    """Rows below a header. Raises UserError for a row with more or fewer values than the header."""
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(read_lines(file, name), delimiter=delimiter)
     header: list[str] = []
     try:
         for values in reader:
-            where = f"line {reader.line_num} of {name}"
+            place = f"line {reader.line_num} of {name}"
             if not header:
                 header = values
                 wrong = len(header) == 1 and any(mark in header[0] for mark in ",;\t|")
@@ -152,8 +164,8 @@ def read_csv(file: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Record
                 require(not wrong, f"{name} has one column, {values[0]!r}; separate its columns by {mark}")
             elif values:
                 fits = len(values) == len(header)
-                require(fits, f"{where} has {len(values)} values, the header has {len(header)}: {', '.join(header)}")
-                yield where, dict(zip(header, values, strict=True))
+                require(fits, f"{place} has {len(values)} values, the header has {len(header)}: {', '.join(header)}")
+                yield place, dict(zip(header, values, strict=True))
     except csv.Error as error:
         raise UserError(f"line {reader.line_num} of {name} is not csv: {error}") from None
 
@@ -162,12 +174,12 @@ def read_tsv(file: BinaryIO, name: str) -> Iterator[Record]:
     return read_csv(file, name, delimiter="\t")
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Record]:
-    """Rows batch by batch: a file larger than memory is no matter."""
+def read_parquet(file: BinaryIO, name: str) -> Iterator[Record]:
+    """Rows in batches of 1024, so that a file may be larger than memory."""
     import pyarrow.parquet
 
     try:
-        batches: Iterable[Any] = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
         records = (record for batch in batches for record in batch.to_pylist())
         for number, record in enumerate(records, 1):
             yield f"row {number} of {name}", record
@@ -175,18 +187,4 @@ def read_parquet(path: Path, name: str) -> Iterator[Record]:
         raise UserError(f"{name} is not parquet: {error}") from error
 
 
-READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "tsv": read_tsv}
-
-
-def count_rows(config: InputConfig) -> int | None:
-    """About how many rows there are, for a progress bar; None when they cannot be counted before they are read."""
-    if config.texts or config.question is not None:
-        return max(1, len(config.texts))
-    if config.input in (None, "-") or not Path(str(config.input)).is_file():
-        return None
-    path = Path(str(config.input))
-    if "parquet" in (config.input_format, path.suffix.lower().removeprefix(".")):
-        return None
-    with path.open("rb") as file:
-        blocks = iter(lambda: file.read(1 << 20), b"")
-        return sum(block.count(b"\n") for block in blocks)
+READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "tsv": read_tsv, "parquet": read_parquet}

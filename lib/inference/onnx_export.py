@@ -1,4 +1,4 @@
-"""A model as ONNX: for programs without PyTorch, with the proof that it gives the same numbers."""
+"""Export to ONNX, checked against PyTorch."""
 
 import importlib.util
 import logging
@@ -14,22 +14,28 @@ import torch
 from lib.errors import UserError
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 TOLERANCE = 1e-4
+"""Largest difference from PyTorch with which a graph is written."""
+
 TEXTS = (
     "A film that earns its tears.",
     "Dull.",
     "The plot was quite good, the ending was not, and I felt cheated " * 2,
 )
+"""Texts of different length: the first two to trace the model, all three to compare."""
 
 
 def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
-    """Write `model.onnx`, configuration and tokenizer to `folder`; give back the largest difference of an output.
+    """Write `model.onnx`, configuration and tokenizer to `folder`; return the largest difference of an output.
 
-    Batch and length are free. The outputs have the names that the model gives them: logits, start_logits,
-    last_hidden_state. The folder appears only when ONNX Runtime gave the numbers of PyTorch for single and for padded
-    texts. Raises UserError when a package is missing or the folder is in use, RuntimeError when the numbers differ.
+    Batch size and length are free; outputs are named as by the model: logits, start_logits, last_hidden_state. The folder
+    appears only if ONNX Runtime matches PyTorch for single and padded texts. Raises UserError if a package is missing or
+    the folder is not empty, RuntimeError if the outputs differ.
     """
-    check_packages()
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--export_onnx: not installed: {', '.join(missing)}; run: pip install {' '.join(PACKAGES)}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--export_onnx {folder}: the folder is not empty; name another")
     fresh = folder.with_name(folder.name + ".part")
@@ -55,14 +61,8 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     return difference
 
 
-def check_packages() -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--export_onnx: not installed: {', '.join(missing)}; run: pip install {' '.join(PACKAGES)}")
-
-
 def write_graph(model: Any, tokenizer: Any, path: Path) -> None:
-    """Trace the model with two texts and save the graph; its axes are called batch and sequence."""
+    """Trace the model and save its graph, with the axes batch and sequence."""
     model.config.use_cache = False
     example = dict(tokenizer(list(TEXTS[:2]), padding=True, truncation=True, return_tensors="pt").to(model.device))
     with torch.no_grad():
@@ -84,18 +84,18 @@ def write_graph(model: Any, tokenizer: Any, path: Path) -> None:
 
 
 def compare(model: Any, tokenizer: Any, path: Path) -> float:
-    """The largest difference between ONNX Runtime and PyTorch, over texts one by one and padded together.
+    """The largest difference between ONNX Runtime and PyTorch, for texts one by one and padded together.
 
-    Absolute, and for outputs above 1 as a share of the largest.
+    The difference is absolute; that of an output with values above 1 is divided by the largest of them.
     """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    taken = {item.name for item in session.get_inputs()}
+    inputs = {item.name for item in session.get_inputs()}
     differences = []
     for texts in ([TEXTS[0]], [TEXTS[1]], list(TEXTS)):
         batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        found = session.run(None, {name: values.numpy() for name, values in batch.items() if name in taken})
+        found = session.run(None, {name: values.numpy() for name, values in batch.items() if name in inputs})
         with torch.no_grad():
             wanted = list(model(**batch.to(model.device)).values())
         pairs = zip(found, [tensor.float().cpu().numpy() for tensor in wanted], strict=True)

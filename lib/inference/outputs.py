@@ -1,122 +1,120 @@
-"""Answers on disk or on the standard output: jsonl, csv, npy and parquet, written as they come, published when whole."""
+"""Predictions as jsonl, csv, npy or parquet, written one by one; a file gets its name when it is complete."""
 
 import contextlib
 import csv
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from lib.errors import UserError
-from lib.inference.inputs import Row
-from lib.inference.stream import Answer
+from lib.inference.inputs import Example
+from lib.inference.stream import Prediction
 from lib.runtime.atomic import finite
 
 DIGITS = 6
+"""Digits after the point of a float in jsonl and csv."""
+
+ROW_GROUP = 4096
+"""Rows of a parquet file that are written together."""
 
 
-def write_answers(path: str | None, answers: Iterable[tuple[Row, Answer]], total: int | None = None) -> int:
-    """Write each row with its answer to `path`, or as jsonl to the standard output; give back their number.
+def write_predictions(
+    path: str | None, predictions: Iterable[tuple[Example, Prediction]], total: int | None = None
+) -> int:
+    """Write each example's prediction to `path`, or as jsonl to standard output. Returns their number.
 
-    A file appears under its name only when it is complete. A bar is shown on a terminal, `total` its expected length.
-    Raises UserError when the file cannot be written.
+    On a terminal there is a progress bar; `total` is its expected length. Raises UserError if the file cannot be written.
     """
-    bar = tqdm(answers, total=total, unit="row", dynamic_ncols=True, disable=not sys.stderr.isatty())
+    bar = tqdm(predictions, total=total, unit="row", dynamic_ncols=True, disable=not sys.stderr.isatty())
     if path is None:
-        return write_all(JsonLines(sys.stdout), bar)
+        return write_all(JsonLines(None), bar)
     target = Path(path)
-    parts = {name: name.with_name(name.name + ".part") for name in files_of(target)}
+    kind = target.suffix.lower()
+    # An npy file has no place for the ids.
+    files = [target, target.with_suffix(".ids.jsonl")] if kind == ".npy" else [target]
+    parts = [file.with_name(file.name + ".part") for file in files]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        count = write_all(open_writer(target, parts), bar)
-        for name, part in parts.items():
-            os.replace(part, name)
+        count = write_all(WRITERS[kind](*parts), bar)
+        for part, file in zip(parts, files, strict=True):
+            os.replace(part, file)
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error}") from error
     finally:
-        for part in parts.values():
+        for part in parts:
             with contextlib.suppress(OSError):
                 part.unlink()
     return count
 
 
-def write_all(writer: Any, answers: Iterable[tuple[Row, Answer]]) -> int:
+class Writer(Protocol):
+    def write(self, example: Example, prediction: Prediction) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def write_all(writer: Writer, predictions: Iterable[tuple[Example, Prediction]]) -> int:
     count = 0
-    try:
-        for row, answer in answers:
-            writer.write(row, answer)
+    with contextlib.closing(writer):
+        for example, prediction in predictions:
+            writer.write(example, prediction)
             count += 1
-    finally:
-        writer.close()
     return count
 
 
-def files_of(target: Path) -> list[Path]:
-    """The files that an output consists of: an array has no room for ids, which lie beside it, one a line."""
-    return [target, target.with_suffix(".ids.jsonl")] if target.suffix.lower() == ".npy" else [target]
+def to_record(example: Example, prediction: Prediction) -> dict[str, Any]:
+    """What is written of an example: its id, its text (a list of two for a pair), and the prediction."""
+    text = example.texts[0] if len(example.texts) == 1 else list(example.texts)
+    return {"id": example.id, "text": text} | {key: to_json(value) for key, value in prediction.items()}
 
 
-def open_writer(target: Path, parts: dict[Path, Path]) -> Any:
-    kind, part = target.suffix.lower(), parts[target]
-    if kind == ".npy":
-        return Arrays(part, parts[files_of(target)[1]])
-    if kind == ".parquet":
-        return Parquet(part)
-    if kind == ".csv":
-        return Table(part.open("w", newline="", encoding="utf-8"))
-    return JsonLines(part.open("w", encoding="utf-8"))
-
-
-def flat_row(row: Row, answer: Answer) -> dict[str, Any]:
-    """What is written of a row: its id, its text, a list of two for pairs, and the answer."""
-    text = row.texts[0] if len(row.texts) == 1 else list(row.texts)
-    return {"id": row.id, "text": text} | {key: plain(value) for key, value in answer.items()}
-
-
-def plain(value: Any) -> Any:
-    """Lists and numbers that JSON has, floats cut to six digits after the point."""
+def to_json(value: Any) -> Any:
+    """A value in the types of JSON, floats rounded; NaN and infinities become text, since JSON has none."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return [finite(item) for item in value.tolist()]
+        return finite(value.tolist())
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, (float, np.floating)):
         return finite(round(float(value), DIGITS))
     return int(value) if isinstance(value, np.integer) else value
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """jsonl: one JSON object per line, in a file or on standard output."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file = file
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.file = path.open("w", encoding="utf-8") if path else sys.stdout
 
-    def write(self, row: Row, answer: Answer) -> None:
-        self.file.write(json.dumps(flat_row(row, answer), ensure_ascii=False, default=str) + "\n")
+    def write(self, example: Example, prediction: Prediction) -> None:
+        self.file.write(json.dumps(to_record(example, prediction), ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
-        if self.file is sys.stdout:
-            self.file.flush()
-        else:
+        if self.path:
             self.file.close()
+        else:
+            self.file.flush()
 
 
-class Table:
-    """csv: probabilities as one column a class; lists as JSON."""
+class Csv:
+    """csv: a column for each class's probability; lists as JSON."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.writer = file, csv.writer(file)
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
         self.header: list[str] = []
 
-    def write(self, row: Row, answer: Answer) -> None:
+    def write(self, example: Example, prediction: Prediction) -> None:
         cells: dict[str, Any] = {}
-        for key, value in flat_row(row, answer).items():
+        for key, value in to_record(example, prediction).items():
             if isinstance(value, dict):
                 cells |= {f"{key}/{name}": item for name, item in value.items()}
             else:
@@ -130,23 +128,23 @@ class Table:
         self.file.close()
 
 
-class Arrays:
-    """npy: float32 (rows, size), and the ids beside it; the number of rows is filled in at the end."""
+class Npy:
+    """npy: embeddings, float32 (rows, size), and a file of their ids as JSON, one per line."""
 
     def __init__(self, path: Path, ids: Path) -> None:
         self.file, self.ids = path.open("wb"), ids.open("w", encoding="utf-8")
         self.rows = self.size = 0
 
-    def write(self, row: Row, answer: Answer) -> None:
+    def write(self, example: Example, prediction: Prediction) -> None:
         if not self.rows:
-            self.size = len(answer["embedding"])
+            self.size = len(prediction["embedding"])
             self.write_header()
-        self.file.write(answer["embedding"].astype("<f4").tobytes())
-        self.ids.write(json.dumps(row.id, ensure_ascii=False, default=str) + "\n")
+        self.file.write(prediction["embedding"].astype("<f4").tobytes())
+        self.ids.write(json.dumps(example.id, ensure_ascii=False, default=str) + "\n")
         self.rows += 1
 
     def write_header(self) -> None:
-        """NumPy pads the header for a number of rows that grows, so that it can be written over."""
+        """Written again at the end with the number of rows: NumPy pads the header so that the number may grow."""
         header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.size)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
@@ -158,9 +156,7 @@ class Arrays:
 
 
 class Parquet:
-    """parquet: columns `id` and `embedding`, a fixed-size list of float32; a group of rows at a time."""
-
-    GROUP = 4096
+    """parquet: columns `id` (int64 or text) and `embedding` (fixed-size list of float32)."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -168,10 +164,10 @@ class Parquet:
         self.ids: list[Any] = []
         self.vectors: list[np.ndarray] = []
 
-    def write(self, row: Row, answer: Answer) -> None:
-        self.ids.append(row.id)
-        self.vectors.append(answer["embedding"])
-        if len(self.ids) == self.GROUP:
+    def write(self, example: Example, prediction: Prediction) -> None:
+        self.ids.append(example.id)
+        self.vectors.append(prediction["embedding"])
+        if len(self.ids) == ROW_GROUP:
             self.flush()
 
     def flush(self) -> None:
@@ -181,10 +177,10 @@ class Parquet:
         values = pa.array(np.concatenate(self.vectors).astype("<f4"))
         vectors = pa.FixedSizeListArray.from_arrays(values, len(self.vectors[0]))
         if self.writer is None:
-            self.numbered = isinstance(self.ids[0], int)
-            kind = pa.int64() if self.numbered else pa.string()
+            kind = pa.int64() if isinstance(self.ids[0], int) else pa.string()
             self.writer = pq.ParquetWriter(self.file, pa.schema([("id", kind), ("embedding", vectors.type)]))
-        ids = pa.array(self.ids if self.numbered else [str(i) for i in self.ids], self.writer.schema.field("id").type)
+        kind = self.writer.schema.field("id").type
+        ids = pa.array([str(id_) for id_ in self.ids] if pa.types.is_string(kind) else self.ids, kind)
         self.writer.write_table(pa.Table.from_arrays([ids, vectors], schema=self.writer.schema))
         self.ids, self.vectors = [], []
 
@@ -194,3 +190,6 @@ class Parquet:
         if self.writer is not None:
             self.writer.close()
         self.file.close()
+
+
+WRITERS: dict[str, Callable[..., Writer]] = {".jsonl": JsonLines, ".csv": Csv, ".npy": Npy, ".parquet": Parquet}

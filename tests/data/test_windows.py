@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch.nn.functional import cross_entropy
 
-from lib.config.predict import PredictConfig, PredictModel
 from lib.config.sections import DataConfig, ModelConfig
 from lib.data.batching import padding_share
 from lib.data.load import Data, load_data
@@ -18,11 +17,11 @@ from lib.data.loader import Batches, Share, build_collator
 from lib.data.tokenization import Windows, choose_windows, encode_windows, stored_windows
 from lib.errors import UserError
 from lib.evaluation.scoring import predict
-from lib.inference.inputs import Row
-from lib.inference.tasks import build_predict, count_cut, load_model
+from lib.inference.inputs import Example
+from lib.inference.tasks import build_predict, count_truncation
 from lib.model.load import build_model, load_tokenizer
-from lib.run.finished import find_model
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
+from tests.predicting import load
 from tests.stepping import add_gradients
 
 CPU = torch.device("cpu")
@@ -204,13 +203,12 @@ def test_eval_and_predict_use_the_windows_of_the_run(run: Command, roberta: Path
     for row, answer in zip(rows, read_lines(tmp_path / "answers.jsonl"), strict=True):
         assert answer["label"] == row["predicted"]
         assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=2e-6)
-    config = PredictConfig(model=PredictModel(str(tmp_path / "run")))
-    model, tokenizer = load_model(config, find_model(config.model, config.mixed_precision), CPU)
-    assert (tokenizer.model_max_length, stored_windows(tokenizer)) == (8, Windows(8, 2))
-    predict = build_predict(config, model, tokenizer, CPU)
-    counted = count_cut(config, model, tokenizer)
-    assert len(list(counted.watch(iter([(Row(0, 0, ("good " * 30,)), {})])))) == 1
-    assert (counted.seen, counted.cut) == (1, 0)
-    assert predict([Row(0, 0, (rows[0]["text"],))])[0]["label"] == rows[0]["predicted"]
+    task = load("--model", tmp_path / "run")
+    assert (task.tokenizer.model_max_length, stored_windows(task.tokenizer)) == (8, Windows(8, 2))
+    counted = count_truncation(task)
+    assert len(list(counted.watch(iter([(Example(0, 0, ("good " * 30,)), {})])))) == 1
+    assert (counted.seen, counted.truncated) == (1, 0)
+    predict = build_predict(task)
+    assert predict([Example(0, 0, (rows[0]["text"],))])[0]["label"] == rows[0]["predicted"]
     with pytest.raises(UserError, match="--window_stride 2 is for one text column, not for pairs"):
-        predict([Row(0, 0, ("a good film", "a bad plot"))])
+        predict([Example(0, 0, ("a good film", "a bad plot"))])

@@ -1,10 +1,11 @@
-"""Rows come in order, one by one, from every kind of input; what cannot be read is named with its line."""
+"""Every input gives its texts in order, one at a time; errors name the line."""
 
+import csv
 import io
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,19 +13,17 @@ import pytest
 
 from lib.config.predict import InputConfig
 from lib.errors import UserError
-from lib.inference.inputs import Row, count_rows, read_lines, read_rows
+from lib.inference.inputs import Example, count_rows, read_examples
 
 TEXTS = ["a good film", "", 'with "quotes", commas\nand a line break', "tab\there", "naïve 电影 🎬"]
 GUESSES = (("sentence1", "sentence2"), ("text",), ("sentence",))
 
 
-def rows(guesses=GUESSES, **settings) -> list[Row]:
-    return list(read_rows(InputConfig(**settings), guesses))
+def examples(guesses=GUESSES, **settings) -> list[Example]:
+    return list(read_examples(InputConfig(**settings), guesses))
 
 
 def write(path: Path, texts: list[str]) -> Path:
-    import csv
-
     kind = path.suffix
     if kind == ".parquet":
         pq.write_table(pa.table({"key": [f"k{i}" for i in range(len(texts))], "text": texts}), path)
@@ -39,37 +38,37 @@ def write(path: Path, texts: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
-def test_every_format_gives_the_texts_as_they_were_written(tmp_path, kind):
+def test_every_format_round_trips_the_texts(tmp_path, kind):
     path = write(tmp_path / f"t.{kind}", TEXTS)
-    assert rows(input=str(path)) == [Row(i, i, (text,)) for i, text in enumerate(TEXTS)]
-    assert [row.id for row in rows(input=str(path), id_column="key")] == [f"k{i}" for i in range(5)]
+    assert examples(input=str(path)) == [Example(i, i, (text,)) for i, text in enumerate(TEXTS)]
+    assert [example.id for example in examples(input=str(path), id_column="key")] == [f"k{i}" for i in range(5)]
     renamed = path.rename(tmp_path / "data.bin")
-    assert [row.texts for row in rows(input=str(renamed), input_format=kind)] == [(text,) for text in TEXTS]
+    assert [example.texts for example in examples(input=str(renamed), input_format=kind)] == [(text,) for text in TEXTS]
 
 
-def test_each_line_of_a_txt_file_is_a_text_also_an_empty_one(tmp_path):
+def test_every_line_of_a_txt_file_is_a_text(tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes("\ufeffa film\r\n\n  padded \nlast\u2028line".encode())
-    assert [row.texts[0] for row in rows(input=str(path))] == ["a film", "", "  padded ", "last\u2028line"]
+    assert [example.texts[0] for example in examples(input=str(path))] == ["a film", "", "  padded ", "last\u2028line"]
 
 
-def test_arguments_and_questions_are_rows(tmp_path):
-    assert rows(texts=("a", "b")) == [Row(0, 0, ("a",)), Row(1, 1, ("b",))]
-    asked = rows((("question", "context"),), question="who", context="a man")
-    assert asked == [Row(0, 0, ("who", "a man"))]
+def test_arguments_and_questions_are_examples():
+    assert examples(texts=("a", "b")) == [Example(0, 0, ("a",)), Example(1, 1, ("b",))]
+    asked = examples((("question", "context"),), question="who", context="a man")
+    assert asked == [Example(0, 0, ("who", "a man"))]
 
 
 @pytest.mark.parametrize(
     ("settings", "lines"),
     [({}, "a film\ndull\n"), ({"input": "-", "input_format": "jsonl"}, '{"text": "a film"}\n{"text": "dull"}')],
 )
-def test_the_standard_input_is_read(monkeypatch, settings, lines):
+def test_standard_input_is_read(monkeypatch, settings, lines):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
-    assert [row.texts for row in rows(**settings)] == [("a film",), ("dull",)]
+    assert [example.texts for example in examples(**settings)] == [("a film",), ("dull",)]
 
 
-def test_rows_are_read_when_they_are_asked_for_and_not_before(tmp_path):
-    """A file larger than memory, or a pipe that never ends."""
+def test_rows_are_read_lazily(monkeypatch):
+    """Otherwise a file larger than memory, or an endless pipe, could not be read."""
     taken = 0
 
     def endless():
@@ -78,8 +77,9 @@ def test_rows_are_read_when_they_are_asked_for_and_not_before(tmp_path):
             taken += 1
             yield b"a film\n"
 
-    lines: Any = read_lines(endless(), "it")  # type: ignore[arg-type]
-    assert [next(lines) for _ in range(3)] == ["a film\n"] * 3
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless(), isatty=lambda: False))
+    stream = read_examples(InputConfig(), GUESSES)
+    assert [next(stream).texts for _ in range(3)] == [("a film",)] * 3
     assert taken == 3
 
 
@@ -94,10 +94,10 @@ def test_rows_are_read_when_they_are_asked_for_and_not_before(tmp_path):
         (("anything",), {}, ("anything",)),
     ],
 )
-def test_text_columns_are_those_named_else_the_usual_ones_else_the_only_one(tmp_path, header, settings, wanted):
+def test_text_columns_are_named_else_usual_else_the_only_one(tmp_path, header, settings, wanted):
     path = tmp_path / "t.csv"
     path.write_text(",".join(header) + "\n" + ",".join(header) + "\n")
-    assert rows(input=str(path), **settings)[0].texts == wanted
+    assert examples(input=str(path), **settings)[0].texts == wanted
 
 
 @pytest.mark.parametrize(
@@ -121,27 +121,27 @@ def test_text_columns_are_those_named_else_the_usual_ones_else_the_only_one(tmp_
         ("t.parquet", b"PAR1 not really", {}, "is not parquet"),
     ],
 )
-def test_what_cannot_be_read_is_named_with_its_line(tmp_path, name, content, settings, message):
+def test_unreadable_row_is_reported_with_its_line(tmp_path, name, content, settings, message):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"(?s){message}"):
-        rows(input=str(path), **settings)
+        examples(input=str(path), **settings)
 
 
-def test_a_missing_file_and_a_bare_terminal_are_mistakes(tmp_path, monkeypatch):
+def test_missing_file_and_terminal_without_text_are_user_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--input .*t\.csv: no such file"):
-        rows(input=str(tmp_path / "t.csv"))
-    monkeypatch.setattr(sys, "stdin", type("Terminal", (), {"isatty": lambda self: True})())
+        examples(input=str(tmp_path / "t.csv"))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     with pytest.raises(UserError, match="there is no text; give it as an argument"):
-        rows()
+        examples()
 
 
-def test_texts_longer_than_the_csv_modules_limit_are_read(tmp_path):
+def test_csv_texts_may_be_longer_than_the_limit_of_the_csv_module(tmp_path):
     path = write(tmp_path / "t.csv", ["word " * 50_000])
-    assert len(rows(input=str(path))[0].texts[0]) == 250_000
+    assert len(examples(input=str(path))[0].texts[0]) == 250_000
 
 
-def test_rows_are_counted_for_the_bar_where_that_is_cheap(tmp_path):
+def test_rows_are_counted_except_of_standard_input(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("a\nb\nc\n")
     assert count_rows(InputConfig(input=str(path))) == 3

@@ -1,4 +1,4 @@
-"""The exported graph gives PyTorch's numbers for any batch and length, and nothing is left where it does not."""
+"""An exported graph equals PyTorch for any batch and length, or is not written."""
 
 import json
 
@@ -11,29 +11,29 @@ from lib.config.sections import AdapterConfig, ModelConfig
 from lib.errors import UserError
 from lib.inference import onnx_export
 from lib.inference.onnx_export import export_onnx
-from lib.inference.tasks import load_model
 from lib.model.adapters.adapt import adapt
 from lib.model.load import build_model, load_tokenizer
 from lib.model.weights import save_model, saved_tensors
-from lib.run.finished import find_model
 from tests import tiny_models
-from tests.predicting import settings
+from tests.predicting import load
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the onnx extra is not installed")
-CPU = torch.device("cpu")
+
+
+def export(task, folder):
+    return export_onnx(task.model, task.tokenizer, folder)
 
 
 @pytest.fixture
-def source(tmp_path):
-    """A folder with a classifier and the card beside it, and how to load it."""
+def task(tmp_path):
+    """A classifier from a folder with a model card."""
     folder = tiny_models.classifier(tmp_path / "model")
     (folder / "README.md").write_text("the card")
-    config = settings("--model", folder, "--export_onnx", tmp_path / "onnx")
-    return load_model(config, find_model(config.model, config.mixed_precision), CPU)
+    return load("--model", folder)
 
 
-def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_path):
-    difference = export_onnx(*source, tmp_path / "onnx")
+def test_exported_logits_equal_pytorch_for_any_batch_and_length(task, tmp_path):
+    difference = export(task, tmp_path / "onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert [item.shape for item in session.get_inputs()] == [["batch", "sequence"]] * 2
     assert [item.name for item in session.get_outputs()] == ["logits"]
@@ -53,7 +53,7 @@ def test_the_graph_gives_pytorchs_logits_for_any_batch_and_length(source, tmp_pa
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
-def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
+def test_adapter_is_exported_with_its_base_model(tmp_path, method):
     base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
     tokenizer = load_tokenizer(base)
     model, weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
@@ -64,11 +64,7 @@ def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
     save_model(model, tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text("the card of the adapter")
-    config = settings("--model", tmp_path / "model", "--export_onnx", tmp_path / "onnx")
-    assert (
-        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
-        < 1e-5
-    )
+    assert export(load("--model", tmp_path / "model"), tmp_path / "onnx") < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
     (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
@@ -78,32 +74,26 @@ def test_an_adapter_is_exported_with_the_model_below_it(tmp_path, method):
 
 
 @pytest.mark.slow
-def test_a_graph_with_other_numbers_is_not_written(source, tmp_path, monkeypatch):
-    """Parity is measured, not believed: here the weights change between the export and the comparison."""
-    write = onnx_export.write_graph
-
-    def write_and_change(model, tokenizer, path):
-        write(model, tokenizer, path)
-        with torch.no_grad():
-            model.classifier.out_proj.bias += 0.01
-
-    monkeypatch.setattr(onnx_export, "write_graph", write_and_change)
+def test_graph_that_differs_from_pytorch_is_not_written(task, tmp_path):
+    """Here the exported model lacks what a hook adds in PyTorch."""
+    hook = lambda module, inputs, output: output + (0.0 if torch.compiler.is_exporting() else 0.01)  # noqa: E731
+    task.model.classifier.out_proj.register_forward_hook(hook)
     with pytest.raises(RuntimeError, match=r"differ by \d\.\de-0[23]"):
-        export_onnx(*source, tmp_path / "onnx")
+        export(task, tmp_path / "onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
 
 
-def test_a_folder_in_use_is_refused(source, tmp_path):
+def test_folder_in_use_is_refused(task, tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "mine.txt").write_text("")
     with pytest.raises(UserError, match="not empty; name another"):
-        export_onnx(*source, tmp_path / "onnx")
+        export(task, tmp_path / "onnx")
 
 
-def test_missing_packages_are_named_with_the_command(source, tmp_path, monkeypatch):
+def test_missing_packages_are_reported_with_the_command(task, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "PACKAGES", ("onnx", "no_such_runtime"))
     with pytest.raises(UserError, match="not installed: no_such_runtime; run: pip install"):
-        export_onnx(*source, tmp_path / "onnx")
+        export(task, tmp_path / "onnx")
 
 
 @pytest.mark.slow
@@ -115,23 +105,15 @@ def test_missing_packages_are_named_with_the_command(source, tmp_path, monkeypat
         ("masked", "fill-mask", ["logits"]),
     ],
 )
-def test_models_of_other_tasks_are_exported_too(tmp_path, kind, task, outputs):
+def test_models_of_other_tasks_are_exported(tmp_path, kind, task, outputs):
     folder = getattr(tiny_models, kind)(tmp_path / "model")
-    config = settings("--model", folder, "--task", task, "--export_onnx", tmp_path / "onnx")
-    assert (
-        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
-        < 1e-5
-    )
+    assert export(load("--model", folder, "--task", task), tmp_path / "onnx") < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert [item.name for item in session.get_outputs()] == outputs
 
 
 @pytest.mark.slow
-def test_minilm_is_exported_as_the_encoder_that_it_is(tmp_path):
-    config = settings("--task", "feature-extraction", "--export_onnx", tmp_path / "onnx")
-    assert (
-        export_onnx(*load_model(config, find_model(config.model, config.mixed_precision), CPU), tmp_path / "onnx")
-        < 1e-5
-    )
+def test_minilm_is_exported_as_an_encoder(tmp_path):
+    assert export(load("--task", "feature-extraction"), tmp_path / "onnx") < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     assert session.get_outputs()[0].name == "last_hidden_state"

@@ -1,4 +1,4 @@
-"""Answers are written as they come, and a file is there only when it is whole."""
+"""Predictions are written one by one, and a file appears only when it is complete."""
 
 import csv
 import io
@@ -6,23 +6,24 @@ import json
 import sys
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from lib.errors import UserError
-from lib.inference.inputs import Row
-from lib.inference.outputs import flat_row, write_answers
+from lib.inference.inputs import Example
+from lib.inference.outputs import to_record, write_predictions
 from tests.conftest import read_lines
 
-ROWS = [Row(0, 0, ("a film",)), Row(1, 1, ("dull, 电影",))]
-ANSWERS = [
+EXAMPLES = [Example(0, 0, ("a film",)), Example(1, 1, ("dull, 电影",))]
+PREDICTIONS = [
     {"label": "good", "probabilities": {"bad": 0.12345678, "good": 0.87654322}},
     {"label": "bad", "probabilities": {"bad": np.float32(0.75), "good": 0.25}},
 ]
 
 
-def test_jsonl_holds_id_text_and_answer(tmp_path):
+def test_jsonl_holds_id_text_and_prediction(tmp_path):
     path = tmp_path / "deep" / "out.jsonl"
-    assert write_answers(str(path), zip(ROWS, ANSWERS, strict=True)) == 2
+    assert write_predictions(str(path), zip(EXAMPLES, PREDICTIONS, strict=True)) == 2
     first, second = read_lines(path)
     assert first == {"id": 0, "text": "a film", "label": "good", "probabilities": {"bad": 0.123457, "good": 0.876543}}
     assert second["text"] == "dull, 电影"
@@ -31,8 +32,11 @@ def test_jsonl_holds_id_text_and_answer(tmp_path):
 
 def test_csv_has_a_column_for_each_class_and_lists_as_json(tmp_path):
     path = tmp_path / "out.csv"
-    answers = [ANSWERS[0] | {"entities": [{"word": "x", "score": np.float32(0.5)}]}, ANSWERS[1] | {"entities": []}]
-    write_answers(str(path), zip([ROWS[0], Row(1, "k", ("a", "b"))], answers, strict=True))
+    answers = [
+        PREDICTIONS[0] | {"entities": [{"word": "x", "score": np.float32(0.5)}]},
+        PREDICTIONS[1] | {"entities": []},
+    ]
+    write_predictions(str(path), zip([EXAMPLES[0], Example(1, "k", ("a", "b"))], answers, strict=True))
     first, second = list(csv.DictReader(path.open(encoding="utf-8")))
     assert list(first) == ["id", "text", "label", "probabilities/bad", "probabilities/good", "entities"]
     assert (first["probabilities/bad"], first["label"]) == ("0.123457", "good")
@@ -40,43 +44,40 @@ def test_csv_has_a_column_for_each_class_and_lists_as_json(tmp_path):
     assert (second["id"], json.loads(second["text"])) == ("k", ["a", "b"])
 
 
-def test_without_a_file_lines_go_to_the_standard_output(monkeypatch):
+def test_standard_output_gets_jsonl(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    assert write_answers(None, zip(ROWS, ANSWERS, strict=True)) == 2
+    assert write_predictions(None, zip(EXAMPLES, PREDICTIONS, strict=True)) == 2
     assert [json.loads(line)["id"] for line in out.getvalue().splitlines()] == [0, 1]
     assert not out.closed
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.npy", "out.parquet"])
-def test_a_file_that_is_not_whole_is_not_there_and_the_old_one_stays(tmp_path, name):
+def test_interrupted_write_keeps_the_old_file(tmp_path, name):
     (tmp_path / name).write_text("old")
 
     def interrupted():
-        yield ROWS[0], {"embedding": np.ones(3, np.float32)}
+        yield EXAMPLES[0], {"embedding": np.ones(3, np.float32)}
         assert any(path.suffix == ".part" for path in tmp_path.iterdir())
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        write_answers(str(tmp_path / name), interrupted())
+        write_predictions(str(tmp_path / name), interrupted())
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "old"
 
 
-def test_a_place_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path):
+def test_unwritable_output_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--output .* cannot be written"):
-        write_answers(str(tmp_path / "file" / "out.jsonl"), zip(ROWS, ANSWERS, strict=True))
+        write_predictions(str(tmp_path / "file" / "out.jsonl"), zip(EXAMPLES, PREDICTIONS, strict=True))
 
 
-def test_many_rows_make_an_array_and_a_table_of_as_many(tmp_path):
-    """The header of an array is written first, when their number is not known."""
-    import pyarrow.parquet as pq
-
+def test_npy_and_parquet_of_many_rows_equal_the_vectors(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(9001, 5)).astype(np.float32)
     for name in ("v.npy", "v.parquet"):
-        rows = ((Row(i, i, ("",)), {"embedding": vector}) for i, vector in enumerate(vectors))
-        assert write_answers(str(tmp_path / name), rows) == 9001
+        rows = ((Example(i, i, ("",)), {"embedding": vector}) for i, vector in enumerate(vectors))
+        assert write_predictions(str(tmp_path / name), rows) == 9001
     np.testing.assert_array_equal(np.load(tmp_path / "v.npy", mmap_mode="r"), vectors)
     table = pq.ParquetFile(tmp_path / "v.parquet")
     assert (table.metadata.num_rows, table.metadata.num_row_groups) == (9001, 3)
@@ -84,15 +85,15 @@ def test_many_rows_make_an_array_and_a_table_of_as_many(tmp_path):
     np.testing.assert_array_equal(found, vectors)
 
 
-def test_numbers_json_does_not_have_become_words():
-    assert flat_row(ROWS[0], {"scores": [float("nan"), np.int64(3)]})["scores"] == ["NaN", 3]
+def test_nan_becomes_text_and_numpy_integers_numbers():
+    assert to_record(EXAMPLES[0], {"scores": [float("nan"), np.int64(3)]})["scores"] == ["NaN", 3]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_terminal_sees_a_bar_and_nothing_else_does(tmp_path, monkeypatch, terminal):
+def test_progress_bar_is_for_terminals_only(tmp_path, monkeypatch, terminal):
     error = io.StringIO()
     error.isatty = lambda: terminal  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", error)
-    write_answers(str(tmp_path / "out.jsonl"), zip(ROWS, ANSWERS, strict=True), total=2)
+    write_predictions(str(tmp_path / "out.jsonl"), zip(EXAMPLES, PREDICTIONS, strict=True), total=2)
     assert ("2/2" in error.getvalue()) == terminal
     assert terminal or error.getvalue() == ""

@@ -1,20 +1,21 @@
-"""The span that is answered is the best of all spans of all windows, found by looking at every one."""
+"""Question answering gives the best of all spans of all windows, as brute force finds it."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from lib.config.predict import AnswerConfig
 from lib.errors import UserError
-from lib.inference.inputs import Row
-from lib.inference.question_answering import Spans, best_spans, build_reader, merge_spans, read_windows
+from lib.inference.inputs import Example
+from lib.inference.load import Task
+from lib.inference.question_answering import Spans, best_spans, context_windows, merge_spans
+from lib.inference.tasks import build_predict
 from tests import tiny_models
 from tests.conftest import WORDS, sentences
-from tests.predicting import answers
+from tests.predicting import answers, load
 
+TASK = ("--task", "question-answering")
 QUESTION = "was the film good"
 
 
@@ -28,16 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.reader(tmp_path_factory.mktemp("reader"))
 
 
-@pytest.fixture(scope="module")
-def parts(folder):
-    return AutoModelForQuestionAnswering.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-def by_looking_at_every_span(parts, question: str, context: str, limit: int, stride: int, longest: int, none: bool):
-    """The spans {(begin, end): score} of windows cut by hand; (0, 0) stands for no answer."""
-    model, tokenizer = parts
+def brute_force_spans(task: Task, question: str, context: str) -> dict[tuple[int, int], float]:
+    """The spans {(begin, end): score} of windows cut by hand; (0, 0) is the empty answer."""
+    model, tokenizer, config = task.model, task.tokenizer, task.config.span
+    stride, longest = config.stride, config.max_answer_len
     asked, words = tokenizer.tokenize(question), context.split()
-    room = limit - len(asked) - 4
+    room = tokenizer.model_max_length - len(asked) - 4
     scores: dict[tuple[int, int], float] = {}
     nulls = []
     for first in range(0, len(words), room - stride):
@@ -55,18 +52,17 @@ def by_looking_at_every_span(parts, question: str, context: str, limit: int, str
                 scores[begin, stop] = max(score, scores.get((begin, stop), -np.inf))
         if first + room >= len(words):
             break
-    return scores | ({(0, 0): min(nulls)} if none else {})
+    return scores | ({(0, 0): min(nulls)} if config.handle_impossible_answer else {})
 
 
-@pytest.mark.parametrize("none", [False, True])
+@pytest.mark.parametrize("empty", [False, True])
 @pytest.mark.parametrize(("length", "longest"), [(1, 30), (12, 3), (25, 30), (200, 4), (200, 30)])
-def test_the_answer_is_the_best_of_all_spans_in_all_windows(parts, length, longest, none):
-    model, tokenizer = parts
-    tokenizer.model_max_length = 40
-    config = AnswerConfig(stride=7, max_answer_len=longest, handle_impossible_answer=none)
+def test_answers_are_the_best_spans_of_all_windows(folder, length, longest, empty):
+    flags = ["--max_length", 40, "--stride", 7, "--max_answer_len", longest, "--handle_impossible_answer", empty]
+    task = load(*TASK, "--model", folder, *flags, "--top_k", 5, "--per_device_eval_batch_size", 3)
     context = text_of(length, length)
-    (found,) = build_reader(model, tokenizer, config, 5, 3)([Row(0, 0, (QUESTION, context))])
-    scores = by_looking_at_every_span(parts, QUESTION, context, 40, 7, longest, none)
+    (found,) = build_predict(task)([Example(0, 0, (QUESTION, context))])
+    scores = brute_force_spans(task, QUESTION, context)
     ranked = sorted(scores, key=lambda span: (-scores[span], span))[:5]
     total = np.exp(np.array(list(scores.values())) - max(scores.values())).sum()
     shares = [np.exp(scores[span] - max(scores.values())) / total for span in ranked]
@@ -76,15 +72,14 @@ def test_the_answer_is_the_best_of_all_spans_in_all_windows(parts, length, longe
     assert {"answer", "score", "start", "end"} < set(found)
 
 
-def test_no_answer_is_given_where_its_score_is_the_highest_in_every_window():
-    """The least of its scores counts: a single window that sees the answer is enough."""
+def test_empty_answer_wins_only_with_a_higher_score_than_every_span():
     spans = [Spans(np.array([4]), np.array([9]), np.array([2.0]))]
     assert best_spans(merge_spans(spans, 3.0), 1)[0][:2] == (0, 0)
     assert best_spans(merge_spans(spans, 1.0), 1)[0][:2] == (4, 9)
     assert best_spans(merge_spans(spans, None), 1) == [(4, 9, 1.0)]
 
 
-def test_a_span_seen_by_two_windows_counts_once_with_its_higher_score():
+def test_span_of_two_windows_counts_once_with_its_higher_score():
     left = Spans(np.array([0, 4]), np.array([3, 9]), np.array([1.0, 2.0]))
     right = Spans(np.array([4, 6]), np.array([9, 9]), np.array([5.0, 1.0]))
     merged = merge_spans([left, right], None)
@@ -92,12 +87,12 @@ def test_a_span_seen_by_two_windows_counts_once_with_its_higher_score():
 
 
 @pytest.mark.parametrize("batch_size", [3, 64])
-def test_rows_are_answered_by_themselves_whatever_the_batch(folder, tmp_path, batch_size):
+def test_batch_does_not_change_answers(folder, tmp_path, batch_size):
     rows = [(text, text_of(9 * i + 1, i)) for i, (text, _) in enumerate(sentences(9))]
     lines = ["question\tcontext", *("\t".join(row) for row in rows)]
     file = tmp_path / "questions.tsv"
     file.write_text("\n".join(lines) + "\n")
-    flags = ["--task", "question-answering", "--model", folder, "--max_length", 40, "--stride", 5]
+    flags = [*TASK, "--model", folder, "--max_length", 40, "--stride", 5]
     found = answers("--input", file, *flags, "--per_device_eval_batch_size", batch_size)
     assert [row["text"] for row in found] == [list(row) for row in rows]
     single = answers("--input", file, *flags, "--per_device_eval_batch_size", 1)
@@ -107,15 +102,14 @@ def test_rows_are_answered_by_themselves_whatever_the_batch(folder, tmp_path, ba
         assert row["score"] == pytest.approx(alone["score"], abs=1e-5)
 
 
-def test_an_empty_context_has_no_answer_and_breaks_nothing(folder):
-    (row,) = answers("--question", "film", "--context", " ", "--task", "question-answering", "--model", folder)
+def test_empty_context_gets_the_empty_answer(folder):
+    (row,) = answers("--question", "film", "--context", " ", *TASK, "--model", folder)
     assert (row["answer"], row["start"], row["end"], row["score"]) == ("", 0, 0, 1.0)
 
 
-def test_a_question_longer_than_the_model_leaves_room_for_the_context(parts):
-    _, tokenizer = parts
-    tokenizer.model_max_length = 24
-    windows = read_windows(tokenizer, [Row(0, 0, (text_of(300, 1), text_of(50, 2)))], stride=128)
+def test_long_question_leaves_room_for_the_context(folder):
+    tokenizer = load(*TASK, "--model", folder, "--max_length", 24).tokenizer
+    windows = context_windows(tokenizer, [Example(0, 0, (text_of(300, 1), text_of(50, 2)))], stride=128)
     assert max(map(len, windows["input_ids"])) == 24
     seen = {
         place
@@ -126,4 +120,4 @@ def test_a_question_longer_than_the_model_leaves_room_for_the_context(parts):
     assert len(seen) == 50
     tokenizer.model_max_length = 7
     with pytest.raises(UserError, match="no room for text beside 4 special tokens"):
-        read_windows(tokenizer, [Row(0, 0, ("a", "b"))], stride=1)
+        context_windows(tokenizer, [Example(0, 0, ("a", "b"))], stride=1)

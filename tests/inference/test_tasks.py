@@ -1,4 +1,4 @@
-"""Each task of predict.py answers as the library does on its own, whatever the batch; what cannot work is refused."""
+"""Each task gives what transformers gives alone, whatever the batch; what cannot work is refused."""
 
 import itertools
 from pathlib import Path
@@ -14,6 +14,8 @@ from lib.config.sections import DataConfig
 from lib.config.train import TrainConfig
 from lib.errors import UserError
 from lib.inference.generation import language_settings, length_settings
+from lib.inference.inputs import Example
+from lib.inference.tasks import TruncationCounter, is_truncated
 from tests import tiny_models
 from tests.conftest import sentences, write_csv
 from tests.predicting import answers, lines_file
@@ -34,20 +36,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
-def test_a_classifier_answers_as_the_pipeline_does_in_any_batch(models, batch_size):
+def test_classification_equals_the_pipeline_for_any_batch_size(models, batch_size):
     found = answers(*TEXTS, "--model", models / "classifier", "--per_device_eval_batch_size", batch_size)
     assert [row["text"] for row in found] == TEXTS
     assert [row["id"] for row in found] == list(range(len(TEXTS)))
-    for row, wanted in zip(
-        found, pipeline("text-classification", model=str(models / "classifier"))(TEXTS), strict=True
-    ):
+    pipe = pipeline("text-classification", model=str(models / "classifier"))
+    for row, wanted in zip(found, pipe(TEXTS), strict=True):
         assert row["label"] == wanted["label"]
         assert list(row["probabilities"]) == ["bad", "good", "mixed"]
         assert row["probabilities"][row["label"]] == pytest.approx(wanted["score"], abs=1e-5)
     assert len({row["label"] for row in found}) > 1
 
 
-def test_pairs_are_answered_as_the_pipeline_does(models, tmp_path):
+def test_classification_of_pairs_equals_the_pipeline(models, tmp_path):
     pairs = list(itertools.pairwise(TEXTS))
     file = write_csv(tmp_path / "pairs.csv", pairs, ("sentence1", "sentence2"))
     found = answers("--input", file, "--model", models / "classifier")
@@ -58,7 +59,7 @@ def test_pairs_are_answered_as_the_pipeline_does(models, tmp_path):
         assert row["probabilities"][item["label"]] == pytest.approx(item["score"], abs=1e-5)
 
 
-def test_the_likeliest_labels_come_first_and_no_others(models):
+def test_top_k_keeps_the_likeliest_labels(models):
     every = answers(*TEXTS, "--model", models / "classifier")
     best = answers(*TEXTS, "--model", models / "classifier", "--top_k", 2)
     for row, kept in zip(every, best, strict=True):
@@ -66,7 +67,7 @@ def test_the_likeliest_labels_come_first_and_no_others(models):
         assert list(kept["probabilities"].items()) == ranked[:2]
 
 
-def test_logits_are_what_the_probabilities_are_made_of(models):
+def test_softmax_of_the_logits_gives_the_probabilities(models):
     plain = answers(*TEXTS, "--model", models / "classifier")
     logits = answers(*TEXTS, "--model", models / "classifier", "--function_to_apply", "none")
     for a, b in zip(plain, logits, strict=True):
@@ -75,24 +76,24 @@ def test_logits_are_what_the_probabilities_are_made_of(models):
         assert "probabilities" not in b
 
 
-def test_several_labels_and_ratings_have_words_of_their_own(tmp_path):
-    several = tiny_models.classifier(tmp_path / "several", problem_type="multi_label_classification")
-    rating = tiny_models.classifier(
-        tmp_path / "rating", problem_type="regression", num_labels=1, **tiny_models.labels({0: "stars"})
-    )
-    for row in answers(*TEXTS, "--model", several):
-        assert row["labels"] == [
-            name for name, p in sorted(row["probabilities"].items(), key=lambda item: -item[1]) if p >= 0.5
-        ]
+def test_multi_label_gives_labels_above_one_half(tmp_path):
+    folder = tiny_models.classifier(tmp_path / "multi_label", problem_type="multi_label_classification")
     probabilities, logits = (
-        answers(*TEXTS, "--model", several, *flags) for flags in ([], ["--function_to_apply", "none"])
+        answers(*TEXTS, "--model", folder, *flags) for flags in ([], ["--function_to_apply", "none"])
     )
+    for row in probabilities:
+        ranked = sorted(row["probabilities"].items(), key=lambda item: -item[1])
+        assert row["labels"] == [name for name, p in ranked if p >= 0.5]
     assert [row["labels"] for row in probabilities] == [row["labels"] for row in logits]
-    (row,) = answers("a film", "--model", rating)
+
+
+def test_regression_gives_a_score(tmp_path):
+    settings = {"problem_type": "regression", "num_labels": 1, **tiny_models.labels({0: "stars"})}
+    (row,) = answers("a film", "--model", tiny_models.classifier(tmp_path / "regression", **settings))
     assert set(row) == {"id", "text", "score"}
 
 
-def test_a_decoder_classifies_texts_of_different_length_together(tmp_path):
+def test_batch_does_not_change_the_classes_of_a_decoder(tmp_path):
     folder = tiny_models.deciding_decoder(tmp_path / "decoder")
     together = answers(*TEXTS, "--model", folder)
     alone = answers(*TEXTS, "--model", folder, "--per_device_eval_batch_size", 1)
@@ -100,8 +101,8 @@ def test_a_decoder_classifies_texts_of_different_length_together(tmp_path):
         assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-5)
 
 
-def test_a_run_brings_the_length_and_the_columns_it_was_trained_with(tmp_path):
-    """Texts cut elsewhere than in training would get other probabilities than eval.py gives them."""
+def test_run_sets_max_length_and_text_columns(tmp_path):
+    """Otherwise the probabilities would not be those of eval.py."""
     run = tmp_path / "outputs" / "run"
     tiny_models.classifier(run / "model")
     save_config(
@@ -118,22 +119,38 @@ def test_a_run_brings_the_length_and_the_columns_it_was_trained_with(tmp_path):
     assert any(a["probabilities"] != b["probabilities"] for a, b in zip(found, longer, strict=True))
 
 
-def test_a_text_longer_than_the_model_is_cut_to_its_positions(models, tmp_path):
-    """The tokenizer of many models names no limit; the table of positions is one."""
+def test_text_is_truncated_to_the_position_embeddings(tmp_path):
+    """The tokenizers of many models have no limit of their own."""
     folder = tiny_models.classifier(tmp_path / "endless")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.model_max_length = int(1e30)
     tokenizer.save_pretrained(folder)
     (row,) = answers("a film " * 200, "--model", folder)
-    (cut,) = answers("a film " * 200, "--model", folder, "--max_length", 78)
-    assert row["probabilities"] == cut["probabilities"]
+    (truncated,) = answers("a film " * 200, "--model", folder, "--max_length", 78)
+    assert row["probabilities"] == truncated["probabilities"]
+
+
+def test_truncated_texts_are_counted(models):
+    """Exactly those that the tokenizer truncates: texts and pairs around the limit, and words of one and of no token."""
+    tokenizer = AutoTokenizer.from_pretrained(models / "classifier")
+    tokenizer.model_max_length = 8
+    texts = [" ".join(["film"] * n) for n in range(12)] + ["é" * 40, ""]
+    for rows in ([(text,) for text in texts], [(text, "a plot") for text in texts]):
+        whole = [len(tokenizer(*row)["input_ids"]) for row in rows]
+        kept = [len(tokenizer(*row, truncation=True)["input_ids"]) for row in rows]
+        assert [is_truncated(tokenizer, row) for row in rows] == [a > b for a, b in zip(whole, kept, strict=True)]
+    counter = TruncationCounter(tokenizer, lambda example: example.texts)
+    passed = [(Example(n, n, (text,)), {}) for n, text in enumerate(texts)]
+    assert list(counter.watch(iter(passed))) == passed
+    assert (counter.truncated, counter.seen) == (5, 14)
+    assert "5 of 14 texts (35.7%)" in str(counter)
 
 
 # ---------------------------------------------------------------------------------------------------- other pipelines
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
-def test_candidate_labels_are_chosen_from_as_in_the_pipeline(models, multi_label):
+def test_zero_shot_classification_equals_the_pipeline(models, multi_label):
     names = ["film", "actor", "plot"]
     flags = ["--task", "zero-shot-classification", "--model", models / "entailer", "--multi_label", multi_label]
     found = answers(*TEXTS, *flags, "--candidate_labels", *names, "--per_device_eval_batch_size", 4)
@@ -144,7 +161,7 @@ def test_candidate_labels_are_chosen_from_as_in_the_pipeline(models, multi_label
         assert list(row["probabilities"].values()) == pytest.approx(item["scores"], abs=1e-5)
 
 
-def test_masks_are_filled_as_in_the_pipeline(models):
+def test_fill_mask_equals_the_pipeline(models):
     texts = [f"{text} <mask>" for text in TEXTS] + ["a <mask> film <mask>"]
     found = answers(*texts, "--task", "fill-mask", "--model", models / "masked", "--top_k", 2)
     pipe = pipeline("fill-mask", model=str(models / "masked"))
@@ -154,14 +171,14 @@ def test_masks_are_filled_as_in_the_pipeline(models):
     assert [len(fillings) for fillings in found[-1]["answers"]] == [2, 2]
 
 
-def test_the_mask_of_another_model_family_is_understood(models):
+def test_masks_of_both_model_families_are_understood(models):
     flags = ["--task", "fill-mask", "--model", models / "masked"]
     assert answers("a <mask> film", *flags)[0]["answers"] == answers("a [MASK] film", *flags)[0]["answers"]
     assert len(answers("a <mask> film", *flags)[0]["answers"]) == 5
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_entities_are_those_of_the_pipeline_also_past_the_length_of_the_model(models, batch_size):
+def test_ner_equals_the_pipeline_for_long_texts_too(models, batch_size):
     texts = [*TEXTS, " ".join(TEXTS)]
     flags = ["--task", "ner", "--model", models / "tagger", "--stride", 8, "--per_device_eval_batch_size", batch_size]
     found = answers(*texts, *flags)
@@ -177,7 +194,7 @@ def test_entities_are_those_of_the_pipeline_also_past_the_length_of_the_model(mo
 # ---------------------------------------------------------------------------------------------------- generation
 
 
-def test_a_text_is_continued_as_by_generate_alone(models):
+def test_text_generation_equals_generate(models):
     found = answers(*TEXTS, "", "--task", "text-generation", "--model", models / "decoder", "--max_new_tokens", 6)
     tokenizer = AutoTokenizer.from_pretrained(models / "decoder")
     model = AutoModelForCausalLM.from_pretrained(models / "decoder")
@@ -188,18 +205,18 @@ def test_a_text_is_continued_as_by_generate_alone(models):
     assert found[-1]["text"] == ""
 
 
-def test_a_prompt_that_is_too_long_is_continued_from_its_end(models):
+def test_long_prompt_is_truncated_at_its_beginning(models):
     flags = ["--task", "text-generation", "--model", models / "decoder", "--max_new_tokens", 6]
     ends = ["a film was", "the story felt great", "not a good actor"]
     whole = answers(*("dull " * 100 + end for end in ends), *flags)
-    # Of 64 places 6 are for new tokens and 2 for special ones.
+    # Of 64 positions 6 are for new tokens and 2 for special tokens.
     tails = answers(*("dull " * (56 - len(end.split())) + end for end in ends), *flags)
     new = [row["generated_text"][len(row["text"]) :] for row in whole]
     assert new == [row["generated_text"][len(row["text"]) :] for row in tails]
     assert len(set(new)) > 1
 
 
-def test_sampling_repeats_with_the_seed_alone(models):
+def test_sampling_depends_on_the_seed_alone(models):
     flags = ["--task", "text-generation", "--model", models / "decoder", "--generate_kwargs", "do_sample=True"]
     first, again = answers(*TEXTS, *flags), answers(*TEXTS, *flags)
     assert first == again != answers(*TEXTS, *flags, "--seed", 7)
@@ -214,7 +231,7 @@ def test_sampling_repeats_with_the_seed_alone(models):
         ("translation", "t5", "the actor felt ", "translation_text"),
     ],
 )
-def test_summaries_and_translations_are_those_of_generate(models, task, model, prefix, key):
+def test_summarization_and_translation_equal_generate(models, task, model, prefix, key):
     flags = ["--task", task, "--model", models / model, "--max_new_tokens", 6, "--num_beams", 2]
     languages = ["--source_lang", "en", "--target_lang", "fr"] if prefix and task == "translation" else []
     found = answers(*TEXTS, *flags, *languages, "--top_k", 2, "--per_device_eval_batch_size", 4)
@@ -229,25 +246,25 @@ def test_summaries_and_translations_are_those_of_generate(models, task, model, p
 
 
 @pytest.mark.parametrize(
-    ("apart", "own", "places", "asked", "wanted"),
+    ("is_seq2seq", "defaults", "positions", "asked", "wanted"),
     [
-        (True, {"max_length": 142}, 1024, None, {}),  # BART for summaries knows its length
+        (True, {"max_length": 142}, 1024, None, {}),  # BART for summarization
         (True, {}, 1024, None, {"max_new_tokens": 256}),
         (True, {}, 80, None, {"max_new_tokens": 79}),
-        (True, {}, None, None, {"max_new_tokens": 256}),  # T5 has no table of positions
+        (True, {}, None, None, {"max_new_tokens": 256}),  # T5 has no position embeddings
         (True, {"max_length": 142}, 1024, 9, {"max_new_tokens": 9}),
-        (False, {}, 64, None, {"max_new_tokens": 32}),  # a decoder's text takes places as well
+        (False, {}, 64, None, {"max_new_tokens": 32}),  # a decoder's prompt needs positions too
         (False, {"max_new_tokens": 20}, 64, None, {"max_new_tokens": 20}),
     ],
 )
-def test_new_text_is_as_long_as_asked_else_as_the_model_says_else_as_it_has_room(apart, own, places, asked, wanted):
-    config = SimpleNamespace(is_encoder_decoder=apart, max_position_embeddings=places)
-    model = SimpleNamespace(config=config, generation_config=GenerationConfig(**own))
+def test_length_is_the_option_else_the_default_of_the_model_else_256(is_seq2seq, defaults, positions, asked, wanted):
+    config = SimpleNamespace(is_encoder_decoder=is_seq2seq, max_position_embeddings=positions)
+    model = SimpleNamespace(config=config, generation_config=GenerationConfig(**defaults))
     assert length_settings(model, asked) == wanted
 
 
 class ManyLanguages:
-    """What tokenizers of many languages have in common: mBART, NLLB, M2M100."""
+    """What the tokenizers of mBART, NLLB and M2M100 have in common."""
 
     src_lang, unk_token_id = "en_XX", 3
 
@@ -255,7 +272,7 @@ class ManyLanguages:
         return {"en_XX": 11, "fr_XX": 12}.get(token, 3)
 
 
-def test_languages_are_told_to_tokenizer_and_model():
+def test_languages_are_set_in_tokenizer_and_generate():
     tokenizer = ManyLanguages()
     config = GenerateConfig(source_lang="fr_XX", target_lang="en_XX")
     assert language_settings(tokenizer, config) == {"forced_bos_token_id": 11}
@@ -272,7 +289,10 @@ def test_languages_are_told_to_tokenizer_and_model():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "classifier", "--task", "question-answering", "--question", "a", "--context", "b"], "qa_outputs"),
+        (
+            ["--model", "./classifier", "--task", "question-answering", "--question", "a", "--context", "b"],
+            "qa_outputs",
+        ),
         (["a", "--model", "minilm"], r"not a trained classifier.*classifier\.weight"),
         (["a", "--model", "bart", "--task", "fill-mask"], "row 1 has no <mask>"),
         (["a " * 90 + "<mask>", "--model", "masked", "--task", "fill-mask"], "beyond the 64 tokens"),
@@ -296,24 +316,22 @@ def test_languages_are_told_to_tokenizer_and_model():
             ],
             "--generate_kwargs temperature=-1 do_sample=True: .*temperature",
         ),
-        (["a", "--model", "absent"], "no such folder"),
+        (["a", "--model", "./absent"], "no such folder"),
         (["a", "--model", "classifier", "--max_length", 2], "no room for text beside 2 special tokens"),
     ],
 )
-def test_what_cannot_work_is_refused_in_the_users_words(models, flags, message):
-    flags = [
-        models / flag if i and flags[i - 1] == "--model" and flag != "minilm" else flag for i, flag in enumerate(flags)
-    ]
+def test_what_cannot_work_is_a_user_error(models, monkeypatch, flags, message):
+    monkeypatch.chdir(models)
     with pytest.raises(UserError, match=f"(?s){message}"):
         answers(*flags)
 
 
-def test_a_classifier_without_entailment_chooses_no_labels(models):
+def test_zero_shot_classification_needs_an_nli_model(models):
     with pytest.raises(UserError, match=r"not trained on entailment \(its classes: bad, good, mixed\)"):
         answers("a", "--model", models / "classifier", "--task", "zero-shot-classification", "--candidate_labels", "x")
 
 
-def test_a_tokenizer_without_a_mask_fills_none(tmp_path):
+def test_fill_mask_needs_a_mask_token(tmp_path):
     folder = tiny_models.masked(tmp_path / "unmasked")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.mask_token = None
@@ -322,12 +340,12 @@ def test_a_tokenizer_without_a_mask_fills_none(tmp_path):
         answers("a <mask>", "--task", "fill-mask", "--model", folder)
 
 
-def test_a_run_without_a_model_is_refused(tmp_path):
+def test_run_without_a_model_is_a_user_error(tmp_path):
     save_config(TrainConfig(), tmp_path / "config.yaml")
     with pytest.raises(UserError, match="no model folder yet"):
         answers("a", "--model", tmp_path)
 
 
-def test_a_file_of_lines_is_answered_line_by_line(models, tmp_path):
+def test_txt_file_gets_a_prediction_per_line(models, tmp_path):
     found = answers("--input", lines_file(tmp_path / "t.txt", ["a film", "", "dull"]), "--model", models / "classifier")
     assert [(row["id"], row["text"]) for row in found] == [(0, "a film"), (1, ""), (2, "dull")]
