@@ -148,7 +148,7 @@ class PredictConfig:
 
     inputs: InputConfig = dataclasses.field(default_factory=InputConfig)
     task: TaskName = "sentiment-analysis"
-    """Task; sentiment-analysis is for every text classifier."""
+    """Task to do; sentiment-analysis works with every text classifier."""
     model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     output: str | None = None
@@ -170,9 +170,9 @@ class PredictConfig:
     mixed_precision: Precision = "auto"
     """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
     explain_tokens: tuple[str, ...] = ()
-    """Print the steps from these texts to token ids, and stop."""
+    """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
     export_onnx: str | None = None
-    """Folder to export the model to as ONNX, checked against PyTorch; then stop."""
+    """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
 
     def __post_init__(self) -> None:
         """Also refuses options that the task does not have: they would be ignored."""

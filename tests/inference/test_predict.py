@@ -16,7 +16,7 @@ from lib.config.sections import DataConfig
 from lib.config.train import TrainConfig
 from tests import tiny_models
 from tests.conftest import Command, read_lines, sentences, write_csv
-from tests.predicting import answers
+from tests.predicting import answers, settings
 
 FLOAT32 = ("--mixed_precision", "no")
 
@@ -110,6 +110,12 @@ def test_unknown_task_is_refused_without_a_traceback(run: Command):
     done = run("predict.py", "a film", "--task", "sentiment", code=2)
     assert "sentiment-analysis" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_explain_tokens_uses_the_base_tokenizer_of_an_adapter(roberta, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(roberta)}))
+    predict.main(settings("--model", tmp_path, "--explain_tokens", "a film"))
+    assert "tokenize" in capsys.readouterr().out
 
 
 @pytest.mark.slow
