@@ -1,1 +1,1 @@
-"""Predictions, scores with intervals, reports."""
+"""Predictions of a model, their scores with intervals, and reports."""

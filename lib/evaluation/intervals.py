@@ -1,4 +1,4 @@
-"""How far a score could be from that of more samples: 95 % intervals by resampling."""
+"""95 % intervals of scores by the bootstrap: how much a score would vary with other samples."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,34 +15,44 @@ Interval = tuple[float, float]
 
 
 def bootstrap_intervals(
-    predictions: Predictions, metrics: Sequence[str], resamples: int, seed: int
+    predictions: Predictions, metrics: Sequence[str], resamples: int = 1000, seed: int = 42
 ) -> dict[str, Interval]:
-    """95 % percentile interval of the loss and of each metric of ours (Efron and Tibshirani 1993).
+    """95 % percentile interval of the loss and of each metric (Efron and Tibshirani 1993), by name.
 
-    Thresholds stay as they are. Raises nothing: a score that is not defined has an interval of NaN.
+    Thresholds are not tuned again. NaN where a score is not defined.
     """
     rng = np.random.default_rng(seed)
     size, problem = len(predictions.labels), predictions.problem_type
     by_class = problem == CLASSIFICATION
-    draws = draw_counts(predictions, resamples, rng) if by_class else None
+    if by_class:
+        resampled = draw_counts(predictions, resamples, rng)
     losses = [rng.choice(predictions.losses, size).mean(dtype=np.float64) for _ in range(resamples)]
-    rows = rng.integers(size, size=(0 if by_class else resamples, size))
+    if not by_class:
+        resampled = rng.integers(size, size=(resamples, size))
     intervals = {"loss": percentiles(losses)}
     for name in metrics:
         module, settings = metric_settings(name, predictions.logits.shape[1], problem)
-        values = (
-            score_counts(module, draws, settings)
-            if draws is not None
-            else score_rows(module, rows, predictions, settings)
-        )
-        intervals[name] = percentiles(values)
+        if by_class:
+            intervals[name] = percentiles(score_counts(module, resampled, settings))
+        else:
+            intervals[name] = percentiles(score_rows(module, resampled, predictions, settings))
     return intervals
 
 
-def score_counts(module: str, counts: np.ndarray, settings: dict[str, Any]) -> Sequence[float] | np.ndarray:
-    """A metric of each confusion matrix, counts (resamples, gold, predicted), as scikit-learn has it.
+def draw_counts(predictions: Predictions, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Confusion matrices of resampled rows, int64 (resamples, gold, predicted).
 
-    Written out for our own metrics, which are a thousand calls otherwise: they take longer than the predictions.
+    Metrics of classes depend on the matrix alone, and resampling rows with replacement draws its cells from a multinomial
+    distribution: the cost does not grow with the number of rows.
+    """
+    matrix, size = confusion_matrix(predictions), len(predictions.labels)
+    return rng.multinomial(size, matrix.ravel() / size, size=resamples).reshape(resamples, *matrix.shape)
+
+
+def score_counts(module: str, counts: np.ndarray, settings: dict[str, Any]) -> Sequence[float] | np.ndarray:
+    """A metric of each confusion matrix in `counts` (resamples, gold, predicted), equal to scikit-learn's.
+
+    Our own metrics are computed on all matrices at once: a call for each would take longer than the predictions did.
     """
     hits, gold, predicted = counts.diagonal(axis1=1, axis2=2), counts.sum(axis=2), counts.sum(axis=1)
     total = counts.sum(axis=(1, 2))
@@ -64,7 +74,7 @@ def score_counts(module: str, counts: np.ndarray, settings: dict[str, Any]) -> S
 def score_rows(
     module: str, rows: np.ndarray, predictions: Predictions, settings: dict[str, Any]
 ) -> Sequence[float] | np.ndarray:
-    """A metric of each choice of rows (resamples, samples), of numbers or several labels."""
+    """A metric of each choice of `rows` (resamples, samples): regression and multi-label."""
     given, labels = metric_input(module, predictions), predictions.labels
     if not np.isfinite(given).all():
         return [np.nan]
@@ -76,11 +86,11 @@ def score_rows(
 
 
 def average_classes(module: str, hits: np.ndarray, gold: np.ndarray, predicted: np.ndarray, average: str) -> np.ndarray:
-    """f1, precision or recall (resamples,) from counts (resamples, classes); zero where there is nothing to divide by."""
-    parts = {"f1": (2 * hits, gold + predicted), "precision": (hits, predicted), "recall": (hits, gold)}[module]
+    """f1, precision or recall (resamples,) from counts (resamples, classes); 0 where it is not defined."""
+    above, below = {"f1": (2 * hits, gold + predicted), "precision": (hits, predicted), "recall": (hits, gold)}[module]
     if average == "micro":
-        return ratio(parts[0].sum(axis=1), parts[1].sum(axis=1))
-    values = ratio(*parts)
+        return ratio(above.sum(axis=1), below.sum(axis=1))
+    values = ratio(above, below)
     if average == "weighted":
         return ratio((values * gold).sum(axis=1), gold.sum(axis=1))
     return values[:, -1] if average == "binary" else values.mean(axis=1)
@@ -91,19 +101,8 @@ def ratio(a: np.ndarray, b: np.ndarray, undefined: float = 0.0) -> np.ndarray:
     return np.divide(a, b, out=np.full(np.shape(a), undefined), where=b > 0)
 
 
-def draw_counts(predictions: Predictions, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Confusion matrices of resampled rows, int64 (resamples, gold, predicted).
-
-    Metrics of classes depend on the matrix alone, and resampling samples with replacement is drawing its cells from a
-    multinomial distribution: the cost does not grow with the number of samples.
-    """
-    matrix = confusion_matrix(predictions.labels, predictions.predicted, predictions.logits.shape[1])
-    size = len(predictions.labels)
-    return rng.multinomial(size, matrix.ravel() / size, size=resamples).reshape(resamples, *matrix.shape)
-
-
 def percentiles(values: Sequence[float] | np.ndarray) -> Interval:
-    with warnings.catch_warnings():  # of nothing but NaN: NaN says it
-        warnings.simplefilter("ignore", RuntimeWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN: the interval is NaN
         low, high = np.nanpercentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""What a model says of every sample of a split, and what follows from it without the model."""
+"""The output of a model for every sample of a split, and what follows from it without the model."""
 
 import dataclasses
 
@@ -6,50 +6,46 @@ import numpy as np
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
-PLAIN_THRESHOLD = 0.5
+DEFAULT_THRESHOLD = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """Results of a split in input order, equal on every process.
-
-    `logits` float32 (samples, outputs); `losses` float32 (samples,), as trained on: cross entropy in nats, squared error,
-    or binary cross entropy averaged over the labels. `labels`: classes int64 (samples,), numbers float32 (samples,), or 0
-    and 1 int64 (samples, labels).
-    """
+    """Results of a split in input order, equal on every process."""
 
     logits: np.ndarray
+    """float32 (samples, outputs)"""
     labels: np.ndarray
+    """Classes int64 (samples,), numbers float32 (samples,), or 0 and 1 int64 (samples, labels)."""
     losses: np.ndarray
+    """float32 (samples,): cross entropy in nats, squared error, or binary cross entropy averaged over the labels."""
     batch_size: int = 0
-    """Samples per forward that memory was enough for."""
+    """Samples per forward pass that fitted into memory."""
     seconds: float = 0.0
-    """From tokens at hand to results at hand."""
+    """Wall-clock time of the forward passes, until all processes have the results."""
     problem_type: str = CLASSIFICATION
     thresholds: np.ndarray | None = None
-    """Of several labels a row: the least probability at which each is given, float64 (labels,); 0.5 when absent."""
+    """Multi-label: the least probability at which each label is predicted, float64 (labels,); None: 0.5 for all."""
 
     @property
     def predicted(self) -> np.ndarray:
-        """In the form of `labels`: the likeliest class, the number, or the labels whose threshold is reached."""
+        """Predictions in the form of `labels`: the most probable class, the number, or 0 and 1 for each label."""
         if self.problem_type == REGRESSION:
             return self.logits[:, 0]
         if self.problem_type == MULTI_LABEL:
-            least = PLAIN_THRESHOLD if self.thresholds is None else self.thresholds
-            return (self.probabilities >= least).astype(np.int64)
+            thresholds = DEFAULT_THRESHOLD if self.thresholds is None else self.thresholds
+            return (self.probabilities >= thresholds).astype(np.int64)
         return self.logits.argmax(axis=1)
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64 (samples, outputs): of classes, rows summing to 1; of several labels, each by itself."""
-        logits = self.logits.astype(np.float64)
-        if self.problem_type == MULTI_LABEL:
-            from scipy.special import expit  # scipy and scikit-learn are imported when something is scored
+        """float64 (samples, outputs): the softmax, or for multi-label the sigmoid, of the logits."""
+        # SciPy is imported late: not before something is scored.
+        from scipy.special import expit, softmax
 
-            return expit(logits)
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-        return shifted / shifted.sum(axis=1, keepdims=True)
+        logits = self.logits.astype(np.float64)
+        return expit(logits) if self.problem_type == MULTI_LABEL else softmax(logits, axis=1)
 
     def take(self, rows: np.ndarray) -> "Predictions":
-        """The predictions of some samples, by their index."""
+        """The predictions of some samples, by index."""
         return dataclasses.replace(self, logits=self.logits[rows], labels=self.labels[rows], losses=self.losses[rows])

@@ -13,7 +13,7 @@ from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.data.batching import chunked
 from lib.data.tokenization import Windows, check_windows, encode_windows, stored_windows
 from lib.errors import UserError
-from lib.evaluation.predictions import PLAIN_THRESHOLD
+from lib.evaluation.predictions import DEFAULT_THRESHOLD
 from lib.evaluation.thresholds import stored_thresholds
 from lib.inference.inputs import Example
 from lib.inference.load import Task
@@ -36,7 +36,7 @@ def build_classification(task: Task) -> Predict:
         "logits" if function == "none" else "scores" if function is None and problem == REGRESSION else "probabilities"
     )
     stored = stored_thresholds(task.model.config)
-    thresholds = np.full(len(names), PLAIN_THRESHOLD) if stored is None else stored
+    thresholds = np.full(len(names), DEFAULT_THRESHOLD) if stored is None else stored
     if function == "none":
         thresholds = np.log(thresholds) - np.log1p(-thresholds)
     threshold_of = dict(zip(names, thresholds.tolist(), strict=True))

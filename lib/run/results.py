@@ -10,6 +10,7 @@ from lib.config.eval import EvalConfig
 from lib.config.train import TrainConfig
 from lib.data.catalog import ROLES, catalog_entry
 from lib.data.load import Data
+from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -67,9 +68,8 @@ def report_evaluation(
 ) -> str:
     """Write report, predictions and results.json of eval.py; returns what it prints, results.json as the last line."""
     folder, (scores, predictions) = eval_folder(config), scored
-    report = write_report(
-        folder, config.split, scores, metrics.names, predictions, data, config.bootstrap_samples, config.seed
-    )
+    intervals = bootstrap_intervals(predictions, metrics.names, config.bootstrap_samples, config.seed)
+    report = write_report(folder, config.split, scored, intervals, data)
     results = {f"{prefix(config.split)}/{name}": value for name, value in scores.items()} | {
         "model": config.source.model,
         "dataset": data.name,

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches
+from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
@@ -99,9 +100,9 @@ class Run:
         results = build_results(self.config, self.settings, learner, scored)
         self.log.finish(results, scored, data)
         if self.accelerator.is_main_process:
-            for split, (scores, predictions) in scored.items():
-                folder, names = self.folder / f"eval-{split}", self.metrics.names
-                print(write_report(folder, split, scores, names, predictions, data), flush=True)
+            for split, result in scored.items():
+                intervals = bootstrap_intervals(result.predictions, self.metrics.names)
+                print(write_report(self.folder / f"eval-{split}", split, result, intervals, data), flush=True)
             thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
             write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
             print(write_results(self.folder, results), flush=True)

@@ -1,25 +1,10 @@
-"""Cohen's kappa, by scikit-learn's cohen_kappa_score; an `evaluate` module that is loaded by its path."""
-
-import datasets
-import evaluate
 from sklearn.metrics import cohen_kappa_score
 
+from ._base import Metric
 
-class CohenKappa(evaluate.Metric):
-    """`compute(predictions, references, sample_weight=None, weights=None)` gives {"cohen_kappa": float}."""
 
-    def _info(self):
-        features = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="Pedregosa et al., Scikit-learn: Machine Learning in Python, JMLR 12, 2011",
-            inputs_description="predictions and references: class numbers",
-            features=features,
-        )
+class CohenKappa(Metric):
+    """Cohen's kappa: agreement beyond chance."""
 
-    def _compute(self, predictions, references, sample_weight=None, weights=None):
-        return {
-            "cohen_kappa": float(
-                cohen_kappa_score(references, predictions, weights=weights, sample_weight=sample_weight)
-            )
-        }
+    def score(self, references, predictions, **settings):
+        return cohen_kappa_score(references, predictions, **settings)

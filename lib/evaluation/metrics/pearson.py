@@ -1,30 +1,17 @@
-"""Pearson's correlation, by SciPy's pearsonr; an `evaluate` module that is loaded by its path."""
-
 import warnings
 
-import datasets
-import evaluate
-from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr
+from scipy.stats import DegenerateDataWarning, pearsonr
+
+from ._base import Metric
 
 
-class Pearson(evaluate.Metric):
-    """`compute(predictions, references)` gives {"pearson": float}."""
+class Pearson(Metric):
+    """Pearson's correlation; NaN for fewer than two samples or equal predictions."""
 
-    def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-        )
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="Virtanen et al., SciPy 1.0, Nature Methods 17, 2020",
-            inputs_description="predictions and references: real numbers",
-            features=features,
-        )
+    prediction_type = reference_type = "float64"
 
-    def _compute(self, predictions, references):
+    def score(self, references, predictions, **settings):
         if len(references) < 2:
-            return {"pearson": float("nan")}
-        with warnings.catch_warnings():  # of equal predictions: NaN says it
-            warnings.simplefilter("ignore", ConstantInputWarning)
-            warnings.simplefilter("ignore", NearConstantInputWarning)
-            return {"pearson": float(pearsonr(references, predictions).statistic)}
+            return float("nan")
+        with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):
+            return pearsonr(references, predictions, **settings).statistic

@@ -1,30 +1,17 @@
-"""Spearman's correlation, ties by their mean rank, by SciPy's spearmanr; an `evaluate` module that is loaded by its path."""
-
 import warnings
 
-import datasets
-import evaluate
-from scipy.stats import ConstantInputWarning, NearConstantInputWarning, spearmanr
+from scipy.stats import DegenerateDataWarning, spearmanr
+
+from ._base import Metric
 
 
-class Spearman(evaluate.Metric):
-    """`compute(predictions, references)` gives {"spearman": float}."""
+class Spearman(Metric):
+    """Spearman's correlation, ties by their mean rank; NaN for fewer than two samples or equal predictions."""
 
-    def _info(self):
-        features = datasets.Features(
-            {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
-        )
-        return evaluate.MetricInfo(
-            description=__doc__,
-            citation="Virtanen et al., SciPy 1.0, Nature Methods 17, 2020",
-            inputs_description="predictions and references: real numbers",
-            features=features,
-        )
+    prediction_type = reference_type = "float64"
 
-    def _compute(self, predictions, references):
+    def score(self, references, predictions, **settings):
         if len(references) < 2:
-            return {"spearman": float("nan")}
-        with warnings.catch_warnings():  # of equal predictions: NaN says it
-            warnings.simplefilter("ignore", ConstantInputWarning)
-            warnings.simplefilter("ignore", NearConstantInputWarning)
-            return {"spearman": float(spearmanr(references, predictions).statistic)}
+            return float("nan")
+        with warnings.catch_warnings(action="ignore", category=DegenerateDataWarning):
+            return spearmanr(references, predictions, **settings).statistic
