@@ -30,7 +30,7 @@ def format_tables(predictions: Predictions, names: Sequence[str]) -> list[str]:
         if predictions.thresholds is None:
             note = f"Thresholds: the model has none of its own, {DEFAULT_THRESHOLD} is used."
         else:
-            note = "Thresholds: for each label the best F1 on validation, where scores that use them are optimistic."
+            note = "Thresholds: those of the best F1 on validation, where scores that use them are optimistic."
         return [format_rows(tables["labels"], "{:.3f}"), note]
     matrix = [["gold \\ predicted", *names]]
     matrix += [[name, *map(str, row)] for name, row in zip(names, tables["confusion_matrix"], strict=True)]
