@@ -64,6 +64,7 @@ def choose_metrics(
 
 
 def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
+    """The usual metrics of a known classification data set, else those of the problem type."""
     entry = catalog_entry(config)
     return entry.metrics if entry and problem_type == CLASSIFICATION else DEFAULT_METRICS[problem_type]
 
