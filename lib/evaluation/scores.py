@@ -119,7 +119,7 @@ def metric_settings(name: str, outputs: int, problem_type: str = CLASSIFICATION)
     if average in ("macro", "micro", "weighted"):
         return module, {"average": average, "labels": list(range(outputs))}
     if average:
-        raise UserError(f"--metrics {name} is for several labels a row; use {module}_macro")
+        raise UserError(f"--metrics {name} is for multi-label data; use {module}_macro")
     if outputs != 2 or problem_type == MULTI_LABEL:
         raise UserError(f"--metrics {name} is for two classes, the data has {outputs}; use {name}_macro")
     return module, {"average": "binary"}

@@ -4,7 +4,7 @@ from ._base import Metric
 
 
 class Accuracy(Metric):
-    """Share of correct predictions; of several labels a row, all must be correct."""
+    """Share of correct predictions; multi-label: of samples with all labels correct."""
 
     def score(self, references, predictions, **settings):
         return accuracy_score(references, predictions, **settings)

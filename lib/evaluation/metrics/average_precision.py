@@ -6,7 +6,7 @@ from ._base import Metric
 
 
 class AveragePrecision(Metric):
-    """Average precision of several labels a row, from a score of each; 0 for a label that no row has."""
+    """Multi-label average precision, from a score of each label; 0 for a label that no sample has."""
 
     prediction_type = "float64"
 
