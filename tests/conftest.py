@@ -131,7 +131,7 @@ def served(roberta: Path, tmp_path: Path) -> Path:
     """A Hub's repositories: user/tiny and SetFit/sst5."""
     import shutil
 
-    from tests.hub.test_hub_models import write_sst5
+    from tests.hub_layouts import write_sst5
 
     shutil.copytree(roberta, tmp_path / "served" / "models" / "user" / "tiny")
     write_sst5(tmp_path / "served" / "datasets" / "SetFit" / "sst5")

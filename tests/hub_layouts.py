@@ -1,4 +1,4 @@
-"""Folders as people carry models around: the same repository in every layout there is."""
+"""Models and data sets on disk: the same repository in every layout in which people carry it, and a small SST-5."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.conftest import sentences
 from tests.loopback_hub import LFS, blob_of, pointer_of, repository_files
 
 COMMIT = "c0ffee" + "0" * 34
@@ -123,3 +124,27 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Path], Path], bool]] = {
     "tar": (tarred, False),
 }
 """How to make each layout, and whether it tells what the contents must be."""
+
+
+SST5_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
+
+
+def write_sst5(folder: Path) -> None:
+    """SST-5 in small, stored as the real one: JSON lines with label and label_text, no ClassLabel."""
+    folder.mkdir(parents=True)
+    for split, size, name in (("train", 40, "train"), ("validation", 20, "dev"), ("test", 20, "test")):
+        rows = [
+            {"text": f"{text} {split}", "label": i % 5, "label_text": SST5_NAMES[i % 5]}
+            for i, (text, _) in enumerate(sentences(size))
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def environment(endpoint: str, folder: Path) -> dict[str, str]:
+    """Variables of a process that asks the Hub at `endpoint` and has its caches below `folder`."""
+    caches = {
+        "HF_HOME": str(folder / "hf"),
+        "HF_DATASETS_CACHE": str(folder / "ds"),
+        "HF_MODULES_CACHE": str(folder / "m"),
+    }
+    return caches | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}

@@ -24,7 +24,7 @@ from lib.evaluation.scoring import evaluate
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
 from tests.conftest import ROOT, Command, read_lines, results_of, sentences
-from tests.hub.test_hub_models import environment
+from tests.hub_layouts import environment
 from tests.loopback_hub import loopback_hub
 from tests.predicting import answers, load
 from tests.resuming import differences

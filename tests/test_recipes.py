@@ -10,7 +10,7 @@ from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from tests import tiny_models
 from tests.conftest import ROOT, Command, read_lines, results_of
-from tests.hub.test_hub_models import environment, write_sst5
+from tests.hub_layouts import environment, write_sst5
 from tests.loopback_hub import loopback_hub
 
 SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"

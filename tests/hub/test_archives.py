@@ -17,8 +17,7 @@ from lib.hub.importing.archives import opened, pack, unpack
 from lib.hub.importing.folder import import_folder
 from lib.model.load import load_tokenizer
 from tests.conftest import Command
-from tests.hub.test_hub_models import write_sst5
-from tests.hub_layouts import COMMIT, cache_of_another_machine, tarred, zipped
+from tests.hub_layouts import COMMIT, cache_of_another_machine, tarred, write_sst5, zipped
 from tests.loopback_hub import repository_files
 
 MODEL, DATA = Repo("user/tiny"), Repo("SetFit/sst5", "dataset")

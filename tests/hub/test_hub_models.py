@@ -2,30 +2,9 @@
 
 import json
 
-from tests.conftest import results_of, sentences, tiny_roberta
+from tests.conftest import results_of, tiny_roberta
+from tests.hub_layouts import SST5_NAMES, environment, write_sst5
 from tests.loopback_hub import loopback_hub
-
-NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
-
-
-def write_sst5(folder):
-    """SST-5 in small, stored as the real one: JSON lines with label and label_text, no ClassLabel."""
-    folder.mkdir(parents=True)
-    for split, size, name in (("train", 40, "train"), ("validation", 20, "dev"), ("test", 20, "test")):
-        rows = [
-            {"text": f"{text} {split}", "label": i % 5, "label_text": NAMES[i % 5]}
-            for i, (text, _) in enumerate(sentences(size))
-        ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-
-def environment(endpoint, folder):
-    caches = {
-        "HF_HOME": str(folder / "hf"),
-        "HF_DATASETS_CACHE": str(folder / "ds"),
-        "HF_MODULES_CACHE": str(folder / "m"),
-    }
-    return caches | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"}
 
 
 def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
@@ -40,7 +19,7 @@ def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
     assert online["samples_seen"] == 40
     folder = tmp_path / "outputs" / "roberta-base-sst5-lr5e-05-bs32-ep1-s42"
     names = json.loads((folder / "model" / "config.json").read_text())["id2label"]
-    assert tuple(names.values()) == NAMES
+    assert tuple(names.values()) == SST5_NAMES
     assert "fetching --model roberta-base" in done.stderr
 
     # Again from the cache, in processes that cannot open a connection and write down who tries.

@@ -120,7 +120,7 @@ def test_a_connected_run_after_an_import_downloads_no_weights(
 def test_a_data_set_loads_offline_through_its_folder(tmp_path: Path, cache: Path) -> None:
     from lib.config.sections import DataConfig
     from lib.data.sources import load_raw
-    from tests.hub.test_hub_models import write_sst5
+    from tests.hub_layouts import write_sst5
 
     write_sst5(tmp_path / "data")
     take(tmp_path / "data", Repo("SetFit/sst5", "dataset"))
