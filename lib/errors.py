@@ -18,3 +18,9 @@ def require(condition: bool, message: str) -> None:
 def redact(text: str) -> str:
     """`text` without tokens and passwords."""
     return SECRET.sub("***", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without secrets; the name of its type where the message is empty."""
+    lines = str(error).strip().splitlines()
+    return redact(lines[0]) if lines else type(error).__name__

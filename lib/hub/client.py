@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from lib.errors import redact
+from lib.errors import first_line, redact
 from lib.hub.cache.layout import COMMIT, Repo, check_tree
 from lib.hub.endpoint import is_official, proxy_of
 
@@ -168,8 +168,3 @@ def explain_connect(error: Exception, server: str, proxy: str | None) -> Fault:
     if "refused" in reason:
         return Fault("refused", f"{server} refuses the connection")
     return Fault("network", f"{server} cannot be reached ({reason})")
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return redact(lines[0]) if lines else type(error).__name__

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.errors import redact
+from lib.errors import first_line, redact
 from lib.hub.cache.files import damage
 from lib.hub.cache.layout import Repo, cache_root
-from lib.hub.client import Fault, Listing, at_once, bounded, explain, first_line, token_rule
+from lib.hub.client import Fault, Listing, at_once, bounded, explain, token_rule
 
 STALL_SECONDS = 30.0
 """A download that brings no byte for so long is given up."""

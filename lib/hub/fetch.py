@@ -13,7 +13,7 @@ from lib.errors import UserError, redact
 from lib.hub.advice import missing_report
 from lib.hub.cache.files import has_name, missing_parts
 from lib.hub.cache.layout import COMMIT, blob_name, cache_root, find_snapshot, read_ref, read_tree, snapshot_files
-from lib.hub.cache.publish import CacheError, lock_repo, locks_folder, write_whole, writing
+from lib.hub.cache.publish import CacheError, lock_repo, locks_folder, writing
 from lib.hub.client import Fault, Listing, ask, ask_all
 from lib.hub.download import download
 from lib.hub.endpoint import (
@@ -36,6 +36,7 @@ from lib.hub.needs import (
     read_card,
     wanted_files,
 )
+from lib.runtime.atomic import write_atomically
 
 
 def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
@@ -112,7 +113,7 @@ def settle_online(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -
             bring(need, listing, hub, endpoint)
         elif read_ref(need.repo.folder, need.revision) != listing.commit:
             with writing():
-                write_whole(need.repo.folder / "refs" / need.revision, listing.commit)
+                write_atomically(need.repo.folder / "refs" / need.revision, listing.commit)
     except Fault as fault:
         settle_offline({need: fault}, endpoint)
     except CacheError as error:

@@ -10,15 +10,14 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.hub.cache.files import damage, missing_parts, missing_shards, model_files
-from lib.hub.cache.publish import write_whole
-from lib.hub.client import bounded, first_line
+from lib.hub.client import bounded
 from lib.hub.download import STALL_SECONDS
 from lib.hub.endpoint import modelscope_cache, modelscope_endpoint, offline_asked
 from lib.hub.importing.provenance import list_files
 from lib.hub.needs import Need
-from lib.runtime.atomic import sha256
+from lib.runtime.atomic import sha256, write_atomically
 
 
 def record_path(model: str, revision: str) -> Path:
@@ -78,7 +77,7 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
         "folder": str(folder),
         "files": {name: sha256(path) for name, path in sorted(used.items())},
     }
-    write_whole(record_path(need.repo.repo_id, need.revision), json.dumps(record, indent=1))
+    write_atomically(record_path(need.repo.repo_id, need.revision), json.dumps(record, indent=1))
 
 
 def compare_with_record(need: Need, record: dict) -> None:

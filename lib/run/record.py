@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lib.data.loader import Batches
 from lib.model.layers import count_parameters
 from lib.model.load import model_name, model_origin
 from lib.runtime.accelerator import describe_devices
+from lib.runtime.git import git
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
 
@@ -105,13 +105,14 @@ def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def run_record(accelerator: Accelerator) -> dict[str, Any]:
     """The environment of a run: commit, versions, devices, precision."""
+    root = Path(__file__).resolve().parents[2]
     record: dict[str, Any] = {
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "devices": describe_devices(accelerator),
         "python": platform.python_version(),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "git_commit": git(root, "rev-parse", "HEAD"),
+        "git_dirty": bool(git(root, "status", "--porcelain", "--untracked-files=no")),
     }
     return record | {f"version_{name}": version(name) for name in VERSIONS}
 
@@ -121,16 +122,6 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def git(*arguments: str) -> str | None:
-    """Output of a git command in the project's folder, None without git or repository."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = None) -> dict[str, float]:

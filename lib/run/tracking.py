@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import worst_rows
 from lib.evaluation.scores import LOWER_IS_BETTER
@@ -216,8 +216,3 @@ def group_name(run_name: str) -> str:
     """The name without its seed: runs of a group differ only in the seed."""
     stem, _, seed = run_name.rpartition("-s")
     return stem if stem and seed.isdigit() else run_name
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

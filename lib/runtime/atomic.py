@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,22 @@ def find_damage(folder: Path) -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a small file whole or not at all, with the permissions of a new file; a reader never sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    os.chmod(draft, 0o666 & ~umask())
+    os.replace(draft, path)
+
+
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
 
 
 def publish_folder(fresh: Path, target: Path) -> None:

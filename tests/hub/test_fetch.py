@@ -561,7 +561,7 @@ def test_a_cache_that_may_only_be_read_serves_all_who_find_their_model_there(
     with loopback_hub(served) as hub:
         prepare([MODEL], HubConfig(), hub.endpoint)
         monkeypatch.setattr(hub_publish, "FileLock", refuse)
-        monkeypatch.setattr(hub_fetch, "write_whole", refuse)
+        monkeypatch.setattr(hub_fetch, "write_atomically", refuse)
         capsys.readouterr()
         prepare([MODEL], HubConfig(), hub.endpoint)
         assert capsys.readouterr().err == ""

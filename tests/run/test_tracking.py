@@ -20,9 +20,9 @@ from datasets import Dataset
 
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.evaluation.predictions import Predictions
-from lib.run.tracking import RunLog, check_tracker, first_line, group_name, truncate_log, wandb_mode
+from lib.run.tracking import RunLog, check_tracker, group_name, truncate_log, wandb_mode
 from tests.conftest import ROOT, read_lines
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}

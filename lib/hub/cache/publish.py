@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 from lib.errors import UserError
 from lib.hub.cache.files import has_name
 from lib.hub.cache.layout import Repo, cache_root, read_ref, snapshot_files
+from lib.runtime.atomic import umask, write_atomically
 
 
 class CacheError(UserError):
@@ -110,7 +110,7 @@ def publish_entry(staged: Path, repo: Repo, move_ref: bool = False) -> None:
     for path in sorted((staged / "trees").glob("*.json")):
         os.replace(path, folder / "trees" / path.name)
     for path in sorted(path for path in (staged / "refs").rglob("*") if path.is_file()):
-        write_whole(folder / "refs" / path.relative_to(staged / "refs"), path.read_text(encoding="utf-8"))
+        write_atomically(folder / "refs" / path.relative_to(staged / "refs"), path.read_text(encoding="utf-8"))
 
 
 def check_same(staged: Path, folder: Path, repo: Repo, move_ref: bool) -> None:
@@ -151,19 +151,3 @@ def merge_folder(source: Path, target: Path) -> None:
         if not place.is_file():
             os.replace(path, place)
     shutil.rmtree(source)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file in one piece, with the permissions the umask gives."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o666 & ~umask())
-    os.replace(name, path)
-
-
-def umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value

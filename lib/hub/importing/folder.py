@@ -22,11 +22,11 @@ from lib.hub.cache.files import (
     missing_shards,
 )
 from lib.hub.cache.layout import COMMIT, Repo
-from lib.hub.cache.publish import lock_repo, publish_entry, staging_folder, umask, write_whole, writing
+from lib.hub.cache.publish import lock_repo, publish_entry, staging_folder, writing
 from lib.hub.importing.load_check import check_loads
 from lib.hub.importing.provenance import Provenance, read_provenance, read_sha256_list
 from lib.hub.needs import named_base
-from lib.runtime.atomic import sha256
+from lib.runtime.atomic import link_file, sha256, umask, write_atomically
 
 REFUSED = "cannot be imported, nothing was changed:"
 COPIED = re.compile(r"\s*(\(\d+\)|- (Copy|副本))(?=\.|$)|[?_]download=true$|(?<=\.json)\.txt$")
@@ -202,11 +202,7 @@ def link(path: Path, target: Path) -> bool:
     path, mode = path.resolve(), 0o666 & ~umask()
     if path.stat().st_mode & mode != mode:
         return False
-    try:
-        os.link(path, target)
-    except OSError:
-        return False
-    return True
+    return link_file(path, target)
 
 
 def unknown_commit(names: dict[str, str]) -> str:
@@ -229,13 +225,13 @@ def finish_entry(staged: Path, known: Provenance, names: dict[str, str], commit:
     tree = known.tree
     if tree is not None:
         for name in set(OPTIONAL_FILES) - set(tree):
-            write_whole(staged / ".no_exist" / commit / name, "")
+            write_atomically(staged / ".no_exist" / commit / name, "")
     elif commit.startswith(UNKNOWN):  # this commit is what was imported, so the list is complete
         tree = {name: tree_entry(staged / "blobs" / blob, blob) for name, blob in names.items()}
     if tree is not None:
-        write_whole(staged / "trees" / f"{commit}.json", tree_text(tree))
+        write_atomically(staged / "trees" / f"{commit}.json", tree_text(tree))
     if revision != commit:
-        write_whole(staged / "refs" / revision, commit)
+        write_atomically(staged / "refs" / revision, commit)
 
 
 def tree_entry(blob: Path, name: str) -> dict:

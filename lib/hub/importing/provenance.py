@@ -8,12 +8,12 @@ import collections
 import dataclasses
 import os
 import re
-import subprocess
 from pathlib import Path, PurePosixPath
 
 from lib.errors import UserError
 from lib.hub.cache.files import HASH, POINTER
 from lib.hub.cache.layout import COMMIT, Repo, blob_name, read_ref, read_tree
+from lib.runtime.git import git
 
 IGNORED_FOLDERS = {".git", ".cache", "._____temp", "__MACOSX", ".ipynb_checkpoints", ".locks", "@eaDir"}
 IGNORED_FILES = {".msc", ".mdl", ".mv", ".DS_Store", "Thumbs.db", "desktop.ini", "CACHEDIR.TAG"}
@@ -137,21 +137,25 @@ def read_git(folder: Path, files: dict[str, Path]) -> Provenance | None:
     if commit is None or listing is None:
         return None
     tree: dict[str, dict] = {}
-    for line in listing.decode(errors="replace").split("\0")[:-1]:
+    for line in listing.split("\0")[:-1]:
         head, _, name = line.partition("\t")
         mode, kind, oid, size = head.split()
         if kind != "blob" or mode == "120000":
             continue
         tree[name] = {"size": int(size), "blob_id": oid}
-        if int(size) < 200 and (pointer := git(folder, "cat-file", "blob", oid)) and pointer.startswith(POINTER):
-            digest = re.search(rb"oid sha256:([0-9a-f]{64})", pointer)
-            length = re.search(rb"size (\d+)", pointer)
+        if (
+            int(size) < 200
+            and (pointer := git(folder, "cat-file", "blob", oid))
+            and pointer.startswith(POINTER.decode())
+        ):
+            digest = re.search(r"oid sha256:([0-9a-f]{64})", pointer)
+            length = re.search(r"size (\d+)", pointer)
             if digest and length:
-                lfs = {"lfs_sha256": digest[1].decode(), "lfs_size": int(length[1])}
+                lfs = {"lfs_sha256": digest[1], "lfs_size": int(length[1])}
                 tree[name] |= {"size": int(length[1])} | lfs
     tracked = {name: lfs_object(folder, path, tree[name]) for name, path in files.items() if name in tree}
     names = {name: blob_name(entry) for name, entry in tree.items()}
-    return Provenance("git clone", tracked, commit.decode().strip(), names, tree)
+    return Provenance("git clone", tracked, commit, names, tree)
 
 
 def lfs_object(folder: Path, path: Path, entry: dict) -> Path:
@@ -160,17 +164,6 @@ def lfs_object(folder: Path, path: Path, entry: dict) -> Path:
     fetched = folder / ".git" / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
     is_pointer = bool(digest) and path.stat().st_size < 200 and path.read_bytes().startswith(POINTER)
     return fetched if is_pointer and fetched.is_file() else path
-
-
-def git(folder: Path, *arguments: str) -> bytes | None:
-    """Output of a git command that only reads; settings of the clone cannot make it fetch or run anything."""
-    safe = ["-c", "protocol.allow=never", "-c", "core.fsmonitor=false", "-c", "core.sshCommand=false"]
-    safe += ["-c", "safe.directory=*"]  # clones on a net disk belong to somebody else
-    command = ["git", *safe, "-C", str(folder), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------- cache
