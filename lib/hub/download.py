@@ -1,4 +1,4 @@
-"""Files of the Hub or a mirror, brought to a folder: over slow and broken lines too, and never without an end."""
+"""Downloads to a folder: resumed after a broken connection, and given up when no byte arrives for a while."""
 
 import time
 from collections.abc import Sequence
@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import first_line, redact
-from lib.hub.cache.files import damage
+from lib.hub.cache.contents import file_damage
 from lib.hub.cache.layout import Repo, cache_root
-from lib.hub.client import Fault, Listing, at_once, bounded, explain, token_rule
+from lib.hub.client import Fault, Listing, call_with_timeout, explain_error, map_in_threads, token_for
 
 STALL_SECONDS = 30.0
-"""A download that brings no byte for so long is given up."""
-PIECE = 2**16
-"""Bytes in which a file grows. In the library's pieces of 10 MiB a slow line looks dead, and a broken one loses them."""
+"""A download that receives no byte for so long is given up."""
+CHUNK_SIZE = 2**16
+"""Bytes that are written at once. With the library's 10 MiB a slow line looks dead, and a broken one loses up to 10 MiB."""
 
 
-class Pulse:
-    """Takes the place of the library's progress bar for each file: one bar for all, and when something last came."""
+class SharedBar:
+    """One progress bar for all files, and the time of the last byte; stands for `tqdm_class` in the library's downloads."""
 
     def __init__(self, bar: Any) -> None:
         self.bar, self.last = bar, time.monotonic()
 
-    def __call__(self, **_: Any) -> "Pulse":
+    def __call__(self, **_: Any) -> "SharedBar":
         return self
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "SharedBar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -39,39 +39,52 @@ class Pulse:
 def download(
     repo: Repo, listing: Listing, names: Sequence[str], folder: Path, endpoint: str, send_token: bool = False
 ) -> None:
-    """Bring files of a commit into `folder`; what an earlier call has left there, parts of files too, is not brought again.
+    """Download files of a commit into `folder`, without what an earlier call left there, parts of files included.
 
-    Raises Fault when the server refuses, breaks off, or brings no byte for STALL_SECONDS, and when the disk is full.
+    Raises Fault when the server refuses, breaks off, or sends no byte for STALL_SECONDS, and when the disk is full.
     """
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, tqdm
     from huggingface_hub.utils import logging as hub_logging
 
     hub_logging.set_verbosity_error()
-    constants.DOWNLOAD_CHUNK_SIZE = PIECE
-    headers = build_hf_headers(token=token_rule(endpoint, send_token))
+    constants.DOWNLOAD_CHUNK_SIZE = CHUNK_SIZE
+    headers = build_hf_headers(token=token_for(endpoint, send_token))
     todo = [name for name in names if not (folder / name).is_file()]
     parts = [folder / f"{name}.incomplete" for name in todo]
     size = sum(listing.tree[name]["size"] for name in todo)
     size -= sum(part.stat().st_size for part in parts if part.is_file())
-    with tqdm(desc=repo.repo_id, total=size, unit="B", unit_scale=True, disable=None) as bar:  # on a terminal only
-        pulse = Pulse(bar)
+    server = f"the Hub at {redact(endpoint)}"
+    with tqdm(desc=repo.repo_id, total=size, unit="B", unit_scale=True, disable=None) as bar:  # only on a terminal
+        shared = SharedBar(bar)
 
-        def bring(name: str) -> None:
+        def fetch_one(name: str) -> None:
             url = hf_hub_url(repo.repo_id, name, repo_type=repo.repo_type, revision=listing.commit, endpoint=endpoint)
-            bring_file(url, folder / name, listing.tree[name]["size"], headers, pulse)
+            download_file(url, folder / name, listing.tree[name]["size"], headers, shared)
 
         try:
-            bounded(lambda: at_once(bring, todo, 4), lambda: time.monotonic() - pulse.last > STALL_SECONDS)
+            call_with_timeout(
+                lambda: map_in_threads(fetch_one, todo, threads=4),
+                is_late=lambda: time.monotonic() - shared.last > STALL_SECONDS,
+            )
         except TimeoutError:
-            text = f"the Hub at {redact(endpoint)} sent nothing for {STALL_SECONDS:g} seconds"
-            raise Fault("stalled", text) from None
+            raise Fault("stalled", f"{server} sent nothing for {STALL_SECONDS:g} seconds") from None
+        except Fault as fault:
+            raise Fault(fault.kind, f"{server} {fault.text}") from fault
         except Exception as error:
-            raise explain_download(error, repo, listing.commit, endpoint) from error
+            if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+                text = f"the cache {cache_root()} cannot be written: {first_line(error)}"
+                raise Fault("disk", text) from error
+            if type(error).__name__ in ("RemoteProtocolError", "ReadError"):
+                raise Fault("broken_off", f"{server} broke off in the middle of a file, several times") from error
+            raise explain_error(error, repo, listing.commit, endpoint, STALL_SECONDS) from error
 
 
-def bring_file(url: str, path: Path, size: int, headers: dict[str, str], pulse: Pulse) -> None:
-    """Bring one file of `size` bytes, from where its part ends. Raises what the library raises, and Fault for other sizes."""
+def download_file(url: str, path: Path, size: int, headers: dict[str, str], shared: SharedBar) -> None:
+    """Download a file of `size` bytes, from the end of its part on.
+
+    Raises what the library raises, and Fault when the server sends another number of bytes.
+    """
     import httpx2
     from huggingface_hub.file_download import http_get
 
@@ -82,16 +95,10 @@ def bring_file(url: str, path: Path, size: int, headers: dict[str, str], pulse: 
         with part.open("ab") as file:
             there = file.tell()
             try:
-                http_get(
-                    url,
-                    file,
-                    resume_size=there,
-                    headers=headers,
-                    expected_size=size,
-                    tqdm_class=pulse,  # type: ignore[arg-type]
-                )
+                bar: Any = shared
+                http_get(url, file, resume_size=there, headers=headers, expected_size=size, tqdm_class=bar)
                 break
-            except httpx2.NetworkError:  # reset in the middle: again, as long as more comes of it
+            except httpx2.NetworkError:  # a reset connection: again, as long as each attempt receives something
                 if file.tell() <= max(before, there):
                     raise
                 before = there
@@ -99,19 +106,8 @@ def bring_file(url: str, path: Path, size: int, headers: dict[str, str], pulse: 
                 if "Consistency check" not in str(error):
                     raise
                 file.flush()
-                fault = damage(part, path.name) or f"is cut off: {part.stat().st_size:,} of {size:,} bytes"
+                found = part.stat().st_size
+                reason = file_damage(part, path.name) or f"has {found:,} of {size:,} bytes"
                 part.unlink()
-                raise Fault("altered", f"sent a file that is not the listed one: {path.name} {fault}") from error
+                raise Fault("altered", f"sent a file that is not the listed one: {path.name} {reason}") from error
     part.rename(path)
-
-
-def explain_download(error: Exception, repo: Repo, commit: str, endpoint: str) -> Fault:
-    """A download that broke off as one sentence; a full disk has one of its own."""
-    server = f"the Hub at {redact(endpoint)}"
-    if isinstance(error, Fault):
-        return Fault(error.kind, f"{server} {error.text}")
-    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
-        return Fault("disk", f"the cache {cache_root()} cannot be written: {first_line(error)}")
-    if type(error).__name__ in ("RemoteProtocolError", "ReadError"):
-        return Fault("broken_off", f"{server} broke off in the middle of a file, again and again")
-    return explain(error, repo, commit, endpoint, STALL_SECONDS)

@@ -1,11 +1,13 @@
-"""Where the Hub is, whether it may be asked, and whose token it gets: settled before huggingface_hub is imported.
+"""The address of the Hub, whether it may be asked, and who gets the token: set before huggingface_hub is imported.
 
-huggingface_hub and datasets read these variables once, when they are imported. What is settled here also holds where
-they are imported already, and for the processes started from this one.
+huggingface_hub and datasets read these variables once, on import. What is set here also holds where they are imported
+already, and for processes started from this one.
 """
 
+import difflib
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,10 +23,10 @@ KNOWN_VARIABLES = (
 TRUE = {"1", "ON", "YES", "TRUE"}
 
 
-def settle_endpoint(given: str | None, send_token: bool = False) -> str:
-    """The endpoint in force: that of the flag, of HF_ENDPOINT, or the Hub itself. A mirror gets no token unless asked.
+def configure_endpoint(given: str | None, send_token: bool = False) -> str:
+    """Choose the endpoint (the flag, else HF_ENDPOINT, else the Hub itself) and set it for all libraries.
 
-    Raises UserError when it is no http(s) address.
+    A mirror gets no token without `send_token`. Raises UserError when the endpoint is not an http(s) address.
     """
     flag = "--hub_endpoint" if given else "HF_ENDPOINT"
     endpoint = (given or os.environ.get("HF_ENDPOINT") or OFFICIAL).strip().rstrip("/")
@@ -35,10 +37,10 @@ def settle_endpoint(given: str | None, send_token: bool = False) -> str:
     if constants:
         constants.ENDPOINT = endpoint
         constants.HUGGINGFACE_CO_URL_TEMPLATE = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    # Its user agent would first ask the same server another question, within our limit.
+    # To build its user agent the library would send the server one more request, within our time limit.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not is_official(endpoint):
-        # The faster protocol of the Hub leaves the mirror for servers that the mirror was chosen to avoid.
+        # Xet, the Hub's faster protocol, connects to other servers than the mirror.
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
         if not send_token:
             os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
@@ -53,8 +55,8 @@ def is_official(endpoint: str) -> bool:
     return parts.scheme == "https" and (host in ("huggingface.co", "hf.co") or host.endswith(".huggingface.co"))
 
 
-def offline_asked() -> str | None:
-    """The variable by which the user forbids the Hub, as it is set; None when it may be asked."""
+def offline_variable() -> str | None:
+    """The variable with which the user forbids requests to the Hub, as NAME=VALUE; None when they are allowed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").upper() in TRUE:
             return f"{name}={os.environ[name]}"
@@ -62,16 +64,15 @@ def offline_asked() -> str | None:
 
 
 def go_offline() -> None:
-    """From here on every library reads the cache and none asks the Hub."""
+    """From here on every library reads the cache and sends the Hub no request."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if "huggingface_hub.constants" in sys.modules:
-        sys.modules["huggingface_hub.constants"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
-    if "datasets.config" in sys.modules:
-        sys.modules["datasets.config"].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            sys.modules[name].HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 def offline_environment(cache: Path) -> dict[str, str]:
-    """The environment of a process that sees one cache and no Hub, and leaves nothing behind outside of `cache`."""
+    """The environment of a process that has one cache and no Hub, and writes nothing outside of `cache`."""
     settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "HF_DATASETS_CACHE": str(cache / "datasets")}
     return os.environ | settings | {"CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": str(cache / "modules")}
 
@@ -82,7 +83,7 @@ def is_first_process() -> bool:
 
 
 def datasets_cache() -> Path:
-    """Where `datasets` keeps the tables it has made of data sets."""
+    """The folder of the tables that `datasets` has made; found without importing it."""
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     return Path(os.path.expandvars(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets")).expanduser()
 
@@ -112,7 +113,7 @@ def proxies() -> dict[str, str]:
 
 
 def proxy_of(endpoint: str) -> str | None:
-    """The proxy on the way to an address, without its password; None when there is none."""
+    """The proxy for an address, without its password; None when there is none."""
     parts, found = urlsplit(endpoint), getproxies()
     if proxy_bypass(parts.hostname or ""):
         return None
@@ -120,17 +121,17 @@ def proxy_of(endpoint: str) -> str | None:
     return redact(proxy) if proxy else None
 
 
-def misspelt() -> list[tuple[str, str]]:
-    """(variable, what was meant) for variables of the environment that nothing reads, such as HF-ENDPOINT."""
-    import difflib
-
+def misspelt_variables() -> list[tuple[str, str]]:
+    """(name, intended name) of environment variables that no library reads, such as HF-ENDPOINT."""
+    spec = find_spec("huggingface_hub.constants")  # read, not imported: that would be too early
+    read_by_library = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
     found = []
-    for name in os.environ:
+    for name in sorted(os.environ):
         plain = name.upper().replace("-", "_")
         close = difflib.get_close_matches(plain, KNOWN_VARIABLES, 1, 0.9)
-        if name not in KNOWN_VARIABLES and close and plain.startswith(("HF", "H_F")) and not is_known(name):
+        if name not in KNOWN_VARIABLES and close and plain.startswith(("HF", "H_F")) and name not in read_by_library:
             found.append((name, close[0]))
-    return sorted(found)
+    return found
 
 
 def late_variables() -> list[str]:
@@ -141,15 +142,8 @@ def late_variables() -> list[str]:
     return [name for name, now, then in pairs if constants and now and now.rstrip("/") != str(then).rstrip("/")]
 
 
-def is_known(name: str) -> bool:
-    """Whether huggingface_hub itself reads a variable of this name."""
-    from huggingface_hub import constants
-
-    return name in Path(constants.__file__).read_text(encoding="utf-8")
-
-
 def shorten(path: Path) -> str:
-    """A path as a person writes it: relative to here, else from the home folder."""
+    """A path as a person writes it: relative to the working folder, else from the home folder."""
     for start, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
         if path.is_relative_to(start):
             return prefix + path.relative_to(start).as_posix()

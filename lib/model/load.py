@@ -17,8 +17,8 @@ from lib.errors import UserError
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.files import weight_files
-from lib.hub.cache.layout import REPO_ID, Repo, find_snapshot
-from lib.hub.endpoint import settle_endpoint
+from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id
+from lib.hub.endpoint import configure_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
 from lib.model.layers import freeze
@@ -38,7 +38,7 @@ def resolve_model(config: ModelSource) -> str:
         return config.model
     if config.source == "modelscope":
         return str(modelscope_folder(config.model, config.model_revision or "master"))
-    snapshot = find_snapshot(Repo(config.model), config.model_revision) if REPO_ID.fullmatch(config.model) else None
+    snapshot = find_snapshot(Repo(config.model), config.model_revision) if is_repo_id(config.model) else None
     return str(snapshot or config.model)
 
 
@@ -249,7 +249,7 @@ def load_report(config: ModelSource, error: Exception) -> str:
         "Give a folder with config.json and weights, a Hub id with the network or a mirror (HF_ENDPOINT) at hand, "
         "or --model minilm, which needs neither."
     )
-    if (folder.is_dir() and Path(config.model).is_dir()) or not REPO_ID.fullmatch(config.model):
+    if (folder.is_dir() and Path(config.model).is_dir()) or not is_repo_id(config.model):
         return given
     need = Need("--model", Repo(config.model), config.model_revision or "main")
-    return "\n".join([given, "One of:", *(f"  {line}" for line in advice(need, settle_endpoint(None)))])
+    return "\n".join([given, "One of:", *(f"  {line}" for line in advice(need, configure_endpoint(None)))])

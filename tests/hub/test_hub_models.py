@@ -7,7 +7,7 @@ from tests.hub_layouts import SST5_NAMES, environment, write_sst5
 from tests.loopback_hub import loopback_hub
 
 
-def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
+def test_hub_model_and_data_set_train_online_and_then_offline_with_equal_results(run, tmp_path):
     tiny_roberta(tmp_path / "hub" / "models" / "roberta-base")
     write_sst5(tmp_path / "hub" / "datasets" / "SetFit" / "sst5")
     with loopback_hub(tmp_path / "hub") as (endpoint, requests):
@@ -22,7 +22,7 @@ def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
     assert tuple(names.values()) == SST5_NAMES
     assert "fetching --model roberta-base" in done.stderr
 
-    # Again from the cache, in processes that cannot open a connection and write down who tries.
+    # Again from the cache, in processes that cannot open a connection and log every attempt.
     settings = environment(endpoint, tmp_path) | {"HF_HUB_OFFLINE": "1"} | without_network(tmp_path)
     offline = results_of(run("train.py", *flags, "--run_name", "offline", processes=1, env=settings))
     assert (tmp_path / "sockets.log").read_text().splitlines() == []
@@ -38,7 +38,7 @@ def test_the_line_of_the_readme_runs_end_to_end_with_hub_names(run, tmp_path):
 
 
 def without_network(folder):
-    """Settings under which every Python process refuses to connect or to look up a name, and logs that it was asked to."""
+    """Variables under which every Python process refuses to connect or to look up a name, and logs the attempt."""
     (folder / "sockets.log").write_text("")
     (folder / "guard").mkdir()
     (folder / "guard" / "sitecustomize.py").write_text(GUARD.format(log=str(folder / "sockets.log")))
@@ -60,7 +60,7 @@ socket.getaddrinfo = socket.gethostbyname = socket.create_connection = refuse
 """
 
 
-def test_the_guard_of_the_test_above_sees_who_asks(run, tmp_path):
+def test_guard_of_the_test_above_logs_an_attempt(run, tmp_path):
     (tmp_path / "hub").mkdir()
     with loopback_hub(tmp_path / "hub") as (endpoint, requests):
         settings = environment(endpoint, tmp_path) | without_network(tmp_path)
@@ -70,7 +70,7 @@ def test_the_guard_of_the_test_above_sees_who_asks(run, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_an_unknown_hub_name_ends_with_the_names_there_are(run, tmp_path):
+def test_unknown_data_set_ends_with_the_known_names(run, tmp_path):
     (tmp_path / "hub").mkdir()
     with loopback_hub(tmp_path / "hub") as (endpoint, _):
         done = run("train.py", "--dataset", "nobody/nothing", code=2, env=environment(endpoint, tmp_path))

@@ -1,4 +1,4 @@
-"""A folder carried by hand becomes a cache entry that every library reads: from every layout, whole or not at all."""
+"""An import makes a cache entry that every library reads, from every layout, or changes nothing."""
 
 import hashlib
 import json
@@ -14,14 +14,27 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from transformers import AutoModel, AutoTokenizer
 
+from lib.config.hub import ImportConfig
+from lib.config.sections import DataConfig
+from lib.data.sources import load_raw
 from lib.errors import UserError
-from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files, verify_repo
+from lib.hub.cache.layout import Repo, find_snapshot, parse_repo, snapshot_files
 from lib.hub.cache.publish import staging_folder
+from lib.hub.cache.verify import verify_repo
 from lib.hub.importing import load_check
-from lib.hub.importing.archives import opened
-from lib.hub.importing.folder import UNKNOWN, Imported, import_folder
+from lib.hub.importing.folder import UNKNOWN, Imported, import_source
 from tests.conftest import ROOT
-from tests.hub_layouts import COMMIT, LAYOUTS, browser, cache_of_another_machine, git, git_clone, local_dir, tree_entry
+from tests.hub_layouts import (
+    COMMIT,
+    LAYOUTS,
+    browser,
+    cache_of_another_machine,
+    git,
+    git_clone,
+    local_dir,
+    tree_entry,
+    write_sst5,
+)
 from tests.loopback_hub import loopback_hub, pointer_of, repository_files
 
 REPO = Repo("user/tiny")
@@ -36,9 +49,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def take(source: Path, repo: Repo = REPO, **settings: object) -> Imported:
-    """Import without the fresh process that the command line ends with."""
-    with opened(source) as folder:
-        return import_folder(folder, repo, **{"load_check": False, **settings})  # type: ignore[arg-type]
+    """Import, without loading in a fresh process unless asked for."""
+    options = {"repo_id": repo.repo_id, "repo_type": repo.repo_type, "load_check": False, **settings}
+    return import_source(ImportConfig(str(source), **options))  # type: ignore[arg-type]
 
 
 def everything(folder: Path) -> dict[str, bytes | str]:
@@ -51,16 +64,13 @@ def everything(folder: Path) -> dict[str, bytes | str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- round trips
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_an_entry_that_loads_and_that_the_cache_commands_keep(
+def test_every_layout_becomes_an_entry_that_loads_and_that_scan_cache_accepts(
     layout: str, roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     make, verified = LAYOUTS[layout]
     done = take(make(roberta, tmp_path / "given"))
-    assert done.verified is verified
+    assert (done.unproven == ()) is verified
     assert (done.commit == COMMIT) is (layout in ("hf download", "cache entry", "snapshot"))
     assert done.commit.startswith(UNKNOWN) is (not verified)
 
@@ -83,7 +93,7 @@ def test_every_layout_gives_an_entry_that_loads_and_that_the_cache_commands_keep
     assert (repo.repo_id, [sorted(revision.refs) for revision in repo.revisions]) == ("user/tiny", [["main"]])
 
 
-def test_names_are_those_the_hub_gives(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_blobs_have_the_names_that_the_hub_gives_them(roberta: Path, tmp_path: Path, cache: Path) -> None:
     take(browser(roberta, tmp_path / "given"))
     blobs = {path.name for path in (REPO.folder / "blobs").iterdir()}
     for name, data in repository_files(roberta).items():
@@ -94,7 +104,7 @@ def test_names_are_those_the_hub_gives(roberta: Path, tmp_path: Path, cache: Pat
         assert path.is_dir() or not os.path.isabs(os.readlink(path))
 
 
-def test_gitattributes_decide_what_is_lfs(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_gitattributes_decide_what_is_in_lfs(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     (given / ".gitattributes").write_text("tokenizer.json filter=lfs diff=lfs merge=lfs -text\n")
     take(given)
@@ -103,7 +113,7 @@ def test_gitattributes_decide_what_is_lfs(roberta: Path, tmp_path: Path, cache: 
     assert (REPO.folder / "blobs" / git(tmp_path, "hash-object", str(roberta / "model.safetensors"))).is_file()
 
 
-def test_a_connected_run_after_an_import_downloads_no_weights(
+def test_snapshot_download_after_an_import_downloads_no_file(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(roberta, tmp_path / "served" / "models" / "user" / "tiny")
@@ -117,11 +127,7 @@ def test_a_connected_run_after_an_import_downloads_no_weights(
         assert len(hub.downloads) == len(repository_files(roberta))
 
 
-def test_a_data_set_loads_offline_through_its_folder(tmp_path: Path, cache: Path) -> None:
-    from lib.config.sections import DataConfig
-    from lib.data.sources import load_raw
-    from tests.hub_layouts import write_sst5
-
+def test_imported_data_set_loads_offline(tmp_path: Path, cache: Path) -> None:
     write_sst5(tmp_path / "data")
     take(tmp_path / "data", Repo("SetFit/sst5", "dataset"))
     splits = load_raw(DataConfig(dataset="sst5"))
@@ -129,9 +135,7 @@ def test_a_data_set_loads_offline_through_its_folder(tmp_path: Path, cache: Path
     assert scan_cache_dir(cache).warnings == []
 
 
-def test_the_command_line_ends_with_a_load_in_a_fresh_process_and_hf_keeps_the_entry(
-    roberta: Path, tmp_path: Path
-) -> None:
+def test_import_command_loads_in_a_fresh_process_and_hf_cache_keeps_the_entry(roberta: Path, tmp_path: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
 
@@ -159,7 +163,7 @@ def test_the_command_line_ends_with_a_load_in_a_fresh_process_and_hf_keeps_the_e
     assert "user/tiny: model.safetensors is damaged" in done.stdout
 
 
-def test_what_does_not_load_is_not_kept(
+def test_model_that_does_not_load_is_not_added(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_this_process(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
@@ -186,9 +190,6 @@ def test_what_does_not_load_is_not_kept(
     assert find_snapshot(REPO) is not None
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
-
-
 def break_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(pointer_of(b"weights"))
 
@@ -208,6 +209,11 @@ def break_cut(folder: Path) -> None:
 
 def break_cut_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:20])
+
+
+def break_dtype(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data.replace(b'"F32"', b'"F99"'))
 
 
 def break_cut_json(folder: Path) -> None:
@@ -275,8 +281,9 @@ BREAKS = {
     break_pointer: "model.safetensors is a git-LFS pointer",
     break_html: "tokenizer.json is a web page",
     break_html_weights: "model.safetensors is a web page",
-    break_cut: r"model.safetensors is cut off or altered: it has [\d,]+ of [\d,]+ bytes",
-    break_cut_header: "model.safetensors is not a safetensors file, or cut off",
+    break_cut: r"model.safetensors is cut off, or not a safetensors file \([\d,]+ bytes",
+    break_cut_header: "model.safetensors is cut off, or not a safetensors file",
+    break_dtype: "model.safetensors is cut off, or not a safetensors file",
     break_cut_json: "config.json is not JSON",
     break_shard: "model-00002-of-00002.safetensors is missing",
     break_shard_without_index: "model-00001-of-00002.safetensors is missing",
@@ -287,7 +294,7 @@ BREAKS = {
     break_folder_link: "more is a link that leaves the folder",
     break_unfinished: "model.safetensors.aria2: a download is not finished",
     break_renamed: r"'model \(1\).safetensors' looks like model.safetensors under another name; rename it",
-    break_saved_answer: "vocab.txt is an answer of the server, not the file itself: 'Entry not found'",
+    break_saved_answer: "vocab.txt is an error message of the server, not the file itself: 'Entry not found'",
     break_browser_folder: "model.safetensors.download: a download is not finished",
     break_odd_name: "no file of the Hub has such a name",
     break_empty: r"it lacks config.json, .* \(found: nothing\)",
@@ -295,7 +302,7 @@ BREAKS = {
 
 
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__)
-def test_damaged_folders_are_refused_by_name_and_leave_nothing(
+def test_damaged_folder_is_refused_by_file_name_and_leaves_nothing(
     damage: object, roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     given = browser(roberta, tmp_path / "given")
@@ -305,7 +312,9 @@ def test_damaged_folders_are_refused_by_name_and_leave_nothing(
     assert everything(cache) == {}
 
 
-def test_content_that_is_not_what_its_source_names_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_content_that_does_not_match_the_hash_of_its_source_is_refused(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
     for number, make in enumerate((git_clone, local_dir)):
         given = make(roberta, tmp_path / f"given{number}")
         data = (given / "model.safetensors").read_bytes()
@@ -315,7 +324,7 @@ def test_content_that_is_not_what_its_source_names_is_refused(roberta: Path, tmp
     assert everything(cache) == {}
 
 
-def test_notes_of_a_folder_cannot_write_outside_of_the_entry_or_prove_a_file(
+def test_hostile_notes_of_a_folder_neither_leave_the_entry_nor_prove_a_file(
     roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     for number, name in enumerate(("../../../../../evil", "abc")):
@@ -330,7 +339,7 @@ def test_notes_of_a_folder_cannot_write_outside_of_the_entry_or_prove_a_file(
     assert not list(tmp_path.rglob("evil"))
 
 
-def test_a_clone_is_proven_though_it_is_somebody_elses_and_its_lfs_files_are_not_checked_out(
+def test_clone_of_another_owner_with_lfs_pointers_is_verified(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = git_clone(roberta, tmp_path / "given")
@@ -342,13 +351,13 @@ def test_a_clone_is_proven_though_it_is_somebody_elses_and_its_lfs_files_are_not
     fetched.write_bytes(data)
     (given / "model.safetensors").write_bytes(pointer_of(data))
     done = take(given)
-    assert (done.layout, done.verified) == ("git clone", True)
+    assert (done.layout, done.unproven) == ("git clone", ())
     (given / "config.json").write_bytes((given / "config.json").read_bytes().replace(b"\n", b"\r\n"))
     with pytest.raises(UserError, match=r"config\.json has Windows line ends: .*git clone -c core\.autocrlf=false"):
         take(given)
 
 
-def test_a_link_to_a_neighbour_of_the_entry_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_link_that_leaves_the_entry_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
     entry = cache_of_another_machine(roberta, tmp_path / "theirs" / "models--user--tiny")
     (tmp_path / "theirs" / "secret").write_text("secret")
     (entry / "snapshots" / COMMIT / "vocab.txt").symlink_to("../../../secret")
@@ -356,7 +365,7 @@ def test_a_link_to_a_neighbour_of_the_entry_is_refused(roberta: Path, tmp_path: 
         take(entry)
 
 
-def test_a_folder_is_found_inside_of_others_and_that_of_a_data_set_stays(
+def test_nested_folder_is_found_and_the_data_folder_of_a_data_set_kept(
     roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     browser(roberta, tmp_path / "a" / "b" / "c")
@@ -376,7 +385,7 @@ def test_a_folder_is_found_inside_of_others_and_that_of_a_data_set_stays(
         take(tmp_path / "theirs")
 
 
-def test_an_adapter_is_checked_by_its_own_files_and_names_its_base(
+def test_adapter_is_checked_by_its_own_files_and_names_its_base(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import numpy
@@ -388,52 +397,47 @@ def test_an_adapter_is_checked_by_its_own_files_and_names_its_base(
     save_file({"a": numpy.zeros(3, numpy.float32)}, given / "adapter_model.safetensors")
     done = take(given, load_check=True)
     assert "base       roberta-base, which this adapter needs as well" in str(done)
-    header = (given / "adapter_model.safetensors").read_bytes().replace(b'"F32"', b'"F99"')
-    (given / "adapter_model.safetensors").unlink()
-    (given / "adapter_model.safetensors").write_bytes(header)
+    (given / "pytorch_model_head.bin").write_bytes(b"no tensors")
     with pytest.raises(UserError, match="does not load from these files"):
         take(given, load_check=True, move_ref=True)
 
 
-def test_a_list_of_sha256_verifies_a_loose_folder(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_list_of_sha256_verifies_loose_files(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     names = repository_files(roberta)
     lines = [f"{hashlib.sha256(data).hexdigest()}  {name}" for name, data in names.items()]
     (tmp_path / "list").write_text("\n".join(lines))
-    assert take(given, sha256_list=tmp_path / "list").verified
+    assert not take(given, sha256=str(tmp_path / "list")).unproven
     (tmp_path / "list").write_text("\n".join(lines).replace(lines[0][:8], "00000000"))
     with pytest.raises(UserError, match="is not the file that its source names"):
-        take(given, sha256_list=tmp_path / "list")
+        take(given, sha256=str(tmp_path / "list"))
     (tmp_path / "list").write_text("not a list")
     with pytest.raises(UserError, match=r"--sha256 .*list, line 1"):
-        take(given, sha256_list=tmp_path / "list")
+        take(given, sha256=str(tmp_path / "list"))
     # As PowerShell and the programs of Windows write it.
     (tmp_path / "list").write_bytes("\r\n".join(line.replace("  ", " *.\\") for line in lines).encode("utf-16"))
-    assert take(given, sha256_list=tmp_path / "list").verified
+    assert not take(given, sha256=str(tmp_path / "list")).unproven
     (tmp_path / "list").write_text(f"{lines[0]}\n{'0' * 64}  of-another-folder.bin")
-    assert take(given, sha256_list=tmp_path / "list").unproven == tuple(sorted(names)[1:])
+    assert take(given, sha256=str(tmp_path / "list")).unproven == tuple(sorted(names)[1:])
     (tmp_path / "list").write_text(lines[0].replace("  ", "  folder/"))
     with pytest.raises(UserError, match="names no file of"):
-        take(given, sha256_list=tmp_path / "list")
+        take(given, sha256=str(tmp_path / "list"))
 
 
 @pytest.mark.parametrize("name", ["../evil", "user/../evil", "/etc", "a/b/c", "user--name", "", ".hidden", "a b"])
-def test_a_name_that_is_no_repository_is_refused(name: str) -> None:
-    from lib.hub.cache.layout import parse_repo
-
+def test_invalid_repository_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="is not a repository"):
         parse_repo(name)
 
 
-def test_a_revision_cannot_leave_the_entry(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_revision_that_leaves_the_entry_and_short_commit_are_refused(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
     for revision in ("../../x", "/tmp/x", ""):
         with pytest.raises(UserError, match="--revision"):
             take(browser(roberta, tmp_path / f"given{len(revision)}"), revision=revision)
     with pytest.raises(UserError, match="--commit abc: expected the full commit"):
         take(roberta, commit="abc")
-
-
-# ---------------------------------------------------------------------------------------------------- again, and at once
 
 
 def test_importing_again_changes_nothing(roberta: Path, tmp_path: Path, cache: Path) -> None:
@@ -443,7 +447,7 @@ def test_importing_again_changes_nothing(roberta: Path, tmp_path: Path, cache: P
     assert everything(cache) == before
 
 
-def test_the_files_are_linked_not_copied_and_copied_where_links_are_not_possible(
+def test_files_are_hard_linked_and_copied_where_links_are_not_possible(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = browser(roberta, tmp_path / "given")
@@ -463,7 +467,7 @@ def test_the_files_are_linked_not_copied_and_copied_where_links_are_not_possible
     assert repository_files(copy) == repository_files(roberta)
 
 
-def test_a_private_file_is_copied_so_that_others_can_read_the_cache(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_private_file_is_copied_so_that_others_can_read_the_cache(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     (given / "config.json").chmod(0o600)
     take(given)
@@ -473,7 +477,7 @@ def test_a_private_file_is_copied_so_that_others_can_read_the_cache(roberta: Pat
     assert (given / "config.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_another_snapshot_is_never_replaced(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_other_content_for_a_commit_or_ref_in_the_cache_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
     take(local_dir(roberta, tmp_path / "given"))
     before = everything(cache)
     other = browser(roberta, tmp_path / "other")
@@ -489,7 +493,7 @@ def test_another_snapshot_is_never_replaced(roberta: Path, tmp_path: Path, cache
     assert (REPO.folder / "refs" / "main").read_text().startswith(UNKNOWN)
 
 
-def test_an_import_completes_a_partial_snapshot_and_heals_a_damaged_one(
+def test_import_completes_a_partial_snapshot_and_repairs_a_damaged_one(
     roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     given = local_dir(roberta, tmp_path / "given")
@@ -514,7 +518,7 @@ def take_in_process(given: Path, cache: str, results: "multiprocessing.Queue[str
         results.put(repr(error))
 
 
-def test_two_at_once_both_succeed(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_imports_at_the_same_time_all_succeed(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = browser(roberta, tmp_path / "given")
     context = multiprocessing.get_context("fork")
     results: multiprocessing.Queue[str] = context.Queue()
@@ -529,7 +533,7 @@ def test_two_at_once_both_succeed(roberta: Path, tmp_path: Path, cache: Path) ->
     assert list(verify_repo(REPO)) == []
 
 
-def test_what_a_killed_import_left_is_removed_and_what_a_living_one_needs_is_not(
+def test_draft_of_a_killed_import_is_removed_and_that_of_a_running_one_kept(
     roberta: Path, tmp_path: Path, cache: Path
 ) -> None:
     with staging_folder(REPO) as living:
@@ -542,7 +546,7 @@ def test_what_a_killed_import_left_is_removed_and_what_a_living_one_needs_is_not
     assert not list((cache / ".locks").rglob("staging-*"))
 
 
-def test_a_process_killed_in_the_middle_leaves_no_readable_half(
+def test_import_killed_at_any_step_leaves_a_complete_model_or_none(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever step of publishing is the last, a reader finds the whole model or none."""
@@ -575,10 +579,9 @@ def test_a_process_killed_in_the_middle_leaves_no_readable_half(
     assert last > 8
 
 
-# ---------------------------------------------------------------------------------------------------- what is not there
-
-
-def test_absent_files_are_noted_only_where_the_full_list_is_known(roberta: Path, tmp_path: Path, cache: Path) -> None:
+def test_absent_files_are_recorded_only_where_the_list_of_all_files_is_known(
+    roberta: Path, tmp_path: Path, cache: Path
+) -> None:
     take(browser(roberta, tmp_path / "loose"))
     assert not (REPO.folder / ".no_exist").exists()
     listed = Repo("user/listed")
@@ -589,9 +592,7 @@ def test_absent_files_are_noted_only_where_the_full_list_is_known(roberta: Path,
     assert not absent & set(repository_files(roberta))
 
 
-def test_a_folder_that_names_its_list_but_lacks_a_part_of_it_says_so(
-    roberta: Path, tmp_path: Path, cache: Path
-) -> None:
+def test_file_of_another_size_than_listed_is_refused(roberta: Path, tmp_path: Path, cache: Path) -> None:
     given = local_dir(roberta, tmp_path / "given")
     path = given / ".cache" / "huggingface" / "trees" / f"{COMMIT}.json"
     data = b"x" * 10

@@ -1,6 +1,6 @@
-"""Models of ModelScope: brought once, recorded with their hashes, and no wait for a server that does not answer.
+"""Models of ModelScope: downloaded once, recorded with their hashes, and a time limit for the server.
 
-The package itself is no part of the installation: here stands one of its function that downloads in the same way.
+The package itself is not installed here: a function that downloads in the same way stands for it.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from lib.config.sections import HubConfig, ModelConfig
 from lib.errors import UserError
 from lib.hub.cache.layout import Repo
-from lib.hub.fetch import prepare
+from lib.hub.fetch import ensure_cached
 from lib.hub.needs import Need
 from lib.model.load import load_tokenizer, model_origin, resolve_model
 from tests.loopback_hub import closed_endpoint, loopback_hub, repository_files
@@ -48,15 +48,15 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
 
 
-def test_a_model_is_brought_once_and_recorded_with_revision_and_hashes(
+def test_model_is_downloaded_once_and_recorded_with_revision_and_hashes(
     served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (served / "models" / "user" / "tiny" / "code.py").write_text("raise SystemExit")
     with loopback_hub(served) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.endpoint)
-        prepare([NEED], HubConfig(), "http://127.0.0.1:9")
+        ensure_cached([NEED], HubConfig(), "http://127.0.0.1:9")
         asked = len(hub.requests)
-        prepare([NEED], HubConfig(verify_hashes=True), "http://127.0.0.1:9")
+        ensure_cached([NEED], HubConfig(verify_hashes=True), "http://127.0.0.1:9")
         assert len(hub.requests) == asked
         assert hub.tokens == []
     folder = Path(resolve_model(MODEL))
@@ -69,48 +69,48 @@ def test_a_model_is_brought_once_and_recorded_with_revision_and_hashes(
 
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
-    with pytest.raises(UserError, match=r"altered since it was brought: model\.safetensors"):
-        prepare([NEED], HubConfig(verify_hashes=True), "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"altered since the download: model\.safetensors"):
+        ensure_cached([NEED], HubConfig(verify_hashes=True), "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
         ("hang", "did not answer within 0.7 seconds"),
-        ("html", "such as the page of a login portal"),
+        ("html", "the page of a login portal"),
         ("503", "answered 503"),
         (None, "answered 404: no such model or revision"),
     ],
 )
-def test_what_modelscope_does_not_give_is_told_with_the_way_to_carry_it(
+def test_missing_model_is_reported_with_the_way_to_carry_it(
     fault: str | None, told: str, served: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost = Need("--model", Repo("user/nothing"), "master", "modelscope")
     with loopback_hub(served, fault) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.endpoint)
         with pytest.raises(UserError, match=f"(?s){told}.*python hub.py import FOLDER --repo_id user/nothing"):
-            prepare([lost], HubConfig(hub_timeout=0.7), hub.endpoint)
+            ensure_cached([lost], HubConfig(hub_timeout=0.7), hub.endpoint)
 
 
-def test_damaged_files_of_modelscope_are_named_and_not_recorded(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_reported_and_not_recorded(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = served / "models" / "user" / "tiny" / "config.json"
     path.write_text(json.dumps({"cut": "off"})[:-4])
     with loopback_hub(served) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.endpoint)
         with pytest.raises(UserError, match=r"config\.json is not JSON"):
-            prepare([NEED], HubConfig(), hub.endpoint)
+            ensure_cached([NEED], HubConfig(), hub.endpoint)
     with pytest.raises(UserError, match="not on this machine yet"):
         resolve_model(MODEL)
 
 
-def test_offline_asked_for_is_offline_for_modelscope_too(sockets: list, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_variable_holds_for_modelscope_too(sockets: list, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE=1 forbids to ask for it"):
-        prepare([NEED], HubConfig(), closed_endpoint())
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE=1 forbids to request it"):
+        ensure_cached([NEED], HubConfig(), closed_endpoint())
     assert sockets == []
 
 
-def test_without_the_package_the_line_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "modelscope")
     with pytest.raises(UserError, match=r'pip install -e "\.\[modelscope\]"'):
-        prepare([NEED], HubConfig(), closed_endpoint())
+        ensure_cached([NEED], HubConfig(), closed_endpoint())

