@@ -1,4 +1,4 @@
-"""Models and data sets on disk: the same repository in every layout in which people carry it, and a small SST-5."""
+"""Models and data sets on disk: one repository in every layout in which it is copied around, and a small SST-5."""
 
 import json
 import os
@@ -16,7 +16,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 def browser(repository: Path, target: Path) -> Path:
-    """Loose files and what an operating system leaves among them."""
+    """Loose files, and files that an operating system leaves among them."""
     shutil.copytree(repository, target)
     for path in target.iterdir():
         path.chmod(0o644)
@@ -43,7 +43,7 @@ def git_clone(repository: Path, target: Path) -> Path:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_bytes(pointer_of(data) if name.endswith(LFS) else data)
     git(target, "init", "-q")
-    # No program for the filter is at hand: pointers are committed as they are, as the filter would.
+    # git-lfs is not installed: the pointers are committed as they are, which gives the same commit.
     git(target, "-c", "filter.lfs.clean=cat", "-c", "filter.lfs.required=false", "add", ".")
     git(target, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "model")
     for name, data in files.items():
@@ -53,7 +53,7 @@ def git_clone(repository: Path, target: Path) -> Path:
 
 
 def local_dir(repository: Path, target: Path) -> Path:
-    """What `hf download --local-dir` leaves: a note of commit and hash for each file, and the repository's list."""
+    """A folder of `hf download --local-dir`: a record of commit and hash for each file, and the list of all files."""
     shutil.copytree(repository, target)
     notes = target / ".cache" / "huggingface"
     tree = {}
@@ -133,7 +133,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path, Path], Path], bool]] = {
     "zip": (zipped, False),
     "tar": (tarred, False),
 }
-"""How to make each layout, and whether it tells what the contents must be."""
+"""How to make each layout, and whether it records the hashes of the contents."""
 
 
 SST5_NAMES = ("very negative", "negative", "neutral", "positive", "very positive")

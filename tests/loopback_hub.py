@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: serves folders as model and data set repositories, and can misbehave in many ways.
+"""A Hub on the loopback interface: serves folders as model and data set repositories, and fails in chosen ways.
 
 ROOT/models/NAME/... and ROOT/datasets/NAMESPACE/NAME/... are repositories; every file is on the one branch `main`, and
 the commit is a hash of all contents. Files with an LFS suffix are in LFS.
@@ -23,10 +23,10 @@ FAULTS = (
 
 @dataclasses.dataclass
 class Hub:
-    """A running server; `fault` may be set at any time, `on_files` keeps it to the files, away from the questions.
+    """A running server; `fault` may be set at any time, with `on_files` it applies to downloads of files only.
 
-    `moved` sends those who ask for a repository by an old name on to the new one, `elsewhere` those who ask for LFS files
-    to another server. `rate` is in bytes per second.
+    `moved` redirects from old names of repositories to new ones, `elsewhere` redirects downloads of LFS files to another
+    server. `rate` is in bytes per second.
     """
 
     root: Path
@@ -130,10 +130,10 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_file(file, repository, body, fault)
 
     def misbehave(self, fault: str, body: bool) -> bool:
-        """Faults that need not know what was asked for; False for the others."""
+        """Answer with a fault that does not depend on the request; False for the other faults."""
         if fault == "hang":
             self.hub.closing.wait(60)
-        elif fault == "slow":  # alive, but never done within anybody's limit
+        elif fault == "slow":  # bytes keep coming, but the answer is never complete in time
             for byte in b"HTTP/1.1 200 OK\r\n" + b"X-Filler: 1\r\n" * 100:
                 if self.hub.closing.wait(0.1):
                     break
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def find(self, kind: str, parts: list[str]) -> tuple[Path | None, str, list[str]]:
-        """The repository that a path begins with, the next word and the rest."""
+        """The repository at the start of a path, the next part, and the rest."""
         for length in (2, 1):
             folder = self.hub.root.joinpath(kind, *parts[:length])
             if len(parts) >= length and folder.is_dir() and any(item.is_file() for item in folder.iterdir()):
@@ -185,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send_json(record | {"siblings": siblings})
 
     def modelscope(self, path: str) -> None:
-        """The two questions that the package modelscope asks: the list of files, and each of them."""
+        """The two requests of the package modelscope: the list of files, and a file."""
         repository, _, tail = self.find("models", path.split("/"))
         if repository is None:
             return self.fail("RepoNotFound")
@@ -256,7 +256,7 @@ class Server(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def loopback_hub(root: Path, fault: str | None = None, on_files: bool = False) -> Iterator[Hub]:
-    """Serve `root`; gives the endpoint, the paths asked for so far, and the tokens that came with them."""
+    """Serve the repositories in `root`; the Hub records all requests and tokens."""
     hub = Hub(root, fault=fault, on_files=on_files)
     server = Server(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -272,6 +272,6 @@ def loopback_hub(root: Path, fault: str | None = None, on_files: bool = False) -
 
 
 def closed_endpoint() -> str:
-    """An address at which nobody listens."""
+    """An address that refuses connections."""
     with Server(("127.0.0.1", 0), Handler) as server:
         return f"http://127.0.0.1:{server.server_port}"

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def left_behind(folder: Path) -> list[str]:
-    """Files of a cache that a reader could meet."""
+    """Files of a cache, without locks and drafts."""
     return [path.name for path in folder.rglob("*") if path.is_file() and ".locks" not in path.parts]
 
 
@@ -139,18 +139,16 @@ def test_predict_loads_pickled_weights_only_when_allowed(served: Path) -> None:
     torch.save(AutoModel.from_pretrained(repository).state_dict(), repository / "pytorch_model.bin")
     (repository / "model.safetensors").unlink()
     flags = ["a film", "--model", repository, "--task", "feature-extraction"]
-    with pytest.raises(UserError, match=r"has pickled weights only .*--allow_pickle"):
+    with pytest.raises(UserError, match="--allow_pickle"):
         answers(*flags)
     assert len(answers(*flags, "--allow_pickle", "True")) == 1
 
 
 def test_offline_with_an_empty_cache_reports_what_is_missing_and_where_it_was_looked_for(tmp_path: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     told = command("train.py", "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
-    )  # seconds of CPU, not of a busy machine
+    cpu_seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # the same on a busy machine
+    assert cpu_seconds < 5
     assert "HF_HUB_OFFLINE=1 forbids requests to the Hub" in told
     assert "missing:    all of it" in told
     assert "looked in:  hf/hub/models--user--tiny/snapshots (revision main)" in told
@@ -315,7 +313,7 @@ def test_partial_download_of_another_commit_is_removed(served: Path) -> None:
 
 
 def test_renamed_repository_is_found_under_its_old_name(served: Path) -> None:
-    """The Hub sends roberta-base on to FacebookAI/roberta-base."""
+    """The Hub redirects roberta-base to FacebookAI/roberta-base."""
     old = Need("--model", Repo("tiny-old"))
     with loopback_hub(served) as hub:
         hub.moved = {"tiny-old": "user/tiny"}
@@ -547,7 +545,7 @@ def test_cache_that_cannot_be_written_is_reported(
 def test_read_only_cache_serves_a_run_that_finds_its_model_there(
     served: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A cache for the group, which one person fills: also on the day after the Hub got a new commit."""
+    """A cache of a group that one person fills, also after the Hub got a new commit."""
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")

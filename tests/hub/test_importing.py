@@ -42,7 +42,7 @@ REPO = Repo("user/tiny")
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; this process reads and writes no other, and no network."""
+    """An empty cache, the only one of this process, which may use no network."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path / "hub"
@@ -152,7 +152,9 @@ def test_import_command_loads_in_a_fresh_process_and_hf_cache_keeps_the_entry(ro
     hf = Path(sys.executable).parent / "hf"
     assert "model/user/tiny" in call(hf, "cache", "ls").stdout
     assert "Nothing to prune" in call(hf, "cache", "prune", "--yes").stdout + call(hf, "cache", "prune", "--yes").stderr
-    assert call(*hub, "verify").returncode == 0
+    done = call(*hub, "verify")
+    assert done.returncode == 0
+    assert done.stdout.splitlines() == ["user/tiny: sound", "1 in the cache, 0 damaged"]
 
     blob = next(path for path in (tmp_path / "hf/hub/models--user--tiny/blobs").iterdir() if len(path.name) == 64)
     data = blob.read_bytes()
@@ -167,7 +169,7 @@ def test_model_that_does_not_load_is_not_added(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_this_process(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
-        """What the fresh process does, without the seconds that it takes to start."""
+        """Run the code of the fresh process here: faster."""
         assert (command[1], env["HF_HUB_OFFLINE"]) == ("-c", "1")
         with monkeypatch.context() as patch:
             patch.setattr(constants, "HF_HUB_CACHE", env["HF_HUB_CACHE"])
@@ -549,7 +551,7 @@ def test_draft_of_a_killed_import_is_removed_and_that_of_a_running_one_kept(
 def test_import_killed_at_any_step_leaves_a_complete_model_or_none(
     roberta: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever step of publishing is the last, a reader finds the whole model or none."""
+    """The process is killed after each step of publishing in turn."""
     given = browser(roberta, tmp_path / "given")
     replace, rename = os.replace, os.rename
     for last in range(1, 30):
