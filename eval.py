@@ -33,7 +33,7 @@ from lib.runtime.processes import finish
 def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
     trained = find_scored_model(config)
-    accelerator = build_accelerator(trained.precision)
+    accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(tokenizer_source(trained.source))
     model = load_classifier(trained.source)
     with accelerator.main_process_first():

@@ -43,7 +43,7 @@ def main(config: PredictConfig) -> None:
     if config.explain_tokens:
         print(explain_tokens(load_tokenizer(tokenizer_source(trained.source)), config.explain_tokens))
         return
-    accelerator = build_accelerator(trained.precision)
+    accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     task = load_task(config, trained, accelerator.device)
     if config.export_onnx:
         if accelerator.is_main_process:

@@ -45,7 +45,9 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 
 def main(config: TrainConfig) -> None:
     """Run one experiment: its last line on stdout, also saved as results.json, holds the results."""
-    accelerator = build_accelerator(config.mixed_precision, config.tracking.report_to, run_folder(config))
+    accelerator = build_accelerator(
+        config.mixed_precision, config.tracking.report_to, run_folder(config), config.training.cpu_kernels
+    )
     run = Run(config, accelerator)
 
     # Data: the first process tokenizes, the others read its cache.

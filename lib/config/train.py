@@ -150,6 +150,9 @@ class TrainingConfig:
     """With --freeze, keep at most so much of what the frozen part gives in memory; four times as much on disk."""
     compile: bool = False
     """torch.compile the trained layers: for long runs, as the first steps and evaluation then take a minute or more."""
+    cpu_kernels: bool = True
+    """On a CPU, train with this project's faster dropout, attention and casts; False: with PyTorch's own. Results are the
+    same but for rounding and dropout masks."""
     seed: int = 42
     """Fixes the new head, the order of samples and dropout."""
 

@@ -97,12 +97,13 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
         "run/num_processes",
         "per_device_train_batch_size",
         "pad_to_max_length",
+        "cpu_kernels",
         "run/mixed_precision",
         "run/devices",
         "run/git_commit",
     ]
     keys += [key for key in now if key.startswith("run/version_")]
-    now = json.loads(json.dumps(now))
+    before, now = flatten(TrainConfig()) | before, flatten(TrainConfig()) | json.loads(json.dumps(now))
     other = [f"{k.removeprefix('run/')} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
     if not other:
         return "continues as if it had never stopped, bit by bit"

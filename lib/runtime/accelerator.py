@@ -10,27 +10,25 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from lib.errors import UserError
-from lib.runtime.cpu.attention import use_fast_attention
-from lib.runtime.cpu.casts import use_shared_casts
-from lib.runtime.cpu.dropout import use_fast_dropout
-from lib.runtime.cpu.tuning import flush_denormals, keep_freed_memory, use_all_cores
+from lib.runtime.cpu.kernels import use_cpu_kernels
+from lib.runtime.cpu.tuning import tune_cpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join_again
 from lib.runtime.signals import follow_launcher
 
 
-def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path | None = None) -> Accelerator:
+def build_accelerator(
+    mixed_precision: str, log_with: str = "none", folder: Path | None = None, cpu_kernels: bool = True
+) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop,
-    which knows the samples of a whole step. Raises UserError when GPUs were asked for and none is visible, when
-    processes outnumber GPUs, or when each process believes it is alone.
+    `log_with` is the tracker and `folder` the place for its files; `cpu_kernels` is for training, see `use_cpu_kernels`.
+    Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError if GPUs
+    were asked for and none is visible, if processes outnumber GPUs, or if each process believes it is alone.
     """
     follow_launcher()
     check_devices()
-    use_all_cores()
-    flush_denormals()
-    keep_freed_memory()
+    tune_cpu()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
         join_again(attempt, "nccl" if uses_gpu() else "gloo")
@@ -47,10 +45,7 @@ def build_accelerator(mixed_precision: str, log_with: str = "none", folder: Path
     )
     show_log(accelerator)
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
-    if accelerator.device.type == "cpu":
-        use_fast_dropout()
-        use_fast_attention()
-        use_shared_casts()
+    use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UserError(

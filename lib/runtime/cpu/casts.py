@@ -1,36 +1,50 @@
-"""Casts of mixed precision made once: of a weight for many forwards, of an input for all layers that share it."""
+"""Activations cast once to bf16 for all linear layers that read them."""
 
-import functools
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.hooks import RemovableHandle
+
+from lib.runtime.cpu.eager import is_eager
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def share_cast(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-    """Give a linear layer its float32 input as autocast would cast it, once for all layers that read the same activations.
+    """A forward pre-hook: the float32 input of a linear layer, cast as autocast would, once for all layers that read it.
 
-    Queries, keys and values come from one input: autocast casts it three times, and casts back its three gradients before
-    it adds them; here they are added, then cast back. This is a forward hook: None leaves the arguments as they are.
+    Queries, keys and values have one input. Autocast casts it three times, and casts three gradients back before it adds
+    them; here they are added first. Returns None, which leaves the arguments as they are, wherever somebody could see the
+    difference: a subclass of nn.Linear, a replaced `forward`, or hooks of the layer.
     """
-    plain = type(module) is nn.Linear  # others may do more with their input than autocast casts it for
-    if not (plain and arguments and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
+    if not (arguments and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled() and is_plain(module)):
         return None
     states = arguments[0]
-    recorded = states.grad_fn is not None  # else it may be changed where its version does not tell
-    if not recorded or states.dtype != torch.float32 or states.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_eager(states) or states.dtype != torch.float32:
+        return None
+    if states.grad_fn is None:  # may be changed in place without a new version: an inference tensor has none
         return None
     key = states._version, torch.get_autocast_dtype("cpu")
     known, cast = getattr(states, "shared_cast", (None, None))
     if known != key:
         cast = states.to(key[1])
-        states.shared_cast = key, cast
+        states.shared_cast = key, cast  # type: ignore[attr-defined]
     return cast, *arguments[1:]
 
 
-@functools.cache
-def use_shared_casts() -> RemovableHandle:
-    """Have every model of this process share its casts on a CPU; the handle ends it."""
-    return register_module_forward_pre_hook(share_cast)
+def is_plain(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that does nothing else with its input."""
+    return type(module) is nn.Linear and "forward" not in vars(module) and not any(vars(module)[name] for name in HOOKS)
+
+
+@contextlib.contextmanager
+def shared_casts() -> Iterator[None]:
+    """Within, the linear layers of every model share their casts."""
+    handle = register_module_forward_pre_hook(share_cast)
+    try:
+        yield
+    finally:
+        handle.remove()
