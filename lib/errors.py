@@ -1,16 +1,17 @@
-"""A mistake of the user, told in the user's words; secrets are left out of all text."""
+"""Mistakes that a user can fix, and text without secrets."""
 
 import re
 
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
-"""Tokens of the Hub, and `user:password` of an address."""
+"""Hub tokens, and the `user:password` part of a URL."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message names the flag or file, what was found and what to type instead."""
+    """A mistake the user can fix: the message names the flag or file, what was found, and what to type instead."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise UserError with `message` unless `condition` holds."""
     if not condition:
         raise UserError(message)
 

@@ -1,12 +1,10 @@
 """Data sets as they are stored: from the catalog, the Hub, a folder or the user's files. Nothing else reads them."""
 
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -33,9 +31,6 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
 
     Raises UserError for a file, folder or data set that cannot be read, and for options that do not apply to it.
     """
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     files = own_files(config)
     if files:
         return {role: load_file(path, role) for role, path in files.items()}

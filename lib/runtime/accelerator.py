@@ -1,4 +1,4 @@
-"""The only file that asks the machine: accelerator, devices, launch sanity, precision, threads, seeds."""
+"""The accelerator of a process, after checks of the launch; the devices and their memory in words."""
 
 import logging
 import os
@@ -15,6 +15,7 @@ from lib.runtime.cpu.tuning import tune_cpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join_again
 from lib.runtime.signals import follow_launcher
+from lib.runtime.startup import quiet_libraries
 
 
 def build_accelerator(
@@ -38,34 +39,27 @@ def build_accelerator(
         log_with=None if log_with == "none" else log_with,
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
-            # The buffers of encoders are constants: broadcasting them before every forward is pure cost.
+            # Encoders' buffers are constants: no need to broadcast them before every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
         ],
     )
     show_log(accelerator)
+    quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
     use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
-    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted, device = int(os.environ.get("WORLD_SIZE", "1")), describe_devices(accelerator)[0]
     if wanted != accelerator.num_processes:
         raise UserError(
-            f"{wanted} processes were launched, but each believes it is alone ({describe_device(accelerator)}): they would "
-            "write over each other. For several processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu "
-            f"--num_processes {wanted} --main_process_port 0 ...; else launch one process, or make the GPUs visible."
+            f"{wanted} processes were launched, but each believes it is alone ({device}): they would write over each other. "
+            "For several processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "
+            f"{wanted} --main_process_port 0 ...; else launch one process, or make the GPUs visible."
         )
     return accelerator
 
 
-def show_log(accelerator: Accelerator) -> None:
-    """What the library logs goes to stderr, from the main process, as plain lines."""
-    logger = logging.getLogger("lib")
-    logger.handlers = [logging.StreamHandler()] if accelerator.is_main_process else [logging.NullHandler()]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-
-
 def check_devices() -> None:
-    """Raise UserError when the environment asks for GPUs that are not there, or for more processes than GPUs."""
+    """Raise UserError if the environment asks for GPUs that PyTorch does not see, or for more processes than GPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
         return
@@ -82,37 +76,39 @@ def check_devices() -> None:
         )
 
 
-def describe_device(accelerator: Accelerator) -> str:
-    """The device of this process as a person names it: index, name, free memory; or the CPU with its threads."""
-    device = accelerator.device
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        name = torch.cuda.get_device_name(device)
-        return f"GPU {device.index or 0}: {name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    if device.type == "cpu":
-        unused = ", no GPU is visible" if torch.version.cuda else ""
-        return f"CPU, {torch.get_num_threads()} threads{unused}"
-    return str(device)
+def show_log(accelerator: Accelerator) -> None:
+    """Print what `lib` logs to stderr, as plain lines, on the main process only."""
+    logger = logging.getLogger("lib")
+    logger.handlers = [logging.StreamHandler()] if accelerator.is_main_process else [logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def describe_devices(accelerator: Accelerator) -> list[str]:
-    """The devices of this machine that the run uses."""
-    if accelerator.device.type != "cuda" or accelerator.num_processes == 1:
-        return [describe_device(accelerator)]
-    rows = []
-    for index in range(min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))):
-        free, total = torch.cuda.mem_get_info(index)
-        rows.append(
-            f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-        )
-    return rows
+    """The devices of this machine that the run uses: GPUs with name and free memory, or the CPU with its threads."""
+    device = accelerator.device
+    if device.type == "cpu":
+        unused = ", no GPU is visible" if torch.version.cuda else ""
+        return [f"CPU, {torch.get_num_threads()} threads{unused}"]
+    if device.type != "cuda":
+        return [str(device)]
+    if accelerator.num_processes == 1:
+        return [describe_gpu(device.index or 0)]
+    local = min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return [describe_gpu(index) for index in range(local)]
+
+
+def describe_gpu(index: int) -> str:
+    """Index, name, free and total memory of a visible GPU."""
+    free, total = torch.cuda.mem_get_info(index)
+    return f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
 
 
 def peak_memory_gib(accelerator: Accelerator) -> float:
-    """Peak memory of this process: of the GPU where it uses one, else resident."""
+    """Peak memory of this process in GiB: allocated on its GPU, or resident without one."""
     if accelerator.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
+    import resource  # not on Windows
 
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent: written aside, listed with size and sha256, published by one rename."""
+"""Folders written whole or not at all: built aside, listed in a manifest with size and sha256, published by one rename."""
 
 import ctypes
 import hashlib
@@ -12,22 +12,21 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise when the disk is full."""
-
-
 MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, record: dict[str, Any], before: Path | None = None) -> None:
-    """List every file below `folder` with its size and sha256 in manifest.json, after the facts of `record`.
+    """Write manifest.json: `record`, then every file below `folder` with its size and sha256.
 
-    What is one file with that of the same name in the folder `before` is listed as there, and not read again.
+    A file that is a hard link to the one of the same name in the folder `before` gets the entry it has there; it is not
+    read again.
     """
     linked = {} if before is None else linked_entries(folder, before)
-    files = {name: linked.get(name) or describe_file(folder / name) for name in names(folder)}
+    files = {name: linked.get(name) or describe_file(folder / name) for name in file_names(folder)}
     text = json.dumps(record | {"files": files}, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -37,22 +36,20 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def linked_entries(folder: Path, before: Path) -> dict[str, Any]:
-    """What the manifest of `before` says of files that `folder` has as hard links; nothing when it cannot be read.
+    """The entries that the manifest of `before` has for files which `folder` shares as hard links; empty if unreadable.
 
-    Also safer than to hash them again: a bit that flips on the disk later is noticed, and not certified anew.
+    This is also safer than hashing them again: a bit that flips on the disk in between is still noticed later.
     """
     try:
         files = json.loads((before / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {name: files[name] for name in names(folder) if name in files and is_linked(folder, before, name)}
+        shared = [name for name in file_names(folder) if name in files and (before / name).is_file()]
+        return {name: files[name] for name in shared if os.path.samefile(folder / name, before / name)}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def is_linked(folder: Path, before: Path, name: str) -> bool:
-    return (before / name).is_file() and os.path.samefile(folder / name, before / name)
-
-
-def names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
+    """All files below `folder` but its manifest, as sorted relative paths with slashes."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [path.relative_to(folder).as_posix() for path in paths if path != folder / MANIFEST]
 
@@ -63,7 +60,7 @@ def sha256(path: Path) -> str:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a published folder, in words; None when every file is as its manifest says."""
+    """What is wrong with a published folder, in words; None if every file matches its manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
@@ -100,8 +97,9 @@ def umask() -> int:
 
 
 def publish_folder(fresh: Path, target: Path) -> None:
-    """Give `fresh` the name of `target`, durably; what had that name is removed afterwards."""
-    sync_tree(fresh)
+    """Rename the folder `fresh` to `target` and flush it to the disk; a folder of that name is replaced and removed."""
+    for path in [*fresh.rglob("*"), fresh]:
+        sync(path)
     if target.exists():
         if not exchange(fresh, target):
             old = target.with_name(f".old-{target.name}")
@@ -118,7 +116,7 @@ def publish_folder(fresh: Path, target: Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Swap the names of two folders in one step; False where the system cannot."""
+    """Swap the names of two folders in one system call; False where the system has none."""
     AT_FDCWD, RENAME_EXCHANGE = -100, 2
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "renameat2"):
@@ -126,13 +124,8 @@ def exchange(a: Path, b: Path) -> bool:
     return libc.renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
 
 
-def sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-
-
 def sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -141,7 +134,7 @@ def sync(path: Path) -> None:
 
 
 def link_file(source: Path, target: Path) -> bool:
-    """Make a hard link, which costs no space; False where that cannot be."""
+    """Make a hard link; False where the file system cannot."""
     try:
         os.link(source, target)
     except OSError:
@@ -150,31 +143,30 @@ def link_file(source: Path, target: Path) -> bool:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Copy a folder; weights become hard links where the file system has them."""
+    """Copy a folder; weights become hard links where the file system has them, other files copies, as people edit them."""
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
         if path.is_dir():
             copy.mkdir(parents=True, exist_ok=True)
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
-        # Small files are edited in place.
         if path.suffix != ".safetensors" or not link_file(path, copy):
             shutil.copyfile(path, copy)
 
 
 def explain(error: Exception, folder: Path) -> str:
-    """A failed write in words: what the libraries say of a full disk does not mention the disk."""
+    """A failed write in words, with the free space: the libraries' errors for a full disk do not mention the disk."""
     if isinstance(error, UserError):
         return str(error)
     free = shutil.disk_usage(folder).free / 2**20
     return (
-        f"{str(error).splitlines()[0]} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command "
-        "again: it goes on from the checkpoint before"
+        f"{first_line(error)} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command again: it "
+        "goes on from the checkpoint before"
     )
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: numbers that are not finite, also in lists, become the text "NaN", "Infinity" or "-Infinity"."""
+    """`value` for JSON, which has no NaN: floats that are not finite, also nested ones, become "NaN" or "±Infinity"."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""When memory is too short: fewer samples per forward, on all processes, and the same experiment."""
+"""Out of memory: how it is recognized, and the next smaller batch."""
 
 import logging
 
@@ -11,16 +11,17 @@ logger = logging.getLogger(__name__)
 
 
 def has_own_memory(device: torch.device) -> bool:
-    """Whether running out of memory raises an error; the machine's own memory ends the process instead."""
+    """Whether running out of memory raises an error; out of main memory, the system kills the process instead."""
     return device.type != "cpu"
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine."""
     return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
 
 def halve(size: int, flag: str) -> int:
-    """Free what is unused and return half as many samples per forward; raises UserError when one is too many already."""
+    """Free unused memory and return half as many samples per forward, rounded down; raises UserError if `size` is 1."""
     clear_device_cache(garbage_collection=True)
     if size == 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Mixed precision: which one, what is computed in which type, weights cast once for many forwards."""
+"""Mixed precision: which one, what is computed in which dtype, and weights cast once for many forwards."""
 
 import contextlib
 import os
@@ -15,14 +15,15 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def uses_gpu() -> bool:
+    """Whether a GPU is visible and ACCELERATE_USE_CPU does not forbid it."""
     return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
 
 
 def resolve_precision(choice: str) -> str:
-    """`auto` as the launcher's choice, else bf16 where the device is fast at it, else no.
+    """`choice`, where `auto` means the launcher's choice, else bf16 if the device is fast at it, else no.
 
-    The launcher exports "no" also when it was not asked, so that only its fp16 and bf16 count as a choice.
-    Raises UserError for fp16 without a GPU.
+    The launcher exports "no" even if it was not told, so only its fp16 and bf16 count. Raises UserError for fp16 without
+    a GPU.
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_gpu = uses_gpu()
@@ -39,13 +40,13 @@ def resolve_precision(choice: str) -> str:
 
 
 def use_tf32(device_type: str, mixed_precision: str) -> None:
-    """On a GPU, let products that mixed precision leaves in float32 use TF32; without mixed precision they stay exact."""
+    """On a GPU, with mixed precision, compute the remaining float32 matrix products in TF32; else in full float32."""
     mixed = device_type == "cuda" and mixed_precision != "no"
     torch.set_float32_matmul_precision("high" if mixed else "highest")
 
 
 def describe_precision(mixed_precision: str) -> str:
-    """What is computed in which type, in words."""
+    """What is computed in which dtype, in words."""
     rest = "TF32" if torch.get_float32_matmul_precision() == "high" else "float32"
     return (
         "no, all float32" if mixed_precision == "no" else f"{mixed_precision}, weights float32, other products {rest}"
@@ -53,31 +54,32 @@ def describe_precision(mixed_precision: str) -> str:
 
 
 def cpu_description() -> str:
+    """/proc/cpuinfo of the first core; elsewhere the processor's name."""
     path = Path("/proc/cpuinfo")
     return path.read_text().split("\n\n")[0] if path.exists() else platform.processor()
 
 
 def cpu_is_fast_at_bf16(description: str) -> bool:
-    """Whether bf16 products beat float32 ones, from the text of /proc/cpuinfo.
+    """Whether bf16 matrix products are faster than float32 ones, from the text of /proc/cpuinfo.
 
-    Intel's AMX and AMD's AVX512_BF16 do. Intel's AVX512_BF16 without AMX does not: measured at 160 GFLOP/s against 290
-    of float32 on two cores of a Xeon of model 207.
+    They are with Intel's AMX and AMD's AVX512_BF16. With Intel's AVX512_BF16 alone they are not: 160 GFLOP/s against 290
+    in float32, on two cores of a Xeon of model 207.
     """
     return "amx_bf16" in description or ("AuthenticAMD" in description and "avx512_bf16" in description)
 
 
 @contextlib.contextmanager
 def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
-    """Within, the linear layers of `model` hold the weights that autocast would make of theirs in every forward.
+    """Within, the linear layers of `model` hold their weights in the dtype that autocast would cast them to in each forward.
 
-    Results are the same to the last bit: autocast rounds the same numbers the same way, and all that it leaves in float32,
-    such as norms and embeddings, stays. Nothing can be trained within. Takes half the memory of these weights, and nothing
-    where precision is not mixed.
+    Results are equal bit by bit: autocast rounds the same numbers the same way, and norms and embeddings stay float32.
+    The model cannot be trained within. The copies take half the memory of the weights. Does nothing without mixed
+    precision.
     """
     dtype = DTYPES.get(mixed_precision)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)] if dtype else []
     originals = [(layer, dict(layer._parameters)) for layer in layers]
-    casts: dict[nn.Parameter, nn.Parameter] = {}  # a weight that layers share stays shared
+    casts: dict[nn.Parameter, nn.Parameter] = {}  # weights shared between layers stay shared
     try:
         for layer, parameters in originals:
             for name, parameter in parameters.items():

@@ -1,4 +1,4 @@
-"""What processes do together: agree on a host-side flag, add up gradients, end."""
+"""What the processes of a run do together: agree on a flag, sum gradients, stop, end."""
 
 import functools
 import secrets
@@ -16,17 +16,16 @@ from torch.distributed.rendezvous import rendezvous
 from lib.runtime.signals import check_stop
 
 PROCESS_TIMEOUT = timedelta(days=1)
-"""How long the libraries let processes wait for each other: the first may tokenise for hours. Training has its own limit."""
-
-
+"""Timeout of collectives: the first process may tokenize for hours while others wait. Training has the watchdog."""
 BUCKET_BYTES = 25 * 2**20
+"""Gradients are summed in buckets of at most this size, as in DDP."""
 
 
 def join_again(attempt: str, backend: str) -> None:
-    """Find the other processes after a restart by `torchrun --max-restarts`.
+    """Start the process group after a restart by `torchrun --max-restarts`.
 
-    It keeps the store in which processes find each other, but PyTorch uses the same names in it each time, so that they
-    would wait for the addresses of processes that died.
+    The launcher keeps the store in which processes find each other, and PyTorch uses the same keys in it each time: they
+    would wait for the addresses of processes that died. Hence keys of their own for each attempt.
     """
     store, rank, size = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
     store = torch.distributed.PrefixStore(f"attempt/{attempt}", store)
@@ -35,9 +34,9 @@ def join_again(attempt: str, backend: str) -> None:
 
 @functools.cache
 def control_group() -> Any:
-    """Processes talk about flags through memory of the host, so that no GPU is waited for.
+    """A process group on the CPU, so that agreeing on a flag does not wait for a GPU.
 
-    A group of its own name each time, for the reason that `join_again` tells.
+    Its keys in the store are new each time, for the reason given in `join_again`.
     """
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD
@@ -48,7 +47,7 @@ def control_group() -> Any:
 
 
 def lowest(accelerator: Accelerator, value: int) -> int:
-    """The smallest `value` of all processes; every process must call this at the same place."""
+    """The minimum of `value` over all processes; every process must call this at the same place."""
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor(value)
@@ -59,7 +58,7 @@ def lowest(accelerator: Accelerator, value: int) -> int:
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is raised on some process; every process must call this at the same place, and waits for all."""
+    """Whether `flag` is True on any process; every process must call this at the same place."""
     return lowest(accelerator, int(not flag)) == 0
 
 
@@ -68,16 +67,24 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def describe_processes(accelerator: Accelerator) -> str:
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
+    if accelerator.num_processes == 1:
+        return "1"
+    devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
+    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+
+
 def agree_to_stop(accelerator: Accelerator) -> None:
-    """Raise Stopped on every process when one was asked to stop; every process must call this at the same place."""
+    """Raise Stopped on every process if one was asked to stop; every process must call this at the same place."""
     check_stop(functools.partial(any_process, accelerator))
 
 
 def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace the gradients of every process by their sum.
+    """Replace the gradients of every process by their sum over processes.
 
-    Done in the open, after all processes have agreed that their backward passes succeeded: DDP would exchange gradients
-    from inside the last one, where a process that runs out of memory leaves the others waiting for ever.
+    Call it after all processes agreed that their backward passes succeeded. DDP would exchange gradients within the last
+    backward pass, where a process that runs out of memory leaves the others waiting.
     """
     if accelerator.num_processes == 1:
         return
@@ -94,7 +101,7 @@ def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """`tensors` in order, in groups of one dtype of at most 25 MiB, or of one larger tensor."""
+    """`tensors` in order, in groups of one dtype and at most BUCKET_BYTES; a larger tensor is a group of its own."""
     group: list[torch.Tensor] = []
     for tensor in tensors:
         size = sum(member.nbytes for member in group) + tensor.nbytes
@@ -107,7 +114,7 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 
 def finish(accelerator: Accelerator, *objects: Any) -> None:
-    """Release the model and end the process group, in this order: the other way round can deadlock at exit."""
+    """Release the model, then end the process group: the other order can deadlock at exit."""
     accelerator.wait_for_everyone()
     accelerator.free_memory(*objects)
     if not is_alone():

@@ -1,22 +1,22 @@
-"""Random numbers by address: (seed, step, micro-batch, process) and not a stream."""
+"""Random numbers by address, such as (seed, step, micro-batch, process), instead of one stream."""
 
 import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Set PyTorch's random numbers by address: equal keys give equal numbers, whatever was drawn before.
+    """Seed PyTorch from `key`: equal keys give equal random numbers, whatever was drawn before.
 
-    Dropout takes (seed, step, micro-batch, process); a resumed run therefore needs no saved generator, and an extra
-    evaluation changes nothing.
+    Dropout uses (seed, step, micro-batch, process). Hence a resumed run needs no saved generator, and an extra evaluation
+    changes nothing.
     """
     if torch.accelerator.is_available():
         torch.manual_seed(mix(*key))
-    else:  # where there is none, `torch.manual_seed` notes the stack each time, for devices that may come
+    else:  # `torch.manual_seed` would record a stack trace each time, for accelerators that may be initialized later
         torch.default_generator.manual_seed(mix(*key))
 
 
 def mix(*key: int) -> int:
-    """A 63-bit hash of integers (the finaliser of SplitMix64, Steele et al. 2014, chained over `key`)."""
+    """A 63-bit hash of integers: the finalizer of SplitMix64 (Steele et al. 2014), chained over `key`."""
     state = 0
     for value in key:
         state = (state + value + 0x9E3779B97F4A7C15) % 2**64

@@ -1,6 +1,6 @@
-"""Signals and the time limit end a run well: all processes agree, save, and leave with a code that says `resume me`.
+"""Signals and the time limit stop a run so that it can resume: all processes agree, save, and exit with code 75.
 
-Light on imports: signals are watched before the heavy ones.
+Imports nothing heavy: signals are handled before the heavy imports.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 
 EXIT_RESUME = 75
-"""Exit code of a run that was stopped and goes on when started again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that was stopped and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
-"""A launcher forwards what its whole process group got already: within this time a second signal is the first one again."""
+"""A launcher forwards signals that its process group got already: a second one within this time is the first one again."""
 
 
 class Stopped(Exception):
-    """Raised on every process at the same place once one of them was asked to stop."""
+    """Raised on every process at the same place after one of them was asked to stop."""
 
 
 class Request:
-    """What this process was asked, and whether it must be put off: signals belong to the process, and so does this."""
+    """Whether this process was asked to stop, and why; whether it must save first. One per process, as signals are."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
@@ -39,35 +39,36 @@ REQUEST = Request()
 
 
 def watch_signals() -> None:
-    """From now on SIGTERM, SIGINT and SIGUSR1 ask the run to stop; while nothing is deferred they end it at once.
+    """Handle SIGTERM, SIGINT and SIGUSR1: they ask the run to stop within `deferring_signals`, elsewhere they end the process.
 
-    A thread reads them, since Python runs handlers only between bytecodes, and not while a process waits for others.
-    SIGUSR1 is what Slurm sends before the time is up, and what this process gets when its launcher dies.
+    A thread reads them from a pipe, since Python runs handlers only between bytecodes, hence not while a process waits for
+    others. Slurm sends SIGUSR1 before the time limit; this process also gets it when its launcher dies.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    # A forked process would write its own signals into the pipe of this one.
+    # A forked process would write its signals into the pipe of this one.
     os.register_at_fork(after_in_child=forget_signals)
     threading.Thread(target=listen, args=(reader,), daemon=True, name="signals").start()
     follow_launcher()
 
 
 def forget_signals() -> None:
+    """Restore the default handlers, in a forked process."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 
 
 def listen(reader: int) -> None:
-    """Read signals for ever: the first one asks, the second one ends the process."""
+    """Read signals from the pipe: the first one asks the run to stop, the second one ends the process."""
     first = math.inf
     while True:
         for number in os.read(reader, 64):
             if number not in SIGNALS:
-                continue  # a loader's worker has ended
+                continue  # such as SIGCHLD: a worker of a data loader has ended
             name, now = signal.Signals(number).name, time.monotonic()
             if not REQUEST.deferred:
                 leave(f"{name}: stopped", EXIT_RESUME)
@@ -79,7 +80,7 @@ def listen(reader: int) -> None:
 
 
 def follow_launcher() -> None:
-    """Get SIGUSR1 when the launcher that started this process dies, instead of running on without it."""
+    """Have the system send SIGUSR1 to this process when its launcher dies; else it would run on without it."""
     import psutil
 
     parent = psutil.Process().parent()
@@ -90,12 +91,13 @@ def follow_launcher() -> None:
 
 
 def end_with_parent(number: int) -> None:
+    """Have Linux send signal `number` to this process when its parent dies."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def quiet_worker(_: int) -> None:
-    """In a process that loads batches: leave signals to the process that it serves, and end with it."""
+    """In a worker of a data loader: ignore signals, which the training process handles, and end with that process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -104,7 +106,7 @@ def quiet_worker(_: int) -> None:
 
 @contextlib.contextmanager
 def deferring_signals(max_minutes: float | None = None) -> Iterator[None]:
-    """Within, a signal or the time limit (counted from the start of the process) is noted until `check_stop` asks."""
+    """Within, a signal or the time limit (counted from the start of the process) takes effect at the next `check_stop`."""
     REQUEST.deadline = REQUEST.started + 60 * max_minutes if max_minutes else math.inf
     REQUEST.deferred = True
     try:
@@ -116,7 +118,7 @@ def deferring_signals(max_minutes: float | None = None) -> Iterator[None]:
 
 
 def check_stop(any_process: Callable[[bool], bool]) -> None:
-    """Raise Stopped on all processes when one was asked to stop or is out of time; all must call this at the same place."""
+    """Raise Stopped on every process if one was asked to stop or is out of time; all must call this at the same place."""
     if not REQUEST.reason and time.monotonic() > REQUEST.deadline:
         REQUEST.reason = "--max_minutes"
     if any_process(bool(REQUEST.reason)):
@@ -124,13 +126,13 @@ def check_stop(any_process: Callable[[bool], bool]) -> None:
 
 
 def leave(message: str, code: int) -> None:
-    """End this process and the ones it started, now."""
+    """End this process at once, and the processes it started."""
     import psutil
 
     say(message)
     wanted = {child.pid for child in multiprocessing.active_children()}
     for child in psutil.Process().children(recursive=True):
-        # The tracker's service ends by itself and first writes what it was given.
+        # W&B's service writes what it was given, then ends by itself.
         with contextlib.suppress(psutil.Error):
             if child.pid in wanted or "wandb" not in " ".join(child.cmdline()):
                 child.kill()
@@ -138,5 +140,6 @@ def leave(message: str, code: int) -> None:
 
 
 def say(message: str) -> None:
+    """Write a line to stderr, without Python's buffers, whose locks the main thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{message}\n".encode())

@@ -1,6 +1,7 @@
-"""The libraries, imported fast: without packages that a text classifier never uses, and without collecting garbage.
+"""The start of a script: heavy libraries imported fast and kept quiet, and errors of the user printed without a trace.
 
-Scripts import this module before anything else that imports transformers; later it does nothing.
+Scripts import this module before anything that imports transformers. A program that has imported transformers already
+keeps it as it is.
 """
 
 import contextlib
@@ -14,14 +15,14 @@ from lib.errors import UserError
 from lib.runtime.signals import EXIT_RESUME, Stopped
 
 UNUSED = ("peft", "scipy")
-"""Packages that transformers imports with every model when it finds them: for Trainer, and to match boxes in pictures."""
+"""Packages that transformers imports with every model if they are installed: for its Trainer, and for object detection."""
 
 
 @contextlib.contextmanager
 def hidden(*names: str) -> Iterator[None]:
     """Within, packages that are not imported yet seem not to be installed."""
     names = tuple(name for name in names if name not in sys.modules)
-    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None: whoever looks finds nothing
+    sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # importing a module that is None fails
     try:
         yield
     finally:
@@ -30,31 +31,40 @@ def hidden(*names: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Within, no garbage is collected; what is alive afterwards is never looked at again.
+def no_garbage_collection() -> Iterator[None]:
+    """Within, garbage is not collected; afterwards it is again, but for objects alive at the end.
 
-    An import makes a million objects that stay: looking through them over and over is a third of its time.
+    Imports create a million objects that stay; scanning them over and over is a third of the import time.
     """
-    wanted = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if wanted:
+        if enabled:
             gc.enable()
 
 
-# What transformers has decided about a package it does not decide anew; the packages can be imported afterwards.
+# transformers looks for each package once, so that the hidden ones can be imported afterwards.
 if "transformers" not in sys.modules:
-    with uncollected(), hidden(*UNUSED):
+    with no_garbage_collection(), hidden(*UNUSED):
         import accelerate  # noqa: F401
         import datasets  # noqa: F401
         from transformers import PreTrainedModel, get_scheduler  # noqa: F401
 
 
+def quiet_libraries() -> None:
+    """No log lines of `datasets`, whose errors we report ourselves, and its progress bars on a terminal only."""
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+
+
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Call `main`; a mistake of the user ends the process with code 2 and its message, printed once, without a trace.
+    """Call `main(config)`; a UserError ends the process with code 2 and its message, printed once, without a trace.
 
     A run that was stopped and saved ends with code 75.
     """
@@ -66,9 +76,9 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     except Stopped as stopped:
         code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # whoever read this may be gone
+        with contextlib.suppress(OSError):  # the reader of a pipe may be gone
             print(message, file=sys.stderr, flush=True)
-    # Without cleaning up: processes that wait for this one are ended by the launcher, not by a collective.
+    # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(code)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from lib.runtime.cpu.attention import Attention, attention_forward, fast_attention
+from lib.runtime.cpu.attention import attention_forward, fast_attention
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from tests.tiny_models import ENCODER
 

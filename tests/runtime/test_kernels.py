@@ -11,10 +11,6 @@ from transformers import AutoModelForSequenceClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
-from lib.config.sections import flatten
-from lib.config.train import TrainConfig
-from lib.run.record import compare_settings
-from lib.run.resume import describe_promise
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from tests.conftest import Command, read_lines, sentences, write_csv
 
@@ -78,14 +74,3 @@ def test_switching_off_restores_the_originals() -> None:
     assert hooks == before[2] + 1
     use_cpu_kernels(False)
     assert state() == before
-
-
-def test_a_run_may_go_on_with_other_kernels_and_is_told_that_numbers_may_differ() -> None:
-    now = flatten(TrainConfig())
-    other = now | {"cpu_kernels": False}
-    before_the_option = {name: value for name, value in now.items() if name != "cpu_kernels"}
-    assert compare_settings(now, other) == []
-    assert "bit by bit" in describe_promise(before_the_option, now, [])
-    promise = describe_promise(now, other, [])
-    assert "cpu_kernels True -> False" in promise
-    assert "bit by bit" not in promise

@@ -1,4 +1,4 @@
-"""Signals: the first asks, the second ends, and those of other processes are not taken for one's own."""
+"""The first signal asks the run to stop, the second ends it, and signals of other processes do nothing."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 
 
 def start(code: str) -> subprocess.Popen:
-    """A process that watches signals, runs `code` and is ready once it has printed a line."""
+    """A process that handles signals and runs `code`, whose first line of output is "ready"."""
     program = "import os, signal, sys, time\nfrom lib.runtime import signals\nfrom lib.runtime.signals import *\n"
     program += "watch_signals()\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -32,14 +32,14 @@ def start(code: str) -> subprocess.Popen:
     return process
 
 
-def test_before_training_a_signal_ends_the_process_at_once_even_in_a_blocking_call():
+def test_signal_before_training_ends_the_process_at_once_even_in_a_blocking_call():
     process = start("print('ready', flush=True); signal.pthread_sigmask(signal.SIG_BLOCK, []); time.sleep(60)")
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 75
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_while_deferring_a_signal_is_noted_and_raised_where_it_is_asked_for(number):
+def test_deferred_signal_is_raised_at_the_next_check(number):
     process = start(
         """
         with deferring_signals():
@@ -58,7 +58,7 @@ def test_while_deferring_a_signal_is_noted_and_raised_where_it_is_asked_for(numb
     assert out == f"stopped by {signal.Signals(number).name}\n"
 
 
-def test_a_signal_that_a_launcher_forwards_again_is_not_a_second_one():
+def test_signal_that_a_launcher_forwards_again_is_not_a_second_one():
     process = start("with deferring_signals():\n    print('ready', flush=True)\n    time.sleep(60)")
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -69,7 +69,7 @@ def test_a_signal_that_a_launcher_forwards_again_is_not_a_second_one():
     assert process.wait(2) == 128 + signal.SIGTERM
 
 
-def test_the_end_of_a_loader_worker_is_not_taken_for_a_request_to_stop():
+def test_end_of_a_loader_worker_does_not_stop_the_run():
     """PyTorch handles SIGCHLD in Python, and every handled signal reaches the pipe."""
     code = """
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -82,7 +82,7 @@ def test_the_end_of_a_loader_worker_is_not_taken_for_a_request_to_stop():
     assert start(code).wait(5) == 0
 
 
-def test_a_signal_to_a_forked_process_does_not_stop_its_parent():
+def test_signal_to_a_forked_process_does_not_stop_its_parent():
     """Pools end their workers with SIGTERM; the pipe is shared by the fork."""
     code = """
         child = os.fork()
@@ -98,7 +98,7 @@ def test_a_signal_to_a_forked_process_does_not_stop_its_parent():
     assert start(code).wait(5) == 0
 
 
-def test_a_process_ends_with_the_ones_it_started():
+def test_ending_process_ends_the_ones_it_started():
     process = start(
         "import subprocess; c = subprocess.Popen(['sleep', '60']); print('ready', flush=True); time.sleep(60)"
     )
@@ -111,7 +111,7 @@ def test_a_process_ends_with_the_ones_it_started():
         time.sleep(0.05)
 
 
-def test_the_time_limit_counts_from_the_start_of_the_process(monkeypatch):
+def test_time_limit_counts_from_the_start_of_the_process(monkeypatch):
     monkeypatch.setattr(signals, "REQUEST", signals.Request())
     with deferring_signals(max_minutes=5):
         check_stop(lambda flag: flag)
@@ -119,10 +119,10 @@ def test_the_time_limit_counts_from_the_start_of_the_process(monkeypatch):
         with pytest.raises(Stopped, match="--max_minutes"):
             check_stop(lambda flag: flag)
         signals.REQUEST.reason = ""
-    check_stop(lambda flag: flag)  # no limit for what follows training
+    check_stop(lambda flag: flag)  # the limit ends with the block
 
 
-def test_all_processes_stop_when_another_one_was_asked(monkeypatch):
+def test_every_process_stops_if_one_was_asked_to(monkeypatch):
     monkeypatch.setattr(signals, "REQUEST", signals.Request())
     with pytest.raises(Stopped, match="another process"):
         check_stop(lambda _: True)

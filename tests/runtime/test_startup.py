@@ -1,7 +1,14 @@
-"""A run imports what it uses, and before its first step nothing that it needs later."""
+"""Scripts import only what they need, when they need it, and print a user's mistake once."""
 
+import os
 import re
 
+import pytest
+
+from lib.config.sections import ModelConfig
+from lib.errors import UserError
+from lib.runtime.signals import EXIT_RESUME, Stopped
+from lib.runtime.startup import run_script
 from tests.conftest import ROOT, Command, sentences, write_csv
 
 
@@ -10,7 +17,7 @@ def imported(stderr: str) -> set[str]:
     return {name.split(".")[0] for name in re.findall(r"import time:.*\|\s+(\S+)", stderr)}
 
 
-def test_no_package_is_imported_before_the_first_step_that_the_step_does_not_use(run: Command, roberta, tmp_path):
+def test_first_step_comes_before_packages_that_it_does_not_use(run: Command, roberta, tmp_path):
     train = write_csv(tmp_path / "train.csv", sentences(30))
     flags = ["--model", roberta, "--train_file", train, "--max_steps", 1, "--logging_steps", 1, "--report_to", "none"]
     done = run("train.py", *flags, env={"PYTHONPROFILEIMPORTTIME": "1"})
@@ -21,7 +28,7 @@ def test_no_package_is_imported_before_the_first_step_that_the_step_does_not_use
     assert late <= imported(end)
 
 
-def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Command, tmp_path):
+def test_packages_hidden_from_transformers_can_be_imported_afterwards(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from lib.runtime.startup import UNUSED\n"
@@ -35,7 +42,7 @@ def test_what_was_hidden_from_transformers_can_be_imported_afterwards(run: Comma
     assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "[] [True, True] False"
 
 
-def test_no_garbage_is_collected_while_the_libraries_are_imported(run: Command, tmp_path):
+def test_garbage_is_not_collected_during_imports(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import gc, sys\n"
@@ -49,7 +56,7 @@ def test_no_garbage_is_collected_while_the_libraries_are_imported(run: Command, 
     assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "0 True True True"
 
 
-def test_nothing_is_hidden_from_a_program_that_has_imported_transformers_before(run: Command, tmp_path):
+def test_nothing_is_hidden_from_a_program_that_imported_transformers_before(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import transformers.utils\n"
@@ -62,5 +69,44 @@ def test_nothing_is_hidden_from_a_program_that_has_imported_transformers_before(
 
 
 def last_line(text: str) -> str:
-    """What a script prints; W&B says a line of its own before it."""
+    """What a script prints last; W&B prints a line of its own before it."""
     return text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("rank", "printed"), [(None, 1), ("0", 1), ("1", 0)])
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [(UserError("no x"), 2, "error: no x\n"), (Stopped("SIGTERM"), EXIT_RESUME, "SIGTERM: saved")],
+)
+def test_mistakes_and_stops_end_every_process_with_their_code_and_are_printed_once(
+    rank: str | None,
+    printed: int,
+    raised: Exception,
+    code: int,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    def main(_: ModelConfig) -> None:
+        raise raised
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    else:
+        monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        run_script(main, ModelConfig())
+    assert ended.value.code == code
+    assert capsys.readouterr().err.count(line) == printed
+
+
+def test_bug_keeps_its_trace() -> None:
+    def main(_: ModelConfig) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_script(main, ModelConfig())

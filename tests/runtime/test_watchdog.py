@@ -1,4 +1,4 @@
-"""Who makes no progress is named; who was only paused is not."""
+"""A process that hangs ends with a report; one that was only paused does not."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from lib.runtime import watchdog
-from lib.runtime.watchdog import beat, leave_word, report, watching
+from lib.runtime.watchdog import beat, report, watching, write_phase
 from tests.conftest import ROOT
 
 
@@ -27,7 +27,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_process_without_progress_ends_with_its_phase_and_its_stack(tmp_path):
+def test_hanging_process_ends_with_its_phase_and_its_stack(tmp_path):
     code = """
         def stuck():
             time.sleep(20)
@@ -45,7 +45,7 @@ def test_a_process_without_progress_ends_with_its_phase_and_its_stack(tmp_path):
     assert "in stuck" in done.stderr
 
 
-def test_progress_keeps_it_quiet_and_nothing_is_left(tmp_path):
+def test_progress_prints_nothing_and_leaves_no_file(tmp_path):
     code = """
         with watching(folder / "beats", 0, 0.5):
             for step in range(12):
@@ -57,12 +57,12 @@ def test_progress_keeps_it_quiet_and_nothing_is_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_report_tells_the_frozen_process_from_the_waiting_one(tmp_path, capfd):
+def test_report_tells_the_frozen_process_from_the_waiting_one(tmp_path, capfd):
     beat("step 9")
-    leave_word(tmp_path, 0)
-    word = json.loads((tmp_path / "0").read_text())
+    write_phase(tmp_path, 0)
+    entry = json.loads((tmp_path / "0").read_text())
     (tmp_path / "1").write_text(
-        json.dumps(word | {"phase": "step 8", "seen": time.time() - 60, "since": time.time() - 61})
+        json.dumps(entry | {"phase": "step 8", "seen": time.time() - 60, "since": time.time() - 61})
     )
     report(tmp_path, 0, 8)
     lines = capfd.readouterr().err.splitlines()
@@ -71,8 +71,8 @@ def test_the_report_tells_the_frozen_process_from_the_waiting_one(tmp_path, capf
     assert "step 8, 61 s ago, frozen or dead" in lines[2]
 
 
-def test_a_pause_of_the_whole_process_is_nobodys_fault(tmp_path):
-    """Ctrl-Z for longer than the limit, then fg: both the watcher and the watched stood still."""
+def test_pause_of_the_whole_process_does_not_count(tmp_path):
+    """Ctrl-Z for longer than the timeout, then fg."""
     code = """
         import os, signal, subprocess
         subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
@@ -84,10 +84,10 @@ def test_a_pause_of_the_whole_process_is_nobodys_fault(tmp_path):
     assert run(code, tmp_path).returncode == 0
 
 
-def test_a_folder_that_vanishes_stops_nobody(tmp_path):
+def test_missing_folder_does_not_stop_the_run(tmp_path):
     with watching(tmp_path / "beats", 0, 0.4):
         shutil.rmtree(tmp_path / "beats", ignore_errors=True)
         for _ in range(5):
             beat("step")
             time.sleep(0.1)
-    assert watchdog.BEAT.phase == "step"
+    assert watchdog.HEARTBEAT.phase == "step"

@@ -31,7 +31,7 @@ def share_cast(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
     known, cast = getattr(states, "shared_cast", (None, None))
     if known != key:
         cast = states.to(key[1])
-        states.shared_cast = key, cast  # type: ignore[attr-defined]
+        states.shared_cast = key, cast
     return cast, *arguments[1:]
 
 

@@ -1,0 +1,62 @@
+"""Threads and denormals on a CPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lib.runtime.cpu.tuning import FEW_PRODUCTS, use_all_cores, use_one_core_for
+from tests.conftest import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("processes", "setting", "threads"), [(1, None, 8), (2, None, 4), (16, None, 1), (2, "1", 4), (2, "3", 5)]
+)
+def test_processes_share_the_cores_unless_threads_are_set(
+    processes: int, setting: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 stands for what the process had before."""
+    torch.set_num_threads(5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setenv("OMP_NUM_THREADS", setting or "")
+    if not setting:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    use_all_cores()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("products", "expected"), [(1, 1), (FEW_PRODUCTS, 1), (FEW_PRODUCTS + 1, 2)])
+def test_steps_of_few_products_use_one_thread(products: int, expected: int) -> None:
+    torch.set_num_threads(2)
+    use_one_core_for(products)
+    assert torch.get_num_threads() == expected
+
+
+DECAY = """
+import torch
+from lib.runtime.accelerator import build_accelerator
+
+build_accelerator("no")
+moment = torch.full((1_000_000,), 1e-37)
+for _ in range(30):
+    moment.lerp_(torch.zeros(()), 0.1)  # as AdamW does
+print(torch.get_num_threads(), moment.view(torch.int32).count_nonzero().item())
+"""
+
+
+def test_denormal_moments_are_flushed_to_zero_in_all_threads() -> None:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", DECAY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=ROOT)
+    assert done.stdout.split() == ["2", "0"]
