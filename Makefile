@@ -10,8 +10,11 @@ READY := .venv/.ready
 
 .PHONY: train test test-slow lint format faults seeds bench clean
 
+# All of the launcher's values are named: it warns of those it has to choose. train.py --mixed_precision chooses bf16 itself.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
 train: $(READY)
-	$(BIN)/accelerate launch --num_processes 1 train.py $(ARGS)
+	$(LAUNCH) train.py $(ARGS)
 
 # By name, not by number of tests: the files with few and long ones would come last, each on one core.
 test: $(READY)

@@ -9,6 +9,7 @@ from lib.model.load import Weights, describe_weights
 from lib.run.record import run_folder, run_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.precision import describe_precision
+from lib.runtime.processes import describe_processes
 from lib.training.learner import Learner
 
 
@@ -20,7 +21,7 @@ def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner
     rows = {
         "run": f"{run_name(config)}  ({run_folder(config)})",
         "devices": "; ".join(describe_devices(accelerator)),
-        "processes": f"{accelerator.num_processes}, {accelerator.distributed_type.value}",
+        "processes": describe_processes(accelerator),
         "precision": f"{describe_precision(accelerator.mixed_precision)} (asked for: {config.mixed_precision})",
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",

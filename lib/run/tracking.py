@@ -91,7 +91,12 @@ class RunLog:
             "dir": str(self.folder),
             "mode": mode,
             "settings": wandb.Settings(
-                init_timeout=WANDB_INIT_SECONDS, finish_timeout=WANDB_FINISH_SECONDS, console="off", save_code=False
+                init_timeout=WANDB_INIT_SECONDS,
+                finish_timeout=WANDB_FINISH_SECONDS,
+                console="off",
+                save_code=False,
+                quiet=True,  # online, the addresses of the run remain
+                silent=mode == "offline",  # the line below says how to upload the run
             ),
         }
         try:
