@@ -23,7 +23,7 @@ def test_a_recipe_is_read_and_names_its_data(recipe: Path) -> None:
 
 def publish_as_pickle(folder: Path) -> Path:
     """A model with three classes as cardiffnlp published theirs: named LABEL_0, LABEL_1, LABEL_2, its weights a pickle."""
-    tiny_models.classifier(folder, **tiny_models.labels({number: f"LABEL_{number}" for number in range(3)}))
+    tiny_models.classifier(folder, **tiny_models.labels([f"LABEL_{number}" for number in range(3)]))
     weights = folder / "model.safetensors"
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()

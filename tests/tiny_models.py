@@ -1,10 +1,13 @@
 """Tiny models with random weights, one for each task; every text differs to them, as their weights are large."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AlbertConfig,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
@@ -35,11 +38,38 @@ ENCODER = SIZES | {
     "max_position_embeddings": 80,
     "initializer_range": 0.5,
 }
-NAMES = {0: "bad", 1: "good", 2: "mixed"}
+NAMES = ["bad", "good", "mixed"]
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": SMALL,
+    "roberta": SMALL | {"max_position_embeddings": 80},
+    "distilbert": {"vocab_size": 128, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": SMALL | {"embedding_size": 8},
+    "deberta-v2": SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": SMALL | {"pad_token_id": 1},
+    "gpt2": {"vocab_size": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 1},
+}
+"""By model type, the settings of a configuration with two layers."""
 
 
-def labels(names: dict[int, str]) -> dict:
-    return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+def labels(names: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+
+
+def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.dtype = torch.float32) -> Path:
+    """A classifier of one of the model types in `SETTINGS`, with random weights and a tokenizer, saved to `folder`."""
+    torch.manual_seed(0)
+    settings = SETTINGS["roberta" if kind == "xlm-roberta" else kind]
+    config = AutoConfig.for_model(kind, num_labels=num_labels, **settings)
+    AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
 
 
 def save(config: PreTrainedConfig, kind: type, folder: Path) -> Path:
@@ -56,7 +86,7 @@ def classifier(folder: Path, **settings) -> Path:
 
 
 def entailer(folder: Path) -> Path:
-    names = {0: "contradiction", 1: "neutral", 2: "entailment"}
+    names = ["contradiction", "neutral", "entailment"]
     return save(BertConfig(**ENCODER, **labels(names)), AutoModelForSequenceClassification, folder)
 
 
@@ -65,7 +95,7 @@ def masked(folder: Path) -> Path:
 
 
 def tagger(folder: Path) -> Path:
-    names = {0: "B-PER", 1: "B-LOC", 2: "I-PER", 3: "O", 4: "I-LOC"}
+    names = ["B-PER", "B-LOC", "I-PER", "O", "I-LOC"]
     return save(BertConfig(**ENCODER, **labels(names)), AutoModelForTokenClassification, folder)
 
 
@@ -152,6 +182,6 @@ def any_classifier(name: str, folder: Path, layers: int = 2) -> Path:
         "roberta": lambda: RobertaConfig(**both),
     }
     config = configs[name]()
-    for number, label in NAMES.items():
+    for number, label in enumerate(NAMES):
         config.id2label[number], config.label2id[label] = label, number
     return save(config, AutoModelForSequenceClassification, folder)

@@ -56,7 +56,7 @@ def test_exported_logits_equal_pytorch_for_any_batch_and_length(task, tmp_path):
 def test_adapter_is_exported_with_its_base_model(tmp_path, method):
     base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
     tokenizer = load_tokenizer(base)
-    model, weights = build_model(base, list(tiny_models.NAMES.values()), tokenizer)
+    model, weights = build_model(base, tiny_models.NAMES, tokenizer)
     model = adapt(model, AdapterConfig(adapter=method), base, weights.new)
     with torch.no_grad():
         for parameter in saved_tensors(model).values():

@@ -88,7 +88,7 @@ def test_multi_label_gives_labels_above_one_half(tmp_path):
 
 
 def test_regression_gives_a_score(tmp_path):
-    settings = {"problem_type": "regression", "num_labels": 1, **tiny_models.labels({0: "stars"})}
+    settings = {"problem_type": "regression", "num_labels": 1, **tiny_models.labels(["stars"])}
     (row,) = answers("a film", "--model", tiny_models.classifier(tmp_path / "regression", **settings))
     assert set(row) == {"id", "text", "score"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lib.config.sections import ModelConfig
 from lib.errors import UserError
@@ -21,40 +21,14 @@ from lib.model.load import (
     model_name,
 )
 from tests.conftest import tiny_tokenizer
+from tests.tiny_models import NAMES, SETTINGS, save_classifier
 
-NAMES = ["bad", "good", "mixed"]
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-SETTINGS = {
-    "bert": SMALL,
-    "roberta": SMALL | {"max_position_embeddings": 80},
-    "distilbert": {"vocab_size": 128, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "electra": SMALL | {"embedding_size": 8},
-    "deberta-v2": SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
-    "modernbert": SMALL | {"pad_token_id": 1},
-}
-"""Architectures with the settings of a model of two layers."""
-
+KINDS = [kind for kind in SETTINGS if kind != "gpt2"]
 PREFIXES = {"modernbert": "model", "deberta-v2": "deberta"}
 """Attribute of the backbone where it is not called as the architecture."""
 
 LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers"}
 """Attribute of the backbone that holds the layers where it is not `encoder.layer`."""
-
-
-def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.dtype = torch.float32) -> Path:
-    """A classifier with random weights and a tokenizer, saved to `folder`."""
-    torch.manual_seed(0)
-    settings = SETTINGS["roberta" if kind == "xlm-roberta" else kind]
-    config = AutoConfig.for_model(kind, num_labels=num_labels, **settings)
-    AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
-    tiny_tokenizer(folder)
-    return folder
 
 
 def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, Weights]:
@@ -91,7 +65,7 @@ def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_freezing_stops_the_named_part_and_nothing_else(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
@@ -103,7 +77,7 @@ def test_freezing_stops_the_named_part_and_nothing_else(
 
 
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_train_mode_leaves_frozen_parts_in_eval_mode(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:

@@ -15,11 +15,10 @@ from lib.model.layers import find_layers
 from lib.model.load import Weights, build_model, describe_weights, load_tokenizer
 from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
-from tests.model.test_load import NAMES, SETTINGS, save_classifier
 from tests.predicting import answers
+from tests.tiny_models import NAMES, SETTINGS, save_classifier
 
-KINDS = ["bert", "roberta", "distilbert", "electra", "deberta-v2", "modernbert", "gpt2"]
-SETTINGS["gpt2"] = {"vocab_size": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 1}
+KINDS = list(SETTINGS)
 DROPOUT = {"distilbert": "dropout", "modernbert": "mlp_dropout", "gpt2": "resid_pdrop"}
 """The key of dropout where it is not `hidden_dropout_prob`."""
 
