@@ -22,8 +22,7 @@ from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
-from lib.model.adapters.adapt import load_classifier, tokenizer_source
-from lib.model.load import label_names, load_tokenizer
+from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import find_scored_model
 from lib.run.results import report_evaluation
 from lib.runtime.accelerator import build_accelerator
@@ -34,7 +33,7 @@ def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
     trained = find_scored_model(config)
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
-    tokenizer = load_tokenizer(tokenizer_source(trained.source))
+    tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))

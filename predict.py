@@ -28,7 +28,6 @@ from lib.inference.onnx_export import export_onnx
 from lib.inference.outputs import write_predictions
 from lib.inference.stream import Prediction, predict_stream
 from lib.inference.tasks import build_predict, count_truncation
-from lib.model.adapters.adapt import tokenizer_source
 from lib.model.load import load_tokenizer
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
@@ -41,7 +40,7 @@ def main(config: PredictConfig) -> None:
     """Predict once for every row of the input, in its order; messages go to stderr."""
     trained = find_model(config.model, config.mixed_precision)
     if config.explain_tokens:
-        print(explain_tokens(load_tokenizer(tokenizer_source(trained.source)), config.explain_tokens))
+        print(explain_tokens(load_tokenizer(trained.source), config.explain_tokens))
         return
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     task = load_task(config, trained, accelerator.device)

@@ -16,7 +16,7 @@ from lib.config.train import TrainConfig
 from lib.data.load import load_data
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
-from lib.model.load import build_model, describe_weights, load_tokenizer
+from lib.model.load import build_model, load_tokenizer, summarize_weight_names
 from lib.run.record import padding_shares
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
@@ -87,7 +87,7 @@ def test_a_training_command_of_the_page_is_understood(flags, monkeypatch):
             dict(change.split("=") for change in config.model.config_overrides).items()
             <= {name: str(value) for name, value in model.config.to_dict().items()}.items()
         )
-        assert bool(weights.dropped) != config.model.from_scratch
+        assert bool(weights.unused) != config.model.from_scratch
 
 
 @pytest.mark.parametrize("flags", SCORINGS)
@@ -107,8 +107,8 @@ def test_the_start_block_of_the_page_is_that_of_its_command():
     flags = next(flags for flags in TRAININGS if "hidden_dropout_prob" in flags)
     config = parse_cli(TrainConfig, shlex.split(flags)).model
     _, weights = build_model(config, ["a", "b"], load_tokenizer(config))
-    assert f"new weights  {describe_weights(weights.new)} (" in NOTE
-    assert f"left out     {describe_weights(weights.dropped)} (" in NOTE
+    assert f"new weights  {summarize_weight_names(weights.new)} (" in NOTE
+    assert f"left out     {summarize_weight_names(weights.unused)} (" in NOTE
 
 
 def test_the_padding_of_the_page_is_that_of_the_data():

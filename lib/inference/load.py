@@ -11,8 +11,8 @@ from lib.data.columns import TEXT_GUESSES
 from lib.data.tokenization import stored_windows
 from lib.errors import UserError
 from lib.inference.inputs import Columns
-from lib.model.adapters.adapt import adapter_folder, load_classifier, tokenizer_source
-from lib.model.load import load_tokenizer, load_trained, longest_input
+from lib.model.adapters.adapt import adapter_folder
+from lib.model.load import load_classifier, load_tokenizer, load_trained, longest_input
 from lib.run.finished import TrainedModel
 
 MODELS = {
@@ -51,7 +51,7 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
 
     Raises UserError if the model cannot be loaded, was not trained for the task, or --max_length is too short.
     """
-    tokenizer = load_tokenizer(tokenizer_source(trained.source))
+    tokenizer = load_tokenizer(trained.source)
     if config.task not in MODELS:
         model = load_classifier(trained.source)
     elif adapter_folder(trained.source) is not None:

@@ -6,10 +6,11 @@ from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.model.adapters.adapt import adapt
 from lib.model.compilation import compile_layers
-from lib.model.load import Weights, build_model
+from lib.model.load import build_model
+from lib.model.source import LoadingInfo
 
 
-def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: Any) -> tuple[Any, Weights]:
+def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: Any) -> tuple[Any, LoadingInfo]:
     """A classifier for the labels of `data`, and which of its weights are not those of the checkpoint.
 
     Raises UserError if it cannot be loaded, changed, frozen, adapted or compiled as asked.

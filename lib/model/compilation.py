@@ -1,4 +1,4 @@
-"""torch.compile for the layers that are trained, opt-in: one program for all of them, whatever the shape of a batch."""
+"""--compile: torch.compile for the trained layers, with one set of compiled programs for all layers and batch shapes."""
 
 import torch
 from torch import nn
@@ -6,55 +6,50 @@ from torch import nn
 from lib.errors import UserError
 from lib.model.layers import find_layers
 
-PROGRAMS = 32
-"""Most programs made of one layer's code. A layer needs one each for training and evaluation, with and without padding,
-for a single text and for more, and for each kind of layer; past this number it runs uncompiled."""
+RECOMPILE_LIMIT = 32
+"""Most programs compiled from the code of one kind of layer; past it, the layer runs uncompiled. It needs one for each of
+training and evaluation, with and without padding, and of a batch of one text or more."""
 
 
 def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.Module:
-    """Compile the trained layers of `model` in place, if `wanted`; names of weights stay as they are.
+    """Compile the trained layers of `model` in place, if `wanted`; the names of weights do not change.
 
-    The work is done in the first forward and backward. Layers are compiled, not the model: as they are alike, one program
-    serves all, and masks are made outside, where a look at their values costs nothing. Frozen layers stay as they are, so
-    that what they gave once can take their place.
+    Compilation happens in the first forward and backward pass. Layers are compiled instead of the model: they share their
+    programs, and the attention masks, whose code reads tensor values, are made outside. Frozen layers are left alone,
+    since their outputs may be cached.
 
-    Raises UserError when nothing can be compiled for the device, when the model does not show its layers, or trains none.
+    Raises UserError when there is no compiler for the device, or the model does not show its layers or trains none.
     """
     if not wanted:
         return model
     layers = [layer for layer in find_layers(model, "--compile") if any(p.requires_grad for p in layer.parameters())]
     if not layers:
-        raise UserError("--compile is for the layers of the model, none of which is trained here; leave it out")
-    set_up_compiler()
+        raise UserError("--compile compiles trained layers, and none is trained here; leave it out")
+    import torch._dynamo  # these take seconds to import
+    import torch._inductor.config
+    from torch.fx.experimental import _config as symbols
+
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.optimize_ddp = False  # `sum_gradients` adds up gradients, not DDP
+    torch._inductor.config.fallback_random = True  # dropout with the random numbers of an uncompiled run
+    symbols.use_duck_shape = False  # equal sizes, as in 32 texts of 32 tokens, are a coincidence
     check_compiler(device.type)
     for layer in layers:
         layer.compile(dynamic=True)
     return model
 
 
-def set_up_compiler() -> None:
-    """Settings under which a compiled run is the uncompiled one but for rounding."""
-    import torch._dynamo  # here, as these take seconds that only a compiled run should pay
-    import torch._inductor.config
-    from torch.fx.experimental import _config as symbols
-
-    torch._dynamo.config.recompile_limit = PROGRAMS
-    torch._dynamo.config.optimize_ddp = False  # gradients are added up by `sum_gradients`, outside
-    torch._inductor.config.fallback_random = True  # dropout with the random numbers of an uncompiled run
-    symbols.use_duck_shape = False  # 32 texts of 32 tokens are no reason to expect squares
-
-
 def check_compiler(device: str) -> None:
-    """Raise UserError unless a small program can be compiled and run on `device`."""
+    """Raise UserError unless a small function can be compiled and run on `device`."""
     from torch._inductor.utils import fresh_cache
 
     try:
         with fresh_cache():
             torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # each tool that may be missing has an error of its own
+    except Exception as error:  # the errors of missing tools have no type in common
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        tools = "a C++ compiler (Debian: apt-get install g++, or let CXX name one) and Python's headers (python3-dev)"
+        tools = "a C++ compiler (Debian: apt-get install g++; or set CXX) and Python's headers (python3-dev)"
         tools = f"{tools}, and on a GPU Triton" if device != "cpu" else tools
         raise UserError(
-            f"--compile: nothing can be compiled here: {reason}\nIt needs {tools}; or leave it out."
+            f"--compile: torch.compile does not work here: {reason}\nIt needs {tools}. Or leave --compile out."
         ) from error

@@ -1,4 +1,4 @@
-"""Parts of a model that are not trained: which they are, and the mode they run in."""
+"""The parts of a model: backbone, embeddings and layers; which of them are frozen, and in which mode they run."""
 
 import re
 from typing import Any
@@ -9,44 +9,38 @@ from transformers import PreTrainedModel
 from lib.errors import UserError
 
 EMBEDDINGS = re.compile(r"emb|word_emb|layernorm_emb|shared$|wte$|wpe$|project_in$")
-"""How the names begin of what lies below the layers, in the models of transformers."""
+"""How transformers names the modules before the first layer."""
 
 
 def freeze(model: PreTrainedModel, part: str | None) -> None:
-    """Stop the gradients of the backbone, of the embeddings, or of the embeddings and the n lowest layers.
+    """Turn off the gradients of `backbone`, of `embeddings`, or of the embeddings and the `part` lowest layers.
 
-    Raises UserError when the model has no such part, or n is more than its layers.
+    Raises UserError when the model does not have as many layers, or does not show them.
     """
-    for module in frozen_part(model, part):
+    if part is None:
+        return
+    backbone = backbone_of(model)
+    frozen = [backbone] if part == "backbone" else find_embeddings(backbone)
+    if part not in ("backbone", "embeddings"):
+        layers = find_layers(model, "--freeze")
+        if int(part) > len(layers):
+            raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
+        frozen = [*frozen, *layers[: int(part)]]
+    for module in frozen:
         module.requires_grad_(False)
 
 
-def frozen_part(model: PreTrainedModel, part: str | None) -> list[nn.Module]:
-    if part is None:
-        return []
-    backbone = backbone_of(model)
-    if part == "backbone":
-        return [backbone]
-    embeddings = find_embeddings(backbone)
-    if part == "embeddings":
-        return embeddings
-    layers = find_layers(model, "--freeze")
-    if int(part) > len(layers):
-        raise UserError(f"--freeze {part}: the model has {len(layers)} layers")
-    return [*embeddings, *layers[: int(part)]]
-
-
 def backbone_of(model: Any) -> Any:
-    """The model without its head, also below an adapter of peft."""
-    below = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(below, below.base_model_prefix)
+    """The model without its head, also inside an adapter of peft."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(inner, inner.base_model_prefix)
 
 
 def find_embeddings(backbone: Any) -> list[nn.Module]:
-    """All that makes vectors of tokens and positions before the first layer, wherever an architecture keeps it.
+    """The modules that embed tokens and positions before the first layer.
 
-    Beside the table of tokens that may be one of positions (GPT-2's `wpe`) and a change of width (ELECTRA's
-    `embeddings_project`). Tables of relative positions, which each layer reads, are none of it.
+    Beside the token embedding table these may be one of positions (GPT-2's `wpe`) and a projection to another width
+    (ELECTRA's `embeddings_project`). Tables of relative positions, which every layer reads, are not among them.
     """
     found = {
         name: module
@@ -58,9 +52,9 @@ def find_embeddings(backbone: Any) -> list[nn.Module]:
 
 
 def find_layers(model: Any, flag: str) -> nn.ModuleList:
-    """The list of transformer blocks, wherever an architecture keeps it: the first list as long as the model is deep.
+    """The list of transformer layers: the first list with as many modules as the configuration has layers.
 
-    Raises UserError, in the name of `flag`, when there is none.
+    Raises UserError, which names `flag`, when there is none.
     """
     backbone, number = backbone_of(model), model.config.num_hidden_layers
     for module in backbone.modules():
@@ -71,13 +65,13 @@ def find_layers(model: Any, flag: str) -> nn.ModuleList:
 
 
 def set_train_mode(model: nn.Module) -> None:
-    """Train mode, but for parts without a trainable parameter: a frozen part gives the same output each time.
+    """Train mode, except for modules without a trainable parameter: a frozen part has the same output every time.
 
-    With an adapter the whole model is in train mode: its frozen parts read what adapters below them give, and their
-    dropout regularises the adapters, as in the papers and in the libraries whose settings are used here.
+    With an adapter the whole model is in train mode: the frozen layers read the outputs of adapters, which their dropout
+    regularizes, as in the papers, in peft and in the `adapters` library.
     """
     model.train()
-    if any(hasattr(module, "adaptation") for module in model.modules()):
+    if any(hasattr(module, "adapter_info") for module in model.modules()):
         return
     for module in model.modules():
         parameters = list(module.parameters())

@@ -1,4 +1,4 @@
-"""What training minimises: a loss per sample, and how much each sample counts."""
+"""Losses per sample: of one label out of several, of a number, and of several labels at once."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,6 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits float32 (samples, outputs), labels (samples, ...)) -> losses float32 (samples,)."""
 
-# ---------------------------------------------------------------------------------------------------- one label of many
-
 
 def plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy in nats."""
@@ -21,7 +19,7 @@ def plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smooth
 def focal_loss(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
     """-(1 - p)^gamma log p for the probability p of the label, in nats (Lin et al. 2017, equation 4).
 
-    1 - p is summed from the other classes, so that neither the loss nor its gradient suffers where p rounds to 1.
+    1 - p is the sum over the other classes, so that loss and gradient stay accurate where p rounds to 1.
     """
     log_probabilities = log_softmax(logits, dim=-1)
     is_label = one_hot(labels, logits.shape[-1]).bool()
@@ -30,40 +28,30 @@ def focal_loss(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torc
 
 
 def ordinal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Squared distance of the cumulative probabilities from those of the label: the further off, the dearer.
+    """Squared earth mover's distance between the predicted distribution and the label, for classes in graded order.
 
-    The squared earth mover's distance of Hou, Yu and Samaras (2016), known in forecasting as the ranked probability score
-    (Epstein 1969), which is lowest for the true probabilities; half the Brier score when there are two classes. Classes
-    are graded in the order of their numbers. Losses lie between 0 and the number of classes less one.
+    Hou, Yu and Samaras 2016; in forecasting, the ranked probability score (Epstein 1969): a proper score, lowest for the
+    true probabilities, and half the Brier score for two classes. It lies between 0 and the number of classes - 1.
     """
     grades = torch.arange(logits.shape[-1], device=logits.device)
-    at_most = (grades[:, None] >= grades).to(logits.dtype)  # summed below; cumsum is not deterministic on a GPU
+    at_most = (grades[:, None] >= grades).to(logits.dtype)  # a sum, since cumsum is not deterministic on a GPU
     cumulative = (softmax(logits, dim=-1)[:, None, :] * at_most).sum(dim=-1)
     return (cumulative - (grades >= labels[:, None]).to(logits.dtype)).square().sum(dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------- other problems
-
-
 def squared_error(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """(prediction - number)^2 of one output; its mean is transformers' loss of a regression."""
+    """(prediction - label)^2 of the only output; its mean is transformers' loss for regression."""
     return (logits[:, 0] - labels.to(logits.dtype)).square()
 
 
 def mean_binary_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy in nats, averaged over the labels; its mean is transformers' loss of several labels."""
+    """Binary cross entropy in nats, averaged over the labels; its mean is transformers' multi-label loss."""
     return binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(dim=-1)
 
-
-# ---------------------------------------------------------------------------------------------------- choosing
 
 PLAIN: dict[str, Loss] = {
     CLASSIFICATION: plain_cross_entropy,
     REGRESSION: squared_error,
     MULTI_LABEL: mean_binary_cross_entropy,
 }
-"""The loss of each problem type (`problem_type` of a transformers configuration) that evaluation reports: the same for
-every objective, so that the runs of one can be compared with those of another."""
-
-
-# ---------------------------------------------------------------------------------------------------- weights
+"""The loss that evaluation reports, by problem type. It does not depend on --loss, so that runs can be compared."""

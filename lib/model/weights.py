@@ -1,4 +1,4 @@
-"""The weights of a model on disk: in checkpoints, and exported for any transformers program."""
+"""The weights of a model on disk: in checkpoints, and exported for any program that uses transformers."""
 
 import sys
 from pathlib import Path
@@ -6,106 +6,78 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as safetensors_load_model
-from safetensors.torch import save_model as safetensors_save_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lib.errors import UserError
-from lib.model.adapters.adapt import adaptation_of
-from lib.model.adapters.adapterhub import load_tensors, save_adapters, write_files
-from lib.model.adapters.peft_methods import restore_peft, save_peft
+from lib.model.adapters.adapt import adapter_info, reload_adapter, save_adapter
 
 WEIGHTS = "model.safetensors"
+"""The file of a checkpoint with the weights that training changes."""
 
 FROZEN = "frozen.safetensors"
+"""The file of a checkpoint with the other weights; absent where nothing is frozen."""
 
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that make a model, given its base: of an adapted one those that are trained, else all of them."""
-    if adaptation_of(model) is None:
-        return dict(model.state_dict())
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """The state dict of a model; with an adapter, only its trainable part, since the base model is not saved."""
+    tensors = model.state_dict()
+    if adapter_info(model) is None:
+        return dict(tensors)
+    return {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the parameters that a checkpoint holds though training does not change them.
+    """Names of the saved parameters that training does not change; none with an adapter, whose base is not saved.
 
-    Buffers are none of them: those of a batch norm that is trained do change. Of an adapted model there are none.
+    Buffers are not among them: training changes those of a batch norm, for example.
     """
-    if adaptation_of(model) is not None:
+    if adapter_info(model) is not None:
         return set()
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write what `load_weights` needs to make the very same model of one that is built alike: for checkpoints.
-
-    Frozen parameters have their own file, which is left as it is where `folder` has it already.
-    """
-    frozen = frozen_names(model)
-    if adaptation_of(model) is not None:
-        trained = {name: tensor.detach().contiguous() for name, tensor in saved_tensors(model).items()}
-        save_file(trained, folder / WEIGHTS)
-    elif not frozen:
-        safetensors_save_model(model, str(folder / WEIGHTS))
-    else:
-        tensors = model.state_dict()
-        save_tensors({name: tensor for name, tensor in tensors.items() if name not in frozen}, folder / WEIGHTS)
-        if not (folder / FROZEN).exists():
-            save_tensors({name: tensor for name, tensor in tensors.items() if name in frozen}, folder / FROZEN)
+    """Write the weights of a checkpoint, which `load_weights` reads; a file of frozen weights in `folder` is kept as it is."""
+    tensors, frozen = saved_tensors(model), frozen_names(model)
+    save_tensors({name: tensor for name, tensor in tensors.items() if name not in frozen}, folder / WEIGHTS)
+    if frozen and not (folder / FROZEN).exists():
+        save_tensors({name: tensor for name, tensor in tensors.items() if name in frozen}, folder / FROZEN)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write tensors to one file; those that are tied are written once, under one of their names."""
+    """Write tensors to one safetensors file; tied tensors are written once, under one of their names."""
     pattern = f"{file.stem}{{suffix}}{file.suffix}"
     save_torch_state_dict(tensors, file.parent, filename_pattern=pattern, max_shard_size=sys.maxsize)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load what `save_weights` wrote into the very model, in place; also when another part of it was frozen then.
+    """Load the weights of a checkpoint in place. The frozen part may differ from that of the saved model.
 
-    Raises UserError when the names are not those of the model.
+    Raises UserError when the checkpoint lacks weights of the model or has others.
     """
-    if adaptation_of(model) is not None:
-        tensors = load_file(folder / WEIGHTS)
-        assert tensors.keys() == saved_tensors(model).keys(), "the checkpoint holds other tensors than are trained"
-        model.load_state_dict(tensors, strict=False)
-        return
-    # Trained ones last: they are right where both files hold a view of the same memory.
+    # The trained weights last: they are right where both files have a view of the same memory.
     files = [file for file in (folder / FROZEN, folder / WEIGHTS) if file.name == WEIGHTS or file.exists()]
-    answers = [safetensors_load_model(model, str(file), strict=False) for file in files]
-    missing = set.intersection(*(set(missing) for missing, _ in answers))
-    unexpected = {name for _, unexpected in answers for name in unexpected}
+    results = [safetensors_load_model(model, str(file), strict=False) for file in files]
+    missing = saved_tensors(model).keys() & set.intersection(*(set(missing) for missing, _ in results))
+    unexpected = {name for _, unexpected in results for name in unexpected}
     if missing or unexpected:
-        lacking, unknown = (", ".join(sorted(found)) or "nothing" for found in (missing, unexpected))
+        lacking, unknown = (", ".join(sorted(names)) or "nothing" for names in (missing, unexpected))
         raise UserError(f"{folder} does not hold the weights of this model: {lacking} is missing, {unknown} is unknown")
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a model to a new folder: whole with `save_pretrained`, or an adapter with its head and settings."""
-    adaptation = adaptation_of(model)
-    if adaptation is None:
+    """Write a model to a new folder as transformers' `save_pretrained` does; an adapter with its head and settings."""
+    if adapter_info(model) is None:
         model.save_pretrained(folder)
-        return
-    folder.mkdir(parents=True)
-    model.config.save_pretrained(folder)
-    if adaptation.bottlenecks is None:
-        save_peft(model, folder)
     else:
-        base = adaptation.base
-        files = save_adapters(model, adaptation.bottlenecks, base.model, base.model_revision, saved_tensors(model))
-        write_files(folder, files)
+        save_adapter(model, folder)
 
 
-def restore_weights(model: Any, folder: Path) -> None:
-    """Load what `save_model` wrote into the very model, in place."""
-    adaptation = adaptation_of(model)
-    if adaptation is None:
-        saved = AutoModelForSequenceClassification.from_pretrained(folder)
-        model.load_state_dict(saved.state_dict())
-    elif adaptation.bottlenecks is None:
-        restore_peft(model, folder)
+def reload_model(model: Any, folder: Path) -> None:
+    """Load what `save_model` wrote into the same model, in place."""
+    if adapter_info(model) is None:
+        model.load_state_dict(AutoModelForSequenceClassification.from_pretrained(folder).state_dict())
     else:
-        load_tensors(model, adaptation.bottlenecks, folder)
+        reload_adapter(model, folder)

@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.evaluation.thresholds import restore_thresholds
-from lib.model.weights import restore_weights, save_model
+from lib.model.weights import reload_model, save_model
 from lib.runtime.atomic import WRITE_ERRORS, explain, publish_folder
 from lib.runtime.processes import any_process
 from lib.runtime.watchdog import beat
@@ -45,5 +45,5 @@ def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, stat
     if state.best_metric is None:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
     inner = accelerator.unwrap_model(model)
-    restore_weights(inner, folder)
+    reload_model(inner, folder)
     restore_thresholds(inner.config, folder)

@@ -11,7 +11,7 @@ from lib.config.train import TrainConfig
 from lib.data.catalog import dataset_name
 from lib.errors import UserError
 from lib.hub.needs import is_lost_folder
-from lib.model.load import model_name
+from lib.model.source import model_name
 
 
 @dataclasses.dataclass(frozen=True)

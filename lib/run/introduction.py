@@ -5,7 +5,8 @@ from typing import Any
 from lib.config.train import TrainConfig
 from lib.data.labels.problem_types import summarize_labels
 from lib.data.load import Data
-from lib.model.load import Weights, describe_weights
+from lib.model.load import summarize_weight_names
+from lib.model.source import LoadingInfo
 from lib.run.record import run_folder, run_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.precision import describe_precision
@@ -13,7 +14,9 @@ from lib.runtime.processes import describe_processes
 from lib.training.learner import Learner
 
 
-def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: Weights) -> str:
+def describe_run(
+    config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: LoadingInfo
+) -> str:
     """Devices, precision, batch, data, model, and notes about them, one line each."""
     accelerator, plan, notes = learner.accelerator, learner.plan, (*data.notes, *learner.objective.notes)
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
@@ -35,9 +38,9 @@ def describe_run(config: TrainConfig, settings: dict[str, Any], learner: Learner
     if config.model.from_scratch:
         rows["new weights"] = "all (--from_scratch)"
     elif weights.new:
-        rows["new weights"] = f"{describe_weights(weights.new)} (not in the checkpoint, trained from scratch)"
-    if weights.dropped:
-        rows["left out"] = f"{describe_weights(weights.dropped)} (in the checkpoint, no part of this model)"
+        rows["new weights"] = f"{summarize_weight_names(weights.new)} (not in the checkpoint, trained from scratch)"
+    if weights.unused:
+        rows["left out"] = f"{summarize_weight_names(weights.unused)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
     return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in notes)])
 

@@ -18,7 +18,7 @@ from lib.data.catalog import dataset_name
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.model.layers import count_parameters
-from lib.model.load import model_name, model_origin
+from lib.model.source import model_name, model_origin
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.git import git
 

@@ -15,7 +15,7 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
-from lib.model.load import Weights
+from lib.model.source import LoadingInfo
 from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer
 from lib.run.introduction import describe_run
@@ -42,7 +42,7 @@ class Run:
         check_tracker(config.tracking.report_to)
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
 
-    def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: Weights) -> None:
+    def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: LoadingInfo) -> None:
         """Open the folder, take over the checkpoint to resume from, print the start block, start log and tracker.
 
         Raises UserError if the folder holds another experiment, or no checkpoint that `--resume_from_checkpoint` wants.

@@ -17,7 +17,8 @@ from lib.errors import UserError
 from lib.hub.cache.layout import Repo
 from lib.hub.fetch import ensure_cached
 from lib.hub.needs import Need
-from lib.model.load import load_tokenizer, model_origin, resolve_model
+from lib.model.load import load_tokenizer
+from lib.model.source import model_origin, resolve_model
 from tests.loopback_hub import closed_endpoint, loopback_hub, repository_files
 
 NEED = Need("--model", Repo("user/tiny"), "master", "modelscope")

@@ -13,7 +13,7 @@ from lib.config.sections import ModelConfig
 from lib.errors import UserError
 from lib.inference.embeddings import pool
 from lib.inference.outputs import write_predictions
-from lib.model.load import resolve_model
+from lib.model.source import resolve_model
 from tests import tiny_models
 from tests.conftest import sentences, tiny_roberta, write_csv
 from tests.predicting import predictions

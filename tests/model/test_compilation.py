@@ -78,13 +78,13 @@ def test_frozen_layers_are_left_alone(roberta, uncompiled):
     compile_layers(model, True, torch.device("cpu"))
     assert [layer._compiled_call_impl is not None for layer in model.roberta.encoder.layer] == [False, True]
     freeze(model, "backbone")
-    with pytest.raises(UserError, match="none of which is trained"):
+    with pytest.raises(UserError, match=r"--compile .* trained"):
         compile_layers(model, True, torch.device("cpu"))
 
 
 def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_path):
     done = run("train.py", *run_flags(tmp_path, roberta), "--compile", code=2, env={"CXX": "/missing/g++"})
-    assert "error: --compile: nothing can be compiled here" in done.stderr
+    assert "error: --compile: torch.compile does not work here" in done.stderr
     assert "apt-get install g++" in done.stderr
     assert "Traceback" not in done.stderr
 

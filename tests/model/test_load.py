@@ -13,13 +13,12 @@ from lib.config.sections import ModelConfig
 from lib.errors import UserError
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.load import (
-    Weights,
     build_model,
     label_names,
     load_classifier,
     load_tokenizer,
-    model_name,
 )
+from lib.model.source import LoadingInfo, model_name
 from tests.conftest import tiny_tokenizer
 from tests.tiny_models import NAMES, SETTINGS, save_classifier
 
@@ -31,7 +30,7 @@ LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers"}
 """Attribute of the backbone that holds the layers where it is not `encoder.layer`."""
 
 
-def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, Weights]:
+def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, LoadingInfo]:
     config = ModelConfig(model=str(folder), **settings)
     return build_model(config, names, load_tokenizer(config))
 

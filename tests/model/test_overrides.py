@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, set_see
 
 from lib.config.sections import AdapterConfig, ModelConfig
 from lib.errors import UserError
-from lib.model.adapters.adapt import adapt, load_classifier
+from lib.model.adapters.adapt import adapt
 from lib.model.layers import find_layers
-from lib.model.load import Weights, build_model, describe_weights, load_tokenizer
+from lib.model.load import build_model, load_classifier, load_tokenizer, summarize_weight_names
+from lib.model.source import LoadingInfo
 from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
 from tests.predicting import answers
@@ -28,7 +29,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_classifier(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
 
 
-def build(folder: Path, *changes: str, **settings: Any) -> tuple[Any, Weights]:
+def build(folder: Path, *changes: str, **settings: Any) -> tuple[Any, LoadingInfo]:
     config = ModelConfig(str(folder), config_overrides=changes, **settings)
     return build_model(config, NAMES, load_tokenizer(config))
 
@@ -45,7 +46,7 @@ def test_a_model_loses_its_upper_layers_and_keeps_the_rest(folders: dict[str, Pa
     assert 0.25 in {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     lost = {name for name in whole.state_dict() if name not in model.state_dict()}
     unnamed = "attn.bias"  # transformers itself leaves these of GPT-2 out of its report
-    assert set(weights.dropped) == {name for name in lost if unnamed not in name}
+    assert set(weights.unused) == {name for name in lost if unnamed not in name}
     assert weights.new == []
     assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in model.state_dict().items())
 
@@ -85,7 +86,7 @@ def test_from_scratch_needs_no_weights(folders: dict[str, Path], tmp_path: Path)
 def test_more_layers_than_the_checkpoint_has_are_new(folders: dict[str, Path]) -> None:
     _, weights = build(folders["bert"], "num_hidden_layers=3")
     assert {name.split(".layer.")[1][0] for name in weights.new} == {"2"}
-    assert weights.dropped == []
+    assert weights.unused == []
 
 
 def test_weights_of_another_shape_are_new(folders: dict[str, Path]) -> None:
@@ -123,11 +124,11 @@ def test_positions_that_were_taken_away_shorten_the_texts(folders: dict[str, Pat
         ("id2label={}", ["id2label: the classes are those of the data"]),
         ("vocab_size=9", ["it belongs to the tokenizer"]),
         ("pad_token_id=9", ["it belongs to the tokenizer"]),
-        ("model_type=gpt2", ["choose another one by --model"]),
+        ("model_type=gpt2", ["choose another one"]),
         ("dtype=float16", ["--mixed_precision"]),
-        ("num_attention_heads=5", ["no model can be made of that", "not a multiple"]),
-        ("hidden_act=rulu", ["no model can be made of that", "rulu"]),
-        ("hidden_dropout_prob=1.5", ["no model can be made of that", "between 0 and 1"]),
+        ("num_attention_heads=5", ["no model can be built", "not a multiple"]),
+        ("hidden_act=rulu", ["no model can be built", "rulu"]),
+        ("hidden_dropout_prob=1.5", ["no model can be built", "between 0 and 1"]),
     ],
 )
 def test_refused_changes_are_named_with_what_would_do(folders: dict[str, Path], change: str, words: list[str]) -> None:
@@ -146,7 +147,7 @@ def test_a_name_that_two_architectures_share_works_on_both(folders: dict[str, Pa
 def test_a_list_with_an_entry_for_each_layer_follows(folders: dict[str, Path]) -> None:
     model, _ = build(folders["modernbert"], "num_hidden_layers=1")
     assert len(model.config.layer_types) == 1
-    with pytest.raises(UserError, match="layer_types describes 2 layers; change it too"):
+    with pytest.raises(UserError, match="layer_types has entries for 2 layers"):
         build(folders["modernbert"], "num_hidden_layers=3")
 
 
@@ -162,8 +163,8 @@ def test_an_adapter_over_a_changed_model_comes_back(folders: dict[str, Path], me
 
 def test_many_weights_are_told_in_a_few_words() -> None:
     names = [f"encoder.layer.{layer}.{name}.weight" for layer in (4, 5) for name in "abcd"]
-    assert describe_weights([*names, "cls.predictions.bias"]) == "encoder.layer.4.*, encoder.layer.5.*, cls.*"
-    assert describe_weights([f"w{n}" for n in range(8)]) == "w0, w1, w2, w3, w4, w5, ... (8 tensors)"
+    assert summarize_weight_names([*names, "cls.predictions.bias"]) == "encoder.layer.4.*, encoder.layer.5.*, cls.*"
+    assert summarize_weight_names([f"w{n}" for n in range(8)]) == "w0, w1, w2, w3, w4, w5, ... (8 tensors)"
 
 
 @pytest.mark.parametrize(

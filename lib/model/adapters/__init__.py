@@ -1,1 +1,1 @@
-"""Adapters: bottleneck modules, AdapterHub's files, and the methods of PEFT."""
+"""Adapters: bottleneck modules, AdapterHub's files, and the methods of peft."""

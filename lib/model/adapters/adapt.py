@@ -1,7 +1,7 @@
-"""A model that learns through an adapter: made from a base model, saved without it, loaded over it again.
+"""Adapters: a small set of weights trained in a frozen base model, saved without it, and loaded over it again.
 
-Of such a model only the adapter, the head and weights that the base's checkpoint lacked are trained and saved; the base
-is named in adapter_config.json, with its revision.
+Only the adapter, the head, and weights that the base model's checkpoint lacks are trained and saved. The base model and
+its revision are named in adapter_config.json.
 """
 
 import dataclasses
@@ -14,54 +14,59 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError
 from lib.hub.needs import named_base
-from lib.model import load as modeling
-from lib.model.adapters.adapterhub import load_tensors, read_head, read_json, read_settings
-from lib.model.adapters.bottleneck import Bottlenecks, add_bottlenecks, bottlenecks_of
-from lib.model.adapters.peft_methods import add_peft, load_peft
+from lib.model.adapters.adapterhub import (
+    load_bottlenecks,
+    read_bottleneck_config,
+    read_head,
+    read_json,
+    save_bottlenecks,
+)
+from lib.model.adapters.bottleneck import BottleneckConfig, add_bottlenecks, bottleneck_config
+from lib.model.adapters.peft_methods import add_peft, load_peft, reload_peft
+from lib.model.source import load_hf_config, load_pretrained, loading_errors, resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptation:
-    """What an adapted model remembers, as its attribute `adaptation`.
-
-    `base` is the model below as it was asked for, `bottlenecks` None where the adapter is one of peft.
-    """
+class AdapterInfo:
+    """What a model with an adapter keeps as its attribute `adapter_info`."""
 
     base: ModelSource
-    bottlenecks: Bottlenecks | None
+    bottleneck: BottleneckConfig | None
+    """None: the adapter is one of peft."""
+
+
+def adapter_info(model: nn.Module) -> AdapterInfo | None:
+    return getattr(model, "adapter_info", None)
 
 
 def adapt(model: Any, config: AdapterConfig, base: ModelSource, new_weights: list[str]) -> Any:
-    """The model with a new adapter, all else frozen but its head and `new_weights`; the model itself without --adapter.
+    """The model with a new adapter, where only adapter, head and `new_weights` are trainable; without --adapter as it is.
 
     Raises UserError when the method does not fit the model.
     """
     if config.adapter is None:
         return model
     if adapter_folder(base) is not None:
-        raise UserError(f"--model {base.model} is itself an adapter; name the model below it and train a new one")
-    base = ModelSource(model=absolute(base.model), model_revision=base.model_revision)
+        raise UserError(f"--model {base.model} is itself an adapter; give its base model and train a new adapter")
+    # The full path of a folder, so that it is found from another working directory.
+    path = str(Path(base.model).resolve()) if Path(base.model).is_dir() else base.model
+    base = ModelSource(model=path, model_revision=base.model_revision)
     head = head_modules(model, new_weights)
-    if config.adapter == "bottleneck":
-        settings = bottlenecks_of(config)
-        model.requires_grad_(False)
-        add_bottlenecks(model, settings)
-        for name in head:
-            model.get_submodule(name).requires_grad_(True)
-        model.adaptation = Adaptation(base, settings)
-        return model
-    adapted: Any = add_peft(model, config, head, base.model, base.model_revision)
-    adapted.adaptation = Adaptation(base, None)
-    return adapted
-
-
-def absolute(model: str) -> str:
-    """A folder by its full path, so that it is found from elsewhere; anything else as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    if config.adapter != "bottleneck":
+        adapted: Any = add_peft(model, config, head, base)
+        adapted.adapter_info = AdapterInfo(base, None)
+        return adapted
+    settings = bottleneck_config(config)
+    model.requires_grad_(False)
+    add_bottlenecks(model, settings)
+    for name in head:
+        model.get_submodule(name).requires_grad_(True)
+    model.adapter_info = AdapterInfo(base, settings)
+    return model
 
 
 def head_modules(model: PreTrainedModel, new_weights: list[str]) -> list[str]:
-    """Modules that are trained whole: those outside the backbone, and those inside it that are new, such as a pooler."""
+    """Modules that are trained whole: those outside the backbone, and new ones inside it, such as a pooler."""
     outside = [
         name
         for name, module in model.named_children()
@@ -71,87 +76,71 @@ def head_modules(model: PreTrainedModel, new_weights: list[str]) -> list[str]:
     return [*outside, *sorted(inside)]
 
 
-def adaptation_of(model: nn.Module) -> Adaptation | None:
-    return getattr(model, "adaptation", None)
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write adapter, head and configuration to a new folder, in the files of AdapterHub or of peft."""
+    info: AdapterInfo = model.adapter_info
+    folder.mkdir(parents=True)
+    model.config.save_pretrained(folder)
+    if info.bottleneck is None:
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        save_bottlenecks(model, info.bottleneck, info.base, folder)
 
 
-# ---------------------------------------------------------------------------------------------------- loading
+def reload_adapter(model: Any, folder: Path) -> None:
+    """Load what `save_adapter` wrote into the same model, in place."""
+    info: AdapterInfo = model.adapter_info
+    if info.bottleneck is None:
+        reload_peft(model, folder)
+    else:
+        load_bottlenecks(model, info.bottleneck, folder)
 
 
-def adapter_folder(config: ModelSource) -> Path | None:
-    """The folder of an adapter, a snapshot in the cache where it is one of the Hub; None for a whole model."""
-    folder = Path(modeling.resolve_model(config))
+def adapter_folder(source: ModelSource) -> Path | None:
+    """The folder of an adapter, or its snapshot in the cache; None where `source` is a whole model."""
+    folder = Path(resolve_model(source))
     return folder if (folder / "adapter_config.json").is_file() else None
 
 
 def base_of(folder: Path) -> ModelSource:
-    """The model below an adapter. Raises UserError when the adapter does not name it, or its folder is gone."""
+    """The base model of an adapter. Raises UserError when the adapter does not name it or its folder is gone."""
     base, revision = named_base(read_json(folder / "adapter_config.json"))
     if not base:
-        raise UserError(f"{folder}/adapter_config.json does not name the model that the adapter belongs to")
+        raise UserError(f"{folder}/adapter_config.json does not name the base model of the adapter")
     if Path(base).is_absolute() and not Path(base).is_dir():
         raise UserError(
-            f"{folder} is an adapter over {base}, which is not there; put the new place in adapter_config.json"
+            f"{folder} is an adapter over {base}, which is not there; put its new path into adapter_config.json"
         )
     return ModelSource(model=base, model_revision=revision)
 
 
-def tokenizer_source(config: ModelSource) -> ModelSource:
-    """Where the tokenizer of a model is: that of the base where an adapter came without."""
-    folder = adapter_folder(config)
-    if folder is None:
-        return config
-    return ModelSource(model=str(folder)) if (folder / "tokenizer_config.json").is_file() else base_of(folder)
+def load_adapter(folder: Path) -> Any:
+    """A trained classifier in float32: the base model with the adapter and the head of `folder`.
 
-
-def load_classifier(config: ModelSource) -> Any:
-    """An already trained classifier, whole or as an adapter over its base, in float32, for use as it is.
-
-    Raises UserError when it cannot be loaded, or has no trained head.
+    Raises UserError when base model or adapter cannot be loaded, do not fit each other, or have no trained head.
     """
-    folder = adapter_folder(config)
-    if folder is None:
-        return modeling.load_classifier(config)
     base = base_of(folder)
     is_peft = "peft_type" in read_json(folder / "adapter_config.json")
-    model, lacking = load_base(base, folder, {} if is_peft else label_settings(folder))
+    head = {} if is_peft else read_head(folder)
+    with loading_errors(base):
+        if (folder / "config.json").is_file():
+            hf_config = AutoConfig.from_pretrained(folder)
+        else:
+            hf_config = load_hf_config(base)
+            if not is_peft:
+                hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
+                hf_config.id2label = {index: name for name, index in head["label2id"].items()}
+        model, info = load_pretrained(base, AutoModelForSequenceClassification, hf_config)
+    model.config._name_or_path = str(folder)  # where ONNX export looks for the model card
     if is_peft:
         adapted: Any = load_peft(model, folder)
-        adapted.adaptation = Adaptation(base, None)
+        adapted.adapter_info = AdapterInfo(base, None)
         return adapted
-    settings = read_settings(folder)
+    settings = read_bottleneck_config(folder)
     add_bottlenecks(model, settings)
-    lacking -= load_tensors(model, settings, folder)
-    if lacking:
-        raise UserError(f"{folder} does not go with {base.model}: both lack {', '.join(sorted(lacking)[:4])}")
-    model.adaptation = Adaptation(base, settings)
-    return model.eval()
-
-
-def label_settings(folder: Path) -> dict[str, Any]:
-    """The classes of a stored head, as a model's configuration has them."""
-    head = read_head(folder)
-    id2label = {index: name for name, index in head["label2id"].items()}
-    return {"num_labels": head["num_labels"], "id2label": id2label, "label2id": head["label2id"]}
-
-
-def load_base(base: ModelSource, folder: Path, labels: dict[str, Any]) -> tuple[Any, set[str]]:
-    """The model below an adapter with a head of the right size, and the names of weights that its checkpoint lacks."""
-    path = modeling.resolve_model(base)
-    with modeling.loading(base):
-        if (folder / "config.json").is_file():
-            settings = AutoConfig.from_pretrained(folder)
-        else:
-            settings = AutoConfig.from_pretrained(path, **modeling.load_settings(base))
-            for name, value in labels.items():
-                setattr(settings, name, value)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path,
-            config=settings,
-            **modeling.weight_settings(base),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    model.config._name_or_path = str(folder)  # where whoever asks for the card of the model finds it
-    mismatched = {item[0] if isinstance(item, tuple) else item for item in info["mismatched_keys"]}
-    return model, {*info["missing_keys"], *mismatched}
+    missing = set(info.new) - load_bottlenecks(model, settings, folder)
+    if missing:
+        raise UserError(f"{folder} does not fit {base.model}: both lack {', '.join(sorted(missing)[:4])}")
+    adapted = model.eval()
+    adapted.adapter_info = AdapterInfo(base, settings)
+    return adapted

@@ -1,7 +1,7 @@
-"""Bottleneck adapters: two small layers behind each sub-layer of a frozen model, as Houlsby and Pfeiffer place them.
+"""Bottleneck adapters: two small linear layers after each sub-layer of a frozen model (Houlsby or Pfeiffer placement).
 
-An adapter is a child named `adapter` of the module whose output it changes, through a forward hook, so that the weights
-of the model keep their names.
+An adapter is a child module named `adapter` of the module whose output it changes, through a forward hook, so that the
+weights of the model keep their names.
 """
 
 import dataclasses
@@ -18,22 +18,20 @@ from lib.errors import UserError, require
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an adapter sits in a layer.
-
-    `sublayer` is the module that gives the output before the residual is added, `norm` the layer norm after the
-    addition (of a layer that has none there: the layer itself, ""), `hub` the module's name in AdapterHub's files.
-    """
+    """Where an adapter sits in a transformer layer."""
 
     sublayer: str
+    """The module that gives the output before the residual connection is added."""
     norm: str | None
+    """The layer norm after the residual connection; "" for the layer itself, in a layer without a norm there."""
     hub: str
+    """The name of the adapters there in AdapterHub's files."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """`layers` is the path of the list of layers in the backbone."""
-
     layers: str
+    """Path of the list of layers in the backbone."""
     attention: Place
     output: Place
 
@@ -62,38 +60,36 @@ ARCHITECTURES = {
     "distilbert": DISTILBERT,
     "modernbert": MODERNBERT,
 }
-"""Model type to where its adapters sit. ModernBERT is not known to AdapterHub; its names there are ours."""
+"""By model type. AdapterHub does not support ModernBERT; the names in its files are this project's."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Bottlenecks:
-    """What all adapters of a model have in common.
-
-    `after_norm`: the adapter reads the normalised sum of sub-layer and residual, not the sub-layer's output alone; what
-    it gives is added before that norm in both cases.
-    """
+class BottleneckConfig:
+    """What all adapters of a model have in common."""
 
     attention: bool
+    """An adapter after the attention of each layer."""
     output: bool
+    """An adapter after the feed-forward part of each layer."""
     after_norm: bool
+    """The adapter reads the normalized sum of sub-layer and residual, not the output of the sub-layer alone. Its own
+    output is added before that norm in both cases."""
     reduction_factor: float
+    """Width of the model divided by that of the adapter."""
     non_linearity: str
     scaling: float = 1.0
     leave_out: tuple[int, ...] = ()
-
-    def places(self, architecture: Architecture) -> list[Place]:
-        wanted = ((self.attention, architecture.attention), (self.output, architecture.output))
-        return [place for given, place in wanted if given]
+    """Numbers of layers without adapters."""
 
 
-def bottlenecks_of(config: AdapterConfig) -> Bottlenecks:
-    """The settings of a placement: Houlsby et al. 2019 (arXiv:1902.00751), or Pfeiffer et al. 2021 (arXiv:2005.00247).
+def bottleneck_config(config: AdapterConfig) -> BottleneckConfig:
+    """The placement of Houlsby et al. 2019 (arXiv:1902.00751) or Pfeiffer et al. 2021 (arXiv:2005.00247).
 
-    Houlsby adapts the outputs of attention and of the feed-forward part; Pfeiffer that of the feed-forward part only,
+    Houlsby adapts the outputs of attention and of the feed-forward part; Pfeiffer only that of the feed-forward part,
     and reads it after the layer norm.
     """
     houlsby = config.adapter_placement == "houlsby"
-    return Bottlenecks(
+    return BottleneckConfig(
         attention=houlsby,
         output=True,
         after_norm=not houlsby,
@@ -103,16 +99,16 @@ def bottlenecks_of(config: AdapterConfig) -> Bottlenecks:
 
 
 class Bottleneck(nn.Module):
-    """Down, non-linearity, up: float (..., width) to (..., width), without the residual.
+    """Down-projection, activation, up-projection: float (..., width) to (..., width), without the residual connection.
 
-    The up-projection starts at zero, so that a new adapter changes nothing, bit for bit.
+    The up-projection starts at zero, so that a new adapter leaves the outputs of the model bitwise equal.
     """
 
-    def __init__(self, width: int, settings: Bottlenecks) -> None:
+    def __init__(self, width: int, config: BottleneckConfig) -> None:
         super().__init__()
-        size = max(1, int(width // settings.reduction_factor))
+        size = max(1, int(width // config.reduction_factor))
         self.down, self.up = nn.Linear(width, size), nn.Linear(size, width)
-        self.activation, self.scaling = get_activation(settings.non_linearity), settings.scaling
+        self.activation, self.scaling = get_activation(config.non_linearity), config.scaling
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -121,55 +117,42 @@ class Bottleneck(nn.Module):
         return self.up(self.activation(self.down(hidden))) * self.scaling
 
 
+def add_bottlenecks(model: PreTrainedModel, config: BottleneckConfig) -> None:
+    """Put a new adapter into each of its places, in place. Raises UserError for an unknown model type."""
+    for path, place, _ in adapter_places(model, config):
+        module: Any = model.get_submodule(path)
+        module.adapter = Bottleneck(model.config.hidden_size, config)
+        renormalize = config.after_norm and place.norm != ""
+        module.register_forward_hook(add_before_norm if renormalize else add_to_output)
+
+
 def add_to_output(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """Hook of a sub-layer: its output and what the adapter makes of it."""
+    """Forward hook of a sub-layer: the adapter reads its output and adds to it."""
     return output + module.adapter(output)
 
 
 def add_before_norm(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    """Hook of a layer norm: the norm again, of its input and what the adapter makes of the normalised one."""
+    """Forward hook of a layer norm: the adapter reads its output and adds to its input, which is normalized again."""
     return module.forward(inputs[0] + module.adapter(output))
 
 
-def find_architecture(model: PreTrainedModel) -> Architecture:
-    """Raises UserError for a model type of which it is not known where adapters belong."""
+def adapter_places(model: PreTrainedModel, config: BottleneckConfig) -> list[tuple[str, Place, str]]:
+    """(path of the module that holds it, its place, its name in AdapterHub's files) of each adapter, lowest layer first.
+
+    Raises UserError for a model type whose places are not known, or that lacks the norm after which the adapter reads.
+    """
     kind = model.config.model_type
     if kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"--adapter bottleneck knows {known}; the model is {kind}: try --adapter lora")
-    return ARCHITECTURES[kind]
-
-
-def layer_list(model: PreTrainedModel) -> Any:
-    return model.base_model.get_submodule(find_architecture(model).layers)
-
-
-def adapted_module(layer: nn.Module, place: Place, settings: Bottlenecks) -> str:
-    """Path, from its layer, of the module that holds the adapter of a place."""
-    if not settings.after_norm:
-        return place.sublayer
-    require(place.norm is not None, f"an adapter that reads after the norm has no place in {type(layer).__name__}")
-    return str(place.norm)
-
-
-def add_bottlenecks(model: PreTrainedModel, settings: Bottlenecks) -> None:
-    """Put a new adapter in each of its places, in place. Raises UserError for an unknown model type."""
-    architecture = find_architecture(model)
-    for number, layer in enumerate(layer_list(model)):
-        for place in settings.places(architecture) if number not in settings.leave_out else ():
-            module: Any = layer.get_submodule(adapted_module(layer, place, settings))
-            module.adapter = Bottleneck(model.config.hidden_size, settings)
-            renormalise = settings.after_norm and place.norm != ""
-            module.register_forward_hook(add_before_norm if renormalise else add_to_output)
-
-
-def adapter_names(model: PreTrainedModel, settings: Bottlenecks) -> dict[str, str]:
-    """The path of each adapter in the model to its name in AdapterHub's files, up to the name of the adapter."""
-    architecture, prefix = find_architecture(model), model.base_model_prefix
-    names = {}
-    for number, layer in enumerate(layer_list(model)):
-        start = f"{prefix}.{architecture.layers}.{number}"
-        for place in settings.places(architecture) if number not in settings.leave_out else ():
-            path = ".".join(part for part in (start, adapted_module(layer, place, settings), "adapter") if part)
-            names[path] = f"{start}.{place.hub}"
-    return names
+    architecture = ARCHITECTURES[kind]
+    choices = ((config.attention, architecture.attention), (config.output, architecture.output))
+    places = [place for chosen, place in choices if chosen]
+    found = []
+    for number in range(len(model.base_model.get_submodule(architecture.layers))):
+        layer = f"{model.base_model_prefix}.{architecture.layers}.{number}"
+        for place in places if number not in config.leave_out else ():
+            inside = place.norm if config.after_norm else place.sublayer
+            require(inside is not None, f"{kind} has no norm after attention, where these adapters read")
+            found.append((f"{layer}.{inside}" if inside else layer, place, f"{layer}.{place.hub}"))
+    return found

@@ -1,4 +1,4 @@
-"""LoRA, DoRA, IA3, prefix and prompt tuning through peft, which is imported only when one of them is asked for."""
+"""LoRA, DoRA, IA3, prefix and prompt tuning through peft, which is imported only when one of them is used."""
 
 import contextlib
 import importlib.util
@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from lib.config.sections import AdapterConfig
+from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError
 
 LORA_TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
@@ -22,28 +21,37 @@ IA3_TARGETS = {
     "electra": ["key", "value", "output.dense"],
     "xlm-roberta": ["key", "value", "output.dense"],
 }
-"""Modules of architectures that peft has no defaults for; chosen as it chooses those of BERT."""
+"""By model type, the modules to adapt where peft has no default: those that match its defaults for BERT."""
 
 FEEDFORWARD = ("ffn.lin2", "output.dense")
-WEIGHTS = "adapter_model.safetensors"
+"""Of these modules, IA3 scales the inputs instead of the outputs."""
 
 
-def check_package(reason: str) -> None:
-    """Raise UserError, with the command that helps, when peft is not installed."""
-    if importlib.util.find_spec("peft") is None:
-        raise UserError(f"{reason} needs the package peft, which is not installed; run: pip install 'peft>=0.21,<0.22'")
+def add_peft(model: PreTrainedModel, config: AdapterConfig, head: list[str], base: ModelSource) -> torch.nn.Module:
+    """The model with a new adapter; only the adapter and the modules `head` are trainable.
+
+    Raises UserError when peft is not installed or the method does not fit the architecture.
+    """
+    check_package(f"--adapter {config.adapter}")
+    import peft
+
+    kind = model.config.model_type
+    if config.adapter == "prefix" and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        raise UserError(f"--adapter prefix: {kind} takes no past keys and values; use --adapter prompt or lora")
+    try:
+        settings = peft_config(model, config, head)
+        settings.revision = base.model_revision
+        with no_future_warnings():
+            adapted = peft.get_peft_model(model, settings)
+        settings.base_model_name_or_path = base.model
+    except (ValueError, KeyError) as error:
+        hint = "If the modules to adapt are unknown, name them with --adapter_target_modules NAME [NAME ...]."
+        raise UserError(f"--adapter {config.adapter} does not work on {kind}: {error}\n{hint}") from error
+    return adapted
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that peft draws from transformers about names of tomorrow."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
-
-
-def peft_settings(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> Any:
-    """The configuration object of peft; `head` are the modules that are trained and saved as a whole."""
+def peft_config(model: PreTrainedModel, config: AdapterConfig, head: list[str]) -> Any:
+    """peft's configuration of the method; the modules `head` are trained and saved whole."""
     import peft
 
     kind = model.config.model_type
@@ -67,53 +75,37 @@ def peft_settings(model: PreTrainedModel, config: AdapterConfig, head: list[str]
     return (peft.PrefixTuningConfig if config.adapter == "prefix" else peft.PromptTuningConfig)(**shared)
 
 
-def add_peft(
-    model: PreTrainedModel, config: AdapterConfig, head: list[str], base: str, revision: str | None
-) -> torch.nn.Module:
-    """The model with a new adapter; only adapter and `head` are trainable.
-
-    Raises UserError when peft is not installed or the method does not fit the architecture.
-    """
-    check_package(f"--adapter {config.adapter}")
-    import peft
-
-    kind = model.config.model_type
-    if config.adapter == "prefix" and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
-        raise UserError(f"--adapter prefix: {kind} takes no keys and values from outside; use --adapter prompt or lora")
-    try:
-        settings = peft_settings(model, config, head)
-        settings.revision = revision
-        with quiet():
-            adapted = peft.get_peft_model(model, settings)
-        settings.base_model_name_or_path = base
-    except (ValueError, KeyError) as error:
-        named = "--adapter_target_modules NAME [NAME ...] names its modules, if that is what is missing"
-        raise UserError(f"--adapter {config.adapter} does not work on {kind}: {error}\n{named}") from error
-    return adapted
-
-
-def save_peft(model: Any, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft writes them: the adapter and the head."""
-    model.save_pretrained(folder, save_embedding_layers=False)
-
-
 def load_peft(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
-    """The model with the adapter and the head of a folder, for use as it is.
+    """The model with the trained adapter and head of a folder, not trainable.
 
-    Raises UserError when peft is not installed, or the files are damaged or of another model.
+    Raises UserError when peft is not installed, or the files are damaged or do not fit the model.
     """
     check_package(f"the adapter in {folder}")
     import peft
 
     try:
-        with quiet():
+        with no_future_warnings():
             return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} could not be loaded: {str(error).splitlines()[0]}") from error
 
 
-def restore_peft(model: torch.nn.Module, folder: Path) -> None:
-    """Load what `save_peft` wrote into the very model, in place."""
+def reload_peft(model: torch.nn.Module, folder: Path) -> None:
+    """Load the saved weights of adapter and head into the model that has them, in place."""
     import peft
 
-    peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+
+
+def check_package(reason: str) -> None:
+    """Raise UserError with the command that installs peft, where it is missing."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(f"{reason} needs the package peft, which is not installed; run: pip install 'peft>=0.21,<0.22'")
+
+
+@contextlib.contextmanager
+def no_future_warnings() -> Iterator[None]:
+    """Hide the FutureWarnings of transformers about names that peft uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
