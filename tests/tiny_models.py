@@ -27,6 +27,9 @@ from transformers import (
     T5Config,
 )
 
+from lib.config.sections import ModelConfig
+from lib.model.load import build_model, load_tokenizer
+from lib.model.source import LoadingInfo
 from tests.conftest import tiny_tokenizer
 
 SIZES = {"vocab_size": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -78,6 +81,12 @@ def save(config: PreTrainedConfig, kind: type, folder: Path) -> Path:
     kind.from_config(config).eval().save_pretrained(folder)
     tiny_tokenizer(folder)
     return folder
+
+
+def build_classifier(folder: Path, *overrides: str, **settings: Any) -> tuple[Any, LoadingInfo]:
+    """The model in `folder` as a classifier of `NAMES`, built as train.py builds it."""
+    config = ModelConfig(str(folder), config_overrides=overrides, **settings)
+    return build_model(config, NAMES, load_tokenizer(config))
 
 
 def classifier(folder: Path, **settings) -> Path:

@@ -1,4 +1,4 @@
-"""The card says the numbers of the run as they are, in a form the Hub reads, and nothing of the machine."""
+"""The model card: scores as the run has them, metadata that the Hub reads, and no path of the machine."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -40,7 +40,7 @@ def card(tmp_path, name="movie_reviews", **options) -> tuple[ModelCard, str]:
     return ModelCard.load(tmp_path / "README.md"), (tmp_path / "README.md").read_text()
 
 
-def test_every_score_is_in_the_head_and_in_the_table(tmp_path):
+def test_every_score_is_in_the_metadata_and_in_the_text(tmp_path):
     loaded, text = card(tmp_path)
     found = {(item.dataset_split, item.metric_type): item.metric_value for item in loaded.data.eval_results}
     assert found == {
@@ -49,12 +49,11 @@ def test_every_score_is_in_the_head_and_in_the_table(tmp_path):
         ("test", "loss"): 0.5,
         ("test", "accuracy"): 0.790123,
     }
-    assert "| validation | 0.4123 | 0.8125 |" in text
-    assert "| test | 0.5000 | 0.7901 |" in text
-    assert "40 of 60 steps" in text
+    for number in ("0.4123", "0.8125", "0.5000", "0.7901", "40 of 60 steps"):
+        assert number in text
 
 
-def test_the_head_names_base_model_task_and_data(tmp_path):
+def test_metadata_names_base_model_task_and_data(tmp_path):
     loaded, text = card(tmp_path, "ag_news", model="user/base", dataset="fancyzhx/ag_news")
     data = loaded.data
     assert (data.base_model, data.datasets, data.pipeline_tag) == (
@@ -75,24 +74,25 @@ def test_the_head_names_base_model_task_and_data(tmp_path):
         ("../mine", "mine", None),
     ],
 )
-def test_the_base_model_is_named_and_folders_of_the_machine_are_not(tmp_path, model, name, base):
+def test_base_model_is_named_and_paths_of_the_machine_are_left_out(tmp_path, model, name, base):
     loaded, text = card(tmp_path, "reviews", model=model, train_file="/secret/data/reviews.csv")
     assert loaded.data.base_model == base
-    assert f"classes: {name}, fine-tuned on reviews" in text
+    assert f"{name}, fine-tuned on reviews" in text
     assert "secret" not in text
     assert ".." not in text
 
 
-def test_a_folder_that_is_written_like_a_hub_id_is_not_taken_for_one(tmp_path, monkeypatch):
+def test_folder_that_looks_like_a_hub_id_is_not_a_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "mine").mkdir(parents=True)
     assert card(tmp_path, model="models/mine")[0].data.base_model is None
 
 
-def test_the_options_and_what_the_model_was_made_with_are_there(tmp_path):
+def test_options_and_training_facts_are_in_the_text(tmp_path):
     _, text = card(tmp_path)
-    for row in ("| learning_rate | 5e-05 |", "| train_batch_size | 32 |", "| seed | 42 |", "| max_length | 128 |"):
-        assert row in text
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+    options = {"learning_rate": "5e-05", "train_batch_size": "32", "seed": "42", "max_length": "128"}
+    assert options.items() <= dict(row for row in rows if len(row) == 2).items()
     for fact in (
         "770 of 22,713,986 parameters",
         "1,920 samples",
@@ -104,11 +104,11 @@ def test_the_options_and_what_the_model_was_made_with_are_there(tmp_path):
     assert "`bad`, `good`" in text
 
 
-def test_the_overlap_of_the_movie_reviews_is_said_where_it_matters(tmp_path):
-    assert "overlap rotten_tomatoes and SST" in card(tmp_path)[1]
+def test_overlap_of_the_movie_reviews_with_other_data_is_mentioned(tmp_path):
+    assert "overlap with rotten_tomatoes and SST" in card(tmp_path)[1]
     assert "overlap" not in card(tmp_path, "reviews", train_file="reviews.csv")[1]
 
 
-def test_a_run_without_scores_has_a_card_all_the_same(tmp_path):
+def test_run_without_scores_has_a_card(tmp_path):
     write_model_card(tmp_path, "reviews", settings(train_file="reviews.csv"), {"steps": 1})
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None

@@ -1,4 +1,4 @@
-"""A compiled run is the uncompiled one but for rounding, made of few programs, and saved under plain names."""
+"""--compile: the same run up to rounding, few compiled programs, and weights saved under their own names."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +12,21 @@ from torch._dynamo.utils import counters
 from torch.fx.experimental import _config as symbols
 from transformers import AutoModelForSequenceClassification
 
-from lib.config.sections import ModelConfig
 from lib.errors import UserError
 from lib.model import compilation
 from lib.model.compilation import compile_layers
 from lib.model.layers import freeze
-from lib.model.load import build_model, load_tokenizer
 from tests.conftest import read_lines
 from tests.resuming import differences, run_flags
 from tests.run.test_resume import play
+from tests.tiny_models import build_classifier
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are traced as ever, then run by PyTorch's own kernels: no compiler, hence seconds instead of minutes."""
+    """Graphs are traced as usual, then run by PyTorch's own kernels: without a compiler it takes seconds, not minutes."""
     compiled = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
     monkeypatch.setattr(compilation, "check_compiler", lambda _: None)
@@ -40,10 +39,9 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def steps(folder: Path, compiled: bool) -> tuple[list[float], torch.Tensor]:
-    """Losses and weights of a few steps on batches of all shapes, with and without padding, evaluated in between."""
-    source = ModelConfig(model=str(folder))
+    """Losses and weights of steps on batches of all shapes, with and without padding, with evaluations in between."""
     torch.manual_seed(0)
-    model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
+    model, _ = build_classifier(folder)
     compile_layers(model, compiled, torch.device("cpu"))
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
     for index, shape in enumerate(SHAPES):
@@ -61,19 +59,20 @@ def steps(folder: Path, compiled: bool) -> tuple[list[float], torch.Tensor]:
     return losses, torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-def test_losses_and_weights_are_those_without_and_programs_are_few(roberta_without_dropout, uncompiled):
+def test_compiled_losses_and_weights_equal_uncompiled_ones_with_few_programs(roberta_without_dropout, uncompiled):
     losses, weights = steps(roberta_without_dropout, compiled=False)
     assert not counters["stats"]
     others, compiled = steps(roberta_without_dropout, compiled=True)
     assert others == pytest.approx(losses, abs=1e-4, rel=1e-5)
     torch.testing.assert_close(compiled, weights, atol=1e-5, rtol=0)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 8  # training or not, masked or not, one text or more
+    assert (
+        1 <= counters["stats"]["unique_graphs"] <= 8
+    )  # training or evaluation, with or without a mask, one text or more
     assert not counters["graph_break"]
 
 
-def test_frozen_layers_are_left_alone(roberta, uncompiled):
-    source = ModelConfig(model=str(roberta))
-    model, _ = build_model(source, ["a", "b", "c"], load_tokenizer(source))
+def test_frozen_layers_are_not_compiled(roberta, uncompiled):
+    model, _ = build_classifier(roberta)
     freeze(model, "1")
     compile_layers(model, True, torch.device("cpu"))
     assert [layer._compiled_call_impl is not None for layer in model.roberta.encoder.layer] == [False, True]
@@ -82,7 +81,7 @@ def test_frozen_layers_are_left_alone(roberta, uncompiled):
         compile_layers(model, True, torch.device("cpu"))
 
 
-def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_path):
+def test_missing_compiler_stops_the_run_before_it_starts(run, roberta, tmp_path):
     done = run("train.py", *run_flags(tmp_path, roberta), "--compile", code=2, env={"CXX": "/missing/g++"})
     assert "error: --compile: torch.compile does not work here" in done.stderr
     assert "apt-get install g++" in done.stderr
@@ -90,16 +89,16 @@ def test_without_a_compiler_the_run_stops_before_it_starts(run, roberta, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_real_command_resumes_bit_by_bit_equals_the_uncompiled_run_and_saves_a_plain_model(run, roberta, tmp_path):
+def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_path):
     for compiled in ([], ["--compile"]):
         name = "compiled" if compiled else "plain"
         play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], 1)
     play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], 1)
-    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a process that compiles anew
+    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a new process compiles again
     assert not differences(tmp_path / "compiled", tmp_path / "resumed")
     plain, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
-    for name, weight in plain.items():  # with dropout, whose random numbers are the same
+    for name, weight in plain.items():  # dropout has the same random numbers
         torch.testing.assert_close(compiled[name], weight, atol=1e-5, rtol=0)
     _, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "compiled" / "model", output_loading_info=True
