@@ -1,0 +1,166 @@
+"""Objectives: class weights as in scikit-learn and PyTorch, and the same training for any processes and micro-batches."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn.functional import cross_entropy
+
+from lib.config.sections import ModelConfig
+from lib.config.train import ObjectiveConfig
+from lib.data.load import Data
+from lib.data.loader import Share, build_collator
+from lib.errors import UserError
+from lib.model.load import build_model, load_tokenizer
+from lib.training.objective import build_loss, build_objective, class_weights
+from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
+from tests.stepping import add_gradients, batches_of
+from tests.tiny_models import NAMES
+
+CLASSIFICATION = "single_label_classification"
+LABELS = np.array([0] * 7 + [1] * 2 + [2] * 1)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_cross_entropy_with_smoothing_is_bitwise_that_of_pytorch(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 5, generator=generator), torch.randint(5, (50,), generator=generator)
+    ours = build_loss(ObjectiveConfig(label_smoothing_factor=smoothing), CLASSIFICATION)(logits, labels)
+    assert torch.equal(ours, cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing))
+
+
+def made_up(labels: np.ndarray, names: list[str] = NAMES) -> Data:
+    train = Dataset.from_dict({"labels": labels.tolist()})
+    return Data("", {}, {"train": train}, {}, names, ("text",), ())
+
+
+def test_balanced_weights_are_those_of_scikit_learn() -> None:
+    wanted = compute_class_weight("balanced", classes=np.arange(3), y=LABELS)
+    np.testing.assert_allclose(class_weights(["balanced"], LABELS, NAMES), wanted)
+    np.testing.assert_allclose(wanted, [10 / 21, 10 / 6, 10 / 3])
+
+
+def test_balanced_weights_add_up_to_the_same_for_every_class() -> None:
+    objective = build_objective(ObjectiveConfig(class_weights=("balanced",)), made_up(LABELS))
+    assert objective.weights is not None
+    assert objective.weights.dtype == np.float32
+    np.testing.assert_allclose([objective.weights[c == LABELS].sum() for c in range(3)], 10 / 3, rtol=1e-6)
+
+
+def test_class_without_samples_does_not_change_balanced_weights() -> None:
+    names = ["none", *NAMES]
+    np.testing.assert_allclose(
+        class_weights(["balanced"], LABELS + 1, names)[1:], class_weights(["balanced"], LABELS, NAMES)
+    )
+
+
+def test_class_weights_are_given_by_name_or_number_and_default_to_1() -> None:
+    assert class_weights(["mixed=2.5", "0=4"], LABELS, NAMES).tolist() == [4, 1, 2.5]
+    assert class_weights(["1=3"], LABELS, ["5", "1", "0"]).tolist() == [1, 3, 1]  # a name has precedence over a number
+    assert class_weights(["a=b=3"], LABELS, ["a=b", "c", "d"]).tolist() == [3, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["awful=2"], "--class_weights awful=2: awful is not among the classes: bad, good, mixed"),
+        (["3=2"], "3 is not among the classes"),
+        (["bad=2", "0=3"], "--class_weights 0=3: 0 is named twice"),
+    ],
+)
+def test_weights_of_unknown_classes_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_objective(ObjectiveConfig(class_weights=tuple(given)), made_up(LABELS))
+
+
+def test_notes_name_class_weights_and_the_order_of_grades() -> None:
+    objective = build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), made_up(LABELS))
+    assert objective.notes == (
+        "ordinal loss: the order of the classes is bad < good < mixed",
+        "class weights: bad 1, good 2, mixed 1",
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"loss": "focal"}, {"loss": "ordinal"}, {"label_smoothing_factor": 0.1}, {"class_weights": ("0=2",)}]
+)
+def test_classification_objectives_are_refused_for_other_problem_types(settings: dict) -> None:
+    data = dataclasses.replace(made_up(LABELS), problem_type="regression")
+    with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label per text"):
+        build_objective(ObjectiveConfig(**settings), data)
+
+
+@pytest.mark.parametrize("micro_batch_size", [3, 12])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_weighted_step_has_the_gradient_of_pytorchs_weighted_mean(
+    roberta_without_dropout: Path, micro_batch_size: int, world_size: int
+) -> None:
+    """The gradients that processes would add up, from the windows that each of them gets."""
+    accelerator, source = Accelerator(cpu=True), ModelConfig(model=str(roberta_without_dropout))
+    tokenizer = load_tokenizer(source)
+    torch.manual_seed(0)
+    model, _ = build_model(source, NAMES, tokenizer)
+    texts = [text for text, _ in sentences(12)]
+    numbers = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+    tokens = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"], "labels": numbers.tolist()})
+    weights = torch.tensor([0.5, 2.0, 7.0])
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    reference = cross_entropy(model(**batch).logits, torch.from_numpy(numbers), weight=weights)
+    wanted = torch.autograd.grad(reference, list(model.parameters()), allow_unused=True)
+
+    objective = build_objective(ObjectiveConfig(class_weights=("0=0.5", "1=2", "2=7")), made_up(numbers))
+    collator = build_collator(tokenizer, "no", accelerator.device)
+    total = 0.0
+    for rank in range(world_size):
+        share = Share(micro_batch_size, rank, world_size)
+        batch = next(batches_of(tokens, collator, objective.weights).steps([np.arange(12)], share))
+        total += add_gradients(model, batch, objective.loss) / batch.weight
+    assert total == pytest.approx(reference.item(), abs=1e-6)
+    for parameter, gradients in zip(model.parameters(), wanted, strict=True):
+        if gradients is not None:
+            torch.testing.assert_close(parameter.grad, gradients, atol=1e-6, rtol=1e-5)
+
+
+OBJECTIVES = [
+    "--loss focal --class_weights balanced",
+    "--loss ordinal --max_length 8 --window_stride 2",
+    "--class_weights bad=4 mixed=0.5 --layerwise_lr_decay 0.5 --head_learning_rate 2e-2",
+]
+
+
+def test_processes_and_micro_batches_change_nothing_for_any_objective(run: Command, roberta_without_dropout, tmp_path):
+    found, sizes = [], (1, 5, 19)
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    for processes, micro_batch_size in ((None, 16), (2, 3)):
+        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size)
+        run(*worker, ",".join(map(str, sizes)), *OBJECTIVES, processes=processes, env=env)
+        found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
+    assert [results.pop("world_size") for results in found] == [1, 2]
+    assert list(found[0]) == list(found[1]) == list(itertools.product(OBJECTIVES, sizes))
+    for key, one in found[0].items():
+        two = found[1][key]
+        np.testing.assert_allclose(one["losses"], two["losses"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(one["weights"], two["weights"], atol=1e-6, rtol=0)
+    assert len({tuple(found[0][flags, 19]["losses"]) for flags in OBJECTIVES}) == len(OBJECTIVES)
+
+
+def test_evaluation_reports_cross_entropy_for_any_training_loss(run: Command, roberta: Path, tmp_path: Path) -> None:
+    flags = []
+    for seed, role in enumerate(("train", "validation", "test")):
+        flags += [f"--{role}_file", write_csv(tmp_path / f"{role}.csv", sentences(30, seed))]
+    flags += ["--model", roberta, "--lr", "1e-2", "--max_steps", 6, "--logging_steps", 6, "--output_dir", "run"]
+    flags += ["--loss", "focal", "--class_weights", "balanced", "--report_to", "none", "--mixed_precision", "no"]
+    done = run("train.py", *flags)
+    rows = read_lines(tmp_path / "run" / "eval-test" / "predictions.jsonl")
+    cross_entropies = [-np.log(row["probabilities"][row["gold"]]) for row in rows]
+    assert results_of(done)["test/loss"] == pytest.approx(np.mean(cross_entropies), rel=1e-4)
+    assert "- class weights: bad 1, good 1, mixed 1" in done.stdout
+    assert "| loss | focal |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["problem_type"] == CLASSIFICATION
