@@ -1,4 +1,4 @@
-"""Loading classifiers of several architectures, their label names, and what freezing freezes."""
+"""Loading classifiers of several architectures, their label names, and freezing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,32 +7,24 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lib.config.sections import ModelConfig
 from lib.errors import UserError
 from lib.model.layers import count_parameters, set_train_mode
-from lib.model.load import (
-    build_model,
-    label_names,
-    load_classifier,
-    load_tokenizer,
-)
-from lib.model.source import LoadingInfo, model_name
+from lib.model.load import build_model, label_names, load_classifier, load_tokenizer
+from lib.model.source import model_name
 from tests.conftest import tiny_tokenizer
-from tests.tiny_models import NAMES, SETTINGS, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_classifier, save_classifier
 
-KINDS = [kind for kind in SETTINGS if kind != "gpt2"]
-PREFIXES = {"modernbert": "model", "deberta-v2": "deberta"}
-"""Attribute of the backbone where it is not called as the architecture."""
+BACKBONES = {"modernbert": "model", "deberta-v2": "deberta", "gpt2": "transformer"}
+"""Attribute of the model that holds the backbone, where it is not the model type."""
 
-LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers"}
-"""Attribute of the backbone that holds the layers where it is not `encoder.layer`."""
+LAYERS = {"distilbert": "transformer.layer", "modernbert": "layers", "gpt2": "h"}
+"""Attribute of the backbone that holds the layers, where it is not `encoder.layer`."""
 
-
-def build(folder: Path, names: list[str] = NAMES, **settings: str) -> tuple[PreTrainedModel, LoadingInfo]:
-    config = ModelConfig(model=str(folder), **settings)
-    return build_model(config, names, load_tokenizer(config))
+EMBEDDINGS = {"electra": ("embeddings", "embeddings_project"), "gpt2": ("wte", "wpe")}
+"""Attributes of the backbone below the layers, where they are not only `embeddings`."""
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +41,9 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 
 def frozen_prefixes(kind: str, part: str | None) -> tuple[str, ...]:
-    """How the names of the parameters begin that `--freeze part` stops."""
-    backbone = PREFIXES.get(kind, kind)
-    embeddings = (f"{backbone}.embeddings",) + ((f"{backbone}.embeddings_project",) if kind == "electra" else ())
+    """Beginnings of the names of the parameters that `--freeze part` freezes."""
+    backbone = BACKBONES.get(kind, kind)
+    embeddings = tuple(f"{backbone}.{name}" for name in EMBEDDINGS.get(kind, ("embeddings",)))
     layer = f"{backbone}.{LAYERS.get(kind, 'encoder.layer')}.0"
     return {None: (), "backbone": (backbone,), "embeddings": embeddings, "1": (*embeddings, layer)}[part]
 
@@ -60,15 +52,12 @@ def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-# ---------------------------------------------------------------------------------------------------- freezing
-
-
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_freezing_stops_the_named_part_and_nothing_else(
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_freeze_turns_off_the_gradients_of_the_named_part_only(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build(classifier(kind), freeze=part)
+    model, _ = build_classifier(classifier(kind), freeze=part)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     expected = {name for name, _ in model.named_parameters() if is_inside(name, frozen_prefixes(kind, part))}
     assert frozen == expected
@@ -76,11 +65,11 @@ def test_freezing_stops_the_named_part_and_nothing_else(
 
 
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_train_mode_leaves_frozen_parts_in_eval_mode(
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_train_mode_keeps_frozen_parts_in_eval_mode(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build(classifier(kind), freeze=part)
+    model, _ = build_classifier(classifier(kind), freeze=part)
     set_train_mode(model)
     evaluating = {name for name, module in model.named_modules() if not module.training}
     inside = {name for name, _ in model.named_modules() if is_inside(name, frozen_prefixes(kind, part))}
@@ -92,10 +81,8 @@ def test_train_mode_leaves_frozen_parts_in_eval_mode(
     assert not any(isinstance(model.get_submodule(name), nn.Dropout) for name in trained_anew)
 
 
-def test_a_frozen_backbone_gives_the_same_features_each_time_and_the_head_does_not(
-    classifier: Callable[[str], Path],
-) -> None:
-    model, _ = build(classifier("roberta"), freeze="backbone")
+def test_frozen_backbone_has_no_dropout_and_the_head_has(classifier: Callable[[str], Path]) -> None:
+    model, _ = build_classifier(classifier("roberta"), freeze="backbone")
     set_train_mode(model)
     inputs = torch.tensor([[0, 7, 8, 9, 2]])
     first, second = (model(inputs, output_hidden_states=True) for _ in range(2))
@@ -105,7 +92,7 @@ def test_a_frozen_backbone_gives_the_same_features_each_time_and_the_head_does_n
 
 def test_freezing_more_layers_than_there_are_is_refused(classifier: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="--freeze 9: the model has 2 layers"):
-        build(classifier("roberta"), freeze="9")
+        build_classifier(classifier("roberta"), freeze="9")
 
 
 def test_count_parameters_by_hand() -> None:
@@ -114,12 +101,9 @@ def test_count_parameters_by_hand() -> None:
     assert count_parameters(model) == (10, 26)
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-
-
 def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, dtype=torch.bfloat16)
-    model, weights = build(folder)
+    model, weights = build_classifier(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     stored = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(weight, stored[name].float()) for name, weight in model.state_dict().items())
@@ -127,9 +111,9 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> No
     assert load_classifier(ModelConfig(model=str(folder))).dtype == torch.float32
 
 
-def test_a_head_of_another_size_is_new_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_head_of_another_size_is_new_and_other_weights_are_kept(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, num_labels=5)
-    model, weights = build(folder)
+    model, weights = build_classifier(folder)
     assert weights.new == ["classifier.bias", "classifier.weight"]
     assert model.classifier.weight.shape == (3, 16)
     stored = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
@@ -137,26 +121,26 @@ def test_a_head_of_another_size_is_new_and_the_rest_is_kept(tmp_path: Path) -> N
     assert all(torch.equal(weight, stored[name]) for name, weight in kept.items())
 
 
-def test_the_head_of_a_pretrained_body_is_named_as_new(roberta: Path) -> None:
-    _, weights = build(roberta)
+def test_head_of_a_pretrained_backbone_is_reported_as_new(roberta: Path) -> None:
+    _, weights = build_classifier(roberta)
     assert {name.split(".")[0] for name in weights.new} == {"classifier"}
     assert len(weights.new) == 4
 
 
-def test_label_names_travel_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:
-    model, _ = build(classifier("bert"))
+def test_label_names_are_saved_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:
+    model, _ = build_classifier(classifier("bert"))
     assert model.config.id2label == {0: "bad", 1: "good", 2: "mixed"}
     assert model.config.label2id == {"bad": 0, "good": 1, "mixed": 2}
     model.save_pretrained(tmp_path)
     assert label_names(load_classifier(ModelConfig(model=str(tmp_path)))) == NAMES
 
 
-def test_a_body_without_head_is_not_a_classifier(roberta: Path) -> None:
+def test_backbone_without_a_head_is_refused_as_a_classifier(roberta: Path) -> None:
     with pytest.raises(UserError, match=r"is not a trained classifier: its weights lack classifier\..*train it first"):
         load_classifier(ModelConfig(model=str(roberta)))
 
 
-def cut_weights(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
 
@@ -165,12 +149,12 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "config is missing": lambda folder: (folder / "config.json").unlink(),
     "config is not JSON": lambda folder: (folder / "config.json").write_text("{"),
     "weights are missing": lambda folder: (folder / "model.safetensors").unlink(),
-    "weights are cut off": cut_weights,
+    "weights are truncated": truncate_weights,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_model_folder_is_named(tmp_path: Path, damage: str) -> None:
+def test_damaged_model_folder_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     config = ModelConfig(model=str(save_classifier("bert", tmp_path)))
     tokenizer = load_tokenizer(config)
     DAMAGES[damage](tmp_path)
@@ -179,7 +163,7 @@ def test_a_damaged_model_folder_is_named(tmp_path: Path, damage: str) -> None:
             load()
 
 
-def test_a_missing_model_folder_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_missing_model_folder_is_refused_with_advice(tmp_path: Path) -> None:
     config = ModelConfig(model=str(tmp_path / "nowhere"))
     for load in (load_tokenizer, load_classifier):
         with pytest.raises(UserError, match=r"nowhere could not be loaded: .*\n.*--model minilm"):
@@ -188,21 +172,18 @@ def test_a_missing_model_folder_is_named_with_what_to_do(tmp_path: Path) -> None
 
 def test_loading_restores_the_verbosity_of_transformers(classifier: Callable[[str], Path]) -> None:
     before = transformers.logging.get_verbosity()
-    build(classifier("bert"))
+    build_classifier(classifier("bert"))
     assert transformers.logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize("given", ["roberta-base", "FacebookAI/roberta-base", "models/roberta-base/"])
-def test_model_name_is_the_last_part(given: str) -> None:
+def test_model_name_is_the_last_part_of_a_path_or_id(given: str) -> None:
     assert model_name(given) == "roberta-base"
-
-
-# ---------------------------------------------------------------------------------------------------- decoders
 
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 of two layers whose tokenizer and configuration know no padding."""
+    """A GPT-2 of two layers whose tokenizer and configuration have no padding token."""
     folder = tmp_path_factory.mktemp("gpt2")
     tiny_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -216,7 +197,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_decoder_gets_a_padding_token_in_tokenizer_and_model(decoder: Path) -> None:
+def test_decoder_gets_a_padding_token_in_tokenizer_and_model(decoder: Path) -> None:
     assert AutoTokenizer.from_pretrained(decoder).pad_token is None
     config = ModelConfig(model=str(decoder))
     tokenizer = load_tokenizer(config)
@@ -225,7 +206,7 @@ def test_a_decoder_gets_a_padding_token_in_tokenizer_and_model(decoder: Path) ->
     assert model.config.pad_token_id == tokenizer.pad_token_id == 2
 
 
-def test_a_decoder_gives_a_batch_the_logits_of_single_texts(decoder: Path) -> None:
+def test_decoder_has_the_same_logits_for_a_padded_batch_and_single_texts(decoder: Path) -> None:
     config = ModelConfig(model=str(decoder))
     tokenizer = load_tokenizer(config)
     model, _ = build_model(config, NAMES, tokenizer)
@@ -236,18 +217,3 @@ def test_a_decoder_gives_a_batch_the_logits_of_single_texts(decoder: Path) -> No
         single = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     torch.testing.assert_close(batch, single, rtol=0, atol=1e-5)
     assert (single[0] - single[1]).abs().max() > 1e-3
-
-
-def test_positions_of_a_decoder_are_frozen_with_its_other_embeddings(decoder: Path) -> None:
-    model, _ = build(decoder, freeze="embeddings")
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    assert frozen == {"transformer.wte.weight", "transformer.wpe.weight"}
-
-
-@pytest.mark.parametrize("part", ["backbone", "1"])
-def test_layers_of_a_decoder_can_be_frozen(decoder: Path, part: str) -> None:
-    model, _ = build(decoder, freeze=part)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert "score.weight" in trained
-    assert not any(name.startswith(("transformer.wte", "transformer.wpe", "transformer.h.0.")) for name in trained)
-    assert any(name.startswith("transformer.h.1.") for name in trained) == (part == "1")

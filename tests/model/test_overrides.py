@@ -1,4 +1,4 @@
-"""--config_overrides and --from_scratch: what is changed, kept, new and left out, and that the model comes back."""
+"""--config_overrides and --from_scratch: which weights are kept, new and unused, and that the saved model loads again."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,35 +13,30 @@ from lib.errors import UserError
 from lib.model.adapters.adapt import adapt
 from lib.model.layers import find_layers
 from lib.model.load import build_model, load_classifier, load_tokenizer, summarize_weight_names
-from lib.model.source import LoadingInfo
 from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
 from tests.predicting import answers
-from tests.tiny_models import NAMES, SETTINGS, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_classifier, save_classifier
 
-KINDS = list(SETTINGS)
 DROPOUT = {"distilbert": "dropout", "modernbert": "mlp_dropout", "gpt2": "resid_pdrop"}
 """The key of dropout where it is not `hidden_dropout_prob`."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: save_classifier(kind, tmp_path_factory.mktemp(kind)) for kind in KINDS}
-
-
-def build(folder: Path, *changes: str, **settings: Any) -> tuple[Any, LoadingInfo]:
-    config = ModelConfig(str(folder), config_overrides=changes, **settings)
-    return build_model(config, NAMES, load_tokenizer(config))
+    return {kind: save_classifier(kind, tmp_path_factory.mktemp(kind)) for kind in SETTINGS}
 
 
 def layers_of(model: Any) -> Any:
     return find_layers(model, "--freeze")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_model_loses_its_upper_layers_and_keeps_the_rest(folders: dict[str, Path], kind: str) -> None:
-    whole, _ = build(folders[kind])
-    model, weights = build(folders[kind], "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25")
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(folders: dict[str, Path], kind: str) -> None:
+    whole, _ = build_classifier(folders[kind])
+    model, weights = build_classifier(
+        folders[kind], "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25"
+    )
     assert (len(layers_of(whole)), len(layers_of(model))) == (2, 1)
     assert 0.25 in {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     lost = {name for name in whole.state_dict() if name not in model.state_dict()}
@@ -51,9 +46,9 @@ def test_a_model_loses_its_upper_layers_and_keeps_the_rest(folders: dict[str, Pa
     assert all(torch.equal(weight, whole.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_model_comes_back_as_it_was_saved(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
-    model, _ = build(folders[kind], "num_hidden_layers=1")
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_changed_model_loads_as_it_was_saved(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    model, _ = build_classifier(folders[kind], "num_hidden_layers=1")
     model.save_pretrained(tmp_path)
     again = load_classifier(ModelConfig(str(tmp_path)))
     ids = torch.tensor([[0, 7, 8, 9, 2]])
@@ -61,16 +56,16 @@ def test_a_changed_model_comes_back_as_it_was_saved(folders: dict[str, Path], ki
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_from_scratch_is_the_model_of_the_configuration_alone(folders: dict[str, Path], kind: str) -> None:
-    """Bit by bit what transformers makes of the configuration with the same random numbers."""
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_from_scratch_builds_the_model_from_the_configuration_alone(folders: dict[str, Path], kind: str) -> None:
+    """Bitwise equal to what transformers builds from the configuration with the same seed."""
     set_seed(5)
-    model, weights = build(folders[kind], from_scratch=True)
+    model, weights = build_classifier(folders[kind], from_scratch=True)
     set_seed(5)
     wanted = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folders[kind], num_labels=3))
     assert all(torch.equal(weight, wanted.state_dict()[name]) for name, weight in model.state_dict().items())
     assert set(weights.new) == set(model.state_dict())
-    pretrained, _ = build(folders[kind])
+    pretrained, _ = build_classifier(folders[kind])
     matrices = [name for name, weight in model.state_dict().items() if weight.dim() == 2]
     assert not any(torch.equal(model.state_dict()[name], pretrained.state_dict()[name]) for name in matrices)
 
@@ -79,24 +74,24 @@ def test_from_scratch_needs_no_weights(folders: dict[str, Path], tmp_path: Path)
     for file in folders["bert"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    model, _ = build(tmp_path, "num_hidden_layers=5", from_scratch=True)
+    model, _ = build_classifier(tmp_path, "num_hidden_layers=5", from_scratch=True)
     assert len(layers_of(model)) == 5
 
 
-def test_more_layers_than_the_checkpoint_has_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build(folders["bert"], "num_hidden_layers=3")
+def test_layers_beyond_the_checkpoint_are_new(folders: dict[str, Path]) -> None:
+    _, weights = build_classifier(folders["bert"], "num_hidden_layers=3")
     assert {name.split(".layer.")[1][0] for name in weights.new} == {"2"}
     assert weights.unused == []
 
 
 def test_weights_of_another_shape_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build(folders["roberta"], "intermediate_size=24")
+    _, weights = build_classifier(folders["roberta"], "intermediate_size=24")
     assert {name.split(".")[-2] for name in weights.new} == {"dense"}
     assert len(weights.new) == 2 * 3
 
 
-def test_positions_that_were_taken_away_shorten_the_texts(folders: dict[str, Path]) -> None:
-    """RoBERTa counts positions from behind its padding token, so that two are lost."""
+def test_fewer_positions_lower_the_longest_input(folders: dict[str, Path]) -> None:
+    """RoBERTa counts positions from the id of its padding token + 1, so it loses two."""
     for kind, room in (("bert", 20), ("roberta", 18), ("gpt2", 20)):
         config = ModelConfig(str(folders[kind]), config_overrides=("max_position_embeddings=20",))
         tokenizer = load_tokenizer(config)
@@ -131,29 +126,31 @@ def test_positions_that_were_taken_away_shorten_the_texts(folders: dict[str, Pat
         ("hidden_dropout_prob=1.5", ["no model can be built", "between 0 and 1"]),
     ],
 )
-def test_refused_changes_are_named_with_what_would_do(folders: dict[str, Path], change: str, words: list[str]) -> None:
+def test_wrong_changes_are_refused_with_the_reason(folders: dict[str, Path], change: str, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        build(folders["bert"], change)
+        build_classifier(folders["bert"], change)
     message = str(error.value)
     assert [word for word in ["--config_overrides", *words] if word not in message] == []
 
 
-def test_a_name_that_two_architectures_share_works_on_both(folders: dict[str, Path]) -> None:
-    """GPT-2 calls its layers `n_layer`, and knows the common name as well."""
+def test_common_name_of_a_key_works_beside_the_own_name_of_the_model(folders: dict[str, Path]) -> None:
+    """GPT-2 calls its number of layers `n_layer`, and accepts the common name too."""
     for change in ("n_layer=1", "num_hidden_layers=1"):
-        assert len(layers_of(build(folders["gpt2"], change)[0])) == 1
+        assert len(layers_of(build_classifier(folders["gpt2"], change)[0])) == 1
 
 
-def test_a_list_with_an_entry_for_each_layer_follows(folders: dict[str, Path]) -> None:
-    model, _ = build(folders["modernbert"], "num_hidden_layers=1")
+def test_list_with_one_entry_per_layer_is_cut_with_the_layers(folders: dict[str, Path]) -> None:
+    model, _ = build_classifier(folders["modernbert"], "num_hidden_layers=1")
     assert len(model.config.layer_types) == 1
     with pytest.raises(UserError, match="layer_types has entries for 2 layers"):
-        build(folders["modernbert"], "num_hidden_layers=3")
+        build_classifier(folders["modernbert"], "num_hidden_layers=3")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
-def test_an_adapter_over_a_changed_model_comes_back(folders: dict[str, Path], method: Any, tmp_path: Path) -> None:
-    model, weights = build(folders["roberta"], "num_hidden_layers=1")
+def test_adapter_over_a_changed_model_loads_as_it_was_saved(
+    folders: dict[str, Path], method: Any, tmp_path: Path
+) -> None:
+    model, weights = build_classifier(folders["roberta"], "num_hidden_layers=1")
     model = adapt(model, AdapterConfig(adapter=method), ModelConfig(str(folders["roberta"])), weights.new)
     save_model(model, tmp_path / "adapter")
     again = load_classifier(ModelConfig(str(tmp_path / "adapter")))
@@ -161,7 +158,7 @@ def test_an_adapter_over_a_changed_model_comes_back(folders: dict[str, Path], me
     torch.testing.assert_close(model.eval()(ids).logits, again.eval()(ids).logits)
 
 
-def test_many_weights_are_told_in_a_few_words() -> None:
+def test_names_of_many_weights_are_summarized() -> None:
     names = [f"encoder.layer.{layer}.{name}.weight" for layer in (4, 5) for name in "abcd"]
     assert summarize_weight_names([*names, "cls.predictions.bias"]) == "encoder.layer.4.*, encoder.layer.5.*, cls.*"
     assert summarize_weight_names([f"w{n}" for n in range(8)]) == "w0, w1, w2, w3, w4, w5, ... (8 tensors)"
@@ -174,18 +171,18 @@ def test_many_weights_are_told_in_a_few_words() -> None:
         (lambda: ModelConfig(config_overrides=("num_hidden_layers",)), "takes name=value, got 'num_hidden_layers'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(make: Callable[[], Any], words: str) -> None:
+def test_contradictory_settings_are_refused(make: Callable[[], Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         make()
 
 
-def test_minilm_with_four_layers_is_trained_scored_and_used(run: Command, tmp_path: Path) -> None:
+def test_minilm_with_four_layers_is_trained_evaluated_and_used(run: Command, tmp_path: Path) -> None:
     train, test = write_csv(tmp_path / "t.csv", sentences(40)), write_csv(tmp_path / "e.csv", sentences(12, 1))
     flags = ["--train_file", train, "--test_file", test, "--max_steps", 2, "--report_to", "none", "--run_name", "small"]
     changes = ["--config_overrides", "num_hidden_layers=4", "hidden_dropout_prob=0.2"]
     done = run("train.py", *flags, *changes, "--mixed_precision", "no")
-    assert "num_hidden_layers=4 hidden_dropout_prob=0.2 (--config_overrides)" in done.stdout
-    assert "encoder.layer.4.*, encoder.layer.5.* (in the checkpoint, no part of this model)" in done.stdout
+    assert "num_hidden_layers=4 hidden_dropout_prob=0.2" in done.stdout
+    assert "encoder.layer.4.*, encoder.layer.5.*" in done.stdout
     scored = results_of(run("eval.py", "--run", "outputs/small", "--output_dir", "again"))
     assert scored["test/loss"] == pytest.approx(results_of(done)["test/loss"], abs=1e-6)
     model = load_classifier(ModelConfig(str(tmp_path / "outputs/small/model")))
