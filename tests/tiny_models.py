@@ -83,7 +83,7 @@ def save(config: PreTrainedConfig, kind: type, folder: Path) -> Path:
     return folder
 
 
-def build_classifier(folder: Path, *overrides: str, **settings: Any) -> tuple[Any, LoadingInfo]:
+def build_from(folder: Path, *overrides: str, **settings: Any) -> tuple[Any, LoadingInfo]:
     """The model in `folder` as a classifier of `NAMES`, built as train.py builds it."""
     config = ModelConfig(str(folder), config_overrides=overrides, **settings)
     return build_model(config, NAMES, load_tokenizer(config))

@@ -19,7 +19,7 @@ from lib.model.layers import freeze
 from tests.conftest import read_lines
 from tests.resuming import differences, run_flags
 from tests.run.test_resume import play
-from tests.tiny_models import build_classifier
+from tests.tiny_models import build_from
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
 
@@ -41,7 +41,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def steps(folder: Path, compiled: bool) -> tuple[list[float], torch.Tensor]:
     """Losses and weights of steps on batches of all shapes, with and without padding, with evaluations in between."""
     torch.manual_seed(0)
-    model, _ = build_classifier(folder)
+    model, _ = build_from(folder)
     compile_layers(model, compiled, torch.device("cpu"))
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
     for index, shape in enumerate(SHAPES):
@@ -72,7 +72,7 @@ def test_compiled_losses_and_weights_equal_uncompiled_ones_with_few_programs(rob
 
 
 def test_frozen_layers_are_not_compiled(roberta, uncompiled):
-    model, _ = build_classifier(roberta)
+    model, _ = build_from(roberta)
     freeze(model, "1")
     compile_layers(model, True, torch.device("cpu"))
     assert [layer._compiled_call_impl is not None for layer in model.roberta.encoder.layer] == [False, True]

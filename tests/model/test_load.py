@@ -15,7 +15,7 @@ from lib.model.layers import count_parameters, set_train_mode
 from lib.model.load import build_model, label_names, load_classifier, load_tokenizer
 from lib.model.source import model_name
 from tests.conftest import tiny_tokenizer
-from tests.tiny_models import NAMES, SETTINGS, build_classifier, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier
 
 BACKBONES = {"modernbert": "model", "deberta-v2": "deberta", "gpt2": "transformer"}
 """Attribute of the model that holds the backbone, where it is not the model type."""
@@ -57,7 +57,7 @@ def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
 def test_freeze_turns_off_the_gradients_of_the_named_part_only(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build_classifier(classifier(kind), freeze=part)
+    model, _ = build_from(classifier(kind), freeze=part)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     expected = {name for name, _ in model.named_parameters() if is_inside(name, frozen_prefixes(kind, part))}
     assert frozen == expected
@@ -69,7 +69,7 @@ def test_freeze_turns_off_the_gradients_of_the_named_part_only(
 def test_train_mode_keeps_frozen_parts_in_eval_mode(
     classifier: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build_classifier(classifier(kind), freeze=part)
+    model, _ = build_from(classifier(kind), freeze=part)
     set_train_mode(model)
     evaluating = {name for name, module in model.named_modules() if not module.training}
     inside = {name for name, _ in model.named_modules() if is_inside(name, frozen_prefixes(kind, part))}
@@ -82,7 +82,7 @@ def test_train_mode_keeps_frozen_parts_in_eval_mode(
 
 
 def test_frozen_backbone_has_no_dropout_and_the_head_has(classifier: Callable[[str], Path]) -> None:
-    model, _ = build_classifier(classifier("roberta"), freeze="backbone")
+    model, _ = build_from(classifier("roberta"), freeze="backbone")
     set_train_mode(model)
     inputs = torch.tensor([[0, 7, 8, 9, 2]])
     first, second = (model(inputs, output_hidden_states=True) for _ in range(2))
@@ -92,7 +92,7 @@ def test_frozen_backbone_has_no_dropout_and_the_head_has(classifier: Callable[[s
 
 def test_freezing_more_layers_than_there_are_is_refused(classifier: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="--freeze 9: the model has 2 layers"):
-        build_classifier(classifier("roberta"), freeze="9")
+        build_from(classifier("roberta"), freeze="9")
 
 
 def test_count_parameters_by_hand() -> None:
@@ -103,7 +103,7 @@ def test_count_parameters_by_hand() -> None:
 
 def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, dtype=torch.bfloat16)
-    model, weights = build_classifier(folder)
+    model, weights = build_from(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     stored = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(weight, stored[name].float()) for name, weight in model.state_dict().items())
@@ -113,7 +113,7 @@ def test_weights_are_float32_whatever_the_checkpoint_holds(tmp_path: Path) -> No
 
 def test_head_of_another_size_is_new_and_other_weights_are_kept(tmp_path: Path) -> None:
     folder = save_classifier("bert", tmp_path, num_labels=5)
-    model, weights = build_classifier(folder)
+    model, weights = build_from(folder)
     assert weights.new == ["classifier.bias", "classifier.weight"]
     assert model.classifier.weight.shape == (3, 16)
     stored = AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
@@ -122,13 +122,13 @@ def test_head_of_another_size_is_new_and_other_weights_are_kept(tmp_path: Path) 
 
 
 def test_head_of_a_pretrained_backbone_is_reported_as_new(roberta: Path) -> None:
-    _, weights = build_classifier(roberta)
+    _, weights = build_from(roberta)
     assert {name.split(".")[0] for name in weights.new} == {"classifier"}
     assert len(weights.new) == 4
 
 
 def test_label_names_are_saved_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:
-    model, _ = build_classifier(classifier("bert"))
+    model, _ = build_from(classifier("bert"))
     assert model.config.id2label == {0: "bad", 1: "good", 2: "mixed"}
     assert model.config.label2id == {"bad": 0, "good": 1, "mixed": 2}
     model.save_pretrained(tmp_path)
@@ -172,7 +172,7 @@ def test_missing_model_folder_is_refused_with_advice(tmp_path: Path) -> None:
 
 def test_loading_restores_the_verbosity_of_transformers(classifier: Callable[[str], Path]) -> None:
     before = transformers.logging.get_verbosity()
-    build_classifier(classifier("bert"))
+    build_from(classifier("bert"))
     assert transformers.logging.get_verbosity() == before
 
 

@@ -16,7 +16,7 @@ from lib.model.load import build_model, load_classifier, load_tokenizer, summari
 from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
 from tests.predicting import answers
-from tests.tiny_models import NAMES, SETTINGS, build_classifier, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier
 
 DROPOUT = {"distilbert": "dropout", "modernbert": "mlp_dropout", "gpt2": "resid_pdrop"}
 """The key of dropout where it is not `hidden_dropout_prob`."""
@@ -33,8 +33,8 @@ def layers_of(model: Any) -> Any:
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(folders: dict[str, Path], kind: str) -> None:
-    whole, _ = build_classifier(folders[kind])
-    model, weights = build_classifier(
+    whole, _ = build_from(folders[kind])
+    model, weights = build_from(
         folders[kind], "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25"
     )
     assert (len(layers_of(whole)), len(layers_of(model))) == (2, 1)
@@ -48,7 +48,7 @@ def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(folders: di
 
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_changed_model_loads_as_it_was_saved(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
-    model, _ = build_classifier(folders[kind], "num_hidden_layers=1")
+    model, _ = build_from(folders[kind], "num_hidden_layers=1")
     model.save_pretrained(tmp_path)
     again = load_classifier(ModelConfig(str(tmp_path)))
     ids = torch.tensor([[0, 7, 8, 9, 2]])
@@ -60,12 +60,12 @@ def test_changed_model_loads_as_it_was_saved(folders: dict[str, Path], kind: str
 def test_from_scratch_builds_the_model_from_the_configuration_alone(folders: dict[str, Path], kind: str) -> None:
     """Bitwise equal to what transformers builds from the configuration with the same seed."""
     set_seed(5)
-    model, weights = build_classifier(folders[kind], from_scratch=True)
+    model, weights = build_from(folders[kind], from_scratch=True)
     set_seed(5)
     wanted = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folders[kind], num_labels=3))
     assert all(torch.equal(weight, wanted.state_dict()[name]) for name, weight in model.state_dict().items())
     assert set(weights.new) == set(model.state_dict())
-    pretrained, _ = build_classifier(folders[kind])
+    pretrained, _ = build_from(folders[kind])
     matrices = [name for name, weight in model.state_dict().items() if weight.dim() == 2]
     assert not any(torch.equal(model.state_dict()[name], pretrained.state_dict()[name]) for name in matrices)
 
@@ -74,18 +74,18 @@ def test_from_scratch_needs_no_weights(folders: dict[str, Path], tmp_path: Path)
     for file in folders["bert"].iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    model, _ = build_classifier(tmp_path, "num_hidden_layers=5", from_scratch=True)
+    model, _ = build_from(tmp_path, "num_hidden_layers=5", from_scratch=True)
     assert len(layers_of(model)) == 5
 
 
 def test_layers_beyond_the_checkpoint_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build_classifier(folders["bert"], "num_hidden_layers=3")
+    _, weights = build_from(folders["bert"], "num_hidden_layers=3")
     assert {name.split(".layer.")[1][0] for name in weights.new} == {"2"}
     assert weights.unused == []
 
 
 def test_weights_of_another_shape_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build_classifier(folders["roberta"], "intermediate_size=24")
+    _, weights = build_from(folders["roberta"], "intermediate_size=24")
     assert {name.split(".")[-2] for name in weights.new} == {"dense"}
     assert len(weights.new) == 2 * 3
 
@@ -128,7 +128,7 @@ def test_fewer_positions_lower_the_longest_input(folders: dict[str, Path]) -> No
 )
 def test_wrong_changes_are_refused_with_the_reason(folders: dict[str, Path], change: str, words: list[str]) -> None:
     with pytest.raises(UserError) as error:
-        build_classifier(folders["bert"], change)
+        build_from(folders["bert"], change)
     message = str(error.value)
     assert [word for word in ["--config_overrides", *words] if word not in message] == []
 
@@ -136,21 +136,21 @@ def test_wrong_changes_are_refused_with_the_reason(folders: dict[str, Path], cha
 def test_common_name_of_a_key_works_beside_the_own_name_of_the_model(folders: dict[str, Path]) -> None:
     """GPT-2 calls its number of layers `n_layer`, and accepts the common name too."""
     for change in ("n_layer=1", "num_hidden_layers=1"):
-        assert len(layers_of(build_classifier(folders["gpt2"], change)[0])) == 1
+        assert len(layers_of(build_from(folders["gpt2"], change)[0])) == 1
 
 
 def test_list_with_one_entry_per_layer_is_cut_with_the_layers(folders: dict[str, Path]) -> None:
-    model, _ = build_classifier(folders["modernbert"], "num_hidden_layers=1")
+    model, _ = build_from(folders["modernbert"], "num_hidden_layers=1")
     assert len(model.config.layer_types) == 1
     with pytest.raises(UserError, match="layer_types has entries for 2 layers"):
-        build_classifier(folders["modernbert"], "num_hidden_layers=3")
+        build_from(folders["modernbert"], "num_hidden_layers=3")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
 def test_adapter_over_a_changed_model_loads_as_it_was_saved(
     folders: dict[str, Path], method: Any, tmp_path: Path
 ) -> None:
-    model, weights = build_classifier(folders["roberta"], "num_hidden_layers=1")
+    model, weights = build_from(folders["roberta"], "num_hidden_layers=1")
     model = adapt(model, AdapterConfig(adapter=method), ModelConfig(str(folders["roberta"])), weights.new)
     save_model(model, tmp_path / "adapter")
     again = load_classifier(ModelConfig(str(tmp_path / "adapter")))

@@ -10,7 +10,7 @@ from torch import nn
 from lib.errors import UserError
 from lib.model.layers import freeze
 from lib.model.weights import load_weights, save_weights
-from tests.tiny_models import build_classifier
+from tests.tiny_models import build_from
 
 
 class Tied(nn.Module):
@@ -53,7 +53,7 @@ def test_tied_weights_and_buffers_of_trained_parts_are_saved_and_loaded(tmp_path
 def test_weights_load_when_another_part_was_frozen(
     roberta: Path, tmp_path: Path, then: str | None, now: str | None
 ) -> None:
-    model, other = (build_classifier(roberta)[0] for _ in range(2))
+    model, other = (build_from(roberta)[0] for _ in range(2))
     for parameter in (*model.parameters(), *other.parameters()):
         nn.init.normal_(parameter)
     freeze(model, then)
