@@ -32,10 +32,10 @@ def build_frozen(folder: Path, seed: int = 0) -> PreTrainedModel:
 def save_at(saver: Checkpointer, step: int) -> Path:
     """A checkpoint of another step, with other trained weights."""
     with torch.no_grad():
-        for parameter in saver.model.parameters():
+        for parameter in saver.learner.model.parameters():
             if parameter.requires_grad:
                 parameter.add_(step)
-    saver.state.step = step
+    saver.learner.state.step = step
     saver.save(None)
     return saver.folder / "checkpoints" / f"step-{step}"
 
@@ -52,7 +52,7 @@ def test_frozen_weights_and_the_best_model_are_hard_links_to_the_previous_checkp
     model = build_frozen(roberta)
     saver = checkpointer(accelerator, tmp_path, model)
     publish(accelerator, model, roberta, tmp_path / "model")
-    saver.state.best_scores = {"loss": 1.0}
+    saver.learner.state.best_scores = {"loss": 1.0}
     first, second = save_at(saver, 3), save_at(saver, 6)
     shared = {
         path.relative_to(first)
@@ -75,7 +75,7 @@ def test_hard_link_outlives_the_checkpoint_it_came_from(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
     other = checkpointer(accelerator, tmp_path, build_frozen(roberta, seed=2))
     other.load(second)
-    assert equal_weights(saver.model, other.model)
+    assert equal_weights(saver.learner.model, other.learner.model)
     shutil.rmtree(second)
     assert find_damage(save_at(saver, 9)) is None
 
@@ -105,7 +105,7 @@ def test_without_hard_links_frozen_weights_are_written_from_memory(
     assert find_damage(second) is None
     other = checkpointer(accelerator, tmp_path, build_frozen(roberta, seed=2))
     other.load(second)
-    assert equal_weights(saver.model, other.model)
+    assert equal_weights(saver.learner.model, other.learner.model)
 
 
 def test_frozen_weights_are_written_anew_after_a_checkpoint_is_loaded(
@@ -119,7 +119,7 @@ def test_frozen_weights_are_written_anew_after_a_checkpoint_is_loaded(
     saver.load(other)
     again = checkpointer(accelerator, tmp_path / "run", build_frozen(roberta, seed=3))
     again.load(save_at(saver, 6))
-    assert equal_weights(saver.model, again.model)
+    assert equal_weights(saver.learner.model, again.learner.model)
 
 
 def test_disk_space_is_needed_only_for_the_files_that_are_written(
@@ -149,4 +149,4 @@ def test_checkpoint_without_a_frozen_part_has_one_file_of_weights(
     for folder in (save_at(saver, 3), save_at(saver, 6)):
         names = {path.name for path in folder.iterdir()}
         assert names == {"manifest.json", "state.json", "optimizer.pt", "model.safetensors"}
-        assert load_file(folder / "model.safetensors").keys() == saver.model.state_dict().keys()
+        assert load_file(folder / "model.safetensors").keys() == saver.learner.model.state_dict().keys()
