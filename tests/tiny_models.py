@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each task; every text differs to them, as their weights are large."""
+"""Tiny models with random weights, one for each task; the weights are large, so that outputs differ between texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AlbertConfig,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -16,12 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BartConfig,
     BertConfig,
-    DebertaV2Config,
-    DistilBertConfig,
-    ElectraConfig,
     GPT2Config,
-    LlamaConfig,
-    ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
     T5Config,
@@ -42,37 +36,20 @@ ENCODER = SIZES | {
     "initializer_range": 0.5,
 }
 NAMES = ["bad", "good", "mixed"]
-SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "bert": SMALL,
-    "roberta": SMALL | {"max_position_embeddings": 80},
-    "distilbert": {"vocab_size": 128, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-    "electra": SMALL | {"embedding_size": 8},
-    "deberta-v2": SMALL | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
-    "modernbert": SMALL | {"pad_token_id": 1},
-    "gpt2": {"vocab_size": 128, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "pad_token_id": 1},
+    "bert": ENCODER,
+    "roberta": ENCODER,
+    "distilbert": ENCODER | {"hidden_dim": 32},
+    "electra": ENCODER | {"embedding_size": 8},
+    "deberta-v2": ENCODER | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8},
+    "modernbert": ENCODER,
+    "gpt2": ENCODER | {"max_position_embeddings": 64},
 }
 """By model type, the settings of a configuration with two layers."""
 
 
 def labels(names: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-
-
-def save_classifier(kind: str, folder: Path, num_labels: int = 3, dtype: torch.dtype = torch.float32) -> Path:
-    """A classifier of one of the model types in `SETTINGS`, with random weights and a tokenizer, saved to `folder`."""
-    torch.manual_seed(0)
-    settings = SETTINGS["roberta" if kind == "xlm-roberta" else kind]
-    config = AutoConfig.for_model(kind, num_labels=num_labels, **settings)
-    AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
-    tiny_tokenizer(folder)
-    return folder
 
 
 def save(config: PreTrainedConfig, kind: type, folder: Path) -> Path:
@@ -118,7 +95,7 @@ def decoder(folder: Path) -> Path:
 
 
 def deciding_decoder(folder: Path) -> Path:
-    """A classifier on a decoder that was trained without padding, as those of the GPT family are."""
+    """A classifier on a decoder without a padding token, such as those of the GPT family."""
     sizes = SIZES | {"pad_token_id": None, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
     config = GPT2Config(**sizes, initializer_range=0.5, **labels(NAMES))
     return save(config, AutoModelForSequenceClassification, folder)
@@ -143,7 +120,7 @@ def bart(folder: Path) -> Path:
 
 
 def t5(folder: Path) -> Path:
-    """Told its task by words before the text, as the published T5 models are."""
+    """A T5 with a prefix for each task, like the published ones."""
     prefixes = {
         "summarization": {"prefix": "the plot was "},
         "translation_en_to_fr": {"prefix": "the actor felt "},
@@ -163,34 +140,27 @@ def t5(folder: Path) -> Path:
     return save(config, AutoModelForSeq2SeqLM, folder)
 
 
+def save_classifier(kind: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """A classifier of a model type with random weights, saved to `folder` with its tokenizer."""
+    torch.manual_seed(0)
+    names = {} if "num_labels" in changes else labels(NAMES)
+    config = AutoConfig.for_model(kind, **SETTINGS.get(kind, ENCODER) | names | changes)
+    AutoModelForSequenceClassification.from_config(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer(folder)
+    return folder
+
+
 def any_classifier(name: str, folder: Path, layers: int = 2) -> Path:
-    """A classifier of an architecture, with dropout in its head and between its layers where it has any."""
-    wide = SIZES | {"initializer_range": 0.5}
-    both = ENCODER | {"num_hidden_layers": layers}
-    modern = {key: value for key, value in both.items() if key != "max_position_embeddings"} | {
-        "max_position_embeddings": 80,
-        "global_attn_every_n_layers": 2,
-        "local_attention": 4,
-        "classifier_dropout": 0.1,
-        "cls_token_id": 0,
-        "sep_token_id": 2,
+    """A classifier of an architecture or a variant of one, with dropout in its head and between its layers if it has any."""
+    modern = {"global_attn_every_n_layers": 2, "local_attention": 4, "classifier_dropout": 0.1}
+    modern |= {"cls_token_id": 0, "sep_token_id": 2}
+    changes = {
+        "albert": {"embedding_size": 8},
+        "bart": {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "decoder_layers": 1, "decoder_attention_heads": 2},
+        "deberta": {"position_buckets": 4, "conv_kernel_size": 3, "pooler_hidden_size": 16},
+        "llama": {"num_key_value_heads": 1},
+        "modernbert": modern,
+        "modernbert-mean": modern | {"classifier_pooling": "mean"},
     }
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
-    llama = both | {"num_key_value_heads": 1}
-    configs = {
-        "albert": lambda: AlbertConfig(**both, embedding_size=8),
-        "bart": lambda: BartConfig(**SIZES, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2),
-        "bert": lambda: BertConfig(**both),
-        "deberta": lambda: DebertaV2Config(**both, **relative, conv_kernel_size=3, pooler_hidden_size=16),
-        "distilbert": lambda: DistilBertConfig(**wide, dim=16, n_layers=layers, n_heads=2, hidden_dim=32),
-        "electra": lambda: ElectraConfig(**both, embedding_size=8),
-        "gpt2": lambda: GPT2Config(**wide, n_embd=16, n_layer=layers, n_head=2, n_positions=64),
-        "llama": lambda: LlamaConfig(**llama),
-        "modernbert": lambda: ModernBertConfig(**modern),
-        "modernbert-mean": lambda: ModernBertConfig(**modern, classifier_pooling="mean"),
-        "roberta": lambda: RobertaConfig(**both),
-    }
-    config = configs[name]()
-    for number, label in enumerate(NAMES):
-        config.id2label[number], config.label2id[label] = label, number
-    return save(config, AutoModelForSequenceClassification, folder)
+    kind = {"deberta": "deberta-v2", "modernbert-mean": "modernbert"}.get(name, name)
+    return save_classifier(kind, folder, num_hidden_layers=layers, **changes.get(name, {}))

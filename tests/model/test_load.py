@@ -27,19 +27,6 @@ EMBEDDINGS = {"electra": ("embeddings", "embeddings_project"), "gpt2": ("wte", "
 """Attributes of the backbone below the layers, where they are not only `embeddings`."""
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a tiny classifier of an architecture, made once."""
-    made: dict[str, Path] = {}
-
-    def folder_of(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = save_classifier(kind, tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return folder_of
-
-
 def frozen_prefixes(kind: str, part: str | None) -> tuple[str, ...]:
     """Beginnings of the names of the parameters that `--freeze part` freezes."""
     backbone = BACKBONES.get(kind, kind)
@@ -55,9 +42,9 @@ def is_inside(name: str, prefixes: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_freeze_turns_off_the_gradients_of_the_named_part_only(
-    classifier: Callable[[str], Path], kind: str, part: str | None
+    folder_of: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build_from(classifier(kind), freeze=part)
+    model, _ = build_from(folder_of(kind), freeze=part)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     expected = {name for name, _ in model.named_parameters() if is_inside(name, frozen_prefixes(kind, part))}
     assert frozen == expected
@@ -67,9 +54,9 @@ def test_freeze_turns_off_the_gradients_of_the_named_part_only(
 @pytest.mark.parametrize("part", [None, "backbone", "embeddings", "1"])
 @pytest.mark.parametrize("kind", SETTINGS)
 def test_train_mode_keeps_frozen_parts_in_eval_mode(
-    classifier: Callable[[str], Path], kind: str, part: str | None
+    folder_of: Callable[[str], Path], kind: str, part: str | None
 ) -> None:
-    model, _ = build_from(classifier(kind), freeze=part)
+    model, _ = build_from(folder_of(kind), freeze=part)
     set_train_mode(model)
     evaluating = {name for name, module in model.named_modules() if not module.training}
     inside = {name for name, _ in model.named_modules() if is_inside(name, frozen_prefixes(kind, part))}
@@ -81,8 +68,8 @@ def test_train_mode_keeps_frozen_parts_in_eval_mode(
     assert not any(isinstance(model.get_submodule(name), nn.Dropout) for name in trained_anew)
 
 
-def test_frozen_backbone_has_no_dropout_and_the_head_has(classifier: Callable[[str], Path]) -> None:
-    model, _ = build_from(classifier("roberta"), freeze="backbone")
+def test_frozen_backbone_has_no_dropout_and_the_head_has(folder_of: Callable[[str], Path]) -> None:
+    model, _ = build_from(folder_of("roberta"), freeze="backbone")
     set_train_mode(model)
     inputs = torch.tensor([[0, 7, 8, 9, 2]])
     first, second = (model(inputs, output_hidden_states=True) for _ in range(2))
@@ -90,9 +77,9 @@ def test_frozen_backbone_has_no_dropout_and_the_head_has(classifier: Callable[[s
     assert not torch.equal(first.logits, second.logits)
 
 
-def test_freezing_more_layers_than_there_are_is_refused(classifier: Callable[[str], Path]) -> None:
+def test_freezing_more_layers_than_there_are_is_refused(folder_of: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="--freeze 9: the model has 2 layers"):
-        build_from(classifier("roberta"), freeze="9")
+        build_from(folder_of("roberta"), freeze="9")
 
 
 def test_count_parameters_by_hand() -> None:
@@ -127,8 +114,8 @@ def test_head_of_a_pretrained_backbone_is_reported_as_new(roberta: Path) -> None
     assert len(weights.new) == 4
 
 
-def test_label_names_are_saved_with_the_model(classifier: Callable[[str], Path], tmp_path: Path) -> None:
-    model, _ = build_from(classifier("bert"))
+def test_label_names_are_saved_with_the_model(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    model, _ = build_from(folder_of("bert"))
     assert model.config.id2label == {0: "bad", 1: "good", 2: "mixed"}
     assert model.config.label2id == {"bad": 0, "good": 1, "mixed": 2}
     model.save_pretrained(tmp_path)
@@ -170,9 +157,9 @@ def test_missing_model_folder_is_refused_with_advice(tmp_path: Path) -> None:
             load(config)
 
 
-def test_loading_restores_the_verbosity_of_transformers(classifier: Callable[[str], Path]) -> None:
+def test_loading_restores_the_verbosity_of_transformers(folder_of: Callable[[str], Path]) -> None:
     before = transformers.logging.get_verbosity()
-    build_from(classifier("bert"))
+    build_from(folder_of("bert"))
     assert transformers.logging.get_verbosity() == before
 
 

@@ -16,15 +16,10 @@ from lib.model.load import build_model, load_classifier, load_tokenizer, summari
 from lib.model.weights import save_model
 from tests.conftest import Command, results_of, sentences, write_csv
 from tests.predicting import answers
-from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_from
 
 DROPOUT = {"distilbert": "dropout", "modernbert": "mlp_dropout", "gpt2": "resid_pdrop"}
 """The key of dropout where it is not `hidden_dropout_prob`."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: save_classifier(kind, tmp_path_factory.mktemp(kind)) for kind in SETTINGS}
 
 
 def layers_of(model: Any) -> Any:
@@ -32,10 +27,12 @@ def layers_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(folders: dict[str, Path], kind: str) -> None:
-    whole, _ = build_from(folders[kind])
+def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(
+    folder_of: Callable[[str], Path], kind: str
+) -> None:
+    whole, _ = build_from(folder_of(kind))
     model, weights = build_from(
-        folders[kind], "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25"
+        folder_of(kind), "num_hidden_layers=1", f"{DROPOUT.get(kind, 'hidden_dropout_prob')}=0.25"
     )
     assert (len(layers_of(whole)), len(layers_of(model))) == (2, 1)
     assert 0.25 in {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
@@ -47,8 +44,8 @@ def test_fewer_layers_drop_the_upper_ones_and_keep_the_other_weights(folders: di
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_changed_model_loads_as_it_was_saved(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
-    model, _ = build_from(folders[kind], "num_hidden_layers=1")
+def test_changed_model_loads_as_it_was_saved(folder_of: Callable[[str], Path], kind: str, tmp_path: Path) -> None:
+    model, _ = build_from(folder_of(kind), "num_hidden_layers=1")
     model.save_pretrained(tmp_path)
     again = load_classifier(ModelConfig(str(tmp_path)))
     ids = torch.tensor([[0, 7, 8, 9, 2]])
@@ -57,43 +54,45 @@ def test_changed_model_loads_as_it_was_saved(folders: dict[str, Path], kind: str
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_from_scratch_builds_the_model_from_the_configuration_alone(folders: dict[str, Path], kind: str) -> None:
+def test_from_scratch_builds_the_model_from_the_configuration_alone(
+    folder_of: Callable[[str], Path], kind: str
+) -> None:
     """Bitwise equal to what transformers builds from the configuration with the same seed."""
     set_seed(5)
-    model, weights = build_from(folders[kind], from_scratch=True)
+    model, weights = build_from(folder_of(kind), from_scratch=True)
     set_seed(5)
-    wanted = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folders[kind], num_labels=3))
+    wanted = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder_of(kind), num_labels=3))
     assert all(torch.equal(weight, wanted.state_dict()[name]) for name, weight in model.state_dict().items())
     assert set(weights.new) == set(model.state_dict())
-    pretrained, _ = build_from(folders[kind])
+    pretrained, _ = build_from(folder_of(kind))
     matrices = [name for name, weight in model.state_dict().items() if weight.dim() == 2]
     assert not any(torch.equal(model.state_dict()[name], pretrained.state_dict()[name]) for name in matrices)
 
 
-def test_from_scratch_needs_no_weights(folders: dict[str, Path], tmp_path: Path) -> None:
-    for file in folders["bert"].iterdir():
+def test_from_scratch_needs_no_weights(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    for file in folder_of("bert").iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     model, _ = build_from(tmp_path, "num_hidden_layers=5", from_scratch=True)
     assert len(layers_of(model)) == 5
 
 
-def test_layers_beyond_the_checkpoint_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build_from(folders["bert"], "num_hidden_layers=3")
+def test_layers_beyond_the_checkpoint_are_new(folder_of: Callable[[str], Path]) -> None:
+    _, weights = build_from(folder_of("bert"), "num_hidden_layers=3")
     assert {name.split(".layer.")[1][0] for name in weights.new} == {"2"}
     assert weights.unused == []
 
 
-def test_weights_of_another_shape_are_new(folders: dict[str, Path]) -> None:
-    _, weights = build_from(folders["roberta"], "intermediate_size=24")
+def test_weights_of_another_shape_are_new(folder_of: Callable[[str], Path]) -> None:
+    _, weights = build_from(folder_of("roberta"), "intermediate_size=24")
     assert {name.split(".")[-2] for name in weights.new} == {"dense"}
     assert len(weights.new) == 2 * 3
 
 
-def test_fewer_positions_lower_the_longest_input(folders: dict[str, Path]) -> None:
+def test_fewer_positions_lower_the_longest_input(folder_of: Callable[[str], Path]) -> None:
     """RoBERTa counts positions from the id of its padding token + 1, so it loses two."""
     for kind, room in (("bert", 20), ("roberta", 18), ("gpt2", 20)):
-        config = ModelConfig(str(folders[kind]), config_overrides=("max_position_embeddings=20",))
+        config = ModelConfig(str(folder_of(kind)), config_overrides=("max_position_embeddings=20",))
         tokenizer = load_tokenizer(config)
         assert tokenizer.model_max_length == room
         model, _ = build_model(config, NAMES, tokenizer)
@@ -126,32 +125,34 @@ def test_fewer_positions_lower_the_longest_input(folders: dict[str, Path]) -> No
         ("hidden_dropout_prob=1.5", ["no model can be built", "between 0 and 1"]),
     ],
 )
-def test_wrong_changes_are_refused_with_the_reason(folders: dict[str, Path], change: str, words: list[str]) -> None:
+def test_wrong_changes_are_refused_with_the_reason(
+    folder_of: Callable[[str], Path], change: str, words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
-        build_from(folders["bert"], change)
+        build_from(folder_of("bert"), change)
     message = str(error.value)
     assert [word for word in ["--config_overrides", *words] if word not in message] == []
 
 
-def test_common_name_of_a_key_works_beside_the_own_name_of_the_model(folders: dict[str, Path]) -> None:
+def test_common_name_of_a_key_works_beside_the_own_name_of_the_model(folder_of: Callable[[str], Path]) -> None:
     """GPT-2 calls its number of layers `n_layer`, and accepts the common name too."""
     for change in ("n_layer=1", "num_hidden_layers=1"):
-        assert len(layers_of(build_from(folders["gpt2"], change)[0])) == 1
+        assert len(layers_of(build_from(folder_of("gpt2"), change)[0])) == 1
 
 
-def test_list_with_one_entry_per_layer_is_cut_with_the_layers(folders: dict[str, Path]) -> None:
-    model, _ = build_from(folders["modernbert"], "num_hidden_layers=1")
+def test_list_with_one_entry_per_layer_is_cut_with_the_layers(folder_of: Callable[[str], Path]) -> None:
+    model, _ = build_from(folder_of("modernbert"), "num_hidden_layers=1")
     assert len(model.config.layer_types) == 1
     with pytest.raises(UserError, match="layer_types has entries for 2 layers"):
-        build_from(folders["modernbert"], "num_hidden_layers=3")
+        build_from(folder_of("modernbert"), "num_hidden_layers=3")
 
 
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
 def test_adapter_over_a_changed_model_loads_as_it_was_saved(
-    folders: dict[str, Path], method: Any, tmp_path: Path
+    folder_of: Callable[[str], Path], method: Any, tmp_path: Path
 ) -> None:
-    model, weights = build_from(folders["roberta"], "num_hidden_layers=1")
-    model = adapt(model, AdapterConfig(adapter=method), ModelConfig(str(folders["roberta"])), weights.new)
+    model, weights = build_from(folder_of("roberta"), "num_hidden_layers=1")
+    model = adapt(model, AdapterConfig(adapter=method), ModelConfig(str(folder_of("roberta"))), weights.new)
     save_model(model, tmp_path / "adapter")
     again = load_classifier(ModelConfig(str(tmp_path / "adapter")))
     ids = torch.tensor([[0, 7, 8, 9, 2]])
