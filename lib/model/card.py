@@ -32,6 +32,11 @@ OPTIONS = (
 )
 """Options in the table of the card."""
 
+MOVIE_REVIEWS_NOTE = (
+    f"The data are the movie reviews of {VADER} {VADER_VERSION} (Hutto and Gilbert, ICWSM 2014, MIT license). They "
+    "overlap with rotten_tomatoes and SST: do not evaluate this model on those."
+)
+
 LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 """By --adapter, the Hub's name of the library that loads the files; peft for all others."""
 
@@ -68,7 +73,7 @@ def write_model_card(
         f"# {settings['run_name']}",
         "",
         f"{KINDS[problem].format(len(names))}: {base_name}, fine-tuned on {dataset}.",
-        *(["", movie_review_note()] if dataset.startswith("movie_reviews") else []),
+        *(["", MOVIE_REVIEWS_NOTE] if dataset.startswith("movie_reviews") else []),
         *("", "## Results", ""),
         *markdown_table(["split", *metrics], rows),
         "",
@@ -168,13 +173,6 @@ def training_facts(settings: dict[str, Any], results: dict[str, Any]) -> str:
         *([f"commit {settings['run/git_commit']}"] if settings.get("run/git_commit") else []),
     ]
     return f"{'; '.join(facts)}."
-
-
-def movie_review_note() -> str:
-    return (
-        f"The data are the movie reviews of {VADER} {VADER_VERSION} (Hutto and Gilbert, ICWSM 2014, MIT license). They "
-        "overlap with rotten_tomatoes and SST: do not evaluate this model on those."
-    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

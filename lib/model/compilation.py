@@ -18,7 +18,7 @@ def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.M
     programs, and the attention masks, whose code reads tensor values, are made outside. Frozen layers are left alone,
     since their outputs may be cached.
 
-    Raises UserError when there is no compiler for the device, or the model does not show its layers or trains none.
+    Raises UserError if there is no compiler for the device, or the model does not show its layers or trains none.
     """
     if not wanted:
         return model

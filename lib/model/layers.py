@@ -15,7 +15,7 @@ EMBEDDINGS = re.compile(r"emb|word_emb|layernorm_emb|shared$|wte$|wpe$|project_i
 def freeze(model: PreTrainedModel, part: str | None) -> None:
     """Turn off the gradients of `backbone`, of `embeddings`, or of the embeddings and the `part` lowest layers.
 
-    Raises UserError when the model does not have as many layers, or does not show them.
+    Raises UserError if the model does not have as many layers, or does not show them.
     """
     if part is None:
         return

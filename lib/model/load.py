@@ -26,7 +26,7 @@ from lib.model.source import (
 def load_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model, or of an adapter's base model where the adapter has none of its own.
 
-    A tokenizer without a padding token (a decoder's) pads with its end token. Raises UserError when it has neither, or
+    A tokenizer without a padding token (a decoder's) pads with its end token. Raises UserError if it has neither, or
     cannot be loaded.
     """
     positions = overridden_length(source) if isinstance(source, ModelConfig) and source.config_overrides else None
@@ -51,7 +51,7 @@ def build_model(
     """A classifier with one output for each of `label_names`, with --config_overrides, --from_scratch and --freeze applied.
 
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master copy; a head of
-    another size is replaced. Raises UserError when the model cannot be loaded or its configuration cannot be changed so.
+    another size is replaced. Raises UserError if the model cannot be loaded or its configuration cannot be changed so.
     """
     with loading_errors(config):
         hf_config = load_hf_config(config)
@@ -78,7 +78,7 @@ def build_model(
 def load_classifier(source: ModelSource) -> Any:
     """A trained classifier in float32 as it is: a whole model, or an adapter with its head over its base model.
 
-    Raises UserError when it cannot be loaded, or its checkpoint has no trained head.
+    Raises UserError if it cannot be loaded, or its checkpoint has no trained head.
     """
     folder = adapter_folder(source)
     if folder is not None:
@@ -89,7 +89,7 @@ def load_classifier(source: ModelSource) -> Any:
 def load_trained(source: ModelSource, kind: Any, name: str) -> PreTrainedModel:
     """A trained model of one of the Auto classes in float32 as it is; `name` is what messages call it.
 
-    Raises UserError when it cannot be loaded or its checkpoint lacks weights. A pooler may be missing from a model
+    Raises UserError if it cannot be loaded or its checkpoint lacks weights. A pooler may be missing from a model
     without a head, which does not use it.
     """
     with loading_errors(source):
@@ -133,7 +133,7 @@ def overridden_length(config: ModelConfig) -> int | None:
 
 @contextlib.contextmanager
 def override_errors(config: ModelConfig) -> Iterator[None]:
-    """Raise UserError when no model can be built with --config_overrides."""
+    """Raise UserError if no model can be built with --config_overrides."""
     try:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:

@@ -93,7 +93,7 @@ def load_pretrained(source: ModelSource, kind: Any, hf_config: Any = None) -> tu
 
 @contextlib.contextmanager
 def loading_errors(source: ModelSource) -> Iterator[None]:
-    """Raise UserError when files of `source` cannot be loaded; transformers' own loading report is off meanwhile."""
+    """Raise UserError if files of `source` cannot be loaded; transformers' own loading report is off meanwhile."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -55,7 +55,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Load the weights of a checkpoint in place. The frozen part may differ from that of the saved model.
 
-    Raises UserError when the checkpoint lacks weights of the model or has others.
+    Raises UserError if the checkpoint lacks weights of the model or has others.
     """
     # The trained weights last: they are right where both files have a view of the same memory.
     files = [file for file in (folder / FROZEN, folder / WEIGHTS) if file.name == WEIGHTS or file.exists()]

@@ -42,7 +42,7 @@ def adapter_info(model: nn.Module) -> AdapterInfo | None:
 def adapt(model: Any, config: AdapterConfig, base: ModelSource, new_weights: list[str]) -> Any:
     """The model with a new adapter, where only adapter, head and `new_weights` are trainable; without --adapter as it is.
 
-    Raises UserError when the method does not fit the model.
+    Raises UserError if the method does not fit the model.
     """
     if config.adapter is None:
         return model
@@ -103,7 +103,7 @@ def adapter_folder(source: ModelSource) -> Path | None:
 
 
 def base_of(folder: Path) -> ModelSource:
-    """The base model of an adapter. Raises UserError when the adapter does not name it or its folder is gone."""
+    """The base model of an adapter. Raises UserError if the adapter does not name it or its folder is gone."""
     base, revision = named_base(read_json(folder / "adapter_config.json"))
     if not base:
         raise UserError(f"{folder}/adapter_config.json does not name the base model of the adapter")
@@ -117,7 +117,7 @@ def base_of(folder: Path) -> ModelSource:
 def load_adapter(folder: Path) -> Any:
     """A trained classifier in float32: the base model with the adapter and the head of `folder`.
 
-    Raises UserError when base model or adapter cannot be loaded, do not fit each other, or have no trained head.
+    Raises UserError if base model or adapter cannot be loaded, do not fit each other, or have no trained head.
     """
     base = base_of(folder)
     is_peft = "peft_type" in read_json(folder / "adapter_config.json")

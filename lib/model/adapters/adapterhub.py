@@ -104,7 +104,7 @@ def save_bottlenecks(model: PreTrainedModel, config: BottleneckConfig, base: Mod
 def load_bottlenecks(model: PreTrainedModel, config: BottleneckConfig, folder: Path) -> set[str]:
     """Load the weights of adapters and head into a model that has the adapters; returns the names of what was loaded.
 
-    Raises UserError when a file is missing or damaged, or its tensors do not fit the model.
+    Raises UserError if a file is missing or damaged, or its tensors do not fit the model.
     """
     names = stored_adapter_names(model, config, str(read_json(folder / "adapter_config.json").get("name")))
     adapters = {}
@@ -131,7 +131,7 @@ def load_bottlenecks(model: PreTrainedModel, config: BottleneckConfig, folder: P
 def read_bottleneck_config(folder: Path) -> BottleneckConfig:
     """The settings of stored adapters.
 
-    Raises UserError when they are not bottleneck adapters, or a setting, which it names, is not supported.
+    Raises UserError if they are not bottleneck adapters, or a setting, which it names, is not supported.
     """
     stored = read_json(folder / "adapter_config.json")
     config = stored.get("config")
@@ -162,7 +162,7 @@ def read_bottleneck_config(folder: Path) -> BottleneckConfig:
 def read_head(folder: Path) -> dict[str, Any]:
     """Settings of the head, with `label2id` and `num_labels` at the top level, where older files do not have them.
 
-    Raises UserError when there is no head: adapters of a language, for example, cannot classify.
+    Raises UserError if there is no head: adapters of a language, for example, cannot classify.
     """
     if not (folder / "head_config.json").is_file():
         raise UserError(f"{folder} is an adapter without a head (head_config.json): it cannot classify")
@@ -187,7 +187,7 @@ def stored_adapter_names(model: PreTrainedModel, config: BottleneckConfig, title
 def stored_head_names(model: PreTrainedModel, head: dict[str, Any]) -> dict[str, str]:
     """Names of the tensors of a head, in its file to in the model; empty when they are the same.
 
-    Raises UserError when the head has other layers than the model's.
+    Raises UserError if the head has other layers than the model's.
     """
     config = head.get("config")
     if config is None:
@@ -208,7 +208,7 @@ def stored_head_names(model: PreTrainedModel, head: dict[str, Any]) -> dict[str,
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError when the file is missing or holds no JSON object."""
+    """Raises UserError if the file is missing or holds no JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -220,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """The tensors of the first of the files that exists; pickles are read with `weights_only`, so that they run no code.
 
-    Raises UserError when none exists or it cannot be read.
+    Raises UserError if none exists or it cannot be read.
     """
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:

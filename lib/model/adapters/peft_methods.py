@@ -30,7 +30,7 @@ FEEDFORWARD = ("ffn.lin2", "output.dense")
 def add_peft(model: PreTrainedModel, config: AdapterConfig, head: list[str], base: ModelSource) -> torch.nn.Module:
     """The model with a new adapter; only the adapter and the modules `head` are trainable.
 
-    Raises UserError when peft is not installed or the method does not fit the architecture.
+    Raises UserError if peft is not installed or the method does not fit the architecture.
     """
     check_package(f"--adapter {config.adapter}")
     import peft
@@ -78,7 +78,7 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, head: list[str]) 
 def load_peft(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """The model with the trained adapter and head of a folder, not trainable.
 
-    Raises UserError when peft is not installed, or the files are damaged or do not fit the model.
+    Raises UserError if peft is not installed, or the files are damaged or do not fit the model.
     """
     check_package(f"the adapter in {folder}")
     import peft
