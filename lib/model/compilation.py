@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.model.layers import find_layers
 
 RECOMPILE_LIMIT = 32
@@ -47,9 +47,8 @@ def check_compiler(device: str) -> None:
         with fresh_cache():
             torch.compile(torch.square)(torch.ones(2, device=device))
     except Exception as error:  # the errors of missing tools have no type in common
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         tools = "a C++ compiler (Debian: apt-get install g++; or set CXX) and Python's headers (python3-dev)"
         tools = f"{tools}, and on a GPU Triton" if device != "cpu" else tools
         raise UserError(
-            f"--compile: torch.compile does not work here: {reason}\nIt needs {tools}. Or leave --compile out."
+            f"--compile: torch.compile does not work here: {first_line(error)}\nIt needs {tools}. Or leave --compile out."
         ) from error

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib.config.sections import ModelSource
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.files import weight_files
@@ -107,7 +107,6 @@ def loading_errors(source: ModelSource) -> Iterator[None]:
 
 def explain_loading_error(source: ModelSource, error: Exception) -> str:
     """Why a model could not be loaded, and what to do about it."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return (
             f"--model {source.model} needs remote code (Python files in its repository), which runs only if you trust "
@@ -122,7 +121,7 @@ def explain_loading_error(source: ModelSource, error: Exception) -> str:
                 "trust its author, add --allow_pickle"
             )
     message = (
-        f"--model {source.model} could not be loaded: {reason}\n"
+        f"--model {source.model} could not be loaded: {first_line(error)}\n"
         "Give a folder with config.json and weights, a Hub id (needs the network or a mirror, HF_ENDPOINT), or "
         "--model minilm, which needs neither."
     )

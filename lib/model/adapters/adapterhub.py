@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lib.config.sections import ModelSource
-from lib.errors import UserError, require
+from lib.errors import UserError, first_line, require
 from lib.model.adapters.bottleneck import BottleneckConfig, adapter_places
 
 ADAPTER_FILES = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -228,4 +228,4 @@ def read_tensors(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor
     try:
         return load_state_dict_from_file(path, map_location="cpu", safe=path.suffix == ".safetensors")
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lib.config.sections import AdapterConfig, ModelSource
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 
 LORA_TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
 IA3_TARGETS = {
@@ -87,7 +87,7 @@ def load_peft(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
         with no_future_warnings():
             return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
-        raise UserError(f"the adapter in {folder} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the adapter in {folder} could not be loaded: {first_line(error)}") from error
 
 
 def reload_peft(model: torch.nn.Module, folder: Path) -> None:
