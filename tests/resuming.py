@@ -1,19 +1,74 @@
-"""A run with all that makes resuming hard, and the comparison of two finished runs."""
+"""Helpers of the tests of checkpoints and resuming: saved models, interrupted runs, and the comparison of finished ones."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
-from lib.run.checkpoint import list_checkpoints
-from tests.conftest import read_lines, sentences, write_csv
+from lib.config.sections import ModelConfig
+from lib.config.train import TrainingConfig
+from lib.model.load import build_model, load_tokenizer
+from lib.model.losses import plain_cross_entropy
+from lib.run.best_model import publish_model
+from lib.run.checkpoint import Checkpointer, list_checkpoints
+from lib.training.learner import Learner
+from lib.training.meter import Meter
+from lib.training.objective import Objective
+from lib.training.plan import Plan
+from lib.training.state import State
+from tests.conftest import WORKER_ENV, Command, read_lines, sentences, write_csv
+
+NAMES = ["terrible", "fine", "größer"]
+"""Label names of the models that `build` makes."""
 
 TIMING = {"time", "train/samples_per_second", "samples_per_second", "train_seconds", "seconds", "run/peak_memory_gib"}
+"""Fields that differ between any two runs."""
+
+
+def build(folder: Path, seed: int = 0) -> PreTrainedModel:
+    """A classifier with the architecture in `folder` and random weights that depend on `seed`."""
+    config = ModelConfig(model=str(folder))
+    model, _ = build_model(config, NAMES, load_tokenizer(config))
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def publish(accelerator: Accelerator, model: PreTrainedModel, source: Path, folder: Path) -> None:
+    """Publish `model` as the best model in `folder`, with the tokenizer in `source`."""
+    publish_model(accelerator, model, load_tokenizer(ModelConfig(model=str(source))), folder)
+
+
+def equal_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
+    weights = second.state_dict()
+    return all(torch.equal(weight, weights[name]) for name, weight in first.state_dict().items())
+
+
+def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel, **settings: int) -> Checkpointer:
+    """A checkpointer of `model` at step 3, with AdamW and a linear schedule."""
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
+    scheduler = LambdaLR(optimizer, lambda step: 1 - step / 10)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
+    state = State(step=3, micro_batch_size=2, eval_batch_size=16)
+    meter = Meter(accelerator, Plan(TrainingConfig(), np.ones(8)))
+    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
+    return Checkpointer(folder, TrainingConfig(), sizes, learner)
 
 
 def run_flags(folder: Path, model: Path) -> list[Any]:
-    """Ragged batches and micro-batches, length groups, evaluations before, at and after the ends of epochs."""
+    """Flags of a run that is hard to resume: ragged batches in length groups, evaluations before, at and after an epoch's end."""
     files = [("train", 37), ("validation", 13), ("test", 11)]
     flags: list[Any] = ["--model", model]
     for seed, (split, count) in enumerate(files):
@@ -23,8 +78,16 @@ def run_flags(folder: Path, model: Path) -> list[Any]:
     return [*flags, "--mixed_precision", "no", "--report_to", "none"]
 
 
+def play(run: Command, folder: Path, model: Path, calls: list[dict[str, Any]], processes: int) -> None:
+    """Make several calls of train.py in one process group; tests/workers/interrupted.py says what a call holds."""
+    plan = folder / "plan.json"
+    plan.write_text(json.dumps([call | {"folder": str(folder / call["folder"])} for call in calls]))
+    flags = run_flags(folder, model)
+    run("tests/workers/interrupted.py", plan, *flags, processes=processes, env=WORKER_ENV, timeout=400)
+
+
 def without(value: Any, keys: set[str]) -> Any:
-    """`value` without the times and names that differ between any two runs."""
+    """`value` without the fields `keys`, at any depth."""
     if isinstance(value, dict):
         return {key: without(item, keys) for key, item in value.items() if key not in keys}
     return [without(item, keys) for item in value] if isinstance(value, list) else value
@@ -41,7 +104,7 @@ def same_tensors(a: Any, b: Any) -> bool:
 
 
 def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list[str]:
-    """What is not equal, bit by bit, between two finished runs; settings and the fields `ignored` may differ."""
+    """Names of what is not bitwise equal between two finished runs; settings and the fields `ignored` may differ."""
     found = []
     (first, *_), (second, *_) = list_checkpoints(a / "checkpoints"), list_checkpoints(b / "checkpoints")
     if first.name != second.name:

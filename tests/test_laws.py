@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
+from tests.conftest import WORKER_ENV, Command, read_lines, results_of, sentences, write_csv
 
 SIZES = range(1, 41)
 WORKER = "tests/workers/world_size.py"
@@ -26,9 +26,8 @@ def train_layout(run: Command, layouts: Path, roberta_without_dropout: Path):
     def call(processes: int, micro_batch_size: int) -> dict:
         path = layouts / f"results-{processes}-{micro_batch_size}.pt"
         if not path.exists():
-            env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-            sizes = ",".join(map(str, SIZES))
-            run(WORKER, roberta_without_dropout, layouts, micro_batch_size, sizes, "", processes=processes, env=env)
+            layout = (roberta_without_dropout, layouts, micro_batch_size, ",".join(map(str, SIZES)), "")
+            run(WORKER, *layout, processes=processes, env=WORKER_ENV)
         results = torch.load(path)
         assert results.pop("world_size") == processes
         return {size: result for (_, size), result in results.items()}

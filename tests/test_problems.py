@@ -23,7 +23,7 @@ from lib.data.loader import Batches, build_collator
 from lib.evaluation.scoring import evaluate
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
-from tests.conftest import ROOT, Command, read_lines, results_of, sentences
+from tests.conftest import ROOT, WORKER_ENV, Command, read_lines, results_of, sentences
 from tests.hub_layouts import environment
 from tests.loopback_hub import loopback_hub
 from tests.predicting import answers, load
@@ -36,7 +36,6 @@ TARGETS: dict[str, list[Any]] = {
 }
 PICTURES = {"regression": "scatter.png", "several labels": "precision_recall.png"}
 KEYS = {"regression": ["pearson", "spearman", "mse"], "several labels": ["average_precision", "f1_micro", "f1_macro"]}
-ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> Path:
@@ -274,7 +273,7 @@ def test_processes_and_micro_batches_change_nothing(
     for processes, micro_batch_size in ((None, 16), (2, 3)):
         worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size)
         flags = [" ".join(target) for target in TARGETS.values()]
-        run(*worker, ",".join(map(str, sizes)), *flags, processes=processes, env=ENV)
+        run(*worker, ",".join(map(str, sizes)), *flags, processes=processes, env=WORKER_ENV)
         found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
     assert [results.pop("world_size") for results in found] == [1, 2]
     assert len(found[0]) == len(TARGETS) * len(sizes)
@@ -298,7 +297,7 @@ def test_a_resumed_run_on_two_processes_equals_one_that_was_not_stopped(
         calls += [{"folder": str(folder / "whole"), "flags": flags}]
         calls += [{"folder": str(folder / "parts"), "flags": flags, **stop} for stop in ({"stop": 6}, {})]
     (tmp_path / "plan.json").write_text(json.dumps(calls))
-    run("tests/workers/interrupted.py", tmp_path / "plan.json", processes=2, env=ENV, timeout=200)
+    run("tests/workers/interrupted.py", tmp_path / "plan.json", processes=2, env=WORKER_ENV, timeout=200)
     for name in TARGETS:
         folder = tmp_path / name.replace(" ", "-")
         assert json.loads((folder / "whole" / "results.json").read_text())["run/num_processes"] == 2

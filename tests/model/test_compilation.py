@@ -17,8 +17,7 @@ from lib.model import compilation
 from lib.model.compilation import compile_layers
 from lib.model.layers import freeze
 from tests.conftest import read_lines
-from tests.resuming import differences, run_flags
-from tests.run.test_resume import play
+from tests.resuming import differences, play, run_flags
 from tests.tiny_models import build_from
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]

@@ -2,53 +2,24 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from lib.config.sections import ModelConfig
-from lib.config.train import TrainingConfig
 from lib.errors import UserError
-from lib.model.load import build_model, load_tokenizer
-from lib.model.losses import plain_cross_entropy
-from lib.run.best_model import publish_model, restore_model
-from lib.run.checkpoint import Checkpointer
-from lib.training.learner import Learner
-from lib.training.meter import Meter
-from lib.training.objective import Objective
-from lib.training.plan import Plan
+from lib.model.load import load_tokenizer
+from lib.run.best_model import restore_model
 from lib.training.state import State
+from tests.resuming import NAMES, build, checkpointer, equal_weights, publish
 
-NAMES = ["terrible", "fine", "größer"]
 EVALUATED = State(step=3, best_metric=0.5, best_step=3)
 
 
 @pytest.fixture(scope="module")
 def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
-
-
-def build(folder: Path, seed: int = 0) -> PreTrainedModel:
-    """A classifier with the architecture in `folder` and random weights that depend on `seed`."""
-    config = ModelConfig(model=str(folder))
-    model, _ = build_model(config, NAMES, load_tokenizer(config))
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    return model
-
-
-def publish(accelerator: Accelerator, model: PreTrainedModel, source: Path, folder: Path) -> None:
-    publish_model(accelerator, model, load_tokenizer(ModelConfig(model=str(source))), folder)
-
-
-def equal_weights(first: PreTrainedModel, second: PreTrainedModel) -> bool:
-    weights = second.state_dict()
-    return all(torch.equal(weight, weights[name]) for name, weight in first.state_dict().items())
 
 
 def test_restored_weights_equal_the_published_ones(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
@@ -128,22 +99,6 @@ def test_a_published_model_works_with_a_plain_pipeline_under_its_label_names(
     for answers, probabilities in zip(classify(texts, top_k=None), expected.tolist(), strict=True):
         scores = {answer["label"]: answer["score"] for answer in answers}
         assert scores == pytest.approx(dict(zip(NAMES, probabilities, strict=True)), abs=1e-5)
-
-
-def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel, **settings: int) -> Checkpointer:
-    """Of a model with AdamW and a linear schedule, at step 3."""
-    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
-    scheduler = LambdaLR(optimizer, lambda step: 1 - step / 10)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    scheduler.step()
-    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
-    state = State(step=3, micro_batch_size=2, eval_batch_size=16)
-    meter = Meter(accelerator, Plan(TrainingConfig(), np.ones(8)))
-    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
-    return Checkpointer(folder, TrainingConfig(), sizes, learner)
 
 
 def test_what_was_saved_is_loaded_into_another_model(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lib.errors import UserError
 from lib.model.layers import freeze
 from lib.run.checkpoint import Checkpointer
 from lib.runtime.atomic import find_damage
-from tests.run.test_checkpoint import build, checkpointer, equal_weights, publish
+from tests.resuming import build, checkpointer, equal_weights, publish
 
 
 @pytest.fixture(scope="module")

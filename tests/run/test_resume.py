@@ -1,7 +1,6 @@
 """A run that was interrupted equals one that was not; a checkpoint is whole or is not used."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,10 @@ from lib.config.sections import HubConfig, flatten
 from lib.data.batching import BATCHES_PER_MEGABATCH
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
-from tests.conftest import ROOT, Command, read_lines, results_of
-from tests.resuming import differences, run_flags
+from tests.conftest import WORKER_ENV, read_lines, results_of
+from tests.resuming import differences, play
 
 LAST = 10
-ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-
-
-def play(run: Command, folder: Path, model: Path, calls: list[dict[str, Any]], processes: int) -> None:
-    plan = folder / "plan.json"
-    plan.write_text(json.dumps([call | {"folder": str(folder / call["folder"])} for call in calls]))
-    run("tests/workers/interrupted.py", plan, *run_flags(folder, model), processes=processes, env=ENV, timeout=400)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -80,7 +72,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_processes(run,
 
 
 def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_path):
-    left = results_of(run("tests/workers/killed_writes.py", tmp_path, env=ENV))
+    left = results_of(run("tests/workers/killed_writes.py", tmp_path, env=WORKER_ENV))
     assert left["kills"] > 60
     assert left["old"] > 10
     assert left["new"] > 10
@@ -88,4 +80,4 @@ def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_mode
 
 
 def test_removing_the_old_checkpoint_first_would_be_noticed(run, tmp_path):
-    assert results_of(run("tests/workers/killed_writes.py", tmp_path, "broken", env=ENV))["no checkpoint"] > 10
+    assert results_of(run("tests/workers/killed_writes.py", tmp_path, "broken", env=WORKER_ENV))["no checkpoint"] > 10
