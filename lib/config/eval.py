@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lib.config.cli import flags_from_yaml, last_value
+from lib.config.cli import as_flags, last_value, read_yaml
 from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias, check_positive
 from lib.errors import require
 
@@ -15,35 +15,35 @@ class EvalModel(ModelSource):
     """Model."""
 
     model: Annotated[str | None, alias("--model_name_or_path")] = None  # type: ignore[assignment]  # or --run
-    """A classifier: folder or Hub id."""
+    """Classifier to score: a folder or a Hub id."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Score a finished run, or any classifier, on one split.
 
-    The data of a run are known from its folder: `eval.py --run outputs/NAME`. With `--model` name the data as well.
+    `eval.py --run outputs/NAME` scores a run on its own data. With `--model`, name the data as well.
     """
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     run: str | None = None
-    """Folder of a finished run."""
+    """Folder of the finished run to score."""
     model: EvalModel = dataclasses.field(default_factory=EvalModel)
     split: str = "test"
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; see train.py --help."""
     per_device_eval_batch_size: int = 64
-    """Samples per forward."""
+    """Samples per forward pass."""
     bootstrap_samples: int = 1000
-    """Resamples behind each 95 % interval."""
+    """Bootstrap resamples behind each 95 % confidence interval."""
     seed: int = 42
-    """Fixes the bootstrap."""
+    """Random seed of the bootstrap."""
     output_dir: str | None = None
-    """Where the report goes. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
+    """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
     mixed_precision: Precision = "auto"
-    """`auto`: that of the run, else the launcher's choice, else bf16 where the device is fast at it."""
+    """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
 
     def __post_init__(self) -> None:
         require(bool(self.run) != bool(self.model.model), "give either --run FOLDER or --model ID_OR_FOLDER")
@@ -51,14 +51,15 @@ class EvalConfig:
 
     @property
     def source(self) -> ModelSource:
-        """What is scored: the model named, or the folder of the run."""
+        """The model to score: that of --model, or the folder of the run."""
         return self.model if self.run is None else ModelSource(self.run)
 
     @staticmethod
     def implied_flags(arguments: Sequence[str]) -> list[str]:
-        """The data settings of the run behind `--run`; only what is not about its data when other data are named.
+        """Options of the run in `--run` as flags: its data and metrics, so that it is scored as it was trained.
 
-        Raises UserError when the folder holds no run.
+        If the arguments name other data, only the options that are not about the data are taken from the run.
+        Raises UserError if the folder holds no run.
         """
         run = last_value(arguments, "--run")
         if run is None:
@@ -68,4 +69,4 @@ class EvalConfig:
         shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
         if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
             shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
-        return list(flags_from_yaml(path, frozenset(shared)))
+        return as_flags({name: values for name, values in read_yaml(path).items() if name in shared})

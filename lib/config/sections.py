@@ -1,4 +1,4 @@
-"""Options that scripts share: name, type, default, help line and check."""
+"""Options that several scripts share: name, type, default, help line and check."""
 
 import ast
 import dataclasses
@@ -7,18 +7,21 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lib.errors import UserError, require
+from lib.errors import require
 
 CLASSIFICATION = "single_label_classification"
-
 REGRESSION = "regression"
-
 MULTI_LABEL = "multi_label_classification"
+"""Problem types, as `problem_type` in the configuration of a transformers model."""
 
-
+ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 ModelHub = Literal["hub", "modelscope"]
-ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
+
+
+def words(problem_type: str) -> str:
+    """The name of a problem type in messages, such as multi-label classification."""
+    return problem_type.replace("_", "-").replace("-classification", " classification")
 
 
 def alias(*names: str) -> Any:
@@ -30,21 +33,21 @@ class ModelSource:
     """Model."""
 
     model: Annotated[str, alias("--model_name_or_path")] = "minilm"
-    """`minilm` (comes with the installation), a folder, or a Hub id such as roberta-base."""
+    """`minilm` (installed with this project), a folder, or a Hub id such as roberta-base."""
     model_revision: str | None = None
-    """Branch, tag or commit of a Hub model."""
+    """Branch, tag or commit of the model on the Hub."""
     source: ModelHub = "hub"
-    """Where a model that is no folder comes from: the Hub or its mirror, or ModelScope (package modelscope)."""
+    """Site that a model is downloaded from: the Hub or its mirror, or ModelScope (needs the package modelscope)."""
     allow_pickle: bool = False
-    """Load pickled weights (.bin) where there are no safetensors; a pickle can run programs."""
+    """Allow pickled weights (.bin) if there are no safetensors. Loading a pickle can run arbitrary code."""
     trust_remote_code: bool = False
-    """Run the program that a model brings; a Hub model needs --model_revision COMMIT with it."""
+    """Run the Python code in the model's repository. A Hub model also needs --model_revision COMMIT."""
 
     def __post_init__(self) -> None:
         pinned = len(self.model_revision or "") == 40 or Path(self.model or "").is_dir()
         require(
             not self.trust_remote_code or pinned,
-            "--trust_remote_code needs --model_revision COMMIT (40 digits): a branch can name another program tomorrow",
+            "--trust_remote_code needs --model_revision COMMIT (40 digits): the code on a branch can change",
         )
 
 
@@ -53,11 +56,11 @@ class ModelConfig(ModelSource):
     """Model."""
 
     config_overrides: tuple[str, ...] = ()
-    """Changes to the model's configuration as name=value, such as num_hidden_layers=4 hidden_dropout_prob=0.2."""
+    """Changes to the model's config as name=value, such as num_hidden_layers=4 hidden_dropout_prob=0.2."""
     from_scratch: bool = False
-    """Build the model from its configuration alone, with random weights; the tokenizer is kept."""
+    """Start from random weights instead of the pretrained ones; config and tokenizer are kept."""
     freeze: str | None = None
-    """Part that is not trained: `backbone`, `embeddings`, or a number n: the embeddings and the n lowest layers."""
+    """What not to train: `backbone` (all but the head), `embeddings`, or a number n (embeddings and lowest n layers)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,24 +75,24 @@ class ModelConfig(ModelSource):
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Adapters: only new weights and the head are trained and saved."""
+    """Adapters: train and save only the new weights and the head."""
 
     adapter: Literal["bottleneck", "lora", "dora", "ia3", "prefix", "prompt"] | None = None
-    """Method; all but bottleneck need the package peft."""
+    """Adapter method; all but bottleneck need the package peft."""
     adapter_placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
-    """bottleneck: behind each feed-forward part and its norm, or behind attention as well and before the norms."""
+    """bottleneck: pfeiffer: after feed-forward and its norm; houlsby: after attention and feed-forward, before the norms."""
     adapter_reduction_factor: float = 16
-    """bottleneck: the model's width divided by that of the adapter."""
+    """bottleneck: hidden size of the model divided by that of the adapter."""
     adapter_non_linearity: Literal["relu", "gelu", "swish", "tanh"] | None = None
-    """bottleneck: activation between its two layers. [default: relu for pfeiffer, swish for houlsby]"""
+    """bottleneck: activation function of the adapter. [default: relu for pfeiffer, swish for houlsby]"""
     lora_rank: int = 8
-    """lora, dora: rank of the change of a matrix."""
+    """lora, dora: rank of the weight update."""
     lora_alpha: float = 16
-    """lora, dora: the change is scaled by lora_alpha / lora_rank."""
+    """lora, dora: the weight update is scaled by lora_alpha / lora_rank."""
     adapter_target_modules: tuple[str, ...] = ()
-    """lora, dora, ia3: names of the modules that are changed. [default: as usual for the architecture]"""
+    """lora, dora, ia3: names of the modules to adapt. [default: peft's choice for the architecture]"""
     num_virtual_tokens: int = 20
-    """prefix, prompt: trained positions before the text."""
+    """prefix, prompt: number of trained virtual tokens before the text."""
 
     def __post_init__(self) -> None:
         check_positive(self, "adapter_reduction_factor", "lora_rank", "lora_alpha", "num_virtual_tokens")
@@ -109,49 +112,48 @@ class DataConfig:
     """Data."""
 
     dataset: str | None = None
-    """An alias (movie_reviews, sst5, sst2, mrpc, ...), a Hub id `user/name`, or a folder. [default: movie_reviews]"""
+    """A short name (movie_reviews, sst5, sst2, mrpc, ...), a Hub id `user/name`, or a folder. [default: movie_reviews]"""
     dataset_config: str | None = None
     """Configuration of a Hub data set; for movie_reviews: `five`, `binary` or `rating`."""
     revision: str | None = None
     """Branch, tag or commit of a Hub data set."""
     train_file: str | None = None
-    """Own training data: csv, tsv, json, jsonl, parquet, or a folder saved by `datasets`."""
+    """Your own training data: csv, tsv, json, jsonl, parquet, or a folder saved by `datasets`."""
     validation_file: str | None = None
-    """Own validation data; a stratified tenth of the training data when absent."""
+    """Your own validation data. [default: a stratified tenth of the training data]"""
     test_file: str | None = None
-    """Own test data."""
+    """Your own test data."""
     text_columns: tuple[str, ...] | None = None
-    """One text column, or two for pairs; guessed when obvious."""
+    """The text column, or two for text pairs. [default: guessed from the names]"""
     label_column: str | None = None
-    """Label column; guessed when obvious."""
+    """The label column. [default: guessed from the names]"""
     label_columns: tuple[str, ...] | None = None
-    """Several columns of 0 and 1, each a label, of which a text may have several."""
+    """Multi-label data: two or more columns of 0 and 1, one for each label."""
     problem_type: ProblemType = "auto"
-    """What is learnt. `auto`: real numbers are regression, lists or --label_columns several labels, all else classes."""
+    """Kind of prediction. `auto`: regression for real numbers, multi-label for lists or --label_columns, else single-label."""
     max_length: int = 128
-    """Longest input in tokens; longer texts are cut and their share is reported, unless --window_stride is given."""
+    """Maximum input length in tokens; longer texts are truncated and counted, unless --window_stride is given."""
     window_stride: int | None = None
-    """Read longer texts in windows of max_length of which neighbours share n tokens; a text's logits are the mean of its
-    windows', in training as well."""
+    """Split longer texts into windows that overlap by n tokens; a text's logits are their mean, in training too."""
     pad_to_max_length: bool = False
-    """Pad every batch to --max_length instead of its longest text, for devices that need fixed shapes."""
+    """Pad every batch to max_length, not to its longest text, for devices that need fixed shapes."""
     max_train_samples: int | None = None
-    """Use only n training samples, a fixed random choice, for a quick try."""
+    """Train on a fixed random subset of n samples, for a quick try."""
     max_eval_samples: int | None = None
-    """Use only n samples of every other split, a fixed random choice, for a quick try."""
+    """Use a fixed random subset of n samples of every other split, for a quick try."""
     preprocessing_num_workers: int | None = None
-    """Processes that tokenise; one by default, the tokenizer itself already uses threads."""
+    """Number of processes for tokenization. [default: 1, since the tokenizer already uses threads]"""
 
     def __post_init__(self) -> None:
         files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
-        if files and self.dataset:
-            raise UserError(f"--dataset and --{files[0]} exclude each other; give one of them")
-        for name in ("dataset_config", "revision") if files else ():
-            require(getattr(self, name) is None, f"--{name} is for --dataset, not for --{files[0]}; leave it out")
-        columns = self.text_columns
+        if files:
+            require(not self.dataset, f"--dataset and --{files[0]} exclude each other; give one of them")
+            for name in ("dataset_config", "revision"):
+                require(getattr(self, name) is None, f"--{name} is for --dataset, not for --{files[0]}; leave it out")
+        columns = ("",) if self.text_columns is None else self.text_columns
         require(
-            columns is None or len(columns) in (1, 2),
-            f"--text_columns takes one or two columns, got {len(columns or ())}: {' '.join(columns or ())}; "
+            len(columns) in (1, 2),
+            f"--text_columns takes one or two columns, got {len(columns)}: {' '.join(columns)}; "
             "for example --text_columns premise hypothesis",
         )
         several = self.label_columns
@@ -167,46 +169,37 @@ class HubConfig:
     """Hub and mirrors."""
 
     hub_endpoint: str | None = None
-    """Address of the Hub or a mirror, such as https://hf-mirror.com. [default: HF_ENDPOINT, else the Hub]"""
+    """URL of the Hub or a mirror, such as https://hf-mirror.com. [default: HF_ENDPOINT, else the Hub]"""
     hub_timeout: float = 5.0
-    """Seconds within which the Hub must answer; then the run goes on from the cache, or stops and says what is missing."""
+    """Seconds to wait for the Hub. After that the run uses the cache, or stops and says what is missing."""
     verify_hashes: bool = False
-    """Compare all files with the hashes the Hub names before they are used; those of a mirror with the Hub's own."""
+    """Check the hash of every file before use; files from a mirror are checked against the Hub itself."""
     send_token_to_mirror: bool = False
-    """Send your Hub token also to a mirror."""
+    """Send your Hub token to a mirror, too."""
 
     def __post_init__(self) -> None:
         check_positive(self, "hub_timeout")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raise UserError unless each named field is None or above 0."""
+    """Raise UserError unless each named option is None or above 0."""
     for name in names:
         value = getattr(config, name)
         require(value is None or value > 0, f"--{name} must be above 0, got {value}")
 
 
 def literal(text: str) -> Any:
-    """The value that a text spells in Python or YAML, such as 0.2, true or [1, 2]; else the text itself."""
+    """The value of a Python or YAML literal, such as 0.2, true or [1, 2]; other text stays as it is."""
     try:
         return ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
     except (ValueError, SyntaxError):
         return text
 
 
-def is_plain_name(name: str) -> bool:
-    return name not in ("", ".", "..") and all(char.isalnum() or char in "._-" for char in name)
-
-
 def flatten(config: Any) -> dict[str, Any]:
-    """All options of a configuration by their flag name, sections dissolved."""
+    """All options of a configuration by flag name, without the sections."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         flat.update(flatten(value) if dataclasses.is_dataclass(value) else {field.name: value})
     return flat
-
-
-def words(problem_type: str) -> str:
-    """How a problem is called in messages."""
-    return problem_type.replace("_", "-").replace("-classification", " classification")

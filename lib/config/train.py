@@ -1,4 +1,4 @@
-"""Options of train.py: the shared sections of config.py, and optimizer, training and tracking."""
+"""Options of train.py: the shared sections, and those of the optimizer, the loss, training and tracking."""
 
 import dataclasses
 import math
@@ -12,7 +12,6 @@ from lib.config.sections import (
     Precision,
     alias,
     check_positive,
-    is_plain_name,
 )
 from lib.errors import require
 
@@ -35,31 +34,30 @@ SchedulerName = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Optimizer and schedule, counted in optimizer steps."""
+    """Optimizer and schedule. Steps are optimizer steps."""
 
     learning_rate: Annotated[float, alias("--lr")] = 5e-5
     """Peak learning rate of AdamW."""
     head_learning_rate: float | None = None
-    """Peak learning rate of the head, which is new; it follows the same schedule. [default: learning_rate]"""
+    """Peak learning rate of the new head, on the same schedule. [default: learning_rate]"""
     layerwise_lr_decay: float = 1.0
-    """Each layer learns at this share of the rate of the layer above it, the embeddings below the lowest; the top layer
-    learns at learning_rate."""
+    """Learning rate of a layer as a factor of that of the layer above it; the top layer trains at learning_rate."""
     weight_decay: float = 0.01
-    """Decay of matrices; biases and norms are not decayed."""
+    """Weight decay of matrices; biases and norms are not decayed."""
     adam_beta1: float = 0.9
-    """Decay rate of the first moment."""
+    """Decay rate of the first moment in AdamW."""
     adam_beta2: float = 0.999
-    """Decay rate of the second moment."""
+    """Decay rate of the second moment in AdamW."""
     adam_epsilon: float = 1e-8
-    """Term added to the denominator."""
+    """Term added to the denominator in AdamW, for numerical stability."""
     lr_scheduler_type: SchedulerName = "linear"
-    """Shape of the learning rate after warm-up."""
+    """Learning rate schedule after warmup."""
     lr_scheduler_kwargs: tuple[str, ...] = ()
-    """Further settings of the schedule, as name=value, such as min_lr=1e-6."""
+    """Further arguments of the schedule as name=value, such as min_lr=1e-6."""
     warmup_steps: float = 0.06
-    """Steps of linear warm-up; below 1 it is a share of all steps."""
+    """Steps of linear warmup; a value below 1 is a share of all steps."""
     max_grad_norm: float | None = 1.0
-    """Gradients are clipped to this norm; None: logged but not clipped."""
+    """Gradients are clipped to this norm. None: no clipping; the norm is still logged."""
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
@@ -73,17 +71,16 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Loss. Evaluation always reports plain cross entropy, so that runs can be compared."""
+    """Loss of training. Evaluation always reports the plain loss (cross entropy or squared error), so runs can be compared."""
 
     loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
-    """`focal` leaves more to the hard samples; `ordinal` is for graded labels, numbered from one end to the other, and
-    makes a far miss dearer than a near one."""
+    """`focal`: hard samples weigh more. `ordinal`: for ordered classes such as stars; far misses cost more than near ones."""
     focal_gamma: float = 2.0
-    """focal: how little easy samples count; 0 is cross entropy."""
+    """focal: the higher, the less weight for easy samples; 0 is cross entropy."""
     class_weights: tuple[str, ...] = ()
-    """`balanced`: every class counts alike, however rare; or class=weight for some, such as negative=2 neutral=5."""
+    """`balanced` (rare classes weigh more), or class=weight for some classes, such as negative=2; the others weigh 1."""
     label_smoothing_factor: float = 0.0
-    """cross_entropy: share of the target spread over all labels."""
+    """cross_entropy: share of the target probability that is spread evenly over all labels."""
 
     def __post_init__(self) -> None:
         smoothing = self.label_smoothing_factor
@@ -114,47 +111,47 @@ class TrainingConfig:
     num_train_epochs: Annotated[float, alias("--epochs")] = 3.0
     """Passes over the training data."""
     max_steps: int | None = None
-    """Optimizer steps; overrides num_train_epochs."""
+    """Number of optimizer steps; overrides num_train_epochs."""
     train_batch_size: Annotated[int, alias("--bs")] = 32
-    """Samples per optimizer step over all processes: part of the experiment."""
+    """Samples per optimizer step, over all processes. Part of the experiment: it changes the result."""
     per_device_train_batch_size: int | None = None
-    """Largest micro-batch a device holds: memory only, never changes the result. [default: what the step needs]"""
+    """Largest micro-batch of a device. Changes the memory used, never the result. [default: as large as the step needs]"""
     per_device_eval_batch_size: int = 64
-    """Samples per forward in evaluation."""
+    """Samples per forward pass in evaluation."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
-    """`group_by_length` puts texts of like length together and shuffles the finished batches."""
+    """`group_by_length` makes batches of texts of similar length, which need less padding, and shuffles the batches."""
     eval_steps: int | None = None
-    """Evaluate every n steps; each epoch when absent."""
+    """Evaluate every n steps. [default: after each epoch]"""
     metric_for_best_model: str | None = None
-    """Validation metric that chooses the model kept, or `loss`. [default: the first of the metrics]"""
+    """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
     early_stopping_patience: int | None = None
-    """Stop after n evaluations without a better metric."""
+    """Stop after n evaluations in a row without a better metric."""
     save_steps: int | None = None
-    """Save a checkpoint every n steps; after each evaluation when absent."""
+    """Save a checkpoint every n steps. [default: after each evaluation]"""
     save_total_limit: int = 2
-    """Checkpoints kept; each holds the best model so far as well."""
+    """Number of checkpoints to keep; each also holds the best model so far."""
     resume_from_checkpoint: str = "auto"
-    """`auto`: from the newest valid checkpoint of the output folder, if any; `must`: stop if there is none; `never`: start
-    anew and remove them; or the folder of a checkpoint or of a run."""
+    """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
+    `never`: delete the checkpoints and start anew; or the folder of a checkpoint or of a run."""
     allow_changes: bool = False
-    """Resume although settings changed that change the result."""
+    """Resume even if settings that affect the result have changed."""
     max_minutes: float | None = None
-    """Save and stop with exit code 75 after this time, counted from the start of the process."""
+    """Save a checkpoint and stop with exit code 75 this many minutes after the start of the process."""
     ddp_timeout: float = 600.0
-    """Seconds without progress in training after which the run ends and names the process that hangs."""
+    """Seconds without progress in training after which the run stops and names the process that hangs."""
     dataloader_num_workers: int = 0
-    """Processes that prepare batches; 0: the training process does it."""
+    """Number of processes that prepare batches. 0: the training process does it itself."""
     no_cache_features: bool = False
-    """With --freeze, run the frozen part in every step instead of keeping what it gives."""
+    """With --freeze: run the frozen part in every step instead of caching its outputs."""
     feature_cache_gib: float = 2.0
-    """With --freeze, keep at most so much of what the frozen part gives in memory; four times as much on disk."""
+    """With --freeze: GiB of memory for cached outputs of the frozen part; four times as much on disk."""
     compile: bool = False
-    """torch.compile the trained layers: for long runs, as the first steps and evaluation then take a minute or more."""
+    """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
     cpu_kernels: bool = True
-    """On a CPU, train with this project's faster dropout, attention and casts; False: with PyTorch's own. Results are the
-    same but for rounding and dropout masks."""
+    """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
+    same up to rounding and dropout masks."""
     seed: int = 42
-    """Fixes the new head, the order of samples and dropout."""
+    """Random seed of the new head, the order of samples and dropout."""
 
     def __post_init__(self) -> None:
         require(self.num_train_epochs > 0, f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
@@ -170,31 +167,32 @@ class TrackingConfig:
     """Output and tracking."""
 
     output_dir: str | None = None
-    """Folder of the run. [default: outputs/{run_name}]"""
+    """Output folder of the run. [default: outputs/{run_name}]"""
     run_name: str | None = None
     """Name of the run. [default: {model}-{dataset}-lr..-bs..-s{seed}]"""
     report_to: TrackerName = "wandb"
-    """Tracker; W&B goes offline when there is no login. metrics.jsonl is written in any case."""
+    """Experiment tracker; W&B works offline if there is no login. metrics.jsonl is always written."""
     project: str = "finetune"
-    """Project of the tracker."""
+    """Name of the project in the tracker."""
     tags: tuple[str, ...] = ()
-    """Tags of the tracker's run."""
+    """Tags of the run in the tracker."""
     notes: str | None = None
-    """Free text kept with the tracker's run."""
+    """Free text stored with the run in the tracker."""
     logging_steps: int = 20
     """Log the training loss every n steps."""
 
     def __post_init__(self) -> None:
         check_positive(self, "logging_steps")
         name = self.run_name
-        require(name is None or is_plain_name(name), f"--run_name takes letters, digits and . _ -, got {name!r}")
+        plain = name is None or (all(char.isalnum() or char in "._-" for char in name) and name not in ("", ".", ".."))
+        require(plain, f"--run_name takes letters, digits and . _ -, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Fine-tune a text classifier.
 
-    Options can be collected in a YAML file: `train.py --config recipe.yaml [flags that override it]`.
+    Options can also come from a YAML file: `train.py --config recipe.yaml [flags that override it]`.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -206,15 +204,13 @@ class TrainConfig:
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     metrics: tuple[str, ...] | None = None
-    """Metrics to compute: accuracy, f1_macro, f1_micro, f1_weighted, f1, precision_*, recall_*, matthews_correlation,
-    cohen_kappa; of numbers pearson, spearman, mse, mae, r2; of several labels average_precision, f1_samples; or a module in
-    lib/evaluation/metrics. [default: those of the data set, else the usual ones of what is learnt]"""
+    """Metrics to compute, or modules in lib/evaluation/metrics. [default: those of the data set or of the problem type]
+    Classes: accuracy, f1, f1_macro, f1_micro, f1_weighted, precision_*, recall_*, matthews_correlation, cohen_kappa.
+    Regression: pearson, spearman, mse, mae, r2. Multi-label: average_precision, f1_samples, f1_micro, f1_macro."""
     mixed_precision: Precision = "auto"
-    """`auto`: the launcher's choice, else bf16 where the device is fast at it. Weights are float32 in any case."""
+    """`auto`: the launcher's setting, else bf16 if the device is fast at it. Weights are always float32."""
 
     def __post_init__(self) -> None:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
-        scratch = self.adapter.adapter and self.model.from_scratch
-        require(
-            not scratch, "--adapter keeps the model below it as it is, which --from_scratch leaves random; choose one"
-        )
+        random = self.adapter.adapter and self.model.from_scratch
+        require(not random, "--adapter trains no weights of the model, which --from_scratch makes random; choose one")
