@@ -40,8 +40,8 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     with ending_on_user_error():
         arguments = expand_config(given)
         refuse_secrets(arguments)
-        if hasattr(kind, "implied_flags"):
-            arguments = [*kind.implied_flags(arguments), *arguments]
+        implied: Any = getattr(kind, "implied_flags", lambda _: [])
+        arguments = [*implied(arguments), *arguments]
         try:
             return tyro.cli(kind, args=arguments, **TYRO)
         except SystemExit as ended:
