@@ -1,5 +1,8 @@
-"""Tiny models, tiny files, and the real commands with hard time-outs."""
+"""Tiny models, tiny files, and the scripts: as commands with timeouts, or in the process of the test."""
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -17,6 +20,8 @@ WORKER_ENV = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Threads that wait for each other sleep: spinning takes the cores from the tests that run at the same time.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 # The libraries read these when they are imported: the tests keep their caches away from the user's.
 CACHE = tempfile.TemporaryDirectory(prefix="finetune-tests-")
 os.environ["HF_DATASETS_CACHE"] = f"{CACHE.name}/datasets"
