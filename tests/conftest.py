@@ -1,6 +1,7 @@
 """Tiny models, tiny files, and the scripts: as commands with timeouts, or in the process of the test."""
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -10,6 +11,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_type_hints
+from unittest import mock
 
 import pytest
 
@@ -38,13 +41,11 @@ def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
     import random
 
     rng = random.Random(seed)
+    cues = {"bad": ["dull", "bad", "awful"], "good": ["good", "great", "fine"], "mixed": ["quite", "not", "very"]}
     rows = []
     for index in range(count):
         label = ("bad", "good", "mixed")[index % 3]
-        cues = {"bad": ["dull", "bad", "awful"], "good": ["good", "great", "fine"], "mixed": ["quite", "not", "very"]}[
-            label
-        ]
-        words = [rng.choice(WORDS[:12]) for _ in range(rng.randint(2, 14))] + [rng.choice(cues), str(index)]
+        words = [rng.choice(WORDS[:12]) for _ in range(rng.randint(2, 14))] + [rng.choice(cues[label]), str(index)]
         rng.shuffle(words)
         rows.append((" ".join(words), label))
     return rows
@@ -167,44 +168,79 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> list:
 Command = Callable[..., subprocess.CompletedProcess]
 
 
+def launch(
+    script: object,
+    *flags: object,
+    cwd: Path,
+    processes: int | None = None,
+    code: int = 0,
+    timeout: int = 150,
+    env: dict[str, str] | None = None,
+    stdin: str | None = None,
+) -> subprocess.CompletedProcess:
+    """Run a script of the project, or any Python file, as users do, and check its exit code.
+
+    Without `processes` it runs under plain Python, since `accelerate launch` turns every failure into code 1.
+    """
+    command = [sys.executable]
+    if processes:
+        command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+    path = ROOT / str(script) if (ROOT / str(script)).exists() else Path(str(script))
+    done = subprocess.run(
+        [*command, str(path), *map(str, flags)],
+        cwd=cwd,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
+    )
+    assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Command:
-    """`run("train.py", "--lr", "1e-3", processes=2)`: the real script, launched as users do; checks the exit code.
+    """`run("train.py", "--lr", "1e-3", processes=2)`: `launch` in the folder of the test."""
+    return functools.partial(launch, cwd=tmp_path)
 
-    Without `processes` the script runs under plain Python, since `accelerate launch` turns every failure into code 1.
+
+def call_script(script: str, *flags: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess:
+    """main() of a script in this process: its exit code and what it printed, as a command would give them.
+
+    A new process takes seconds to import the libraries; use `run` where the process itself is tested.
     """
+    from accelerate.state import AcceleratorState
 
-    def call(
-        *arguments: object,
-        processes: int | None = None,
-        code: int = 0,
-        timeout: int = 150,
-        env: dict[str, str] | None = None,
-        stdin: str | None = None,
-    ) -> subprocess.CompletedProcess:
-        script, *flags = map(str, arguments)
-        if processes is None:
-            command = [sys.executable]
-        elif processes == 1:
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-        else:
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
-            command += ["--num_processes", str(processes), "--main_process_port", "0"]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | (env or {})
-        path = ROOT / script if (ROOT / script).exists() else Path(script)
-        done = subprocess.run(
-            [*command, str(path), *flags],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            **({"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}),
-        )
-        assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
-        return done
+    from lib.config.cli import parse_cli
+    from lib.errors import UserError
 
-    return call
+    main = importlib.import_module(script.removesuffix(".py")).main
+    out, err, returned = io.StringIO(), io.StringIO(), 0
+    with (
+        contextlib.chdir(cwd),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}),
+    ):
+        AcceleratorState._reset_state(reset_partial_state=True)  # else the precision of the first call stays
+        try:
+            main(parse_cli(get_type_hints(main)["config"], list(map(str, flags))))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            returned = 2
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+    done = subprocess.CompletedProcess([script, *flags], returned, out.getvalue(), err.getvalue())
+    assert returned == code, f"code {returned}, not {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> Command:
+    """`call_script` in the folder of the test."""
+    return functools.partial(call_script, cwd=tmp_path)
 
 
 def results_of(done: subprocess.CompletedProcess) -> dict:

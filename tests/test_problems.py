@@ -266,24 +266,6 @@ def test_only_the_split_that_tunes_changes_the_thresholds(roberta: Path) -> None
     assert score("test", tune=True).tolist() != tuned.tolist()
 
 
-def test_processes_and_micro_batches_change_nothing(
-    run: Command, roberta_without_dropout: Path, tmp_path: Path
-) -> None:
-    sizes, found = (5, 19), []
-    for processes, micro_batch_size in ((None, 16), (2, 3)):
-        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size)
-        flags = [" ".join(target) for target in TARGETS.values()]
-        run(*worker, ",".join(map(str, sizes)), *flags, processes=processes, env=WORKER_ENV)
-        found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
-    assert [results.pop("world_size") for results in found] == [1, 2]
-    assert len(found[0]) == len(TARGETS) * len(sizes)
-    for target in flags:  # something was learnt
-        assert not torch.equal(found[0][target, 5]["weights"], found[0][target, 19]["weights"])
-    for key, one in found[0].items():
-        np.testing.assert_allclose(one["losses"], found[1][key]["losses"], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(one["weights"], found[1][key]["weights"], atol=1e-6, rtol=0)
-
-
 def test_a_resumed_run_on_two_processes_equals_one_that_was_not_stopped(
     run: Command, roberta: Path, tmp_path: Path
 ) -> None:

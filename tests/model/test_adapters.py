@@ -457,18 +457,3 @@ def test_adapter_is_trained_evaluated_and_used_by_the_scripts(
     card = (folder / "model" / "README.md").read_text()
     assert "predict.py" in card
     assert "pipeline(" not in card
-
-
-def test_processes_and_micro_batches_change_nothing_with_an_adapter(run, roberta_without_dropout, tmp_path):
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    found, flags = [], "--adapter bottleneck"
-    for processes, micro_batch_size in ((None, 16), (2, 3)):
-        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size, "5,19", flags)
-        run(*worker, processes=processes, env=env)
-        found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
-    assert [results["world_size"] for results in found] == [1, 2]
-    for size in (5, 19):
-        one, two = (results[flags, size] for results in found)
-        assert one["losses"] == pytest.approx(two["losses"], abs=1e-6)
-        torch.testing.assert_close(one["weights"], two["weights"], atol=1e-6, rtol=0)
-    assert not torch.equal(found[0][flags, 5]["weights"], found[0][flags, 19]["weights"])

@@ -1,7 +1,6 @@
 """Objectives: class weights as in scikit-learn and PyTorch, and the same training for any processes and micro-batches."""
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from lib.data.loader import Share, build_collator
 from lib.errors import UserError
 from lib.model.load import build_model, load_tokenizer
 from lib.training.objective import build_loss, build_objective, class_weights
-from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
+from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.stepping import add_gradients, batches_of
 from tests.tiny_models import NAMES
 
@@ -126,29 +125,6 @@ def test_weighted_step_has_the_gradient_of_pytorchs_weighted_mean(
     for parameter, gradients in zip(model.parameters(), wanted, strict=True):
         if gradients is not None:
             torch.testing.assert_close(parameter.grad, gradients, atol=1e-6, rtol=1e-5)
-
-
-OBJECTIVES = [
-    "--loss focal --class_weights balanced",
-    "--loss ordinal --max_length 8 --window_stride 2",
-    "--class_weights bad=4 mixed=0.5 --layerwise_lr_decay 0.5 --head_learning_rate 2e-2",
-]
-
-
-def test_processes_and_micro_batches_change_nothing_for_any_objective(run: Command, roberta_without_dropout, tmp_path):
-    found, sizes = [], (1, 5, 19)
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    for processes, micro_batch_size in ((None, 16), (2, 3)):
-        worker = ("tests/workers/world_size.py", roberta_without_dropout, tmp_path, micro_batch_size)
-        run(*worker, ",".join(map(str, sizes)), *OBJECTIVES, processes=processes, env=env)
-        found.append(torch.load(tmp_path / f"results-{processes or 1}-{micro_batch_size}.pt"))
-    assert [results.pop("world_size") for results in found] == [1, 2]
-    assert list(found[0]) == list(found[1]) == list(itertools.product(OBJECTIVES, sizes))
-    for key, one in found[0].items():
-        two = found[1][key]
-        np.testing.assert_allclose(one["losses"], two["losses"], atol=1e-6, rtol=0)
-        torch.testing.assert_close(one["weights"], two["weights"], atol=1e-6, rtol=0)
-    assert len({tuple(found[0][flags, 19]["losses"]) for flags in OBJECTIVES}) == len(OBJECTIVES)
 
 
 def test_evaluation_reports_cross_entropy_for_any_training_loss(run: Command, roberta: Path, tmp_path: Path) -> None:
