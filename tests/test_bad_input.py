@@ -1,4 +1,4 @@
-"""What bad input gets: a message that names flag or file, what was found and what to do; code 2 and no traceback."""
+"""Bad input ends with code 2, without a traceback: the message names flag or file, what was found and what to do."""
 
 import json
 from collections.abc import Callable
@@ -26,21 +26,7 @@ def missing(words: list[str], message: str) -> list[str]:
     return [word for word in words if word not in message]
 
 
-# ---------------------------------------------------------------------------------------------------- real commands
-
-
-@pytest.fixture
-def refused(run: Command, roberta: Path, tmp_path: Path) -> Refusal:
-    """`refused("--lr=0")`: what the real train.py says before it ends with code 2."""
-
-    def call(*flags: object, env: dict[str, str] | None = None) -> str:
-        done = run("train.py", "--model", roberta, "--report_to=none", *flags, code=2, env=env)
-        assert "Traceback" not in done.stderr
-        assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
-        assert not (tmp_path / "outputs").exists()
-        return done.stderr
-
-    return call
+# ---------------------------------------------------------------------------------------------------- commands
 
 
 @pytest.fixture
@@ -48,18 +34,49 @@ def train_file(tmp_path: Path) -> Path:
     return write_csv(tmp_path / "train.csv", sentences(12))
 
 
-def test_an_unknown_label_in_a_split(refused: Refusal, train_file: Path, tmp_path: Path) -> None:
+def test_command_that_is_refused_ends_with_code_2_and_one_line(run: Command, roberta: Path, tmp_path: Path) -> None:
+    done = run("train.py", "--model", roberta, "--report_to=none", "--train_file", "nowhere.csv", code=2)
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "--train_file nowhere.csv: no such file" in line
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_gpu_that_is_not_there(run: Command, roberta: Path, train_file: Path, tmp_path: Path) -> None:
+    env = {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": "0"}
+    done = run("train.py", "--model", roberta, "--report_to=none", "--train_file", train_file, code=2, env=env)
+    assert (
+        missing(["CUDA_VISIBLE_DEVICES=0 asks for GPUs", "PyTorch sees none", "unset the variable"], done.stderr) == []
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture
+def refused(call: Command, roberta: Path, tmp_path: Path) -> Refusal:
+    """`refused("--lr=0")`: what train.py says before it ends with code 2."""
+
+    def refuse(*flags: object) -> str:
+        done = call("train.py", "--model", roberta, "--report_to=none", "--mixed_precision=no", *flags, code=2)
+        assert not (tmp_path / "outputs").exists()
+        return done.stderr
+
+    return refuse
+
+
+def test_unknown_label_in_a_split(refused: Refusal, train_file: Path, tmp_path: Path) -> None:
     dev = write_csv(tmp_path / "dev.csv", [("a film", "good"), ("a plot", "great")])
     message = refused("--train_file", train_file, "--validation_file", dev)
     assert missing(["validation split", "label", "(bad, good, mixed)", "row 2 with 'great'"], message) == []
 
 
-def test_a_missing_column(refused: Refusal, train_file: Path) -> None:
+def test_missing_column(refused: Refusal, train_file: Path) -> None:
     message = refused("--train_file", train_file, "--label_column", "stars")
     assert missing(["--label_column stars", "train split has no such column", "text, label"], message) == []
 
 
-def test_a_broken_line_of_json(refused: Refusal, tmp_path: Path) -> None:
+def test_broken_line_of_json(refused: Refusal, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "label": label}) for text, label in sentences(12)]
     lines[6] = lines[6][:-1]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -67,22 +84,13 @@ def test_a_broken_line_of_json(refused: Refusal, tmp_path: Path) -> None:
     assert "--train_file train.jsonl could not be read: line 7 is not JSON" in message
 
 
-def test_a_missing_file(refused: Refusal) -> None:
-    assert "--train_file nowhere.csv: no such file" in refused("--train_file", "nowhere.csv")
-
-
-def test_three_text_columns(refused: Refusal, train_file: Path) -> None:
-    message = refused("--train_file", train_file, "--text_columns", "a", "b", "c")
-    assert "--text_columns takes one or two columns, got 3: a b c; for example --text_columns" in message
-
-
-def test_a_folder_that_is_no_model(refused: Refusal, train_file: Path, tmp_path: Path) -> None:
+def test_folder_that_is_no_model(refused: Refusal, train_file: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     message = refused("--train_file", train_file, "--model", tmp_path / "empty")
     assert missing([f"--model {tmp_path / 'empty'} could not be loaded", "--model minilm"], message) == []
 
 
-def test_the_folder_of_another_run(refused: Refusal, roberta: Path, train_file: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run(refused: Refusal, roberta: Path, train_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     folder.mkdir()
     before = TrainConfig(
@@ -100,12 +108,6 @@ def test_the_folder_of_another_run(refused: Refusal, roberta: Path, train_file: 
     assert "notes" not in message
     assert [file.name for file in folder.iterdir()] == ["config.yaml"]
     assert (folder / "config.yaml").read_bytes() == saved
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there(refused: Refusal, train_file: Path) -> None:
-    message = refused("--train_file", train_file, env={"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": "0"})
-    assert missing(["CUDA_VISIBLE_DEVICES=0 asks for GPUs", "PyTorch sees none", "unset the variable"], message) == []
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -158,21 +160,21 @@ def complaint(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("t.csv", b"text,mood\nx,y\nz,w\n", ["which column holds the label?", "text, mood", "--label_column"]),
     ],
 )
-def test_refused_files_are_named_with_what_was_found(
+def test_refusal_names_the_file_and_what_was_found(
     complaint: Refusal, tmp_path: Path, name: str, content: bytes, words: list[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert missing(words, complaint(train_file=name)) == []
 
 
-def test_the_flag_of_the_refused_file_is_named(complaint: Refusal, tmp_path: Path) -> None:
+def test_refusal_names_the_flag_of_the_file(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "good.csv").write_text(GOOD)
     (tmp_path / "empty.csv").write_text("")
     message = complaint(train_file="good.csv", test_file="empty.csv")
     assert message == "--test_file empty.csv is empty"
 
 
-def test_a_text_column_that_only_one_split_has(complaint: Refusal, tmp_path: Path) -> None:
+def test_text_column_that_only_one_split_has(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(GOOD)
     (tmp_path / "dev.csv").write_text(GOOD.replace("text", "review"))
     message = complaint(train_file="train.csv", validation_file="dev.csv")
@@ -182,42 +184,42 @@ def test_a_text_column_that_only_one_split_has(complaint: Refusal, tmp_path: Pat
 # ---------------------------------------------------------------------------------------------------- folders and names
 
 
-def test_a_saved_split_without_rows(complaint: Refusal, tmp_path: Path) -> None:
+def test_saved_split_without_rows(complaint: Refusal, tmp_path: Path) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
     DatasetDict({"train": rows, "validation": rows.select([])}).save_to_disk(tmp_path / "saved")
     assert complaint(dataset="saved") == "--dataset saved: a split saved there is empty"
 
 
-def test_an_empty_split_of_a_loaded_data_set(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_split_of_a_loaded_data_set(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
     monkeypatch.setattr("lib.data.sources.load_dataset", lambda *_, **__: {"train": rows, "test": rows.select([])})
     assert complaint(dataset="user/name") == "the test split is empty"
 
 
-def test_a_configuration_or_revision_where_there_is_none(complaint: Refusal, tmp_path: Path) -> None:
-    """They were read and then silently left aside."""
+def test_configuration_or_revision_that_does_not_exist(complaint: Refusal, tmp_path: Path) -> None:
+    """Once they were ignored in silence."""
     (tmp_path / "data").mkdir()
     assert missing(["--dataset_config x", "data has none"], complaint(dataset="data", dataset_config="x")) == []
     assert missing(["--revision x", "a folder has no revisions"], complaint(dataset="data", revision="x")) == []
     assert missing(["--revision x", "movie_reviews has no revisions"], complaint(revision="x")) == []
 
 
-def test_classes_of_one_row_each_leave_nothing_to_validate_on(complaint: Refusal, tmp_path: Path) -> None:
+def test_classes_of_one_row_each_leave_no_validation_split(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text,label\na,x\nb,y\n")
     assert missing(["no class of the train split has two rows"], complaint(train_file="t.csv")) == []
 
 
-def test_a_folder_without_data(complaint: Refusal, tmp_path: Path) -> None:
+def test_folder_without_data(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     assert complaint(train_file="folder") == "--train_file folder: the folder holds no data files"
 
 
-def test_a_file_given_as_data_set(complaint: Refusal, tmp_path: Path) -> None:
+def test_file_given_as_data_set(complaint: Refusal, tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text(GOOD)
     assert missing(["--dataset train.csv is a file", "--train_file"], complaint(dataset="train.csv")) == []
 
 
-def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach 'user/name' on the Hub\nand more")
 
@@ -228,7 +230,7 @@ def test_a_data_set_that_cannot_be_reached(complaint: Refusal, monkeypatch: pyte
     assert "and more" not in message
 
 
-def test_a_data_set_without_a_train_split(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_set_without_a_train_split(complaint: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
     monkeypatch.setattr("lib.data.sources.load_dataset", lambda *_, **__: {"test": rows})
     assert complaint(dataset="user/name") == "there is no train split; name has: test"

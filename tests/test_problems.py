@@ -23,7 +23,7 @@ from lib.data.loader import Batches, build_collator
 from lib.evaluation.scoring import evaluate
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
-from tests.conftest import ROOT, WORKER_ENV, Command, read_lines, results_of, sentences
+from tests.conftest import ROOT, WORKER_ENV, Command, call_script, read_lines, results_of, sentences
 from tests.hub_layouts import environment
 from tests.loopback_hub import loopback_hub
 from tests.predicting import answers, load
@@ -68,23 +68,10 @@ def flags_of(folder: Path, model: Path, name: str, *more: Any) -> list[Any]:
 def finished(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, roberta_without_dropout: Path
 ) -> tuple:
-    """(name of the problem, folder of a run by the real command with W&B offline, what it said)"""
-    import os
-    import subprocess
-    import sys
-
+    """(name of the problem, folder of a run with W&B offline, what it printed)"""
     folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
-    command = [sys.executable, ROOT / "train.py", *flags_of(folder, roberta_without_dropout, request.param)]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=folder,
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr
-    return request.param, folder / "run", done
+    flags = flags_of(folder, roberta_without_dropout, request.param)
+    return request.param, folder / "run", call_script("train.py", *flags, cwd=folder)
 
 
 # ---------------------------------------------------------------------------------------------------- one run

@@ -214,7 +214,7 @@ def test_misspelt_yaml_key_is_refused_with_a_suggestion_and_the_file(capsys: Cap
         (["--run_name=a/b"], ["--run_name takes letters, digits and . _ -, got 'a/b'"]),
         (["--freeze=head"], ["--freeze takes backbone, embeddings or a number of layers, got 'head'"]),
         (["--freeze=²"], ["--freeze takes"]),
-        (["--text_columns", "a", "b", "c"], ["--text_columns takes one or two columns, got 3: a b c"]),
+        (["--text_columns", "a", "b", "c"], ["--text_columns takes one or two columns, got 3: a b c; for example"]),
         (["--dataset=sst2", "--test_file=a.csv"], ["--dataset and --test_file exclude each other"]),
         (
             ["--dataset_config=binary", "--train_file=a.csv"],
