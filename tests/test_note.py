@@ -1,4 +1,4 @@
-"""docs/note.md: every predict.py line of it runs as it stands, and the recipe for metrics gives the numbers of eval.py."""
+"""docs/note.md: every predict.py command runs as it stands, and the code for metrics gives the numbers of eval.py."""
 
 import re
 import shlex
@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 
 import predict
-from lib.config.cli import parse_cli, parse_command, save_config
-from lib.config.eval import EvalConfig
-from lib.config.hub import COMMANDS as HUB
+from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
 from lib.config.train import TrainConfig
 from lib.data.load import load_data
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
 from lib.model.load import build_model, load_tokenizer, summarize_weight_names
-from lib.run.record import padding_shares
+from lib.run.record import evaluation_padding, padding_shares
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, sentences, write_csv
 
@@ -36,12 +34,10 @@ STAND_INS = {
 }
 REVIEWS = sentences(17)
 SECTIONS = (
-    *("pipeline", "AutoTokenizer", "AutoModel", "Config", "Dynamic padding", "Trainer", "evaluate"),
-    *("The complete script", "Adapter", "Mirrors, local folders, the cache"),
+    *("pipeline", "AutoTokenizer", "AutoModel", "AutoModelForSequenceClassification", "Config", "datasets"),
+    *("Dynamic padding", "Trainer", "evaluate", "The complete script", "Adapter", "Mirrors, local folders, the cache"),
 )
 TRAININGS = re.findall(r"accelerate launch train\.py( [^`|\n]+)", NOTE)
-SCORINGS = re.findall(r"accelerate launch eval\.py( [^`|\n]+)", NOTE)
-HUB_COMMANDS = re.findall(r"python hub\.py ([^`|\n]+)", NOTE)
 
 
 def flags_of(command: str) -> list[str]:
@@ -51,7 +47,7 @@ def flags_of(command: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the files of the page, and a tiny model under the name of each: a folder rules over the Hub."""
+    """A folder with the files of the page and a tiny model under each name: a folder takes precedence over the Hub."""
     folder = tmp_path_factory.mktemp("note")
     for name, kind in STAND_INS.items():
         getattr(tiny_models, kind)(folder / name)
@@ -75,7 +71,7 @@ def test_each_section_of_the_note_has_a_table_with_a_command():
 
 
 @pytest.mark.parametrize("flags", TRAININGS)
-def test_a_training_command_of_the_page_is_understood(flags, monkeypatch):
+def test_training_command_parses_and_its_overrides_take_effect(flags, monkeypatch):
     """That it trains is tested where its options are; here, that no name on the page is stale."""
     monkeypatch.chdir(ROOT)
     config = parse_cli(TrainConfig, shlex.split(flags))
@@ -90,20 +86,7 @@ def test_a_training_command_of_the_page_is_understood(flags, monkeypatch):
         assert bool(weights.unused) != config.model.from_scratch
 
 
-@pytest.mark.parametrize("flags", SCORINGS)
-def test_a_scoring_command_of_the_page_is_understood(flags, tmp_path, monkeypatch):
-    (tmp_path / "outputs" / "movies").mkdir(parents=True)
-    save_config(TrainConfig(), tmp_path / "outputs" / "movies" / "config.yaml")
-    monkeypatch.chdir(tmp_path)
-    assert parse_cli(EvalConfig, shlex.split(flags)).per_device_eval_batch_size == 64
-
-
-@pytest.mark.parametrize("command", HUB_COMMANDS)
-def test_a_hub_command_of_the_page_is_understood(command):
-    assert parse_command(HUB, shlex.split(command))
-
-
-def test_the_start_block_of_the_page_is_that_of_its_command():
+def test_start_block_on_the_page_is_that_of_its_command():
     flags = next(flags for flags in TRAININGS if "hidden_dropout_prob" in flags)
     config = parse_cli(TrainConfig, shlex.split(flags)).model
     _, weights = build_model(config, ["a", "b"], load_tokenizer(config))
@@ -111,29 +94,31 @@ def test_the_start_block_of_the_page_is_that_of_its_command():
     assert f"left out     {summarize_weight_names(weights.unused)} (" in NOTE
 
 
-def test_the_padding_of_the_page_is_that_of_the_data():
+def test_padding_shares_on_the_page_are_those_of_the_data():
     config = TrainConfig()
-    data = load_data(config.data, load_tokenizer(config.model), splits=("train",))
+    data = load_data(config.data, load_tokenizer(config.model), splits=("train", "validation"))
     shares = padding_shares(config.training, data)
     assert f"{len(data.lengths['train']):,} texts" in NOTE
     for name, share in shares.items():
         assert re.search(rf"`.*{name}`.* \| {100 * share:.1f} % \|", NOTE), name
+    evaluation = 100 * evaluation_padding(config.training, data)
+    assert f"{len(data.lengths['validation']):,} validation texts has {evaluation:.1f} % of padding" in NOTE
 
 
-def test_the_page_has_a_command_for_each_task():
+def test_page_has_a_command_for_each_task():
     tasks = {parse_cli(PredictConfig, flags_of(command)).task for command in COMMANDS}
     assert len(tasks) == 9
     assert len(COMMANDS) >= 15
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.strip()[-60:])
-def test_a_command_of_the_page_runs_as_it_stands(there, capsys, command):
+def test_predict_command_runs_as_it_stands(there, capsys, command):
     config = parse_cli(PredictConfig, [*flags_of(command), "--mixed_precision", "no"])
     predict.main(config)
     assert capsys.readouterr().out or (config.output and Path(config.output).stat().st_size)
 
 
-def test_metrics_by_hand_are_those_of_eval_py(there, capsys):
+def test_metrics_by_hand_equal_those_of_eval_py(there, capsys):
     (command,) = [command for command in COMMANDS if "logits.jsonl" in command]
     predict.main(parse_cli(PredictConfig, [*flags_of(command), "--mixed_precision", "no"]))
     (recipe,) = re.findall(r"```python\n(.*?)```", NOTE, re.DOTALL)
