@@ -140,6 +140,15 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         assert parse_cli(SCRIPTS[script], flags)
 
 
+def test_the_change_of_the_loop_applies_to_train_py_and_is_tested():
+    (diff,) = fences(text_of("README.md"), "diff")
+    lines = diff.splitlines()
+    assert all(line[1:] in text_of("train.py") for line in lines if line[0] in " -")
+    added = [line[1:] for line in lines if line[0] == "+"]
+    assert added
+    assert all(line in text_of("tests/test_change_the_loop.py") for line in added)
+
+
 @pytest.mark.parametrize(("english", "chinese"), TRANSLATIONS)
 def test_both_languages_name_the_same_commands(english, chinese):
     pages = text_of(english), text_of(chinese)
