@@ -110,6 +110,13 @@ def test_every_path_and_make_target_exists(path):
         assert re.search(rf"^{target}:", text_of("Makefile"), re.MULTILINE), target
 
 
+def test_every_name_said_to_be_in_a_file_is_in_it():
+    found = re.findall(r"`(\w+)(?:\(\))?` (?:in|of) `([\w/]+\.py)`", text_of("CONTRIBUTING.md"))
+    assert len(found) > 3
+    for name, file in found:
+        assert name in text_of(file), (name, file)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_every_flag_is_an_option(path):
     known = {f"--{name}" for name in bench.NUMBERS} | set(" ".join(OF_OTHER_PROGRAMS.values()).split())
