@@ -30,7 +30,7 @@ def test_restored_weights_equal_the_published_ones(accelerator: Accelerator, rob
     assert equal_weights(best, later)
 
 
-def test_a_prepared_model_is_published_and_restored_in_float32(
+def test_prepared_model_is_published_and_restored_in_float32(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     model = accelerator.prepare_model(build(roberta, seed=1))
@@ -41,7 +41,7 @@ def test_a_prepared_model_is_published_and_restored_in_float32(
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "model").dtype == torch.float32
 
 
-def test_publishing_replaces_the_folder_whole(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+def test_publishing_replaces_the_whole_folder(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     first, second = build(roberta, seed=1), build(roberta, seed=2)
     publish(accelerator, first, roberta, folder)
@@ -53,7 +53,7 @@ def test_publishing_replaces_the_folder_whole(accelerator: Accelerator, roberta:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_publishing_clears_what_an_interrupted_one_left(
+def test_publishing_deletes_leftovers_of_an_interrupted_one(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     for name in (".tmp-model", ".old-model"):
@@ -64,7 +64,7 @@ def test_publishing_clears_what_an_interrupted_one_left(
     assert not (tmp_path / "model" / "half.txt").exists()
 
 
-def test_a_model_that_cannot_be_written_leaves_the_one_before(
+def test_failed_write_of_a_model_leaves_the_previous_one(
     accelerator: Accelerator, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = build(roberta, seed=1), build(roberta, seed=2)
@@ -80,12 +80,12 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(
     assert equal_weights(AutoModelForSequenceClassification.from_pretrained(tmp_path / "model"), first)
 
 
-def test_a_run_that_diverged_has_nothing_to_restore(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+def test_diverged_run_has_no_model_to_restore(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"training diverged: .*lower --learning_rate"):
         restore_model(accelerator, build(roberta), tmp_path / "model", State(step=3, best_metric=None))
 
 
-def test_a_published_model_works_with_a_plain_pipeline_under_its_label_names(
+def test_published_model_works_in_a_plain_pipeline_with_its_label_names(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     model = build(roberta, seed=1)
@@ -101,7 +101,9 @@ def test_a_published_model_works_with_a_plain_pipeline_under_its_label_names(
         assert scores == pytest.approx(dict(zip(NAMES, probabilities, strict=True)), abs=1e-5)
 
 
-def test_what_was_saved_is_loaded_into_another_model(accelerator: Accelerator, roberta: Path, tmp_path: Path) -> None:
+def test_checkpoint_restores_weights_state_and_schedule(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
     one = checkpointer(accelerator, tmp_path, build(roberta, seed=1))
     one.save("run-7")
     two = checkpointer(accelerator, tmp_path, build(roberta, seed=2))
@@ -112,7 +114,7 @@ def test_what_was_saved_is_loaded_into_another_model(accelerator: Accelerator, r
     assert two.learner.optimizer.param_groups[0]["lr"] == one.learner.optimizer.param_groups[0]["lr"] < 1e-3
 
 
-def test_a_batch_size_that_memory_taught_is_kept_until_the_user_sets_another(
+def test_batch_size_learned_from_out_of_memory_is_kept_until_the_user_sets_another(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)
@@ -123,7 +125,7 @@ def test_a_batch_size_that_memory_taught_is_kept_until_the_user_sets_another(
         assert (later.learner.state.micro_batch_size, later.learner.state.eval_batch_size) == kept
 
 
-def test_another_learning_rate_is_not_overwritten_by_the_checkpoint(
+def test_checkpoint_does_not_overwrite_hyper_parameters(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)

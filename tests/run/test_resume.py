@@ -39,7 +39,7 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
     assert steps == [2, 3, 4, 6, 8, 9, 10]
 
 
-def test_a_run_goes_on_through_another_mirror():
+def test_run_resumes_through_another_mirror():
     """Where files came from does not change what they are."""
     there = flatten(HubConfig())
     now = flatten(HubConfig("https://hf-mirror.com", 20, True, True))
@@ -48,14 +48,14 @@ def test_a_run_goes_on_through_another_mirror():
 
 
 @pytest.mark.parametrize("flags", [["--lr_scheduler_type", "reduce_lr_on_plateau"], ["--freeze", "backbone"]])
-def test_what_follows_the_metric_or_is_frozen_resumes_as_well(run, roberta, tmp_path, flags):
+def test_metric_schedules_and_frozen_layers_resume_bit_by_bit(run, roberta, tmp_path, flags):
     calls: list[dict[str, Any]] = [{"folder": "whole", "flags": flags}]
     calls += [{"folder": "b", "stop": 7, "flags": flags}, {"folder": "b", "flags": flags}]
     play(run, tmp_path, roberta, calls, 1)
     assert not differences(tmp_path / "whole", tmp_path / "b")
 
 
-def test_a_run_goes_on_with_the_same_samples_on_another_number_of_processes(run, roberta_without_dropout, tmp_path):
+def test_run_resumes_with_the_same_samples_on_another_number_of_processes(run, roberta_without_dropout, tmp_path):
     flags = ["--adam_epsilon", "1e-2"]
     start = [{"folder": "whole"}, {"folder": "more", "stop": 5}]
     play(run, tmp_path, roberta_without_dropout, [call | {"flags": flags} for call in start], 1)
@@ -71,7 +71,7 @@ def test_a_run_goes_on_with_the_same_samples_on_another_number_of_processes(run,
             np.testing.assert_allclose(b["train/loss"], a["train/loss"], atol=1e-6, rtol=1e-6)
 
 
-def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_path):
+def test_kill_at_any_write_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_path):
     left = results_of(run("tests/workers/killed_writes.py", tmp_path, env=WORKER_ENV))
     assert left["kills"] > 60
     assert left["old"] > 10
@@ -79,5 +79,5 @@ def test_a_kill_at_any_write_of_a_save_leaves_a_valid_checkpoint_and_a_best_mode
     assert left["no checkpoint"] == left["no model"] == 0
 
 
-def test_removing_the_old_checkpoint_first_would_be_noticed(run, tmp_path):
+def test_kills_would_notice_a_save_that_deletes_the_old_checkpoint_first(run, tmp_path):
     assert results_of(run("tests/workers/killed_writes.py", tmp_path, "broken", env=WORKER_ENV))["no checkpoint"] > 10

@@ -85,7 +85,7 @@ def log_run(folder: Path, tracker: FakeTracker) -> None:
 # ---------------------------------------------------------------------------------------------------- trackers
 
 
-def test_a_tracker_is_told_everything_once(tmp_path: Path) -> None:
+def test_tracker_gets_everything_once(tmp_path: Path) -> None:
     tracker = FakeTracker()
     log_run(tmp_path, tracker)
     assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "log", "log", "finish"]
@@ -95,9 +95,7 @@ def test_a_tracker_is_told_everything_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_at", ["start", "settings", "log", "finish"])
-def test_a_tracker_that_fails_never_stops_a_run(
-    tmp_path: Path, fails_at: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_failing_tracker_never_stops_a_run(tmp_path: Path, fails_at: str, caplog: pytest.LogCaptureFixture) -> None:
     tracker = FakeTracker(fails_at)
     with caplog.at_level(logging.WARNING):
         log_run(tmp_path, tracker)
@@ -109,9 +107,7 @@ def test_a_tracker_that_fails_never_stops_a_run(
 
 
 @pytest.mark.parametrize("method", ["init_trackers", "log"])
-def test_an_accelerator_that_fails_to_reach_trackers_never_stops_a_run(
-    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_init_trackers_never_stops_a_run(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("unplugged")
 
@@ -120,9 +116,7 @@ def test_an_accelerator_that_fails_to_reach_trackers_never_stops_a_run(
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 3
 
 
-def test_the_end_of_tracking_leaves_the_process_group_to_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_the_tracker_keeps_the_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other processes still wait for this one in it."""
     ended: list[bool] = []
     monkeypatch.setattr("accelerate.state.PartialState.destroy_process_group", lambda *_: ended.append(True))
@@ -132,7 +126,7 @@ def test_the_end_of_tracking_leaves_the_process_group_to_the_run(
     assert ended == []
 
 
-def test_without_a_tracker_nothing_is_told(tmp_path: Path) -> None:
+def test_without_a_tracker_none_is_called(tmp_path: Path) -> None:
     tracker = FakeTracker()
     log = open_log(tmp_path, tracked(tracker), "none")
     log.start(SETTINGS, [])
@@ -142,7 +136,7 @@ def test_without_a_tracker_nothing_is_told(tmp_path: Path) -> None:
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_other_processes_write_nothing(tmp_path: Path) -> None:
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
     log = open_log(tmp_path, SimpleNamespace(is_main_process=False), "wandb")
     log.start(SETTINGS, [])
     log.log(1, 8, {})
@@ -151,14 +145,14 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
-def test_a_tracker_that_is_not_installed_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(UserError, match=f"--report_to {name}: not installed; run: pip install {name}"):
         check_tracker(name)
     check_tracker("none")
 
 
-def test_an_installed_tracker_is_accepted() -> None:
+def test_installed_tracker_is_accepted() -> None:
     check_tracker("wandb")
 
 
@@ -169,7 +163,7 @@ def refuse_constant(name: str) -> None:
     raise AssertionError(f"{name} is not JSON")
 
 
-def test_a_line_begins_with_step_samples_and_time_and_keeps_the_order_of_values(tmp_path: Path) -> None:
+def test_line_begins_with_step_samples_and_time_and_keeps_the_order_of_values(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.log(2, 16, {"z": 1.5, "a": 2})
     (row,) = read_lines(tmp_path / "metrics.jsonl")
@@ -178,7 +172,7 @@ def test_a_line_begins_with_step_samples_and_time_and_keeps_the_order_of_values(
     log.finish({}, SCORED, DATA)
 
 
-def test_a_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+def test_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.log(step, 8 * step, {"train/loss": 0.5})
@@ -186,7 +180,7 @@ def test_a_line_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
     log.finish({}, SCORED, DATA)
 
 
-def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_strict_json(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.log(1, 8, {"nan": float("nan"), "up": float("inf"), "down": float("-inf"), "fine": 1e-9})
     log.finish({}, SCORED, DATA)
@@ -208,12 +202,12 @@ def test_numbers_that_are_not_finite_are_written_as_strict_json(tmp_path: Path) 
         ("plain", "plain"),
     ],
 )
-def test_a_group_is_a_name_without_its_seed(name: str, group: str) -> None:
+def test_group_is_the_name_without_its_seed(name: str, group: str) -> None:
     assert group_name(name) == group
 
 
 @pytest.mark.parametrize(("message", "line"), [("\n one\ntwo", "one"), ("", "ValueError")])
-def test_an_error_is_reported_by_its_first_line(message: str, line: str) -> None:
+def test_error_is_reported_by_its_first_line(message: str, line: str) -> None:
     assert first_line(ValueError(message)) == line
 
 
@@ -253,7 +247,7 @@ def test_wandb_is_online_with_a_login_and_offline_without(alone: Callable[..., s
     assert alone(ASK_MODES).split() == ["offline", "online", "disabled"]
 
 
-def test_wandb_mode_of_the_environment_rules() -> None:
+def test_wandb_mode_of_the_environment_wins() -> None:
     assert wandb_mode() == os.environ["WANDB_MODE"] == "offline"
 
 
@@ -280,13 +274,13 @@ wandb.finish()
 """
 
 
-def test_wandb_that_cannot_start_online_goes_on_offline(alone: Callable[..., str], tmp_path: Path) -> None:
+def test_wandb_that_cannot_start_online_continues_offline(alone: Callable[..., str], tmp_path: Path) -> None:
     printed = alone(FALL_BACK, WANDB_API_KEY="0" * 40, WANDB_SILENT="true")
     assert printed.splitlines()[-1] == "online offline wandb mine-s1 mine"
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_lines_after_the_checkpoint_and_torn_ones_are_taken_back(tmp_path: Path) -> None:
+def test_lines_after_the_checkpoint_and_incomplete_ones_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
     path.write_text("".join(lines) + '{"step": 8, "tra')
@@ -297,7 +291,7 @@ def test_lines_after_the_checkpoint_and_torn_ones_are_taken_back(tmp_path: Path)
     assert truncate_log(tmp_path / "none.jsonl", 4) == 0
 
 
-def test_what_the_tracker_got_before_an_interruption_it_does_not_get_again(tmp_path: Path) -> None:
+def test_steps_sent_before_an_interruption_are_not_sent_again(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in (2, 4, 6)))
     tracker = FakeTracker()
     accelerator = Accelerator(cpu=True)
@@ -328,7 +322,7 @@ for last_step, steps in ((0, (2, 4, 6)), (4, (6, 8))):
 """
 
 
-def test_a_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable[..., str], tmp_path: Path) -> None:
+def test_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable[..., str], tmp_path: Path) -> None:
     first, second = alone(RESUME, WANDB_SILENT="true").splitlines()[-2:]
     assert first == second
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)

@@ -112,7 +112,7 @@ def compare(config: TrainConfig, capsys: pytest.CaptureFixture) -> tuple[SimpleN
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_training_a_head_on_what_the_backbone_gave_once_equals_training_through_it(name, tmp_path, capsys):
+def test_head_trained_on_cached_features_equals_training_through_the_backbone(name, tmp_path, capsys):
     cached, note = compare(settings(any_classifier(name, tmp_path / "model"), tmp_path, "backbone"), capsys)
     assert cached.is_cached, note
     assert cached.runs == [0]
@@ -120,7 +120,7 @@ def test_training_a_head_on_what_the_backbone_gave_once_equals_training_through_
 
 
 @pytest.mark.parametrize("name", LAYERED)
-def test_training_the_upper_layers_on_what_the_lower_gave_once_equals_training_through_them(name, tmp_path, capsys):
+def test_layers_trained_on_cached_features_equal_training_through_the_frozen_ones(name, tmp_path, capsys):
     cached, note = compare(settings(any_classifier(name, tmp_path / "model", 3), tmp_path, "2"), capsys)
     assert cached.is_cached, note
     assert cached.runs == [0]
@@ -134,7 +134,7 @@ def test_training_the_upper_layers_on_what_the_lower_gave_once_equals_training_t
         ("deberta", "2", "something below it is trained"),  # positions that all layers share
     ],
 )
-def test_what_cannot_be_given_back_runs_in_every_step_and_it_is_said(name, freeze, reason, tmp_path, capsys):
+def test_uncacheable_frozen_part_runs_every_step_and_is_reported(name, freeze, reason, tmp_path, capsys):
     model = any_classifier(name, tmp_path / "model", 3)
     plain = train(settings(model, tmp_path, freeze, no_cache_features=True))
     cached = train(settings(model, tmp_path, freeze))
@@ -144,14 +144,14 @@ def test_what_cannot_be_given_back_runs_in_every_step_and_it_is_said(name, freez
     assert reason in capsys.readouterr().out
 
 
-def test_features_larger_than_the_budget_are_not_kept(tmp_path, capsys, folder):
+def test_features_larger_than_the_budget_are_not_cached(tmp_path, capsys, folder):
     cached = train(settings(any_classifier("bert", tmp_path / "model"), tmp_path, "1", feature_cache_gib=1e-6))
     assert not cached.is_cached
     assert "--feature_cache_gib allows 1e-06" in capsys.readouterr().out
     assert not folder.exists()
 
 
-def test_a_damaged_file_is_noticed_and_made_again(tmp_path, capsys, folder):
+def test_damaged_file_is_noticed_and_computed_again(tmp_path, capsys, folder):
     config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
     first = train(config)
     capsys.readouterr()
@@ -168,7 +168,7 @@ def test_a_damaged_file_is_noticed_and_made_again(tmp_path, capsys, folder):
     assert find_damage(files[-1].parent) is None
 
 
-def test_other_weights_tokens_and_precision_have_other_features(tmp_path, folder):
+def test_features_depend_on_weights_tokens_and_precision(tmp_path, folder):
     model = any_classifier("bert", tmp_path / "model")
     config = settings(model, tmp_path, "backbone")
     for count, other in enumerate(
@@ -184,7 +184,7 @@ def test_other_weights_tokens_and_precision_have_other_features(tmp_path, folder
         assert len(list(folder.glob("*/features.safetensors"))) == 3 * max(1, count)
 
 
-def test_bf16_features_are_kept_as_bf16_and_give_the_losses_of_bf16(tmp_path, folder):
+def test_bf16_features_are_stored_as_bf16_and_give_the_losses_of_bf16(tmp_path, folder):
     config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, "backbone")
     config = dataclasses.replace(config, mixed_precision="bf16")
     plain = train(dataclasses.replace(config, training=dataclasses.replace(config.training, no_cache_features=True)))
@@ -195,7 +195,7 @@ def test_bf16_features_are_kept_as_bf16_and_give_the_losses_of_bf16(tmp_path, fo
     torch.testing.assert_close(cached.losses, plain.losses, atol=2e-2, rtol=2e-2)
 
 
-def test_the_least_recently_used_features_go_first(tmp_path):
+def test_least_recently_used_features_are_deleted_first(tmp_path):
     for age, name in enumerate("abcd"):
         assert save_features(tmp_path / name, torch.zeros(1000), {}, 1e9) is None
         os.utime(tmp_path / name / "manifest.json", (1000 - age, 1000 - age))
@@ -216,7 +216,7 @@ def launch(
     return tmp_path / name, done.stdout
 
 
-def test_two_processes_share_the_work_and_a_resumed_run_finds_it_done(run, roberta_without_dropout, tmp_path):
+def test_two_processes_share_the_work_and_a_resumed_run_loads_the_features(run, roberta_without_dropout, tmp_path):
     slow, _ = launch(run, roberta_without_dropout, tmp_path, "slow", "--no_cache_features")
     fast, said = launch(run, roberta_without_dropout, tmp_path, "fast", processes=2)
     assert "train computed, validation computed, test computed" in said

@@ -102,7 +102,7 @@ def rate_by_name(name: str, backbone: str) -> float:
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
-def test_a_layer_learns_slower_than_the_one_above_it_and_the_head_at_its_own_rate(kind: str) -> None:
+def test_layer_learns_slower_than_the_one_above_it_and_the_head_at_its_own_rate(kind: str) -> None:
     model = tiny_classifier(kind)
     rates = peak_rates(model, BY_DEPTH)
     assert rates == {name: rate_by_name(name, model.base_model_prefix) for name in rates}
@@ -144,13 +144,13 @@ def test_without_decay_and_head_rate_there_are_two_groups() -> None:
         ("bart", {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16}, "has an encoder and a decoder"),
     ],
 )
-def test_models_that_do_not_show_their_layers_are_refused(kind: str, settings: dict, message: str) -> None:
+def test_models_without_a_list_of_layers_are_refused(kind: str, settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=f"--layerwise_lr_decay: .*{message}"):
         build_optimizer(tiny_classifier(kind, vocab_size=16, **settings), BY_DEPTH, CPU)
 
 
 @pytest.mark.parametrize("name", typing.get_args(SchedulerName))
-def test_all_rates_follow_one_schedule_and_the_one_told_is_that_of_learning_rate(name: str) -> None:
+def test_all_rates_follow_one_schedule_and_the_logged_one_is_learning_rate(name: str) -> None:
     config = OptimConfig(learning_rate=1e-3, layerwise_lr_decay=0.5, head_learning_rate=1e-2, lr_scheduler_type=name)
     optimizer = build_optimizer(tiny_classifier("roberta"), config, CPU)
     scheduler = build_scheduler(optimizer, config, TOTAL_STEPS, "accuracy")
@@ -163,7 +163,7 @@ def test_all_rates_follow_one_schedule_and_the_one_told_is_that_of_learning_rate
         advance_scheduler(scheduler)
 
 
-def test_moments_of_other_groups_are_refused() -> None:
+def test_checkpoint_with_other_parameter_groups_is_refused() -> None:
     model = tiny_classifier("roberta")
     one, two = (build_optimizer(model, config, CPU) for config in (OptimConfig(), BY_DEPTH))
     scheduler = build_scheduler(two, BY_DEPTH, TOTAL_STEPS, "accuracy")
@@ -227,9 +227,7 @@ BATCHES = [torch.tensor(ids) for ids in ([3, 3, 0, 7], [7, 9, 39, 39], [1, 0, 0,
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_kept_gradient_of_a_table_is_that_of_the_batch_and_learns_the_same(
-    alone: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reused_gradient_of_an_embedding_table_equals_a_fresh_one(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "is_alone", lambda: alone)
     config = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
     plain, kept = reader(), reader()
@@ -259,7 +257,7 @@ def test_a_kept_gradient_of_a_table_is_that_of_the_batch_and_learns_the_same(
     assert plain.words.weight.grad is None
 
 
-def test_a_gradient_that_was_not_finite_does_not_stay_in_a_kept_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reused_gradient_forgets_numbers_that_were_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "LARGE_TABLE", 320)
     model = reader()
     optimizer = build_optimizer(model, OptimConfig(), CPU)
@@ -269,7 +267,7 @@ def test_a_gradient_that_was_not_finite_does_not_stay_in_a_kept_one(monkeypatch:
     assert not model.words.weight.grad.any()
 
 
-def test_a_table_that_is_used_as_a_whole_keeps_a_right_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reused_gradient_is_right_for_a_table_used_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """As DeBERTa's table of distances is."""
     monkeypatch.setattr(optim, "LARGE_TABLE", 320)
     model = reader()
@@ -282,7 +280,7 @@ def test_a_table_that_is_used_as_a_whole_keeps_a_right_gradient(monkeypatch: pyt
     torch.testing.assert_close(kept, model.words.weight.grad)
 
 
-def test_frozen_tables_and_those_on_a_gpu_have_no_kept_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_frozen_tables_and_on_gpus_are_not_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "LARGE_TABLE", 1)
     model = reader()
     model.words.weight.requires_grad_(False)
@@ -293,7 +291,7 @@ def test_frozen_tables_and_those_on_a_gpu_have_no_kept_gradient(monkeypatch: pyt
     assert model.words.weight.grad is None
 
 
-def test_what_is_trained_does_not_lie_in_the_file_of_the_checkpoint(tmp_path: Path) -> None:
+def test_trained_parameters_are_not_memory_mapped(tmp_path: Path) -> None:
     """Else the first step copies it page by page, in ten times the time of all later ones."""
     path = str(tmp_path / "model.safetensors")
     save_file({"weight": torch.ones(600, 500), "bias": torch.zeros(600)}, path)
@@ -340,7 +338,7 @@ def test_linear_schedule_equals_its_closed_form(warmup: int) -> None:
 @pytest.mark.parametrize(
     ("setting", "steps"), [(0, 0), (0.06, 2), (0.1, 2), (0.25, 5), (0.99, 20), (1, 1), (3, 3), (300, 300)]
 )
-def test_warmup_below_1_is_a_share_and_else_a_number_of_steps(setting: float, steps: int) -> None:
+def test_warmup_below_1_is_a_share_of_all_steps(setting: float, steps: int) -> None:
     assert warmup_steps(OptimConfig(warmup_steps=setting), TOTAL_STEPS) == steps
 
 
@@ -350,14 +348,14 @@ def test_rate_rises_during_warmup_and_not_after() -> None:
     assert found[5:] == sorted(found[5:], reverse=True)
 
 
-def test_settings_are_read_as_numbers_where_they_are() -> None:
+def test_settings_that_are_numbers_are_read_as_numbers() -> None:
     given = ("min_lr=1e-6", "num_cycles=2", "decay_type=cosine", "formula=a=b")
     read = scheduler_settings(OptimConfig(lr_scheduler_kwargs=given))
     assert read == {"min_lr": 1e-6, "num_cycles": 2, "decay_type": "cosine", "formula": "a=b"}
     assert type(read["num_cycles"]) is int
 
 
-def test_min_lr_is_where_the_schedule_ends() -> None:
+def test_schedule_ends_at_min_lr() -> None:
     shape = {"lr_scheduler_type": "cosine_with_min_lr", "learning_rate": 1e-3, "warmup_steps": 0}
     found = rates(total_steps=1000, lr_scheduler_kwargs=("min_lr=1e-4",), **shape)
     assert found[0] == pytest.approx(1e-3)
@@ -378,7 +376,7 @@ def test_min_lr_is_where_the_schedule_ends() -> None:
         ("greedy", "patient=2"),
     ],
 )
-def test_a_setting_that_the_schedule_does_not_take_is_refused(name: str, setting: str) -> None:
+def test_setting_that_the_schedule_does_not_accept_is_refused(name: str, setting: str) -> None:
     with pytest.raises(UserError, match=rf"--lr_scheduler_type {name} with --lr_scheduler_kwargs .*{setting[:6]}"):
         rates(lr_scheduler_type=name, lr_scheduler_kwargs=(setting,))
 
@@ -401,7 +399,7 @@ def test_schedules_that_follow_a_metric_ignore_steps(name: str) -> None:
     assert set(rates(total_steps=200, lr_scheduler_type=name, learning_rate=1e-3)) == {1e-3}
 
 
-def test_plateau_lowers_the_rate_when_the_metric_gets_no_better() -> None:
+def test_plateau_lowers_the_rate_if_the_metric_does_not_improve() -> None:
     falling, rising = [0.9, 0.8, 0.7, 0.6], [0.6, 0.7, 0.8, 0.9]
     assert rate_after_bad_evaluations("reduce_lr_on_plateau", "accuracy", falling) < 1e-3
     assert rate_after_bad_evaluations("reduce_lr_on_plateau", "accuracy", rising) == 1e-3
@@ -409,7 +407,7 @@ def test_plateau_lowers_the_rate_when_the_metric_gets_no_better() -> None:
     assert rate_after_bad_evaluations("reduce_lr_on_plateau", "loss", rising) < 1e-3
 
 
-def test_greedy_lowers_the_rate_when_the_metric_gets_worse() -> None:
+def test_greedy_lowers_the_rate_if_the_metric_gets_worse() -> None:
     worse = [0.9 - 0.05 * step for step in range(12)]
     assert rate_after_bad_evaluations("greedy", "accuracy", worse) < 1e-3
     assert rate_after_bad_evaluations("greedy", "loss", worse[::-1]) < 1e-3

@@ -188,7 +188,7 @@ def test_halving_goes_down_to_one():
     assert sizes == [13, 6, 3, 1]
 
 
-def test_gradients_travel_in_buckets_of_one_type_in_their_order(monkeypatch):
+def test_gradients_are_summed_in_buckets_of_one_dtype_in_their_order(monkeypatch):
     monkeypatch.setattr("lib.runtime.processes.BUCKET_BYTES", 40)
     tensors = [torch.zeros(n, dtype=kind) for n, kind in ((4, torch.float32), (6, torch.float32), (1, torch.float32))]
     tensors += [torch.zeros(30), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)]

@@ -36,7 +36,7 @@ def test_means_are_per_sample_and_per_step(meter):
     assert meter.read()["train/loss"] == 0.5
 
 
-def test_sums_go_on_bit_by_bit_after_a_checkpoint(meter):
+def test_sums_continue_bit_by_bit_after_a_checkpoint(meter):
     for step in range(1, 4):
         add(meter, step, 0.1 * step, 0.3)
     saved = meter.state()
@@ -48,7 +48,7 @@ def test_sums_go_on_bit_by_bit_after_a_checkpoint(meter):
     assert (later.samples, later.steps) == (32, 4)
 
 
-def test_sums_of_two_processes_go_on_on_one(meter):
+def test_sums_of_two_processes_continue_on_one(meter):
     meter.restore({"sums": [[3.0, 2.0], [5.0, 2.0]], "samples": 16, "steps": 2, "weight": 16.0, "seconds": 1.0})
     assert meter.sums.tolist() == [8.0, 2.0]
     values = meter.read()
@@ -56,7 +56,7 @@ def test_sums_of_two_processes_go_on_on_one(meter):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"), float("nan"))])
-def test_the_first_bad_step_is_named_with_its_learning_rate(meter, loss, norm):
+def test_first_step_that_is_not_finite_is_named_with_its_learning_rate(meter, loss, norm):
     add(meter, 1, 1.0)
     add(meter, 2, loss, norm)
     add(meter, 3, float("nan"))

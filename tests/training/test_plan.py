@@ -1,0 +1,151 @@
+"""Which step comes next, what follows it, and which evaluation is the best."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from lib.config.train import TrainConfig, TrainingConfig
+from lib.errors import UserError
+from lib.evaluation.scores import Metrics
+from lib.training.learner import Learner
+from lib.training.meter import Meter
+from lib.training.plan import Plan, build_plan
+from lib.training.state import State
+from lib.training.step import Attempt
+from tests.stepping import batches_of
+
+TOKENS = [{"input_ids": [number], "labels": 0} for number in range(10)]
+
+
+class Tokens(list):
+    """Samples as the loader reads them."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def collate(rows):
+    return {"input_ids": torch.tensor([row["input_ids"] for row in rows]), "labels": torch.zeros(len(rows))}
+
+
+def plan_of(**settings) -> Plan:
+    return Plan(TrainingConfig(train_batch_size=4, **settings), np.ones(len(TOKENS)), logging_steps=2)
+
+
+def play(plan: Plan, state: State, better: bool = True) -> list[str]:
+    """What train.py does, as words: steps, None for a step that a resumed run only follows up, and what follows each."""
+    words = []
+    for batch in plan.steps(batches_of(Tokens(TOKENS), collate), state):
+        if batch is None:
+            words.append("none")
+        else:
+            state.step, state.pending = state.step + 1, True
+            words.append(f"step {state.step}")
+        words += ["log"] if plan.is_log_step(state) else []
+        if plan.is_eval_step(state):
+            words.append("evaluate")
+            state.evals_since_best = 0 if better else state.evals_since_best + 1
+        state.pending = False
+        words += ["save"] if plan.is_save_step(state) else []
+    return words
+
+
+def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint_by_default() -> None:
+    steps = play(plan_of(num_train_epochs=2), State())
+    assert steps == [
+        *("step 1", "step 2", "log", "step 3", "log", "evaluate", "save"),
+        *("step 4", "log", "step 5", "step 6", "log", "evaluate", "save"),
+    ]
+
+
+def test_pending_step_is_followed_up_before_the_next_one_and_not_made_again() -> None:
+    plan = plan_of(num_train_epochs=2)
+    whole = play(plan, State())
+    resumed = play(plan, State(step=3, pending=True))
+    assert resumed == ["none", *whole[whole.index("step 3") + 1 :]]
+    assert play(plan, State(step=3)) == whole[whole.index("step 4") :]
+    assert play(plan, State(step=6, pending=True)) == ["none", "log", "evaluate", "save"]
+    assert play(plan, State(step=6)) == []
+
+
+def test_resumed_run_gets_the_batches_of_an_uninterrupted_one() -> None:
+    plan, batches = plan_of(num_train_epochs=2), batches_of(Tokens(TOKENS), collate)
+    whole = [batch.micro_batches[0].inputs["input_ids"].tolist() for batch in plan.step_batches(batches)]
+    for first in range(len(whole) + 1):
+        rest = [batch.micro_batches[0].inputs["input_ids"].tolist() for batch in plan.step_batches(batches, first)]
+        assert rest == whole[first:]
+    for step, ids in enumerate(whole, 1):
+        assert [[number] for number in plan.samples_of(step)] == ids
+
+
+def test_early_stopping_ends_training_with_a_checkpoint() -> None:
+    plan = plan_of(num_train_epochs=9, early_stopping_patience=2, eval_steps=1, save_steps=100)
+    assert play(plan, State(), better=False)[-3:] == ["log", "evaluate", "save"]
+    assert play(plan, State(), better=False).count("evaluate") == 2
+
+
+def test_train_split_without_samples_is_refused() -> None:
+
+    empty: Any = SimpleNamespace(lengths={"train": np.zeros(0)})
+    with pytest.raises(UserError, match="train split is empty"):
+        build_plan(TrainConfig(), empty, Metrics((), "loss"), Accelerator(cpu=True))
+
+
+# ---------------------------------------------------------------------------------------------------- the best model
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [("accuracy", [0.5, 0.7, 0.7, 0.6], [1, 1, 0, 0]), ("loss", [0.9, 1.0, 0.8, math.nan], [1, 0, 1, 0])],
+)
+def test_best_evaluation_is_the_first_of_the_best_ones(metric: str, values: list[float], best: list[int]) -> None:
+    state, found = State(), []
+    for step, value in enumerate(values, 1):
+        state.step = step
+        found.append(state.update_best({"loss": 1.0} | {metric: value}, metric))
+    assert found == list(map(bool, best))
+    assert state.best_metric == [value for value, is_best in zip(values, best, strict=True) if is_best][-1]
+    assert state.evals_since_best == len(values) - state.best_step
+
+
+def test_evaluation_whose_loss_is_not_finite_is_never_the_best() -> None:
+    state = State(step=1)
+    assert not state.update_best({"loss": math.nan, "accuracy": 1.0}, "accuracy")
+    assert (state.best_metric, state.evals_since_best) == (None, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- attempts
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+        (KeyError("labels"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_attempt_swallows_out_of_memory_errors_only(error: BaseException, short: bool) -> None:
+    attempt = Attempt(learner(), next(iter(plan_of().step_batches(batches_of(Tokens(TOKENS), collate)))))
+    try:
+        with attempt:
+            raise error
+        raised = False
+    except BaseException as caught:
+        raised = caught is error
+    assert (raised, attempt.failed) == (not short, short)
+
+
+def learner() -> Learner:
+
+    accelerator, nothing = Accelerator(cpu=True), torch.nn.Identity()
+    optimizer = torch.optim.SGD([torch.zeros(1)])
+    parts = (accelerator, nothing, None, optimizer, None, State(), Meter(accelerator, plan_of()))
+    return Learner(*parts)  # type: ignore[arg-type]
