@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -93,10 +94,21 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | N
 def gradient_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     """The 2-norm of all numbers in `gradients`.
 
-    On a CPU by dot products: `vector_norm` adds all squares to few sums there, which for a table of 12 million numbers is
-    5e-4 off in float32, and takes three times as long.
+    On a CPU the squares of a block of 512 numbers are added in float32, and the sums of blocks in float64. Whatever the
+    order within a block, the relative error is at most 512 * 2^-25 = 1.5e-5 (Higham 2002, 4.2). A block belongs to one
+    thread, so that the bits do not depend on their number. `vector_norm` and `dot` of a whole embedding table are up to
+    5e-4 off: they add millions of squares to a few float32 sums, as many as the processor and its BLAS like.
     """
-    if not gradients or gradients[0].device.type != "cpu":
+    block = 512
+    if not gradients or any(gradient.device.type != "cpu" for gradient in gradients):
         return nn.utils.get_total_norm(gradients)
-    flat = [gradient.reshape(-1) for gradient in gradients]
-    return torch.stack([torch.dot(numbers, numbers) for numbers in flat]).sum().sqrt()
+    norms = []
+    for gradient in gradients:
+        numbers = gradient.reshape(-1)
+        whole = len(numbers) // block * block
+        if whole:
+            norms.append(torch.linalg.vector_norm(numbers[:whole].view(-1, block), dim=1))
+        if whole < len(numbers):
+            norms.append(torch.linalg.vector_norm(numbers[whole:]).view(1))
+    total = np.square(torch.cat(norms).double().numpy()).sum()  # by numpy: on one thread, without BLAS
+    return torch.tensor(np.sqrt(total), dtype=torch.float32)

@@ -153,11 +153,26 @@ def test_gradients_are_clipped_as_pytorch_clips_them(experiment, batches, max_no
 
 
 def test_the_norm_of_a_large_gradient_is_exact():
-    """`torch.linalg.vector_norm` is 5e-4 off for the table of words of BERT, more than clipping should be."""
+    """`torch.linalg.vector_norm` is 5e-4 off for the embedding table of BERT, more than clipping should be."""
     torch.manual_seed(0)
-    gradients = [torch.randn(30_522, 384) * 1e-3, torch.randn(7)]
+    gradients = [torch.randn(30_522, 384) * 1e-3, torch.randn(7), torch.randn(3, 512), torch.randn(0), torch.ones(())]
     exact = sum(gradient.double().square().sum() for gradient in gradients).sqrt()
     assert abs(gradient_norm(gradients).double() - exact) < 2e-5 * exact
+    ascending = torch.linspace(0, 1, 30_522 * 384).square()  # small numbers first: the worst order for float32 sums
+    assert abs(gradient_norm([ascending]).double() - ascending.double().norm()) < 1e-6 * ascending.double().norm()
+
+
+def test_the_norm_of_a_gradient_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    gradients = [torch.randn(size) for size in (1, 511, 512, 513, 32_768, 700_001)]
+    threads, norms = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            norms.append(gradient_norm(gradients).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(set(norms)) == 1
 
 
 def micro_batch(labels: torch.Tensor, first: int) -> MicroBatch:
