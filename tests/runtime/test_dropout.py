@@ -22,7 +22,39 @@ def mask(p: float, seed: int = 0) -> np.ndarray:
 def test_share_of_ones_is_the_probability(p: float) -> None:
     drawn = mask(p)
     assert set(np.unique(drawn)) <= {0.0, 1.0}
-    assert drawn.mean() == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / SIZE) + 1e-5 * (0 < p < 1))
+    assert drawn.mean() == pytest.approx(p, abs=5 * np.sqrt(p * (1 - p) / SIZE))
+
+
+@pytest.mark.parametrize("p", [1e-6, 1.3e-5, 2**-16])
+def test_rare_ones_and_rare_zeros_are_as_frequent_as_their_probability(p: float) -> None:
+    """Sixteen random bits alone would round 1e-6 to 0 and 1 - 1e-6 to 1."""
+    size = 20_000_000
+    torch.manual_seed(1)
+    ones = fast_bernoulli(torch.empty(size, dtype=torch.bool), p).count_nonzero().item()
+    zeros = size - fast_bernoulli(torch.empty(size, dtype=torch.bool), 1 - p).count_nonzero().item()
+    for found in (ones, zeros):
+        assert found == pytest.approx(size * p, abs=4 * np.sqrt(size * p))
+        assert found > 0
+
+
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.75])
+def test_sixteen_bits_decide_where_the_probability_has_no_more(p: float) -> None:
+    torch.manual_seed(5)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    wanted = np.random.SFC64(seed).random_raw(SIZE // 4).view(np.uint16) < p * 2**16
+    assert np.array_equal(mask(p, seed=5), wanted)
+
+
+def test_masks_do_not_depend_on_threads() -> None:
+    threads, masks = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            masks.append(mask(0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert np.array_equal(masks[0], masks[1])
+    assert np.array_equal(masks[0], masks[2])
 
 
 @pytest.mark.parametrize("distance", [1, 2, 3, 4, 32, 384])
