@@ -12,7 +12,7 @@ from huggingface_hub import cached_assets_path
 
 from lib.config.sections import DataConfig
 from lib.data.catalog import DEFAULT, ROLES, data_needs, own_files
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
@@ -89,7 +89,7 @@ def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[st
             return dict(load_dataset(str(isolate_config(snapshot, need)), hub_config))
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         lines = "\n".join(f"  {line}" for line in advice(need, configure_endpoint(None)))
         raise UserError(
             f"--dataset {path}{f' --dataset_config {hub_config}' if hub_config else ''} could not be loaded: {reason}\n"

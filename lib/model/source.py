@@ -16,7 +16,7 @@ from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.files import weight_files
-from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id
+from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id, linked_blob
 from lib.hub.endpoint import configure_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
@@ -49,7 +49,7 @@ def model_origin(source: ModelSource) -> dict[str, str]:
     if folder.parent.name != "snapshots" or Path(source.model).is_dir():
         return {}
     names = weight_files([path.name for path in folder.iterdir()], source.allow_pickle)
-    blobs = [(folder / name).resolve().name for name in names]
+    blobs = [linked_blob(folder / name) for name in names]
     return {"model_commit": folder.name, "model_sha256": " ".join(blob for blob in blobs if len(blob) == 64)}
 
 

@@ -20,6 +20,7 @@ from lib.data.loader import MicroBatch, StepBatch
 from lib.errors import UserError
 from lib.model.forward import compute_logits
 from lib.model.losses import plain_cross_entropy
+from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.memory import halve
 from lib.runtime.processes import buckets
 from lib.training import step
@@ -226,6 +227,7 @@ class Count(TorchDispatchMode):
 
 def test_step_reads_from_the_device_only_where_transformers_looks_for_padding(experiment, batches):
     """Each read waits for a GPU to finish. BertModel and its kin ask once per forward whether a mask is needed."""
+    use_cpu_kernels(False)  # they never run on a GPU
     for batch in batches[:2]:
         with Count() as count:
             train.train_step(experiment.learner, batch, experiment.config)

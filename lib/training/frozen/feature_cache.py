@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lib.errors import first_line
 from lib.hub.endpoint import datasets_cache
 from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, write_manifest
 
@@ -89,7 +90,7 @@ def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], 
         remove_unused(folder.parent, limit)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        return str(error).splitlines()[0]
+        return first_line(error)
     return None
 
 
