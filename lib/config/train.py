@@ -132,7 +132,7 @@ class TrainingConfig:
     """Number of checkpoints to keep; each also holds the best model so far."""
     resume_from_checkpoint: str = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
-    `never`: delete the checkpoints and start anew; or the folder of a checkpoint or of a run."""
+    `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""
     allow_changes: bool = False
     """Resume even if settings that affect the result have changed."""
     max_minutes: float | None = None

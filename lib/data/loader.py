@@ -22,7 +22,7 @@ PER_SAMPLE = ("labels", "num_windows")
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one forward.
+    """The samples of one forward pass.
 
     `inputs` is what `compute_logits` takes, `labels` has a row per sample, `weights` (samples,) holds a float32 for
     each, 0.0 for a stand-in sample.
@@ -34,7 +34,7 @@ class MicroBatch:
 
     @classmethod
     def build(cls, tensors: Tensors, weights: torch.Tensor) -> "MicroBatch":
-        """Of what a collator made."""
+        """From the output of a collator."""
         return cls({n: tensor for n, tensor in tensors.items() if n != "labels"}, tensors["labels"], weights)
 
     def __len__(self) -> int:
@@ -137,12 +137,12 @@ class Batches:
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
-    """What the model reads on its device. The counts of windows stay on the CPU, so that nothing waits for the device."""
+    """The tensors on `device`, except the counts of windows: they are read on the CPU, without waiting for a GPU."""
     return {n: t if n == "num_windows" else t.to(device, non_blocking=True) for n, t in tensors.items()}
 
 
 class WindowCollator(DataCollatorWithPadding):
-    """Pads a batch; where samples have `num_windows`, their windows below each other."""
+    """Pads a batch; samples with `num_windows` become one row per window."""
 
     def __call__(self, features: list[dict[str, Any]]) -> Any:
         if "num_windows" not in features[0]:
@@ -158,7 +158,7 @@ class WindowCollator(DataCollatorWithPadding):
 def build_collator(
     tokenizer: Any, mixed_precision: str, device: torch.device, length: int | None = None
 ) -> WindowCollator:
-    """Pads a batch to its longest member, rounded up to 8 where tensor cores want it, or to a fixed `length`."""
+    """Pads a batch to its longest text, to a multiple of 8 for tensor cores; or to a fixed `length`."""
     if length is not None:
         return WindowCollator(tokenizer, padding="max_length", max_length=length)
     tensor_cores = device.type == "cuda" and mixed_precision in ("fp16", "bf16")

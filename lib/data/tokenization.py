@@ -40,7 +40,7 @@ def tokenize(
     limit = min(config.max_length, tokenizer.model_max_length)
     special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
     if limit < special + len(text_columns):
-        raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
+        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # Empty texts are kept: they have special tokens, and without them rows and predictions would not match.

@@ -39,7 +39,7 @@ LOWER_IS_BETTER = ("loss", "mae", "mse")
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What is computed on each split beside the loss."""
+    """What is computed on each split besides the loss."""
 
     names: tuple[str, ...]
     best: str

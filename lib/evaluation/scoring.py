@@ -1,4 +1,4 @@
-"""Predict every sample of a split once, and score the predictions: the only place where processes put results together."""
+"""Predict every sample of a split once and score the predictions; the only place where evaluation gathers from processes."""
 
 import dataclasses
 import time
@@ -42,8 +42,8 @@ def evaluate(
 ) -> Scored:
     """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process.
 
-    Where a text may have several labels, their thresholds are those stored with the model; if `tune_thresholds_first`,
-    which is for validation alone, they are tuned on this split before and stored.
+    A multi-label model uses the thresholds stored with it. With `tune_thresholds_first`, for validation only, they are
+    tuned on this split before and stored.
     """
     predictions = predict(accelerator, model, split, batch_size)
     if split.problem_type == MULTI_LABEL:
@@ -58,10 +58,10 @@ def evaluate(
 def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size: int) -> Predictions:
     """Logits and loss of every sample of a split, each computed once, by one of the processes.
 
-    Batches depend on the positions of the texts and on `batch_size` alone, so that any number of processes computes the
-    very same numbers. Each process writes its samples into zeros and the arrays are added up; the count of writes proves
-    that none is missing or double. If memory is too short, batches are halved on all processes. Raises RuntimeError if a
-    sample is missing or double, Stopped if a process is asked to stop.
+    Batches depend only on the lengths of the texts and on `batch_size`, so any number of processes computes the same
+    numbers. Each process writes its samples into zeros and the arrays are summed; a count of writes proves that no sample
+    is missing or counted twice. After an out-of-memory error, batches are halved on all processes. Raises RuntimeError if
+    a sample is missing or counted twice, Stopped if a process was asked to stop.
     """
     started = time.perf_counter()
     training = {module: module.training for module in model.modules()}
@@ -86,7 +86,7 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
 def predict_table(
     accelerator: Accelerator, model: nn.Module, split: Split, batches: list[Indices]
 ) -> torch.Tensor | None:
-    """Logits, loss and a one for each sample of this process, zeros elsewhere; None if memory was too short for one."""
+    """Logits, loss and a one for each sample of this process, zeros elsewhere; None after an out-of-memory error."""
     results = torch.zeros(len(split.tokens), split.num_outputs + 2, device=accelerator.device)
     loss = PLAIN[split.problem_type]
 
@@ -112,9 +112,9 @@ def share_batches(
     compute: Callable[[torch.Tensor, Tensors], None],
     what: str,
 ) -> bool:
-    """Call `compute` with the indices and tensors of each batch of this process; False if one did not fit in memory.
+    """Call `compute` with the indices and tensors of each batch of this process; False after an out-of-memory error.
 
-    All processes go from batch to batch together, so that they can agree to stop or to start again with smaller ones.
+    All processes advance from batch to batch together, so they can agree to stop, or to start again with smaller batches.
     """
     rounds = -(-len(batches) // accelerator.num_processes)
     batches = batches[accelerator.process_index :: accelerator.num_processes]

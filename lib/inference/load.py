@@ -69,7 +69,7 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
     tokenizer.model_max_length = min(limit for limit in limits if limit is not None)
     special = tokenizer.num_special_tokens_to_add()
     if tokenizer.model_max_length <= special:
-        raise UserError(f"--max_length {config.max_length} leaves no room for text beside {special} special tokens")
+        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
     return Task(config, model.to(device).eval(), tokenizer, text_columns(config, trained))
 
 

@@ -71,7 +71,7 @@ def context_windows(tokenizer: Any, examples: list[Example], stride: int) -> Any
     special = tokenizer.num_special_tokens_to_add(pair=True)
     room = limit - special
     if room < 4:
-        raise UserError(f"--max_length {limit} leaves no room for text beside {special} special tokens")
+        raise UserError(f"--max_length {limit} leaves no room for text besides {special} special tokens")
     questions = []
     for example in examples:
         question = example.texts[0]

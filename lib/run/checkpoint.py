@@ -173,5 +173,5 @@ def check_space(folder: Path, model: nn.Module) -> None:
     if free < needed:
         raise UserError(
             f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
-            "then run the same command again: it resumes from the checkpoint before"
+            "then run the same command again: it resumes from the previous checkpoint"
         )

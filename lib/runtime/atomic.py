@@ -161,7 +161,7 @@ def explain(error: Exception, folder: Path) -> str:
     free = shutil.disk_usage(folder).free / 2**20
     return (
         f"{first_line(error)} ({free:,.0f} MiB are free at {folder}); when there is room, run the same command again: it "
-        "goes on from the checkpoint before"
+        "resumes from the previous checkpoint"
     )
 
 

@@ -59,7 +59,7 @@ class Meter:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the sums of each process, so that they go on bit by bit. Raises as `read` does."""
+        """What a checkpoint keeps: the sums of each process, which a resumed run continues bit by bit. Raises as `read` does."""
         if self.steps:
             self.read()
         table = torch.zeros(self.accelerator.num_processes, 2, device=self.accelerator.device)
@@ -70,7 +70,7 @@ class Meter:
         return {"sums": sums, "seconds": seconds} | counts
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from `state`, also on another number of processes."""
+        """Continue from `state`, also on another number of processes."""
         self.reset()
         sums = torch.tensor(saved["sums"], device=self.accelerator.device)
         rank = self.accelerator.process_index

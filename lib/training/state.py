@@ -1,4 +1,4 @@
-"""All that a run knows beside weights, optimizer and schedule; steps are optimizer steps."""
+"""The state of a run apart from weights, optimizer and schedule. A step is always an optimizer step."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ class State:
 
     @property
     def last_logged(self) -> int:
-        """The last step whose line in metrics.jsonl stands when a run resumes here."""
+        """The last step whose line in metrics.jsonl is kept when a run resumes here."""
         return self.step - 1 if self.pending else self.step
 
     def update_best(self, scores: dict[str, float], metric: str) -> bool:

@@ -1,4 +1,4 @@
-"""What an optimizer step needs beside its forward and backward in train.py: retries when memory is short, and clipping."""
+"""What an optimizer step needs besides its forward and backward in train.py: retries when memory is short, and clipping."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 
 
 class Attempt:
-    """One try at the gradients of a step, `with attempt as micro_batches`: running out of memory ends the block quietly."""
+    """One try at the gradients of a step, `with attempt as micro_batches`: an out-of-memory error ends the block silently."""
 
     def __init__(self, learner: Learner, batch: StepBatch) -> None:
         self.learner, self.batch, self.failed = learner, batch, False
@@ -38,7 +38,7 @@ class Attempt:
 
 
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
-    """Attempts at the gradients of a step until one fits in memory on all processes; `phase` is told to the watchdog.
+    """Attempts at the gradients of a step until one fits in memory on all processes; `phase` is what the watchdog shows.
 
     If memory was too short on one process, all of them drop their gradients, halve their micro-batches and try again; the
     smaller size is kept for later steps. Raises UserError if a single sample does not fit.

@@ -119,5 +119,5 @@ def test_long_question_leaves_room_for_the_context(folder):
     }
     assert len(seen) == 50
     tokenizer.model_max_length = 7
-    with pytest.raises(UserError, match="no room for text beside 4 special tokens"):
+    with pytest.raises(UserError, match="no room for text besides 4 special tokens"):
         context_windows(tokenizer, [Example(0, 0, ("a", "b"))], stride=1)

@@ -317,7 +317,7 @@ def test_languages_are_set_in_tokenizer_and_generate():
             "--generate_kwargs temperature=-1 do_sample=True: .*temperature",
         ),
         (["a", "--model", "./absent"], "no such folder"),
-        (["a", "--model", "classifier", "--max_length", 2], "no room for text beside 2 special tokens"),
+        (["a", "--model", "classifier", "--max_length", 2], "no room for text besides 2 special tokens"),
     ],
 )
 def test_what_cannot_work_is_a_user_error(models, monkeypatch, flags, message):
