@@ -18,7 +18,6 @@ from lib.model.losses import plain_cross_entropy
 from lib.run.best_model import publish_model
 from lib.run.checkpoint import Checkpointer, list_checkpoints
 from lib.training.learner import Learner
-from lib.training.meter import Meter
 from lib.training.objective import Objective
 from lib.training.plan import Plan
 from lib.training.state import State
@@ -62,8 +61,8 @@ def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel,
     scheduler.step()
     sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
     state = State(step=3, micro_batch_size=2, eval_batch_size=16)
-    meter = Meter(accelerator, Plan(TrainingConfig(), np.ones(8)))
-    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
+    plan = Plan(TrainingConfig(), np.ones(8))
+    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     return Checkpointer(folder, TrainingConfig(), sizes, learner)
 
 

@@ -92,13 +92,11 @@ class Checkpointer:
         self.last = checkpoints / name
         rotate(checkpoints, state.step, self.config.save_total_limit)
 
-    def load(self, checkpoint: Path | None) -> str | None:
+    def load(self, checkpoint: Path) -> str | None:
         """Restore everything from a valid checkpoint; returns the id of the tracker's run. Every process must call this.
 
         Hyper-parameters stay those of the settings.
         """
-        if checkpoint is None:
-            return None
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
         load_weights(learner.inner_model, checkpoint)

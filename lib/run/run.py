@@ -34,18 +34,16 @@ from lib.training.state import State
 class Run:
     """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
 
-    progress: Progress
-    log: RunLog
-
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         """Writes nothing. Raises UserError if the tracker asked for is not installed."""
         check_tracker(config.tracking.report_to)
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
 
     def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: LoadingInfo) -> None:
-        """Open the folder, take over the checkpoint to resume from, print the start block, start log and tracker.
+        """Open the folder, print the start block, load the checkpoint to resume from, start log and tracker.
 
-        Raises UserError if the folder holds another experiment, or no checkpoint that `--resume_from_checkpoint` wants.
+        Raises UserError if the folder holds another experiment, or if the checkpoint that `--resume_from_checkpoint` asks for
+        is missing or damaged.
         """
         accelerator, config, folder = self.accelerator, self.config, self.folder
         self.metrics = metrics
@@ -56,7 +54,7 @@ class Run:
         if accelerator.is_main_process:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
-        run_id = self.checkpointer.load(checkpoint)
+        run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
         self.log.start(self.settings, metrics.names)
 
@@ -65,6 +63,7 @@ class Run:
         """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named."""
         rank, training = self.accelerator.process_index, self.config.training
         self.progress = Progress(self.accelerator, learner.plan.total_steps, learner.state)
+        learner.meter.start_clock()
         watched = watching(self.folder / "heartbeats", rank, training.ddp_timeout)
         with watched, deferring_signals(training.max_minutes):
             try:
@@ -77,7 +76,7 @@ class Run:
         self.progress.close(learner.state.step, learner.plan.best_metric)
 
     def log_values(self, state: State, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, with the tracker and, for scores of an evaluation, the screen."""
+        """Write a line of metrics.jsonl, send it to the tracker, and print the scores of an evaluation."""
         scores = {name.removeprefix("eval/"): value for name, value in values.items() if name.startswith("eval/")}
         if scores:
             listed = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -88,15 +87,15 @@ class Run:
         self.checkpointer.save(self.log.run_id)
 
     def save_best(self, learner: Learner, tokenizer: Any) -> None:
-        """Export the model of this step to `model/`, in place of the best one before."""
+        """Export the model of this step to `model/`, replacing the best one so far."""
         publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
 
     def load_best(self, learner: Learner) -> None:
-        """Raises UserError if no evaluation gave a finite number, so that there is none."""
+        """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation gave a finite number."""
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
-        """Reports, model card and results.json, whose content is the last line on stdout; then the processes part."""
+        """Write reports, model card and results.json, which is also the last line on stdout; end the process group."""
         results = build_results(self.config, self.settings, learner, scored)
         self.log.finish(results, scored, data)
         if self.accelerator.is_main_process:

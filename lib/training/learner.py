@@ -28,19 +28,19 @@ from lib.training.state import State
 
 @dataclasses.dataclass
 class Learner:
-    """Model, optimizer and schedule, prepared by the accelerator; objective, counters and sums since the last log line."""
+    """Model, optimizer and schedule, prepared by the accelerator; objective, plan, counters, sums since the last log line."""
 
     accelerator: Accelerator
     model: nn.Module
     objective: Objective
     optimizer: Optimizer
     scheduler: Any
+    plan: Plan
     state: State
-    meter: Meter
+    meter: Meter = dataclasses.field(init=False)
 
-    @property
-    def plan(self) -> Plan:
-        return self.meter.plan
+    def __post_init__(self) -> None:
+        self.meter = Meter(self.accelerator, self.plan)
 
     @property
     def inner_model(self) -> Any:
@@ -48,7 +48,7 @@ class Learner:
         return self.accelerator.unwrap_model(self.model)
 
     def step_schedule(self) -> None:
-        """Advance the schedule by one step; not after a step that fp16 skipped."""
+        """Note the learning rate of a step, and advance the schedule unless fp16 skipped the step."""
         self.state.learning_rate = learning_rate(self.optimizer)
         if not self.accelerator.optimizer_step_was_skipped:
             advance_scheduler(self.scheduler)
@@ -56,7 +56,7 @@ class Learner:
     def count_step(self, batch: StepBatch, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Count a finished step, and add its loss and gradient norm to the sums that are logged."""
         if self.accelerator.optimizer_step_was_skipped:
-            grad_norm = torch.zeros(())  # infinite: the loss scale of fp16 was too large
+            grad_norm = torch.zeros(())  # it is infinite: the loss scale of fp16 was too large
         self.state.step += 1
         self.state.samples_seen += batch.num_samples
         self.state.pending = True
@@ -70,7 +70,7 @@ class Learner:
         return scored
 
     def update_best(self, scores: dict[str, float]) -> bool:
-        """Note the validation scores of this step, for schedules that follow them too; True if they are the best so far."""
+        """Note the validation scores of this step, also in a schedule that follows them; True if they are the best so far."""
         metric = self.plan.best_metric
         advance_on_metric(self.scheduler, scores[metric])
         return self.state.update_best(scores, metric)
@@ -82,11 +82,11 @@ def build_learner(
     """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
 
     The schedule is not prepared: it advances once per optimizer step, not once per process. Raises UserError if the
-    settings of the schedule, or rates by layer, do not fit.
+    schedule does not accept its settings, or if rates by layer do not fit the model.
     """
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
     model, optimizer = accelerator.prepare(model, optimizer)
     set_train_mode(model)
     state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
-    return Learner(accelerator, model, objective, optimizer, scheduler, state, Meter(accelerator, plan))
+    return Learner(accelerator, model, objective, optimizer, scheduler, plan, state)

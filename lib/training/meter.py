@@ -23,19 +23,29 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
+        """Begin new sums, now."""
         self.sums = torch.zeros(2, device=self.accelerator.device)
+        """Summed loss of this process, and gradient norm."""
         self.bad_step = torch.zeros((), device=self.accelerator.device)
+        """The first step that made the sums NaN or infinite; 0: none."""
         self.rates: dict[int, float] = {}
+        """Learning rate by step."""
         self.samples = self.steps = 0
-        self.weight = 0.0
+        self.weight = self.seconds_before = 0.0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Count the time from now on; what a checkpoint has counted is kept."""
         self.started = time.perf_counter()
 
+    def seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
     def add(self, loss_sum: torch.Tensor, grad_norm: torch.Tensor, batch: StepBatch, state: State) -> None:
-        """One more step, counted in `state` already: its summed loss on this process and its gradient norm."""
-        norm = grad_norm.to(self.sums.device)
+        """Add a step that `state` already counts: its summed loss on this process and its gradient norm."""
         self.sums[0] += loss_sum
-        self.sums[1] += norm
-        bad = (self.bad_step == 0) & ~(torch.isfinite(loss_sum) & torch.isfinite(norm))
+        self.sums[1] += grad_norm.to(self.sums.device)
+        bad = (self.bad_step == 0) & ~self.sums.isfinite().all()
         self.bad_step = torch.where(bad, float(state.step), self.bad_step)
         self.rates[state.step] = state.learning_rate
         self.samples += batch.num_samples
@@ -45,29 +55,27 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Weighted mean loss of the samples since the reset over all processes, mean gradient norm, samples per second.
 
-        Raises UserError on every process if one of them met a loss or gradient that is not finite.
+        Raises UserError on every process if a loss or gradient of any process was not finite.
         """
         loss, norm = self.accelerator.reduce(self.sums, "sum").tolist()
         if not math.isfinite(loss + norm):
             step = lowest(self.accelerator, int(self.bad_step) or sys.maxsize)
             raise not_finite(self.plan, step, self.rates[step])
-        seconds = time.perf_counter() - self.started
         return {
             "train/loss": loss / self.weight,
             "train/grad_norm": norm / self.steps / self.accelerator.num_processes,
-            "train/samples_per_second": self.samples / seconds,
+            "train/samples_per_second": self.samples / self.seconds(),
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the sums of each process, which a resumed run continues bit by bit. Raises as `read` does."""
+        """What a checkpoint saves: the sums of each process, so that they continue bit by bit. Raises as `read` does."""
         if self.steps:
             self.read()
         table = torch.zeros(self.accelerator.num_processes, 2, device=self.accelerator.device)
         table[self.accelerator.process_index] = self.sums
         sums = self.accelerator.reduce(table, "sum").tolist()
-        seconds = time.perf_counter() - self.started
         counts = {"samples": self.samples, "steps": self.steps, "weight": self.weight}
-        return {"sums": sums, "seconds": seconds} | counts
+        return {"sums": sums, "seconds": self.seconds()} | counts
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from `state`, also on another number of processes."""
@@ -79,7 +87,7 @@ class Meter:
         else:  # losses are summed over processes, norms are the same on all
             self.sums = torch.stack([sums[:, 0].sum() * (rank == 0), sums[:, 1].mean()])
         self.samples, self.steps, self.weight = saved["samples"], saved["steps"], saved["weight"]
-        self.started -= saved["seconds"]
+        self.seconds_before = saved["seconds"]
 
 
 def not_finite(plan: Plan, step: int, rate: float) -> UserError:

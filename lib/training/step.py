@@ -21,10 +21,12 @@ ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 
 
 class Attempt:
-    """One try at the gradients of a step, `with attempt as micro_batches`: an out-of-memory error ends the block silently."""
+    """One try at the gradients of a step: `with attempt as micro_batches` swallows out-of-memory errors, and no others."""
 
     def __init__(self, learner: Learner, batch: StepBatch) -> None:
-        self.learner, self.batch, self.failed = learner, batch, False
+        self.learner, self.batch = learner, batch
+        self.failed = False
+        """Whether memory was too short."""
         self.loss = torch.zeros((), device=learner.accelerator.device)
         """Summed loss of the micro-batches so far."""
 
@@ -33,7 +35,7 @@ class Attempt:
         return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_size))
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.failed = isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error)
+        self.failed = isinstance(error, Exception) and is_out_of_memory(error)
         return self.failed
 
 

@@ -13,7 +13,6 @@ from lib.config.train import TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.evaluation.scores import Metrics
 from lib.training.learner import Learner
-from lib.training.meter import Meter
 from lib.training.plan import Plan, build_plan
 from lib.training.state import State
 from lib.training.step import Attempt
@@ -147,5 +146,5 @@ def learner() -> Learner:
 
     accelerator, nothing = Accelerator(cpu=True), torch.nn.Identity()
     optimizer = torch.optim.SGD([torch.zeros(1)])
-    parts = (accelerator, nothing, None, optimizer, None, State(), Meter(accelerator, plan_of()))
+    parts = (accelerator, nothing, None, optimizer, None, plan_of(), State())
     return Learner(*parts)  # type: ignore[arg-type]

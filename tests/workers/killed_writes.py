@@ -33,7 +33,6 @@ from lib.run.checkpoint import Checkpointer
 from lib.run.resume import find_checkpoint
 from lib.runtime import atomic
 from lib.training.learner import Learner
-from lib.training.meter import Meter
 from lib.training.objective import Objective
 from lib.training.plan import Plan
 from lib.training.state import State
@@ -77,8 +76,7 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
     state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0})
     plan = Plan(TrainingConfig(save_total_limit=1), np.ones(8))
-    meter = Meter(accelerator, plan)
-    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, state, meter)
+    learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     publish_model(accelerator, model, tokenizer, folder / "model")
     Checkpointer(folder, plan.config, {}, learner).save(None)
 
