@@ -1,6 +1,5 @@
-"""Which step comes next, what follows it, and which evaluation is the best."""
+"""Which step comes next, which samples it has, and what follows it."""
 
-import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +11,8 @@ from accelerate import Accelerator
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.evaluation.scores import Metrics
-from lib.training.learner import Learner
 from lib.training.plan import Plan, build_plan
 from lib.training.state import State
-from lib.training.step import Attempt
 from tests.stepping import batches_of
 
 TOKENS = [{"input_ids": [number], "labels": 0} for number in range(10)]
@@ -89,62 +86,6 @@ def test_early_stopping_ends_training_with_a_checkpoint() -> None:
 
 
 def test_train_split_without_samples_is_refused() -> None:
-
     empty: Any = SimpleNamespace(lengths={"train": np.zeros(0)})
     with pytest.raises(UserError, match="train split is empty"):
         build_plan(TrainConfig(), empty, Metrics((), "loss"), Accelerator(cpu=True))
-
-
-# ---------------------------------------------------------------------------------------------------- the best model
-
-
-@pytest.mark.parametrize(
-    ("metric", "values", "best"),
-    [("accuracy", [0.5, 0.7, 0.7, 0.6], [1, 1, 0, 0]), ("loss", [0.9, 1.0, 0.8, math.nan], [1, 0, 1, 0])],
-)
-def test_best_evaluation_is_the_first_of_the_best_ones(metric: str, values: list[float], best: list[int]) -> None:
-    state, found = State(), []
-    for step, value in enumerate(values, 1):
-        state.step = step
-        found.append(state.update_best({"loss": 1.0} | {metric: value}, metric))
-    assert found == list(map(bool, best))
-    assert state.best_metric == [value for value, is_best in zip(values, best, strict=True) if is_best][-1]
-    assert state.evals_since_best == len(values) - state.best_step
-
-
-def test_evaluation_whose_loss_is_not_finite_is_never_the_best() -> None:
-    state = State(step=1)
-    assert not state.update_best({"loss": math.nan, "accuracy": 1.0}, "accuracy")
-    assert (state.best_metric, state.evals_since_best) == (None, 1)
-
-
-# ---------------------------------------------------------------------------------------------------- attempts
-
-
-@pytest.mark.parametrize(
-    ("error", "short"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-        (MemoryError(), True),
-        (RuntimeError("shapes do not match"), False),
-        (KeyError("labels"), False),
-        (KeyboardInterrupt(), False),
-    ],
-)
-def test_attempt_swallows_out_of_memory_errors_only(error: BaseException, short: bool) -> None:
-    attempt = Attempt(learner(), next(iter(plan_of().step_batches(batches_of(Tokens(TOKENS), collate)))))
-    try:
-        with attempt:
-            raise error
-        raised = False
-    except BaseException as caught:
-        raised = caught is error
-    assert (raised, attempt.failed) == (not short, short)
-
-
-def learner() -> Learner:
-
-    accelerator, nothing = Accelerator(cpu=True), torch.nn.Identity()
-    optimizer = torch.optim.SGD([torch.zeros(1)])
-    parts = (accelerator, nothing, None, optimizer, None, plan_of(), State())
-    return Learner(*parts)  # type: ignore[arg-type]

@@ -3,10 +3,10 @@
 import copy
 import dataclasses
 import math
+import weakref
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,13 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
-from lib.data.loader import MicroBatch, StepBatch
+from lib.data.loader import StepBatch
 from lib.errors import UserError
 from lib.model.forward import compute_logits
 from lib.model.losses import plain_cross_entropy
 from lib.runtime.cpu.kernels import use_cpu_kernels
-from lib.runtime.memory import halve
-from lib.runtime.processes import buckets
 from lib.training import step
 from lib.training.optimizer import build_optimizer
 from lib.training.state import State
@@ -58,20 +56,20 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 
 def fail_above(monkeypatch: pytest.MonkeyPatch, size: int) -> list[int]:
-    """Lets forwards of more than `size` samples run out of memory; returns the sizes that were tried."""
+    """Let forwards of more than `size` samples run out of memory; returns the sizes that were tried."""
     tried = []
 
-    def short(model, inputs):
+    def limited(model, inputs):
         tried.append(len(inputs["input_ids"]))
         if tried[-1] > size:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return compute_logits(model, inputs)
 
-    monkeypatch.setattr(train, "compute_logits", short)
+    monkeypatch.setattr(train, "compute_logits", limited)
     return tried
 
 
-def test_step_that_does_not_fit_is_made_in_smaller_micro_batches_with_the_same_result(experiment, batches, monkeypatch):
+def test_step_that_does_not_fit_in_memory_is_the_same_step_in_smaller_micro_batches(experiment, batches, monkeypatch):
     learner = experiment.learner
     before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
     whole, _ = experiment.step(batches[0])
@@ -89,22 +87,54 @@ def test_step_that_does_not_fit_is_made_in_smaller_micro_batches_with_the_same_r
     assert max(tried) == 2  # the smaller size is kept
 
 
-def test_single_sample_that_does_not_fit_ends_the_run_with_advice(experiment, batches, monkeypatch):
+def test_single_sample_that_does_not_fit_in_memory_ends_the_run_with_advice(experiment, batches, monkeypatch):
     fail_above(monkeypatch, 0)
     with pytest.raises(UserError, match=r"with a single sample.*--max_length.*--freeze"):
         experiment.step(batches[0])
 
 
-def test_other_errors_are_not_taken_for_out_of_memory(experiment, batches, monkeypatch):
-    def broken(*_):
-        raise RuntimeError("shapes do not match")
+@pytest.mark.parametrize(
+    ("error", "is_swallowed"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes do not match"), False),
+        (KeyError("labels"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_attempt_swallows_out_of_memory_errors_only(experiment, batches, error, is_swallowed):
+    attempt, caught = step.Attempt(experiment.learner, batches[0]), None
+    try:
+        with attempt:
+            raise error
+    except BaseException as other:
+        caught = other
+    assert caught is (None if is_swallowed else error)
+    assert attempt.failed is is_swallowed
 
-    monkeypatch.setattr(train, "compute_logits", broken)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        experiment.step(batches[0])
+
+def test_failed_attempt_frees_its_activations_before_the_next(experiment, batches, monkeypatch):
+    alive, backward = [], Accelerator.backward
+
+    def failing_backward(accelerator, loss):
+        if len(alive) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        backward(accelerator, loss)
+
+    def observed(model, inputs):
+        assert not [reference for reference in alive if reference() is not None]
+        logits = compute_logits(model, inputs)
+        alive.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(Accelerator, "backward", failing_backward)
+    monkeypatch.setattr(train, "compute_logits", observed)
+    experiment.step(batches[0])
+    assert len(alive) == 3  # one of 8 samples that failed, two of 4
 
 
-def test_longest_samples_are_tried_first_and_nothing_is_learned_from_them(experiment, monkeypatch):
+def test_trying_the_longest_samples_finds_the_size_that_fits_and_learns_nothing(experiment, monkeypatch):
     monkeypatch.setattr(step, "has_own_memory", lambda _: True)
     learner, tried = experiment.learner, fail_above(monkeypatch, 4)
     before = weights(learner.model)
@@ -153,7 +183,7 @@ def test_gradients_are_clipped_as_pytorch_clips_them(experiment, batches, max_no
         torch.testing.assert_close(weights(learner.model), weights(twin), rtol=0, atol=1e-6)
 
 
-def test_the_norm_of_a_large_gradient_is_exact():
+def test_norm_of_a_large_gradient_is_exact():
     """`torch.linalg.vector_norm` is 5e-4 off for the embedding table of BERT, more than clipping should be."""
     torch.manual_seed(0)
     gradients = [torch.randn(30_522, 384) * 1e-3, torch.randn(7), torch.randn(3, 512), torch.randn(0), torch.ones(())]
@@ -163,7 +193,7 @@ def test_the_norm_of_a_large_gradient_is_exact():
     assert abs(gradient_norm([ascending]).double() - ascending.double().norm()) < 1e-6 * ascending.double().norm()
 
 
-def test_the_norm_of_a_gradient_does_not_depend_on_threads():
+def test_norm_of_a_gradient_does_not_depend_on_threads():
     torch.manual_seed(0)
     gradients = [torch.randn(size) for size in (1, 511, 512, 513, 32_768, 700_001)]
     threads, norms = torch.get_num_threads(), []
@@ -174,43 +204,6 @@ def test_the_norm_of_a_gradient_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert len(set(norms)) == 1
-
-
-def micro_batch(labels: torch.Tensor, first: int) -> MicroBatch:
-    """Inputs count from `first` on, two for each sample."""
-    size = len(labels)
-    return MicroBatch({"input_ids": first + torch.arange(2 * size).view(size, 2)}, labels, torch.ones(size))
-
-
-def test_cut_micro_batches_hold_every_sample_once_in_order():
-    micro = [micro_batch(torch.arange(5), 0), micro_batch(torch.arange(5, 7), 10)]
-    batch = StepBatch(micro, 7, 7.0)
-    pieces = batch.pieces(2)
-    assert list(map(len, pieces)) == [2, 2, 1, 2]
-    assert torch.cat([piece.labels for piece in pieces]).tolist() == list(range(7))
-    assert torch.cat([piece.inputs["input_ids"] for piece in pieces]).flatten().tolist() == list(range(14))
-    assert batch.pieces(None) is micro
-
-
-def test_micro_batches_with_several_labels_per_sample_are_cut_by_sample():
-    batch = StepBatch([micro_batch(torch.zeros(5, 3), 0)], 5, 5.0)
-    assert [len(piece.inputs["input_ids"]) for piece in batch.pieces(2)] == [2, 2, 1]
-
-
-def test_halving_goes_down_to_one():
-    sizes = [13]
-    while sizes[-1] > 1:
-        sizes.append(halve(sizes[-1], "--flag"))
-    assert sizes == [13, 6, 3, 1]
-
-
-def test_gradients_are_summed_in_buckets_of_one_dtype_in_their_order(monkeypatch):
-    monkeypatch.setattr("lib.runtime.processes.BUCKET_BYTES", 40)
-    tensors = [torch.zeros(n, dtype=kind) for n, kind in ((4, torch.float32), (6, torch.float32), (1, torch.float32))]
-    tensors += [torch.zeros(30), torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.bfloat16)]
-    sizes = [[len(tensor) for tensor in bucket] for bucket in buckets(tensors)]
-    assert sizes == [[4, 6], [1], [30], [2, 2]]
-    assert np.sum([sum(size) for size in sizes]) == sum(map(len, tensors))
 
 
 class Count(TorchDispatchMode):
@@ -226,7 +219,7 @@ class Count(TorchDispatchMode):
 
 
 def test_step_reads_from_the_device_only_where_transformers_looks_for_padding(experiment, batches):
-    """Each read waits for a GPU to finish. BertModel and its kin ask once per forward whether a mask is needed."""
+    """Each read waits for a GPU to finish. BertModel reads once per forward whether a mask is needed."""
     use_cpu_kernels(False)  # they never run on a GPU
     for batch in batches[:2]:
         with Count() as count:
