@@ -1,4 +1,4 @@
-"""The sums between two log lines: exact over interruptions, and the first bad step is found without waiting each step."""
+"""The sums between two log lines: equal after a resume, and the first step that is not finite is named."""
 
 import numpy as np
 import pytest
@@ -64,3 +64,25 @@ def test_first_step_that_is_not_finite_is_named_with_its_learning_rate(meter, lo
         with pytest.raises(UserError, match=r"not finite at step 2 \(learning rate 0\.02\)") as caught:
             look()
         assert " ".join(map(str, sorted(PLAN.samples_of(2)))) in str(caught.value)
+
+
+def test_sum_that_overflows_is_reported_as_not_finite(meter):
+    for step in (1, 2):
+        add(meter, step, 3e38)
+    with pytest.raises(UserError, match="not finite at step 2 "):
+        meter.read()
+
+
+def test_speed_counts_the_time_before_a_checkpoint_and_none_before_training(meter, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    meter.restore({"sums": [[8.0, 2.0]], "samples": 8, "steps": 1, "weight": 8.0, "seconds": 3.0})
+    now = 100.0  # frozen features were computed
+    meter.start_clock()
+    now = 101.0
+    assert meter.read()["train/samples_per_second"] == 2.0
+    assert meter.state()["seconds"] == 4.0
+    meter.reset()
+    add(meter, 2, 1.0)
+    now = 103.0
+    assert meter.read()["train/samples_per_second"] == 4.0
