@@ -17,6 +17,7 @@ from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import plain_cross_entropy
 from lib.run.best_model import publish_model
 from lib.run.checkpoint import Checkpointer, list_checkpoints
+from lib.runtime.atomic import write_manifest
 from lib.training.learner import Learner
 from lib.training.objective import Objective
 from lib.training.plan import Plan
@@ -64,6 +65,14 @@ def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel,
     plan = Plan(TrainingConfig(), np.ones(8))
     learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     return Checkpointer(folder, TrainingConfig(), sizes, learner)
+
+
+def make_checkpoints(folder: Path, *names: str) -> None:
+    """Valid checkpoints with these names, each with one file."""
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_text(name)
+        write_manifest(folder / name, {})
 
 
 def run_flags(folder: Path, model: Path) -> list[Any]:

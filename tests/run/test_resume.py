@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 
 from lib.config.sections import HubConfig, flatten
+from lib.config.train import TrainConfig
 from lib.data.batching import BATCHES_PER_MEGABATCH
+from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
+from lib.run.resume import describe_promise, find_checkpoint
 from tests.conftest import WORKER_ENV, read_lines, results_of
-from tests.resuming import differences, play
+from tests.resuming import differences, make_checkpoints, play
 
 LAST = 10
+SETTINGS = {"run/num_processes": 1, "run/version_torch": "2"}
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -81,3 +85,44 @@ def test_kill_at_any_write_leaves_a_valid_checkpoint_and_a_best_model(run, tmp_p
 
 def test_kills_would_notice_a_save_that_deletes_the_old_checkpoint_first(run, tmp_path):
     assert results_of(run("tests/workers/killed_writes.py", tmp_path, "broken", env=WORKER_ENV))["no checkpoint"] > 10
+
+
+def test_damaged_checkpoint_is_named_and_the_previous_one_is_used(tmp_path, capsys):
+    make_checkpoints(tmp_path, "step-1", "step-2")
+    (tmp_path / "step-2" / "model.safetensors").write_text("step-3")
+    assert find_checkpoint("auto", tmp_path) == tmp_path / "step-1"
+    warning = capsys.readouterr().out
+    assert str(tmp_path / "step-2") in warning
+    assert "model.safetensors was changed" in warning
+
+
+def test_resume_from_checkpoint_accepts_auto_must_never_and_folders(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert find_checkpoint("auto", checkpoints) is None
+    with pytest.raises(UserError, match="--resume_from_checkpoint must"):
+        find_checkpoint("must", checkpoints)
+    make_checkpoints(checkpoints, "step-1", "step-2")
+    assert find_checkpoint(str(checkpoints / "step-1"), tmp_path / "other") == checkpoints / "step-1"
+    assert find_checkpoint(str(tmp_path / "run"), tmp_path / "other") == checkpoints / "step-2"
+    (checkpoints / "step-1" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-1.*model\.safetensors is missing"):
+        find_checkpoint(str(checkpoints / "step-1"), tmp_path / "other")
+    with pytest.raises(UserError, match=r"nowhere.*manifest\.json is missing"):
+        find_checkpoint(str(tmp_path / "nowhere"), tmp_path / "other")
+    assert find_checkpoint("never", checkpoints) is None
+    assert not checkpoints.exists()
+
+
+def test_promise_of_a_resumed_run_names_what_differs():
+    assert "bit by bit" in describe_promise(SETTINGS, dict(SETTINGS), [])
+    assert "num_processes 1 -> 2" in describe_promise(SETTINGS, SETTINGS | {"run/num_processes": 2}, [])
+    assert "version_torch 2 -> 3" in describe_promise(SETTINGS, SETTINGS | {"run/version_torch": "3"}, [])
+
+
+def test_run_may_resume_with_other_cpu_kernels_but_not_bit_by_bit():
+    now = flatten(TrainConfig())
+    other = now | {"cpu_kernels": False}
+    before_the_option = {name: value for name, value in now.items() if name != "cpu_kernels"}
+    assert compare_settings(now, other) == []
+    assert "bit by bit" in describe_promise(before_the_option, now, [])
+    assert "cpu_kernels True -> False" in describe_promise(now, other, [])

@@ -147,7 +147,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
 def test_missing_tracker_package_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(UserError, match=f"--report_to {name}: not installed; run: pip install {name}"):
+    with pytest.raises(UserError, match=f"--report_to {name}.*pip install {name}"):
         check_tracker(name)
     check_tracker("none")
 

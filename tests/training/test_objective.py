@@ -28,14 +28,14 @@ LABELS = np.array([0] * 7 + [1] * 2 + [2] * 1)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_cross_entropy_with_smoothing_is_bitwise_that_of_pytorch(smoothing: float) -> None:
+def test_cross_entropy_with_smoothing_equals_that_of_pytorch_bit_by_bit(smoothing: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 5, generator=generator), torch.randint(5, (50,), generator=generator)
     ours = build_loss(ObjectiveConfig(label_smoothing_factor=smoothing), CLASSIFICATION)(logits, labels)
     assert torch.equal(ours, cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing))
 
 
-def made_up(labels: np.ndarray, names: list[str] = NAMES) -> Data:
+def data_of(labels: np.ndarray, names: list[str] = NAMES) -> Data:
     train = Dataset.from_dict({"labels": labels.tolist()})
     return Data("", {}, {"train": train}, {}, names, ("text",), ())
 
@@ -47,7 +47,7 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
 
 
 def test_balanced_weights_add_up_to_the_same_for_every_class() -> None:
-    objective = build_objective(ObjectiveConfig(class_weights=("balanced",)), made_up(LABELS))
+    objective = build_objective(ObjectiveConfig(class_weights=("balanced",)), data_of(LABELS))
     assert objective.weights is not None
     assert objective.weights.dtype == np.float32
     np.testing.assert_allclose([objective.weights[c == LABELS].sum() for c in range(3)], 10 / 3, rtol=1e-6)
@@ -69,29 +69,28 @@ def test_class_weights_are_given_by_name_or_number_and_default_to_1() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["awful=2"], "--class_weights awful=2: awful is not among the classes: bad, good, mixed"),
-        (["3=2"], "3 is not among the classes"),
-        (["bad=2", "0=3"], "--class_weights 0=3: 0 is named twice"),
+        (["awful=2"], "--class_weights awful=2.*not among.*bad, good, mixed"),
+        (["3=2"], "--class_weights 3=2.*not among"),
+        (["bad=2", "0=3"], "--class_weights 0=3.*twice"),
     ],
 )
-def test_weights_of_unknown_classes_are_refused(given: list[str], message: str) -> None:
+def test_weights_of_unknown_or_repeated_classes_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_objective(ObjectiveConfig(class_weights=tuple(given)), made_up(LABELS))
+        build_objective(ObjectiveConfig(class_weights=tuple(given)), data_of(LABELS))
 
 
 def test_notes_name_class_weights_and_the_order_of_grades() -> None:
-    objective = build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), made_up(LABELS))
-    assert objective.notes == (
-        "ordinal loss: the order of the classes is bad < good < mixed",
-        "class weights: bad 1, good 2, mixed 1",
-    )
+    objective = build_objective(ObjectiveConfig(loss="ordinal", class_weights=("good=2",)), data_of(LABELS))
+    order, weights = objective.notes
+    assert "bad < good < mixed" in order
+    assert "bad 1, good 2, mixed 1" in weights
 
 
 @pytest.mark.parametrize(
     "settings", [{"loss": "focal"}, {"loss": "ordinal"}, {"label_smoothing_factor": 0.1}, {"class_weights": ("0=2",)}]
 )
 def test_classification_objectives_are_refused_for_other_problem_types(settings: dict) -> None:
-    data = dataclasses.replace(made_up(LABELS), problem_type="regression")
+    data = dataclasses.replace(data_of(LABELS), problem_type="regression")
     with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label per text"):
         build_objective(ObjectiveConfig(**settings), data)
 
@@ -114,7 +113,7 @@ def test_weighted_step_has_the_gradient_of_pytorchs_weighted_mean(
     reference = cross_entropy(model(**batch).logits, torch.from_numpy(numbers), weight=weights)
     wanted = torch.autograd.grad(reference, list(model.parameters()), allow_unused=True)
 
-    objective = build_objective(ObjectiveConfig(class_weights=("0=0.5", "1=2", "2=7")), made_up(numbers))
+    objective = build_objective(ObjectiveConfig(class_weights=("0=0.5", "1=2", "2=7")), data_of(numbers))
     collator = build_collator(tokenizer, "no", accelerator.device)
     total = 0.0
     for rank in range(world_size):
