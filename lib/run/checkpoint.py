@@ -27,6 +27,7 @@ from lib.training.optimizer import restore_optimizer
 from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
+"""The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
 
 
 @dataclasses.dataclass
@@ -62,6 +63,7 @@ class Checkpointer:
             raise UserError(problem or "the first process could not save a checkpoint")
 
     def write(self, record: dict[str, Any]) -> None:
+        """Publish a checkpoint whose state.json holds `record`, on the main process."""
         learner, model = self.learner, self.learner.inner_model
         state, scaler = learner.state, learner.accelerator.scaler
         checkpoints = self.folder / "checkpoints"
@@ -121,7 +123,7 @@ class Checkpointer:
 
 
 def manifest_head(state: State, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a person or another program wants to know about a checkpoint."""
+    """What the manifest says of a checkpoint besides its files, for people and other programs."""
     versions = {key.removeprefix("run/version_"): value for key, value in settings.items() if "run/version_" in key}
     return {
         "format": 1,
@@ -135,6 +137,7 @@ def manifest_head(state: State, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_record(checkpoint: Path) -> dict[str, Any]:
+    """The content of state.json."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 

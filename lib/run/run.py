@@ -1,4 +1,4 @@
-"""What outlives the process, as one object: folder, settings, log, checkpoints, best model, progress, results."""
+"""A run as one object: folder, settings, log, checkpoints, best model, progress, results."""
 
 import contextlib
 from collections.abc import Iterator

@@ -25,21 +25,6 @@ class Objective:
     notes: tuple[str, ...] = ()
 
 
-def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
-    """The training loss. Raises UserError if it does not fit the problem type."""
-    if config.loss == "cross_entropy" and not config.label_smoothing_factor:
-        return PLAIN[problem_type]
-    if problem_type != CLASSIFICATION:
-        flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
-        raise UserError(f"{flag} is for data with one label per text, this is {words(problem_type)}")
-    losses: dict[str, Loss] = {
-        "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
-        "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
-        "ordinal": ordinal_loss,
-    }
-    return losses[config.loss]
-
-
 def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
     """Loss and sample weights of the train split. Raises UserError if the settings do not fit the data."""
     loss = build_loss(config, data.problem_type)
@@ -55,6 +40,21 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
     notes = (*notes, f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")
     return Objective(loss, weights[labels].astype(np.float32), notes)
+
+
+def build_loss(config: ObjectiveConfig, problem_type: str) -> Loss:
+    """The training loss. Raises UserError if it does not fit the problem type."""
+    if config.loss == "cross_entropy" and not config.label_smoothing_factor:
+        return PLAIN[problem_type]
+    if problem_type != CLASSIFICATION:
+        flag = f"--loss {config.loss}" if config.loss != "cross_entropy" else "--label_smoothing_factor"
+        raise UserError(f"{flag} is for data with one label per text, this is {words(problem_type)}")
+    losses: dict[str, Loss] = {
+        "cross_entropy": functools.partial(plain_cross_entropy, label_smoothing=config.label_smoothing_factor),
+        "focal": functools.partial(focal_loss, gamma=config.focal_gamma),
+        "ordinal": ordinal_loss,
+    }
+    return losses[config.loss]
 
 
 def class_weights(given: Sequence[str], labels: np.ndarray, label_names: Sequence[str]) -> np.ndarray:

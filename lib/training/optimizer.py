@@ -26,6 +26,26 @@ METRIC_SCHEDULERS = (GreedyLR, ReduceLROnPlateau)
 """Schedulers that follow the validation metric instead of the step."""
 
 
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused if PyTorch has it for the device.
+
+    On a CPU the trainable parameters are copied to memory of their own: they lie in the memory-mapped file of the
+    checkpoint, where the first step would copy them page by page, ten times as slowly.
+    """
+    on_cpu = device.type == "cpu"
+    for parameter in model.parameters() if on_cpu else ():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    return TableAdamW(
+        parameter_groups(model, config),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+        tables=large_tables(model) if on_cpu else (),
+    )
+
+
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Trainable parameters grouped by peak learning rate and weight decay; those at `learning_rate` come first.
 
@@ -108,38 +128,11 @@ def rows_of(gradient: torch.Tensor) -> torch.Tensor:
     return gradient._indices()[0] if gradient.is_sparse else torch.arange(len(gradient))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused if PyTorch has it for the device.
-
-    On a CPU the trainable parameters are copied to memory of their own: they lie in the memory-mapped file of the
-    checkpoint, where the first step would copy them page by page, ten times as slowly.
-    """
-    on_cpu = device.type == "cpu"
-    for parameter in model.parameters() if on_cpu else ():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
-    return TableAdamW(
-        parameter_groups(model, config),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=device.type in ("cpu", "cuda"),
-        tables=large_tables(model) if on_cpu else (),
-    )
-
-
 def large_tables(model: nn.Module) -> list[nn.Embedding]:
     """Large trainable embedding tables whose weights no other module shares: a tied head would touch all rows."""
     tables = [module for module in model.modules() if type(module) is nn.Embedding and module.weight.requires_grad]
     users = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     return [table for table in tables if table.weight.numel() >= LARGE_TABLE and users[id(table.weight)] == 1]
-
-
-def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Warm-up steps: the setting itself, or if below 1 that share of all steps, rounded up."""
-    return (
-        math.ceil(round(config.warmup_steps * total_steps, 6)) if config.warmup_steps < 1 else int(config.warmup_steps)
-    )
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int, metric: str) -> Any:
@@ -164,6 +157,13 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
         return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
     except (TypeError, ValueError) as error:
         raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error
+
+
+def warmup_steps(config: OptimConfig, total_steps: int) -> int:
+    """Warm-up steps: the setting itself, or if below 1 that share of all steps, rounded up."""
+    if config.warmup_steps >= 1:
+        return int(config.warmup_steps)
+    return math.ceil(round(config.warmup_steps * total_steps, 6))
 
 
 def scheduler_settings(config: OptimConfig) -> dict[str, Any]:
@@ -208,12 +208,12 @@ def restore_optimizer(
     optimizer.load_state_dict(saved)
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update(settings)
-    rates = [group["initial_lr"] for group in optimizer.param_groups] if isinstance(scheduler, LambdaLR) else []
     scheduler.load_state_dict(saved_scheduler)
     if isinstance(scheduler, LambdaLR):
-        scheduler.base_lrs = list(rates)
+        scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
         scheduler._last_lr = [
-            rate * shape(scheduler.last_epoch) for rate, shape in zip(rates, scheduler.lr_lambdas, strict=True)
+            rate * shape(scheduler.last_epoch)
+            for rate, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
         ]
         for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate

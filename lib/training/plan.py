@@ -1,4 +1,4 @@
-"""What follows from settings, data and processes before the first step: which samples form a step, and what is done when."""
+"""The plan of a run: which samples form each step, and when it is logged, evaluated and saved."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ class Plan:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
     def sentence(self) -> str:
-        """How a step is made: `32 samples per step = 2 processes x 2 micro-batches x 8`."""
+        """How a step is divided: `32 samples per step = 2 processes x 2 micro-batches x 8`."""
         batch_size = self.config.train_batch_size
         per_process = math.ceil(min(batch_size, len(self.lengths)) / self.world_size)
         pieces = math.ceil(per_process / self.micro_batch_size)
@@ -57,8 +57,6 @@ class Plan:
         processes = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
         micro = f"{pieces} micro-batch{'es' if pieces > 1 else ''}"
         return f"{batch_size} samples per step = {processes} x {micro} x {'' if exact else 'at most '}{size}"
-
-    # ------------------------------------------------------------------------------------------------ samples
 
     def epoch(self, epoch: int) -> list[Indices]:
         """The samples of each step of an epoch, over all processes."""
@@ -79,16 +77,17 @@ class Plan:
             steps = self.epoch(epoch)[max(0, first_step - start) : self.total_steps - start]
             yield from batches.steps(steps, share, self.config.dataloader_num_workers)
 
-    # ------------------------------------------------------------------------------------------------ what is done when
-
     def steps(self, batches: Batches, state: State) -> Iterator[StepBatch | None]:
-        """This process's share of each step until training is finished; None first if a step was made but not followed up."""
+        """This process's share of each step until training is finished.
+
+        None comes first if the run was stopped between a step and its logging, evaluation and saving.
+        """
         step_batches = self.step_batches(batches, state.step)
         while not self.is_finished(state):
             yield None if state.pending else next(step_batches)
 
     def is_finished(self, state: State) -> bool:
-        """Whether nothing is left to train: the last step is made and followed up, or evaluations were no better."""
+        """Whether training ends here: no step is pending, and the last step is made or early stopping applies."""
         patience = self.config.early_stopping_patience
         stopped_early = patience is not None and state.evals_since_best >= patience
         return not state.pending and (state.step >= self.total_steps or stopped_early)
@@ -110,9 +109,9 @@ class Plan:
 
 
 def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: Accelerator) -> Plan:
-    """Raises UserError if there are no training samples."""
+    """The plan of this process. Raises UserError if there are no training samples."""
     lengths, logging_steps = data.lengths["train"], config.tracking.logging_steps
     if not len(lengths):
         raise UserError("the train split is empty")
-    place = accelerator.process_index, accelerator.num_processes
-    return Plan(config.training, lengths, metrics.best, logging_steps, *place)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size)

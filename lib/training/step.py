@@ -77,10 +77,10 @@ def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: Forw
 
 
 def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | None) -> torch.Tensor:
-    """Have the coming step of AdamW clip the gradients to `max_norm` (None: not), or do nothing if they are not finite.
+    """Have the next step of AdamW clip the gradients to `max_norm` (None: not), or change nothing if they are not finite.
 
-    Neither waits for them: the fused kernels take a divisor and a flag from the device, as a GradScaler gives them; with
-    fp16 there is one, which does the second by itself. Returns the norm before clipping, on the device.
+    Nothing waits for the device: fused AdamW reads a divisor and a flag that lie there, as GradScaler sets them. With fp16
+    there is a GradScaler, which skips such a step by itself. Returns the norm before clipping, on the device.
     """
     limit = max_norm or math.inf
     inner = getattr(optimizer, "optimizer", optimizer)
