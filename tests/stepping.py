@@ -1,4 +1,4 @@
-"""The objects of train.py for tests that make steps themselves."""
+"""The objects of train.py, for tests that run single steps."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ METRICS = Metrics(("accuracy",), "accuracy")
 
 @dataclasses.dataclass
 class Experiment:
-    """What `main` has built when the first step begins."""
+    """What `main` has built before the first step."""
 
     config: TrainConfig
     learner: Learner
@@ -55,7 +55,7 @@ def build_experiment(config: TrainConfig, accelerator: Accelerator, data: Data |
 
 
 def batches_of(tokens: Any, collator: Any, weights: Any = None) -> Batches:
-    """Batches of training samples that no data set was loaded for."""
+    """Batches of training samples `tokens`, without a data set."""
     data: Any = SimpleNamespace(tokens={"train": tokens})
     return Batches(data, collator, weights)
 

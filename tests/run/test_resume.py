@@ -1,4 +1,4 @@
-"""A run that was interrupted equals one that was not; a checkpoint is whole or is not used."""
+"""A resumed run equals an uninterrupted one; damaged checkpoints are found and not used."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
     assert state["settings"]["run/batches_sorted_together"] == BATCHES_PER_MEGABATCH
     for call in calls[1:]:
         found = differences(tmp_path / "whole", tmp_path / call["folder"])
-        if call["folder"] in ("order", "dropout"):  # the comparison would see it
+        if call["folder"] in ("order", "dropout"):  # broken on purpose: the comparison must notice
             assert "model.safetensors" in found
         else:
             assert not found, call["folder"]
@@ -44,7 +44,7 @@ def test_stopped_after_any_step_and_resumed_equals_uninterrupted_bit_by_bit(run,
 
 
 def test_run_resumes_through_another_mirror():
-    """Where files came from does not change what they are."""
+    """The source of files does not change their content."""
     there = flatten(HubConfig())
     now = flatten(HubConfig("https://hf-mirror.com", 20, True, True))
     assert there.keys() == {key for key in now if there[key] != now[key]}

@@ -1,4 +1,4 @@
-"""metrics.jsonl is complete whatever the tracker does, and each tracker is found, named and ended as it should be."""
+"""metrics.jsonl is complete whatever the tracker does; a run has one tracker run, also when it resumes."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ RESULTS = {"test/accuracy": 1.0, "steps": 3, "samples_seen": 24}
 
 
 class FakeTracker(GeneralTracker):
-    """Notes what it is told and raises where it is told to."""
+    """Records its calls; raises in the method `fails_at`."""
 
     name, requires_logging_directory, main_process_only = "fake", False, False
 
@@ -74,7 +74,7 @@ def open_log(folder: Path, accelerator: Accelerator | None = None, report_to: st
 
 
 def log_run(folder: Path, tracker: FakeTracker) -> None:
-    """A run of three steps that `tracker` follows."""
+    """A run of three steps, logged to `tracker`."""
     log = open_log(folder, tracked(tracker), "tensorboard")
     log.start(SETTINGS, ["accuracy"])
     for step in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_failing_init_trackers_never_stops_a_run(tmp_path: Path, method: str, mo
 
 
 def test_closing_the_tracker_keeps_the_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other processes still wait for this one in it."""
+    """Other processes still wait for this one in the group."""
     ended: list[bool] = []
     monkeypatch.setattr("accelerate.state.PartialState.destroy_process_group", lambda *_: ended.append(True))
     tracker = FakeTracker()
@@ -345,7 +345,7 @@ def steps_of(path: Path) -> list[int]:
 
 
 def records_of(content: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB, pieces behind 7 bytes each."""
+    """Records of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB, each piece after a header of 7 bytes."""
     position, pieces = 7, b""
     while position + 7 <= len(content):
         left = 32768 - position % 32768

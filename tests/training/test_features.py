@@ -1,4 +1,4 @@
-"""Training on what a frozen part gave once equals training through it, whatever the architecture."""
+"""Training on cached outputs of the frozen part equals training through it, for every architecture."""
 
 import dataclasses
 import os
@@ -69,7 +69,7 @@ def settings(model: Path, tmp_path: Path, freeze: str, **training: Any) -> Train
 
 
 def train(config: TrainConfig) -> SimpleNamespace:
-    """The steps of train.py: losses, gradient norms, scores and weights, and the model."""
+    """Train as train.py does: losses and gradient norms of the steps, weights, scores, and the model."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=config.mixed_precision)
     experiment = build_experiment(config, accelerator)
@@ -78,12 +78,19 @@ def train(config: TrainConfig) -> SimpleNamespace:
     runs, losses = count_runs(learner.model), torch.tensor(experiment.train())
     scores, predictions = learner.evaluate(cached.split("test"), METRICS)
     weights = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
-    return SimpleNamespace(losses=losses, weights=weights, scores=scores, logits=predictions.logits, model=learner.model,
-        is_cached=cached is not plain, runs=runs)  # fmt: skip
+    return SimpleNamespace(
+        losses=losses,
+        weights=weights,
+        scores=scores,
+        logits=predictions.logits,
+        model=learner.model,
+        is_cached=cached is not plain,
+        runs=runs,
+    )
 
 
 def count_runs(model: Any) -> list[int]:
-    """Counts from now on how often the first attention of a model, which lies in what is frozen, is computed."""
+    """Count from now on how often the first attention of a model runs, which is in the frozen part."""
     runs = [0]
     for name, module in model.named_modules():
         if isinstance(module, nn.Module) and name.rpartition(".")[2] in ("attention", "attn", "self_attn"):
@@ -129,9 +136,9 @@ def test_layers_trained_on_cached_features_equal_training_through_the_frozen_one
 @pytest.mark.parametrize(
     ("name", "freeze", "reason"),
     [
-        ("bart", "backbone", "more than one vector"),  # looks for the end token among the tokens
-        ("gpt2", "2", "random numbers"),  # the dropout of its embeddings has no parameter, and is on
-        ("deberta", "2", "something below it is trained"),  # positions that all layers share
+        ("bart", "backbone", "more than one vector"),  # its head looks for the end token in the token ids
+        ("gpt2", "2", "random numbers"),  # the dropout of its embeddings is active: it has no parameters
+        ("deberta", "2", "something below it is trained"),  # position embeddings shared by all layers
     ],
 )
 def test_uncacheable_frozen_part_runs_every_step_and_is_reported(name, freeze, reason, tmp_path, capsys):
@@ -208,7 +215,7 @@ def test_least_recently_used_features_are_deleted_first(tmp_path):
 def launch(
     run: Command, model: Path, tmp_path: Path, name: str, *extra: object, processes: int = 1
 ) -> tuple[Path, str]:
-    """Folder and output of a run of train.py whose texts, steps and micro-batches are ragged."""
+    """Folder and output of a run of train.py with texts, steps and micro-batches of unequal size."""
     flags = [*run_flags(tmp_path, model), "--freeze", "backbone", "--output_dir", tmp_path / name, *extra]
     env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     done = run("train.py", *flags, "--save_total_limit", 9, processes=processes, env=env)

@@ -1,4 +1,4 @@
-"""Objectives: class weights as in scikit-learn and PyTorch, and the same training for any processes and micro-batches."""
+"""Losses and class weights equal those of scikit-learn and PyTorch, on any number of processes and micro-batches."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def test_classification_objectives_are_refused_for_other_problem_types(settings:
 def test_weighted_step_has_the_gradient_of_pytorchs_weighted_mean(
     roberta_without_dropout: Path, micro_batch_size: int, world_size: int
 ) -> None:
-    """The gradients that processes would add up, from the windows that each of them gets."""
+    """The gradients of all processes are added up here, each from its share of the step."""
     accelerator, source = Accelerator(cpu=True), ModelConfig(model=str(roberta_without_dropout))
     tokenizer = load_tokenizer(source)
     torch.manual_seed(0)

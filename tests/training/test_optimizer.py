@@ -92,7 +92,7 @@ def peak_rates(model: typing.Any, config: OptimConfig) -> dict[str, float]:
 
 
 def rate_by_name(name: str, backbone: str) -> float:
-    """The rate in `BY_DEPTH` of a parameter of a model of two layers, told from its name."""
+    """The rate under `BY_DEPTH` of a parameter of a model with two layers, by its name."""
     first, *parts = name.split(".")
     if first != backbone:
         return 10.0
@@ -112,7 +112,7 @@ def test_layer_learns_slower_than_the_one_above_it_and_the_head_at_its_own_rate(
 @pytest.mark.parametrize("kind", ["roberta", "modernbert"])
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
 def test_adapters_learn_at_the_rate_of_their_layer(kind: str, method: str, tmp_path: Path) -> None:
-    """ModernBERT calls its body `model`, and so does peft the whole below an adapter."""
+    """Names collide: ModernBERT calls its backbone `model`, and peft calls the adapted model so."""
     model = adapt(tiny_classifier(kind), AdapterConfig(adapter=method), ModelConfig(model=str(tmp_path)), [])
     rates = peak_rates(model, BY_DEPTH)
     assert {rate for name, rate in rates.items() if ".0." in name} == {0.5}
@@ -268,7 +268,7 @@ def test_reused_gradient_forgets_numbers_that_were_not_finite(monkeypatch: pytes
 
 
 def test_reused_gradient_is_right_for_a_table_used_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As DeBERTa's table of distances is."""
+    """DeBERTa uses its table of relative positions so."""
     monkeypatch.setattr(optim, "LARGE_TABLE", 320)
     model = reader()
     optimizer = build_optimizer(model, OptimConfig(), CPU)
@@ -292,7 +292,7 @@ def test_gradients_of_frozen_tables_and_on_gpus_are_not_reused(monkeypatch: pyte
 
 
 def test_trained_parameters_are_not_memory_mapped(tmp_path: Path) -> None:
-    """Else the first step copies it page by page, in ten times the time of all later ones."""
+    """The first step would copy them page by page and take ten times as long as later ones."""
     path = str(tmp_path / "model.safetensors")
     save_file({"weight": torch.ones(600, 500), "bias": torch.zeros(600)}, path)
     model = nn.Linear(500, 600)
@@ -307,7 +307,7 @@ def test_trained_parameters_are_not_memory_mapped(tmp_path: Path) -> None:
 
 
 def lies_in(path: str, tensor: torch.Tensor) -> bool:
-    """Whether the memory of `tensor` is a mapping of a file."""
+    """Whether the memory of `tensor` is mapped from the file `path`."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(number, 16) for number in line.split()[0].split("-"))
         if start <= tensor.data_ptr() < end:

@@ -34,11 +34,11 @@ def plan_of(**settings) -> Plan:
 
 
 def play(plan: Plan, state: State, better: bool = True) -> list[str]:
-    """What train.py does, as words: steps, None for a step that a resumed run only follows up, and what follows each."""
+    """The loop of train.py as words: `step N`, or `pending` for the step of a resumed run, and what follows each."""
     words = []
     for batch in plan.steps(batches_of(Tokens(TOKENS), collate), state):
         if batch is None:
-            words.append("none")
+            words.append("pending")
         else:
             state.step, state.pending = state.step + 1, True
             words.append(f"step {state.step}")
@@ -59,13 +59,13 @@ def test_every_epoch_ends_with_an_evaluation_and_a_checkpoint_by_default() -> No
     ]
 
 
-def test_pending_step_is_followed_up_before_the_next_one_and_not_made_again() -> None:
+def test_pending_step_is_logged_evaluated_and_saved_first_and_not_made_again() -> None:
     plan = plan_of(num_train_epochs=2)
     whole = play(plan, State())
     resumed = play(plan, State(step=3, pending=True))
-    assert resumed == ["none", *whole[whole.index("step 3") + 1 :]]
+    assert resumed == ["pending", *whole[whole.index("step 3") + 1 :]]
     assert play(plan, State(step=3)) == whole[whole.index("step 4") :]
-    assert play(plan, State(step=6, pending=True)) == ["none", "log", "evaluate", "save"]
+    assert play(plan, State(step=6, pending=True)) == ["pending", "log", "evaluate", "save"]
     assert play(plan, State(step=6)) == []
 
 

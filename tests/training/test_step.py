@@ -28,7 +28,7 @@ from lib.training.step import gradient_norm
 from tests.conftest import sentences, write_csv
 from tests.stepping import Experiment, build_experiment
 
-# A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
+# A large epsilon: AdamW divides by the size of the gradient, which amplifies rounding errors where that is near zero.
 OPTIM = OptimConfig(learning_rate=1e-2, adam_epsilon=1e-2)
 
 

@@ -1,6 +1,6 @@
-"""train.py with a fault put into it from outside: faulty.py FAULT FLAG [FLAG ...], where FAULT is a JSON object.
+"""train.py with an injected fault: faulty.py FAULT FLAG [FLAG ...], where FAULT is a JSON object.
 
-`sleep`: seconds added to every step. `step`: the step at which the others act, on process `rank` (default: all).
+`sleep`: seconds added to every step. `step`: the step at which `do` acts, on process `rank` (default: all).
 `do`: oom, oom_backward (above `size` samples), eval_oom (above `size` positions), nan, freeze, kill, raise. `once`: a file
 that, once there, stops the fault from acting again. `file_bytes`: the largest file that can be written. `free`: free bytes
 of the disk. `tokenize`: seconds that the first process takes to load the data.
@@ -33,7 +33,7 @@ backward = Accelerator.backward
 
 
 def acts(what: str) -> bool:
-    """Whether the fault `what` is asked for on this process, and for the first time where it is to act once."""
+    """Whether the fault `what` is to act on this process; with `once`, True only the first time."""
     if FAULT.get("do") != what or FAULT.get("rank", RANK) != RANK:
         return False
     if "once" in FAULT:
@@ -66,7 +66,7 @@ def no_memory(size: int) -> None:
 
 
 def compute_logits(model: Any, inputs: Any) -> torch.Tensor:
-    """Of training: evaluation has the one it imported before."""
+    """For training only: evaluation imported the original before."""
     Now.size = len(inputs["input_ids"])
     if Now.step >= FAULT.get("step", 0) and acts("oom"):
         no_memory(Now.size)

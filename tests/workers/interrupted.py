@@ -1,4 +1,4 @@
-"""Train, stop and resume again and again in one process group; test_resume.py compares the folders left behind.
+"""Train, stop and resume many times in one process group; test_resume.py compares the output folders.
 
     interrupted.py PLAN FLAG [FLAG ...]
 

@@ -1,4 +1,4 @@
-"""Kill a process at every write of a save, before and after it; say what is left each time.
+"""Kill a process before and after every write of a save, and count what is left.
 
     killed_writes.py FOLDER [broken]
 
@@ -45,7 +45,7 @@ WRITES = [
 
 
 def kill_at(number: int) -> None:
-    """End this process with SIGKILL at the given write: odd numbers before it, even ones after it."""
+    """Kill this process at the given one of the moments right before and right after a write."""
     count = 0
 
     def counted(function: Any) -> Any:

@@ -23,9 +23,8 @@ from lib.runtime.processes import finish
 from tests.conftest import sentences, write_csv
 from tests.stepping import build_experiment
 
-# A large epsilon: AdamW divides by the size of the gradient, and would blow rounding errors up where that is zero.
+# A large epsilon: AdamW divides by the size of the gradient, which amplifies rounding errors where that is near zero.
 FIXED = "--lr 1e-2 --adam_epsilon 1e-2 --warmup_steps 1 --lr_scheduler_type cosine --epochs 2 --train_batch_size 16"
-
 
 HEADER = ("text", "label", "score", "bad", "good", "plot")
 
@@ -59,7 +58,7 @@ def train(accelerator, config: TrainConfig, data: Data) -> dict:
 
 def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_flags: str) -> None:
     accelerator = build_accelerator("no")
-    gc.freeze()  # `free_memory` collects after each training, and need not look at all modules for it
+    gc.freeze()  # `free_memory` collects garbage after each training; it need not scan the imported modules
     fixed = [*FIXED.split(), "--model", model_folder, "--per_device_train_batch_size", micro_batch_size]
     with accelerator.main_process_first():
         for role in ("train", "validation"):

@@ -228,7 +228,8 @@ class Builder:
         with torch.no_grad(), cast_weights(self.stand_in.model, self.accelerator.mixed_precision):
             while not share_batches(self.accelerator, source, eval_batches(source.positions, size), compute, what):
                 size = halve(min(size, len(source.tokens)), "--per_device_eval_batch_size")
-                part.zero_(), counts.zero_()
+                part.zero_()
+                counts.zero_()
         check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())
         if self.accelerator.num_processes > 1:
             # Summed as bytes: x + 0 is exact for every dtype.
