@@ -391,11 +391,17 @@ def test_verify_hashes_finds_a_flipped_bit_in_a_complete_cache(served: Path) -> 
             ensure_cached([MODEL], HubConfig(verify_hashes=True), hub.endpoint)
 
 
-def test_verify_hashes_accepts_blobs_that_repositories_share(served: Path) -> None:
+def test_verify_hashes_accepts_shared_blobs_and_finds_damage_in_them(served: Path) -> None:
     """huggingface_hub makes such a blob a link to a file of another name; a cache of its own need not list all files."""
     cache_of_another_machine(served / "models" / "user" / "tiny", MODEL.repo.folder)
     share_blobs(MODEL.repo.folder.parent)
-    ensure_cached([Need("--model", MODEL.repo, COMMIT)], HubConfig(verify_hashes=True), "http://127.0.0.1:9")
+    needs, checked = [Need("--model", MODEL.repo, COMMIT)], HubConfig(verify_hashes=True)
+    ensure_cached(needs, checked, "http://127.0.0.1:9")
+    blob = (MODEL.repo.folder / "snapshots" / COMMIT / "model.safetensors").resolve()
+    data = blob.read_bytes()
+    blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        ensure_cached(needs, checked, "http://127.0.0.1:9")
 
 
 def test_mirror_with_other_contents_than_the_hub_is_refused(
