@@ -71,7 +71,7 @@ def test_each_peer_trains_and_measures_itself(name, material, tmp_path, monkeypa
     assert 0.05 < measures["peak_memory_gib"] < 50
 
 
-def test_the_manual_loop_scores_every_sample(material, tmp_path, monkeypatch, capsys):
+def test_manual_loop_scores_every_sample(material, tmp_path, monkeypatch, capsys):
     command = contenders.CONTENDERS["manual loop: scoring"](material, 0, tmp_path)
     monkeypatch.setattr(sys, "argv", command)
     manual_loop.main()
@@ -127,7 +127,7 @@ def test_our_commands_are_valid_and_of_the_peers_settings(name, material, tmp_pa
     assert config.model.freeze == ("backbone" if name == "ours: head" else None)
 
 
-def test_a_contender_that_fails_is_named_with_its_last_words(material, tmp_path):
+def test_failing_contender_is_named_with_its_last_output(material, tmp_path):
     broken = contenders.Setting(tmp_path / "nowhere")
     with pytest.raises(contenders.RunFailed, match=r"(?s)ours: head ended with code 2.*nowhere"):
         contenders.run("ours: head", broken, 0, tmp_path / "out")
@@ -156,7 +156,7 @@ def test_useful_flops_of_texts_add_up():
     assert forward_flops(model, [3, 9]) == forward_flops(model, [3]) + forward_flops(model, [9])
 
 
-def test_the_rate_of_products_is_measured_for_each_arithmetic(monkeypatch):
+def test_matrix_product_rate_is_measured_for_each_precision(monkeypatch):
     monkeypatch.setattr("benchmarks.flops.SECONDS", 0.001)
     rates = matmul_rates(16, 32, 8, torch.device("cpu"))
     assert set(rates) == {"fp32", "fp32 fast", "bf16"}
@@ -172,7 +172,7 @@ def made_up(name: str, repeat: int, **measures) -> dict:
     return {"name": name, "repeat": repeat} | shared | measures
 
 
-def test_a_ratio_is_that_of_medians_and_its_range_that_of_pairs():
+def test_ratio_is_that_of_medians_and_its_range_that_of_pairs():
     runs = [made_up("ours: full", i, train_seconds=value) for i, value in enumerate([1.0, 2.0, 4.0])]
     runs += [made_up("manual loop", i, train_seconds=value) for i, value in enumerate([10.0, 10.0, 12.0, 99.0])]
     outcome = compare("manual", runs)
@@ -195,7 +195,7 @@ def test_time_to_accuracy_is_when_a_run_first_had_what_the_note_s_script_ends_wi
     assert ratio_rows([outcome], WORDS)[1][4] == "not reached"
 
 
-def test_the_note_s_script_has_the_accuracy_it_ends_with_at_its_end():
+def test_time_to_accuracy_is_compared_with_the_end_and_the_first_time_of_the_note_s_script():
     note = made_up("note's script", 0, evaluations=[(10, 0.3), (20, 0.5), (30, 0.6), (40, 0.5)])
     ours = made_up("ours: head", 0, evaluations=[(3, 0.4), (4, 0.55), (5, 0.2)])
     for name, ratio in (("accuracy", 10), ("accuracy_first", 5)):
@@ -204,7 +204,7 @@ def test_the_note_s_script_has_the_accuracy_it_ends_with_at_its_end():
         assert outcome.ratio == ratio
 
 
-def test_the_share_of_the_product_rate_is_useful_flops_over_seconds():
+def test_share_of_the_product_rate_is_useful_flops_per_second():
     runs = [
         made_up("manual loop", 0, train_seconds=10.0, train_samples=200, eval_seconds=2.0, eval_samples=50),
         made_up("ours: scoring", 0, eval_seconds=2.0, eval_samples=100),
@@ -215,7 +215,7 @@ def test_the_share_of_the_product_rate_is_useful_flops_over_seconds():
     assert len({len(head), len(training), len(scoring)}) == 1
 
 
-def test_the_plot_shows_every_measured_row(tmp_path):
+def test_plot_shows_every_measured_row(tmp_path):
     outcomes = [Outcome(name, row, [2.0, 2.5], [9.0, 12.0]) for name, row in ROWS.items()]
     outcomes.append(Outcome("head", ROWS["head"], [], [], missed=1))
     plot(outcomes, WORDS, "a machine", tmp_path / "speed.png")

@@ -125,7 +125,7 @@ def test_every_flag_is_an_option(path):
     assert set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", text_of(path))) <= known
 
 
-def test_the_pages_have_commands_for_every_script():
+def test_pages_have_commands_for_every_script():
     for script in (*SCRIPTS, "hub.py"):
         assert sum(script_and_flags(command)[0] == script for command in COMMANDS_OF_SCRIPTS) > 4, script
 
@@ -147,7 +147,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         assert parse_cli(SCRIPTS[script], flags)
 
 
-def test_the_change_of_the_loop_applies_to_train_py_and_is_tested():
+def test_loop_change_of_the_readme_fits_train_py_and_is_tested():
     (diff,) = fences(text_of("README.md"), "diff")
     lines = diff.splitlines()
     assert all(line[1:] in text_of("train.py") for line in lines if line[0] in " -")

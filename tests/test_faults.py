@@ -15,5 +15,5 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=case.name, marks=() if case.short else pytest.mark.slow) for case in cases()]
 )
-def test_a_run_survives(laboratory: Laboratory, case: Case) -> None:
+def test_run_survives(laboratory: Laboratory, case: Case) -> None:
     assert case.act(laboratory) == case.expected

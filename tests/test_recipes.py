@@ -17,7 +17,7 @@ SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_is_read_and_names_its_data(recipe: Path) -> None:
+def test_recipe_parses_and_names_its_data(recipe: Path) -> None:
     assert parse_cli(TrainConfig, ["--config", str(recipe)]).data.dataset
 
 
@@ -30,7 +30,7 @@ def publish_as_pickle(folder: Path) -> Path:
     return folder
 
 
-def test_the_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> None:
+def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> None:
     """A new head of five classes on a body that stays as it was, 20 validations, the best model tested."""
     served = publish_as_pickle(tmp_path / "served/models/cardiffnlp/twitter-roberta-base-sentiment")
     write_sst5(tmp_path / "served/datasets/SetFit/sst5")

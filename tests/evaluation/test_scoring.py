@@ -78,7 +78,7 @@ def test_losses_are_the_cross_entropy_of_each_sample(accelerator: Accelerator, p
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, SIZE, SIZE + 1])
-def test_the_model_runs_once_per_batch(accelerator: Accelerator, parts: tuple, batch_size: int) -> None:
+def test_model_runs_once_per_batch(accelerator: Accelerator, parts: tuple, batch_size: int) -> None:
     model, _, lengths, _ = parts
     sizes: list[int] = []
     hook = model.register_forward_hook(lambda _, __, output: sizes.append(len(output.logits)))
@@ -182,7 +182,7 @@ def test_missing_and_double_samples_are_an_error(counts: list[int], message: str
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [0, 0, 1, 2, 3]])
-def test_a_batching_that_drops_or_repeats_samples_is_an_error(
+def test_batches_that_drop_or_repeat_samples_are_an_error(
     accelerator: Accelerator, parts: tuple, order: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens, lengths, collator = parts

@@ -320,7 +320,7 @@ def test_languages_are_set_in_tokenizer_and_generate():
         (["a", "--model", "classifier", "--max_length", 2], "no room for text besides 2 special tokens"),
     ],
 )
-def test_what_cannot_work_is_a_user_error(models, monkeypatch, flags, message):
+def test_impossible_requests_are_user_errors(models, monkeypatch, flags, message):
     monkeypatch.chdir(models)
     with pytest.raises(UserError, match=f"(?s){message}"):
         answers(*flags)

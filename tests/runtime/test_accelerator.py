@@ -57,7 +57,7 @@ def test_missing_gpus_are_an_error(visible: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("visible", [None, "", "-1"])
-def test_the_cpu_is_used_if_no_gpu_is_asked_for(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_used_if_no_gpu_is_asked_for(visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch, 0)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

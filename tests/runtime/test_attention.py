@@ -217,7 +217,7 @@ def test_float64_and_integers_get_pytorch_answer(dropout):
 
 
 @pytest.mark.parametrize("softcap", [30.0, 0.0])
-def test_what_transformers_refuses_is_refused(softcap):
+def test_attention_refuses_what_transformers_refuses(softcap):
     tensors, mask = inputs()
     with pytest.raises(ValueError, match="softcap"):
         attention_forward(module(), *tensors, mask, softcap=softcap)

@@ -100,7 +100,7 @@ def observed_by_subclass(layer: nn.Linear, seen: list[torch.dtype]) -> None:
     "observe",
     [observed_by_hook, observed_by_pre_hook, observed_by_backward_hook, observed_by_own_forward, observed_by_subclass],
 )
-def test_a_layer_that_is_observed_gets_its_float32_input(
+def test_layer_with_a_hook_gets_its_float32_input(
     observe: Callable[[nn.Linear, list[torch.dtype]], None],
 ) -> None:
     layers, states = heads_and_states()

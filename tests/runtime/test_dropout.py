@@ -108,7 +108,7 @@ def test_every_dtype_and_layout_is_filled_in_place(given: torch.Tensor) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_view_is_filled_without_touching_its_neighbors() -> None:
+def test_view_is_filled_without_touching_its_neighbors() -> None:
     whole = torch.full((4, 6), 9.0)
     whole[:, ::2].bernoulli_(0.5)
     assert set(whole[:, ::2].flatten().tolist()) == {0.0, 1.0}
@@ -138,7 +138,7 @@ def test_errors_are_those_of_pytorch(call: Callable[[], torch.Tensor]) -> None:
 
 
 @pytest.mark.usefixtures("kernels")
-def test_a_generator_is_drawn_from_instead_of_the_global_one() -> None:
+def test_given_generator_is_used_instead_of_the_global_one() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, again, other = (
