@@ -1,6 +1,7 @@
 """A run as one object: folder, settings, log, checkpoints, best model, progress, results."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,6 +51,8 @@ class Run:
         self.settings = run_settings(accelerator, config, batches, learner.inner_model)
         if accelerator.is_main_process:
             open_folder(config, folder)
+            # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
+            shutil.rmtree(folder / "heartbeats", ignore_errors=True)
         checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
         if accelerator.is_main_process:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)

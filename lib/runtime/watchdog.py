@@ -4,7 +4,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import sys
 import threading
@@ -35,8 +34,6 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
     It also prints the last phase of every process: each writes its own to a small file in `folder`, several times per
     timeout.
     """
-    if rank == 0:  # files of a run that was killed
-        shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
     beat("start of training")
