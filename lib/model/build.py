@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.model.adapters.adapt import adapt
@@ -10,7 +12,7 @@ from lib.model.load import build_model
 from lib.model.source import LoadingInfo
 
 
-def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: Any) -> tuple[Any, LoadingInfo]:
+def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: torch.device) -> tuple[Any, LoadingInfo]:
     """A classifier for the labels of `data`, and which of its weights are not those of the checkpoint.
 
     Raises UserError if it cannot be loaded, changed, frozen, adapted or compiled as asked.

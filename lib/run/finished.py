@@ -67,7 +67,7 @@ def eval_folder(config: EvalConfig) -> Path:
     named = f"{dataset_name(config.data)}-{config.split}"
     if config.run is None:
         return Path("outputs") / f"eval-{model_name(config.source.model)}-{named}"
-    trained_on = load_config(TrainConfig, Path(config.run) / "config.yaml").data
-    other = config.data.dataset or config.data.test_file or config.data.validation_file
-    own = not other or flatten(config.data) == flatten(trained_on)
+    own = not (config.data.dataset or config.data.test_file or config.data.validation_file)
+    if not own:
+        own = flatten(config.data) == flatten(load_config(TrainConfig, Path(config.run) / "config.yaml").data)
     return Path(config.run) / f"eval-{config.split if own else named}"

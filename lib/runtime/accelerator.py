@@ -48,8 +48,9 @@ def build_accelerator(
     quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
     use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
-    wanted, device = int(os.environ.get("WORLD_SIZE", "1")), describe_devices(accelerator)[0]
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
+        device = describe_devices(accelerator)[0]  # only here: asking a GPU for its memory makes a context on it
         raise UserError(
             f"{wanted} processes were launched, but each believes it is alone ({device}): they would write over each other. "
             "For several processes on a CPU: ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes "

@@ -14,7 +14,7 @@ from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
 from lib.data.batching import eval_batches
 from lib.data.load import Data
-from lib.data.loader import Batches, Tensors, build_loader
+from lib.data.loader import Batches, Tensors, build_loader, to_device
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
 from lib.runtime.cpu.tuning import use_one_core_for
@@ -120,7 +120,8 @@ class Builder:
         order = np.argsort(self.data.lengths[split], kind="stable")
         indices = np.unique(order[np.linspace(0, len(order) - 1, min(PROBE, len(order))).astype(int)])
         batch = next(iter(build_loader(self.data.tokens[split], [indices], self.batches.collator)))
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items() if name != "labels"}
+        batch.pop("labels")
+        batch = to_device(batch, self.accelerator.device)
         rows = torch.from_numpy(indices + first_rows(self.data)[split])
         return rows.to(self.accelerator.device), batch
 
