@@ -1,7 +1,7 @@
-"""The parts that the scripts wire together, in nine wings.
+"""The parts that the scripts wire together, in ten wings.
 
 A wing imports only wings to its right. `model` and `data`, and `runtime` and `config`, stand beside each other: one of
 a pair may import the other, not both. A test holds this line and sees that no modules import each other in a circle.
 
-    inference > run > training > evaluation > model, data > hub > runtime, config > errors
+    experiments > inference > run > training > evaluation > model, data > hub > runtime, config > errors
 """

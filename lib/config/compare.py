@@ -1,0 +1,37 @@
+"""Options of compare.py."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from lib.config.sections import check_positive
+from lib.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Compare finished runs: what differs in their settings, and whether their scores differ by more than chance.
+
+    Runs with equal settings but for the seed form one group. The group of the first run is the baseline.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Folders of runs, folders that hold runs, or quoted patterns such as 'outputs/minilm-*'."""
+    split: Annotated[str, tyro.conf.arg(metavar="STR")] = "test"
+    """Split whose predictions are compared; `eval.py --run RUN --split SPLIT` makes those that are missing."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics to compare. [default: those of the baseline]"""
+    resamples: int = 1000
+    """Bootstrap resamples behind intervals, and behind tests of scores such as F1."""
+    seed: int = 42
+    """Random seed of the bootstrap."""
+    examples: int = 10
+    """How many of the samples whose answers changed most are listed."""
+    output_dir: str | None = None
+    """Folder for comparison.json, comparison.md and comparison.png. [default: nothing is written]"""
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "give the folders of two or more runs, the baseline first")
+        check_positive(self, "resamples")
+        require(self.examples >= 0, f"--examples must not be negative, got {self.examples}")

@@ -1,0 +1,174 @@
+"""The comparison of groups of runs: scores with intervals, differences with p values, answers that changed."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lib.config.compare import CompareConfig
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL
+from lib.evaluation.intervals import average_classes
+from lib.evaluation.scores import AVERAGED, check_metrics, load_metric, metric_settings
+from lib.experiments.groups import Group, Scored
+from lib.experiments.significance import (
+    Difference,
+    Score,
+    adjust_for_several,
+    exact_mcnemar,
+    multi_bootstrap,
+    paired_bootstrap,
+    two_way,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupScore:
+    """A metric of one group: each seed's value, their mean with a 95 % interval, and that of the ensemble of the seeds.
+
+    `ensemble` averages probabilities or numbers; of multi-label predictions it takes the majority. NaN for one seed.
+    """
+
+    seeds: tuple[float, ...]
+    low: float
+    high: float
+    ensemble: float
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.seeds))
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over the seeds; NaN for one seed."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricComparison:
+    """One metric of all groups, and the difference of each but the first to the first.
+
+    `adjusted` are the p values after correction for several differences (`differences` has the uncorrected ones).
+    """
+
+    metric: str
+    groups: tuple[GroupScore, ...]
+    differences: tuple[Difference, ...]
+    adjusted: tuple[float, ...]
+
+
+def compare_groups(groups: Sequence[Group], config: CompareConfig) -> list[MetricComparison]:
+    """All metrics of all groups. Raises UserError for a metric that is unknown or does not fit the data."""
+    first = groups[0].scored[0]
+    names = config.metrics or usual_metrics(groups[0], config.split)
+    check_metrics(names, len(first.names), first.problem_type)
+    return [compare_metric(groups, name, config) for name in names]
+
+
+def usual_metrics(group: Group, split: str) -> tuple[str, ...]:
+    """The metrics that the run's results.json has for the split, or for its other splits, without the loss."""
+    keys = [key.split("/", 1) for key in group.runs[0].results if "/" in key]
+    by_split: dict[str, list[str]] = {}
+    for place, name in keys:
+        if name != "loss" and not place.startswith("run"):
+            by_split.setdefault(place, []).append(name)
+    return tuple(by_split.get("eval" if split == "validation" else split) or next(iter(by_split.values())))
+
+
+def compare_metric(groups: Sequence[Group], metric: str, config: CompareConfig) -> MetricComparison:
+    size = len(groups[0].scored[0].texts)
+    scored, differences = [], []
+    for group in groups:
+        scores = [weighted_score(run, metric) for run in group.scored]
+        once = np.ones((1, size), dtype=np.int64)
+        values = tuple(float(score(once)[0]) for score in scores)
+        spread = multi_bootstrap([lambda times: np.zeros(len(times))], scores, size, config.resamples, config.seed)
+        whole = float(weighted_score(ensemble(group.scored), metric)(once)[0]) if len(scores) > 1 else math.nan
+        scored.append(GroupScore(values, spread.low, spread.high, whole))
+    for group in groups[1:]:
+        differences.append(difference(groups[0].scored, group.scored, metric, config))
+    return MetricComparison(
+        metric, tuple(scored), tuple(differences), tuple(adjust_for_several([d.p for d in differences]))
+    )
+
+
+def difference(baseline: Sequence[Scored], other: Sequence[Scored], metric: str, config: CompareConfig) -> Difference:
+    """The difference by the test that fits: see lib/experiments/significance.py and docs/experiments.md."""
+    samples = [[sample_scores(run, metric) for run in group] for group in (baseline, other)]
+    if samples[0][0] is None or (len(baseline) == 1) != (len(other) == 1):
+        scores = [[weighted_score(run, metric) for run in group] for group in (baseline, other)]
+        return multi_bootstrap(*scores, len(baseline[0].texts), config.resamples, config.seed)
+    a, b = (np.stack([row for row in group if row is not None]) for group in samples)
+    if len(a) > 1:
+        return two_way(a, b)
+    found = paired_bootstrap(a[0], b[0], seed=config.seed)
+    if metric != "accuracy":
+        return found
+    p = exact_mcnemar(a[0] > 0, b[0] > 0)
+    return dataclasses.replace(found, p=p, method="exact McNemar, one seed")
+
+
+def sample_scores(scored: Scored, metric: str) -> np.ndarray | None:
+    """float64 (samples,): the scores whose mean is the metric; None where it is no mean over samples."""
+    gold, predicted = scored.gold, scored.predicted
+    if metric == "accuracy":
+        right = gold == predicted
+        return (right.all(axis=1) if right.ndim == 2 else right).astype(np.float64)
+    if metric == "mse":
+        return (predicted - gold) ** 2
+    return np.abs(predicted - gold) if metric == "mae" else None
+
+
+def weighted_score(scored: Scored, metric: str) -> Score:
+    """The metric of a run as a function of how often each sample counts."""
+    samples = sample_scores(scored, metric)
+    if samples is not None:
+        return lambda times: times @ samples / times.sum(axis=1)
+    module, settings = metric_settings(metric, max(1, len(scored.names)), scored.problem_type)
+    gold, predicted = scored.gold, scored.predicted
+    if module in AVERAGED and settings["average"] != "samples":
+        if scored.problem_type == CLASSIFICATION:
+            gold, predicted = (np.eye(len(scored.names), dtype=np.int64)[values] for values in (gold, predicted))
+        hits, average = gold * predicted, settings["average"]
+        return lambda times: average_classes(module, times @ hits, times @ gold, times @ predicted, average)
+    compute = load_metric(module, scored.problem_type)._compute
+    given = scored.probabilities if module == "average_precision" and scored.probabilities is not None else predicted
+
+    def score(times: np.ndarray) -> np.ndarray:
+        rows = (np.repeat(np.arange(len(row)), row) for row in times)
+        return np.array([compute(given[row], gold[row], **settings)[module] for row in rows])
+
+    return score
+
+
+def ensemble(runs: Sequence[Scored]) -> Scored:
+    """The runs as one: the mean of probabilities or of numbers, of multi-label predictions the majority."""
+    first = runs[0]
+    if first.probabilities is None:
+        return dataclasses.replace(first, predicted=np.mean([run.predicted for run in runs], axis=0))
+    probabilities = np.mean([run.probabilities for run in runs], axis=0)
+    if first.problem_type == MULTI_LABEL:
+        predicted = (2 * np.sum([run.predicted for run in runs], axis=0) > len(runs)).astype(np.int64)
+    else:
+        predicted = probabilities.argmax(axis=1)
+    return dataclasses.replace(first, predicted=predicted, probabilities=probabilities)
+
+
+def changed_answers(baseline: Group, other: Group, limit: int) -> list[dict[str, Any]]:
+    """The samples whose answers changed most, at most `limit`: the share of seeds that were right before and after.
+
+    Of numbers: the mean absolute error before and after.
+    """
+    metric = "accuracy" if baseline.scored[0].probabilities is not None else "mae"
+    before, after = (
+        np.mean([sample_scores(run, metric) for run in group.scored], axis=0) for group in (baseline, other)
+    )
+    most = np.argsort(-np.abs(after - before), kind="stable")[:limit]
+    name = "right" if metric == "accuracy" else "error"
+    texts = baseline.scored[0].texts
+    return [
+        {"index": int(i), "text": texts[i], f"{name}_before": float(before[i]), f"{name}_after": float(after[i])}
+        for i in most
+        if before[i] != after[i]
+    ]

@@ -1,0 +1,178 @@
+"""compare.py on folders of runs: grouping, scores equal to scikit-learn's, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from lib.config.cli import save_config
+from lib.config.compare import CompareConfig
+from lib.config.sections import DataConfig
+from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
+from lib.errors import UserError
+from lib.experiments.comparison import compare_groups, weighted_score
+from lib.experiments.groups import load_groups
+
+NAMES = ("bad", "good", "mixed")
+
+
+def class_rows(samples, skill, seed):
+    """Rows of predictions.jsonl whose gold labels do not depend on `seed`."""
+    gold, rng = np.random.default_rng(0).integers(3, size=samples), np.random.default_rng(seed)
+    logits = rng.normal(size=(samples, 3)) + skill * np.eye(3)[gold]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    for index in range(samples):
+        listed = dict(zip(NAMES, probabilities[index].round(6).tolist(), strict=True))
+        predicted = NAMES[int(logits[index].argmax())]
+        yield {"index": index, "text": f"text {index}", "gold": NAMES[gold[index]], "predicted": predicted} | {
+            "probabilities": listed
+        }
+
+
+def write_run(folder, rows, seed, lr=2e-5, scores=("accuracy", "f1_macro"), **more):
+    (folder / "eval-test").mkdir(parents=True)
+    config = TrainConfig(
+        data=DataConfig(train_file="train.csv"),
+        training=TrainingConfig(seed=seed),
+        optim=OptimConfig(learning_rate=lr),
+    )
+    save_config(config, folder / "config.yaml")
+    results = {f"test/{name}": 0.5 for name in ("loss", *scores)} | {"run/data_fingerprint": "1"} | more
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "eval-test" / "predictions.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two recipes with three seeds each, the second one better."""
+    for name, lr, skill in (("slow", 2e-5, 0.6), ("fast", 1e-4, 1.6)):
+        for seed in (1, 2, 3):
+            write_run(tmp_path / name / f"s{seed}", class_rows(300, skill, seed + int(10 * skill)), seed, lr)
+    return tmp_path
+
+
+def test_runs_that_differ_in_the_seed_only_are_one_group_however_they_are_named(runs):
+    by_folder = load_groups([str(runs / "slow"), str(runs / "fast")], "test")
+    by_pattern = load_groups([str(runs / "slow" / "*"), str(runs / "fast" / "s[123]")], "test")
+    one_by_one = load_groups([str(runs / name / f"s{seed}") for name in ("slow", "fast") for seed in (3, 1, 2)], "test")
+    for groups in (by_folder, by_pattern, one_by_one):
+        assert [group.name for group in groups] == ["baseline", "learning_rate 0.0001"]
+        assert [[run.settings["seed"] for run in group.runs] for group in groups] == [[1, 2, 3]] * 2
+
+
+def test_scores_and_interval_of_a_comparison_are_those_of_scikit_learn(runs):
+    groups = load_groups([str(runs / "slow"), str(runs / "fast")], "test")
+    metrics = ("accuracy", "f1_macro", "f1_weighted", "matthews_correlation", "cohen_kappa")
+    compared = compare_groups(groups, CompareConfig(("",), metrics=metrics, resamples=50))
+    for scored in [run.scored for group in groups for run in group.runs]:
+        gold, predicted = scored.gold, scored.predicted
+        expected = [
+            sk.accuracy_score(gold, predicted),
+            sk.f1_score(gold, predicted, average="macro"),
+            sk.f1_score(gold, predicted, average="weighted"),
+            sk.matthews_corrcoef(gold, predicted),
+            sk.cohen_kappa_score(gold, predicted),
+        ]
+        once = np.ones((1, len(gold)), dtype=np.int64)
+        assert [weighted_score(scored, name)(once)[0] for name in metrics] == pytest.approx(expected)
+    for metric in compared:
+        (found,) = metric.differences
+        assert found.value == pytest.approx(metric.groups[1].mean - metric.groups[0].mean)
+        assert found.low < found.value < found.high
+        assert metric.adjusted[0] < 0.05
+        assert metric.groups[0].ensemble > metric.groups[0].mean  # averaging seeds helps
+    assert [metric.differences[0].method.split()[0] for metric in compared] == ["seeds", *["Multi-Bootstrap"] * 4]
+
+
+def test_a_sample_that_counts_twice_is_scored_as_if_it_stood_there_twice(runs):
+    scored = load_groups([str(runs / "slow"), str(runs / "fast")], "test")[0].scored[0]
+    times = np.random.default_rng(1).multinomial(300, np.full(300, 1 / 300), size=3)
+    for name in ("accuracy", "f1_macro", "matthews_correlation"):
+        rows = [np.repeat(np.arange(300), row) for row in times]
+        function = {"accuracy": sk.accuracy_score, "matthews_correlation": sk.matthews_corrcoef}.get(
+            name, lambda gold, predicted: sk.f1_score(gold, predicted, average="macro", labels=range(3))
+        )
+        expected = [function(scored.gold[row], scored.predicted[row]) for row in rows]
+        assert weighted_score(scored, name)(times) == pytest.approx(expected)
+
+
+def test_command_prints_the_recipes_and_writes_text_numbers_and_picture(runs, call):
+    done = call("compare.py", runs / "slow", runs / "fast", "--output_dir", runs / "out")
+    assert "learning_rate 0.0001" in done.stdout
+    written = json.loads((runs / "out" / "comparison.json").read_text())
+    (accuracy, f1) = written["metrics"]
+    assert (accuracy["metric"], f1["metric"]) == ("accuracy", "f1_macro")
+    assert accuracy["differences"][0]["p"] < 0.01
+    assert (runs / "out" / "comparison.png").stat().st_size > 5000
+    assert f"{accuracy['differences'][0]['value']:+.4f}" in (runs / "out" / "comparison.md").read_text()
+
+
+def test_one_seed_each_is_compared_by_the_exact_mcnemar_test_with_the_bootstrap_interval(runs, call):
+    done = call("compare.py", runs / "slow" / "s1", runs / "fast" / "s1", "--metrics", "accuracy")
+    assert "McNemar" in done.stdout
+    assert "3 to 5 seeds" in done.stdout
+
+
+def test_numbers_and_multi_label_predictions_are_compared(tmp_path):
+    rng = np.random.default_rng(0)
+    gold, hot = rng.normal(size=120), rng.random((120, 2)) < 0.5
+    for name, noise in (("a", 1.0), ("b", 0.3)):
+        for seed in (1, 2):
+            lr = 1e-5 if name == "a" else 2e-5
+            rows = [{"text": f"t{i}", "gold": g, "predicted": g + noise * rng.normal()} for i, g in enumerate(gold)]
+            write_run(tmp_path / "numbers" / f"{name}{seed}", rows, seed, lr, ("pearson", "mse"))
+            flips = rng.random((120, 2)) < noise / 3
+            rows = [
+                {
+                    "text": f"t{i}",
+                    "gold": [n for n, h in zip("xy", hot[i], strict=True) if h],
+                    "predicted": [n for n, h in zip("xy", hot[i] ^ flips[i], strict=True) if h],
+                    "probabilities": {n: float(h) for n, h in zip("xy", hot[i] ^ flips[i], strict=True)},
+                }
+                for i in range(120)
+            ]
+            write_run(tmp_path / "labels" / f"{name}{seed}", rows, seed, lr, ("average_precision", "f1_micro"))
+    for kind, better in (("numbers", {"pearson": 1, "mse": -1}), ("labels", {"average_precision": 1, "f1_micro": 1})):
+        groups = load_groups([str(tmp_path / kind)], "test")
+        for metric in compare_groups(groups, CompareConfig(("",), resamples=100)):
+            assert np.sign(metric.differences[0].value) == better[metric.metric]
+            assert metric.adjusted[0] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda rows: rows[:-1], "299"),
+        (lambda rows: [*rows[:7], rows[7] | {"text": "another"}, *rows[8:]], "sample 8"),
+        (lambda rows: [*rows[:7], rows[7] | {"gold": "mixed" if rows[7]["gold"] != "mixed" else "bad"}, *rows[8:]], "gold"),
+        (lambda rows: [row | {"probabilities": {"no": 1.0, **row["probabilities"]}} for row in rows], "labels"),
+    ],
+)
+def test_runs_scored_on_other_samples_or_labels_are_refused(runs, change, named):
+    write_run(runs / "other", change(list(class_rows(300, 1, 9))), 1, 3e-4)
+    with pytest.raises(UserError, match=named):
+        load_groups([str(runs / "slow"), str(runs / "other")], "test")
+
+
+def test_a_mistake_in_the_arguments_is_refused_by_name(runs):
+    write_run(runs / "again", class_rows(300, 1, 9), 2)
+    write_run(runs / "damaged", class_rows(300, 1, 9), 4)
+    (runs / "damaged" / "eval-test" / "predictions.jsonl").write_text('{"gold": 1\n')
+    write_run(runs / "unfinished", class_rows(300, 1, 9), 5)
+    (runs / "unfinished" / "results.json").unlink()
+    write_run(runs / "retrained", class_rows(300, 1, 9), 6, **{"run/data_fingerprint": "2"})
+    slow = str(runs / "slow")
+    for arguments, split, named in (
+        ([slow], "test", "one recipe"),
+        ([slow, str(runs / "again"), str(runs / "fast")], "test", "one seed"),
+        ([slow, str(runs / "damaged")], "test", "line 1"),
+        ([slow, str(runs / "unfinished")], "test", "not finished"),
+        ([slow, str(runs / "retrained"), str(runs / "fast")], "test", "training data differ"),
+        ([slow, str(runs / "fast")], "validation", "eval.py --run"),
+        ([str(runs / "nowhere*")], "test", "no folder of a run"),
+    ):
+        with pytest.raises(UserError, match=named):
+            load_groups(arguments, split)
