@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import bench
 from lib.config.cli import parse_cli, parse_command, save_config
+from lib.config.compare import CompareConfig
 from lib.config.eval import EvalConfig
 from lib.config.hub import COMMANDS as HUB_COMMANDS
 from lib.config.predict import PredictConfig
@@ -20,7 +21,7 @@ from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TRANSLATIONS = [("README.md", "README.zh.md"), ("docs/note.md", "docs/note.zh.md")]
-SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "predict.py": PredictConfig}
+SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "predict.py": PredictConfig, "compare.py": CompareConfig}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FOLDERS = "lib|tests|benchmarks|recipes|accelerate_configs|docs"
 OF_OTHER_PROGRAMS = {

@@ -22,6 +22,9 @@ from lib.experiments.significance import (
     two_way,
 )
 
+SAMPLE_SCORES = ("accuracy", "mse", "mae")
+"""Metrics that are means over samples."""
+
 
 @dataclasses.dataclass(frozen=True)
 class GroupScore:
@@ -77,8 +80,8 @@ def usual_metrics(group: Group, split: str) -> tuple[str, ...]:
 
 
 def compare_metric(groups: Sequence[Group], metric: str, config: CompareConfig) -> MetricComparison:
-    size = len(groups[0].scored[0].texts)
-    scored, differences = [], []
+    """One metric of all groups, and its differences to the first group."""
+    size, scored = len(groups[0].scored[0].texts), []
     for group in groups:
         scores = [weighted_score(run, metric) for run in group.scored]
         once = np.ones((1, size), dtype=np.int64)
@@ -86,8 +89,7 @@ def compare_metric(groups: Sequence[Group], metric: str, config: CompareConfig) 
         spread = multi_bootstrap([lambda times: np.zeros(len(times))], scores, size, config.resamples, config.seed)
         whole = float(weighted_score(ensemble(group.scored), metric)(once)[0]) if len(scores) > 1 else math.nan
         scored.append(GroupScore(values, spread.low, spread.high, whole))
-    for group in groups[1:]:
-        differences.append(difference(groups[0].scored, group.scored, metric, config))
+    differences = [difference(groups[0].scored, group.scored, metric, config) for group in groups[1:]]
     return MetricComparison(
         metric, tuple(scored), tuple(differences), tuple(adjust_for_several([d.p for d in differences]))
     )
@@ -95,11 +97,10 @@ def compare_metric(groups: Sequence[Group], metric: str, config: CompareConfig) 
 
 def difference(baseline: Sequence[Scored], other: Sequence[Scored], metric: str, config: CompareConfig) -> Difference:
     """The difference by the test that fits: see lib/experiments/significance.py and docs/experiments.md."""
-    samples = [[sample_scores(run, metric) for run in group] for group in (baseline, other)]
-    if samples[0][0] is None or (len(baseline) == 1) != (len(other) == 1):
-        scores = [[weighted_score(run, metric) for run in group] for group in (baseline, other)]
-        return multi_bootstrap(*scores, len(baseline[0].texts), config.resamples, config.seed)
-    a, b = (np.stack([row for row in group if row is not None]) for group in samples)
+    if metric not in SAMPLE_SCORES or (len(baseline) == 1) != (len(other) == 1):
+        before, after = ([weighted_score(run, metric) for run in group] for group in (baseline, other))
+        return multi_bootstrap(before, after, len(baseline[0].texts), config.resamples, config.seed)
+    a, b = (np.stack([sample_scores(run, metric) for run in group]) for group in (baseline, other))
     if len(a) > 1:
         return two_way(a, b)
     found = paired_bootstrap(a[0], b[0], seed=config.seed)
@@ -109,21 +110,19 @@ def difference(baseline: Sequence[Scored], other: Sequence[Scored], metric: str,
     return dataclasses.replace(found, p=p, method="exact McNemar, one seed")
 
 
-def sample_scores(scored: Scored, metric: str) -> np.ndarray | None:
-    """float64 (samples,): the scores whose mean is the metric; None where it is no mean over samples."""
+def sample_scores(scored: Scored, metric: str) -> np.ndarray:
+    """float64 (samples,): the scores whose mean is the metric, one of `SAMPLE_SCORES`."""
     gold, predicted = scored.gold, scored.predicted
     if metric == "accuracy":
         right = gold == predicted
         return (right.all(axis=1) if right.ndim == 2 else right).astype(np.float64)
-    if metric == "mse":
-        return (predicted - gold) ** 2
-    return np.abs(predicted - gold) if metric == "mae" else None
+    return (predicted - gold) ** 2 if metric == "mse" else np.abs(predicted - gold)
 
 
 def weighted_score(scored: Scored, metric: str) -> Score:
     """The metric of a run as a function of how often each sample counts."""
-    samples = sample_scores(scored, metric)
-    if samples is not None:
+    if metric in SAMPLE_SCORES:
+        samples = sample_scores(scored, metric)
         return lambda times: times @ samples / times.sum(axis=1)
     module, settings = metric_settings(metric, max(1, len(scored.names)), scored.problem_type)
     gold, predicted = scored.gold, scored.predicted
@@ -147,7 +146,7 @@ def ensemble(runs: Sequence[Scored]) -> Scored:
     first = runs[0]
     if first.probabilities is None:
         return dataclasses.replace(first, predicted=np.mean([run.predicted for run in runs], axis=0))
-    probabilities = np.mean([run.probabilities for run in runs], axis=0)
+    probabilities = np.mean([run.probabilities for run in runs if run.probabilities is not None], axis=0)
     if first.problem_type == MULTI_LABEL:
         predicted = (2 * np.sum([run.predicted for run in runs], axis=0) > len(runs)).astype(np.int64)
     else:

@@ -43,7 +43,7 @@ def format_comparison(groups: Sequence[Group], metrics: Sequence[MetricCompariso
             parts.append(
                 format_table([["sample", before.split("_")[0] + " in A", f"in {letter}", ""], *left_last(rows)])
             )
-    return "\n\n".join(parts)
+    return "\n".join(line.rstrip() for line in "\n\n".join(parts).splitlines())
 
 
 DIFFERENCE_HEAD = ["difference", "", "95 % interval", "p", "p, several", "test"]

@@ -128,16 +128,18 @@ def load_predictions(path: Path) -> Scored:
     require(bool(rows), f"{path} is empty; score the run again with eval.py")
     texts, first = tuple(json.dumps(row["text"]) for row in rows), rows[0]
     if "probabilities" not in first:
-        numbers = [np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "predicted")]
-        return Scored(REGRESSION, (), texts, *numbers, None)
+        gold, predicted = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "predicted"))
+        return Scored(REGRESSION, (), texts, gold, predicted, None)
     names = tuple(first["probabilities"])
     probabilities = np.array([[row["probabilities"][name] for name in names] for row in rows], dtype=np.float64)
     if isinstance(first["gold"], list):
-        hot = [np.array([[int(n in row[key]) for n in names] for row in rows]) for key in ("gold", "predicted")]
-        return Scored(MULTI_LABEL, names, texts, *hot, probabilities)
+        gold, predicted = (
+            np.array([[int(name in row[key]) for name in names] for row in rows]) for key in ("gold", "predicted")
+        )
+        return Scored(MULTI_LABEL, names, texts, gold, predicted, probabilities)
     place = {name: number for number, name in enumerate(names)}
-    classes = [np.array([place[row[key]] for row in rows]) for key in ("gold", "predicted")]
-    return Scored(CLASSIFICATION, names, texts, *classes, probabilities)
+    gold, predicted = (np.array([place[row[key]] for row in rows]) for key in ("gold", "predicted"))
+    return Scored(CLASSIFICATION, names, texts, gold, predicted, probabilities)
 
 
 def check_same_samples(baseline: FinishedRun, run: FinishedRun, split: str) -> None:

@@ -147,7 +147,10 @@ def test_numbers_and_multi_label_predictions_are_compared(tmp_path):
     [
         (lambda rows: rows[:-1], "299"),
         (lambda rows: [*rows[:7], rows[7] | {"text": "another"}, *rows[8:]], "sample 8"),
-        (lambda rows: [*rows[:7], rows[7] | {"gold": "mixed" if rows[7]["gold"] != "mixed" else "bad"}, *rows[8:]], "gold"),
+        (
+            lambda rows: [*rows[:7], rows[7] | {"gold": "mixed" if rows[7]["gold"] != "mixed" else "bad"}, *rows[8:]],
+            "gold",
+        ),
         (lambda rows: [row | {"probabilities": {"no": 1.0, **row["probabilities"]}} for row in rows], "labels"),
     ],
 )
