@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.false_alarms import SIZE, Simulation
 from lib.experiments.significance import (
     adjust_for_several,
     exact_mcnemar,
@@ -11,34 +12,6 @@ from lib.experiments.significance import (
     paired_bootstrap,
     two_way,
 )
-
-SIZE = 1078
-
-
-class Simulation:
-    """Runs of a recipe: right where difficulty + noise of the seed + drift of the seed + shift is above 0.
-
-    Two seeds of a recipe differ on one sample in nine; accuracy is about 0.6.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-
-    def difficulty(self) -> np.ndarray:
-        return self.rng.normal(0.33, 1, SIZE)
-
-    def group(self, difficulty: np.ndarray, seeds: int, shift: float = 0.0, drift: float = 0.01) -> np.ndarray:
-        noise = self.rng.normal(0, 0.25, (seeds, SIZE)) + self.rng.normal(0, drift, (seeds, 1))
-        return (difficulty + noise + shift > 0).astype(np.float64)
-
-    def significant(self, seeds: int, repetitions: int, shift: float = 0.0, drift: float = 0.01) -> float:
-        """The share of comparisons that `two_way` calls significant."""
-        found = 0
-        for _ in range(repetitions):
-            difficulty = self.difficulty()
-            baseline = self.group(difficulty, seeds, drift=drift)
-            found += two_way(baseline, self.group(difficulty, seeds, shift, drift)).p < 0.05
-        return found / repetitions
 
 
 @pytest.mark.parametrize("drift", [0.01, 0.03])
