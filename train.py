@@ -106,7 +106,7 @@ def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     sum_gradients(accelerator, model)
     grad_norm = clip_gradients(accelerator, optimizer, config.optim.max_grad_norm)
     optimizer.step()  # leaves the weights as they are if a gradient is not finite
-    learner.step_schedule()
+    learner.step_schedule(grad_norm)
     optimizer.zero_grad()
     learner.count_step(batch, attempt.loss, grad_norm)
 

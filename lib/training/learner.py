@@ -13,7 +13,7 @@ from lib.data.loader import Split, StepBatch
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
 from lib.model.layers import set_train_mode
-from lib.training.meter import Meter
+from lib.training.meter import Meter, not_finite
 from lib.training.objective import Objective
 from lib.training.optimizer import (
     advance_on_metric,
@@ -24,6 +24,9 @@ from lib.training.optimizer import (
 )
 from lib.training.plan import Plan
 from lib.training.state import State
+
+SMALLEST_LOSS_SCALE = 2.0**-14
+"""GradScaler halves its scale, 65,536 at first, at each overflow: below this, 30 in a row, it is not the scale."""
 
 
 @dataclasses.dataclass
@@ -38,6 +41,8 @@ class Learner:
     plan: Plan
     state: State
     meter: Meter = dataclasses.field(init=False)
+    skipped: bool = False
+    """Whether the last step changed nothing, since a gradient overflowed under the loss scale of fp16."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.accelerator, self.plan)
@@ -47,16 +52,27 @@ class Learner:
         """The model without what the accelerator wraps around it."""
         return self.accelerator.unwrap_model(self.model)
 
-    def step_schedule(self) -> None:
-        """Note the learning rate of a step, and advance the schedule unless fp16 skipped the step."""
+    def step_schedule(self, grad_norm: torch.Tensor) -> None:
+        """Note the learning rate of a step, and advance the schedule unless fp16 skipped the step.
+
+        Raises UserError if the loss scale of fp16 has become so small that no step will be made any more.
+        """
         self.state.learning_rate = learning_rate(self.optimizer)
-        if not self.accelerator.optimizer_step_was_skipped:
+        # Accelerate's flag stays False here: fused AdamW is called for such a step too, and leaves the weights as they are.
+        scaler = self.accelerator.scaler
+        self.skipped = scaler is not None and not bool(torch.isfinite(grad_norm))
+        if not self.skipped:
             advance_scheduler(self.scheduler)
+        elif scaler.get_scale() < SMALLEST_LOSS_SCALE:
+            raise not_finite(self.plan, self.state.step + 1, self.state.learning_rate)
 
     def count_step(self, batch: StepBatch, loss_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """Count a finished step, and add its loss and gradient norm to the sums that are logged."""
-        if self.accelerator.optimizer_step_was_skipped:
-            grad_norm = torch.zeros(())  # it is infinite: the loss scale of fp16 was too large
+        """Count a finished step, and add its loss and gradient norm to the sums that are logged.
+
+        A step that fp16 skipped counts without its norm, which is not finite.
+        """
+        if self.skipped:
+            grad_norm = torch.zeros((), device=grad_norm.device)
         self.state.step += 1
         self.state.samples_seen += batch.num_samples
         self.state.pending = True
