@@ -80,13 +80,15 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | N
     """Have the next step of AdamW clip the gradients to `max_norm` (None: not), or change nothing if they are not finite.
 
     Nothing waits for the device: fused AdamW reads a divisor and a flag that lie there, as GradScaler sets them. With fp16
-    there is a GradScaler, which skips such a step by itself. Returns the norm before clipping, on the device.
+    there is a GradScaler, which unscales the gradients here and skips such a step by itself. Returns the norm before
+    clipping, on the device.
     """
     limit = max_norm or math.inf
     inner = getattr(optimizer, "optimizer", optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(inner)
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
-        trained = [parameter for group in inner.param_groups for parameter in group["params"]]
-        return accelerator.clip_grad_norm_(trained, limit)
+        return nn.utils.clip_grad_norm_([p for group in inner.param_groups for p in group["params"]], limit)
     norm = gradient_norm(inner.gradients())
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(limit) else ((norm + 1e-6) / limit).clamp(min=1.0)
