@@ -4,6 +4,8 @@ accelerate launch eval.py --run outputs/NAME --split test
 accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
 """
 
+import dataclasses
+
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
 from lib.data.catalog import data_needs
@@ -20,6 +22,7 @@ from lib.runtime.startup import run_script  # imports the heavy libraries, witho
 from lib.data.labels.problem_types import model_problem
 from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
+from lib.data.trained_on import input_length
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
 from lib.model.load import label_names, load_classifier, load_tokenizer
@@ -36,15 +39,18 @@ def main(config: EvalConfig) -> None:
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source)
     with accelerator.main_process_first():
-        data = load_data(config.data, tokenizer, (config.split,), label_names(model), model_problem(model.config))
-    metrics = choose_metrics(config.metrics, config.data, data)
+        length = input_length(config.data.max_length, trained.trained_on, tokenizer)
+        read = dataclasses.replace(config.data, max_length=length)
+        names, problem = label_names(model), model_problem(model.config)
+        data = load_data(read, tokenizer, (config.split,), names, problem, trained.trained_on)
+    metrics = choose_metrics(config.metrics, config.data, data, trained=trained.trained_on.metrics)
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
     split, batch_size = Batches(data, collator).split(config.split), config.per_device_eval_batch_size
     scored = evaluate(accelerator, model, split, metrics.names, batch_size)
     if accelerator.is_main_process:
-        print(report_evaluation(accelerator, config, data, metrics, scored), flush=True)
+        print(report_evaluation(accelerator, config, trained.source, data, metrics, scored), flush=True)
     finish(accelerator, model)
 
 

@@ -51,7 +51,7 @@ def main(config: PredictConfig) -> None:
         finish(accelerator, task.model)
         return
 
-    examples = read_examples(config.inputs, task.text_columns)
+    examples = read_examples(config.inputs, task.text_columns, task.trained_on)
     predict, batch_size = build_predict(task), config.per_device_eval_batch_size
     predictions = predict_stream(accelerator, examples, predict, batch_size, config.seed)
     with cast_weights(task.model, accelerator.mixed_precision):

@@ -25,7 +25,8 @@ def load(*flags: object) -> Task:
 
 def predictions(*flags: object) -> list[tuple[Example, Prediction]]:
     task, accelerator = load(*flags), build_accelerator("no")
-    examples, predict = read_examples(task.config.inputs, task.text_columns), build_predict(task)
+    examples = read_examples(task.config.inputs, task.text_columns, task.trained_on)
+    predict = build_predict(task)
     batch_size, seed = task.config.per_device_eval_batch_size, task.config.seed
     return list(predict_stream(accelerator, examples, predict, batch_size, seed))
 

@@ -19,13 +19,22 @@ class EvalModel(ModelSource):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvalDataConfig(DataConfig):
+    """Data."""
+
+    max_length: int | None = None  # type: ignore[assignment]
+    """Maximum input length in tokens; longer texts are truncated and counted, or read in windows. [default: that of the
+    model's training, else the longest that the model takes]"""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Score a finished run, or any classifier, on one split.
 
     `eval.py --run outputs/NAME` scores a run on its own data. With `--model`, name the data as well.
     """
 
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: EvalDataConfig = dataclasses.field(default_factory=EvalDataConfig)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
     run: str | None = None
     """Folder of the finished run to score."""
@@ -54,19 +63,37 @@ class EvalConfig:
         """The model to score: that of --model, or the folder of the run."""
         return self.model if self.run is None else ModelSource(self.run)
 
+    @property
+    def run_folder(self) -> Path | None:
+        """The folder of the run that --run, or --model, names; None where --model names something else."""
+        folder = self.run or str(self.model.model)
+        return Path(folder) if self.run or is_run(folder) else None
+
     @staticmethod
     def implied_flags(arguments: Sequence[str]) -> list[str]:
         """Options of the run in `--run` as flags: its data and metrics, so that it is scored as it was trained.
 
-        If the arguments name other data, only the options that are not about the data are taken from the run.
-        Raises UserError if the folder holds no run.
+        If the arguments name other data, only the options that are not about the data are taken from the run; the columns of
+        its training are kept with its model. Raises UserError if the folder holds no run.
         """
-        run = last_value(arguments, "--run")
+        models = [last_value(arguments, flag) for flag in ("--model", "--model_name_or_path")]
+        run = last_value(arguments, "--run") or next((model for model in models if model and is_run(model)), None)
         if run is None:
             return []
         path = Path(run) / "config.yaml"
         require(path.is_file(), f"--run {run}: no config.yaml there, so it is not the folder of a run")
         shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
-        if not {"--dataset", "--train_file", "--validation_file", "--test_file"} & set(arguments):
+        if not NAMES_DATA & set(arguments):
             shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
+        for one, other in (("label_column", "label_columns"), ("label_columns", "label_column")):
+            shared -= {other} if f"--{one}" in arguments else set()
         return as_flags({name: values for name, values in read_yaml(path).items() if name in shared})
+
+
+NAMES_DATA = {"--dataset", "--train_file", "--validation_file", "--test_file"}
+"""Flags that name other data than those of the run."""
+
+
+def is_run(folder: str) -> bool:
+    """Whether `folder` is that of a run, whose model is in model/."""
+    return (Path(folder) / "config.yaml").is_file() and not (Path(folder) / "config.json").is_file()

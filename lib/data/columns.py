@@ -8,6 +8,7 @@ from datasets import Dataset, Features, Value
 
 from lib.config.sections import DataConfig
 from lib.data.catalog import catalog_entry, dataset_name
+from lib.data.trained_on import TrainedOn, columns_note
 from lib.errors import UserError
 
 TEXT_GUESSES = (
@@ -27,16 +28,26 @@ LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", 
 
 
 def find_columns(
-    raw: dict[str, Dataset], config: DataConfig
+    raw: dict[str, Dataset], config: DataConfig, trained_on: TrainedOn
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Text columns, label columns, and notes on what was guessed. Raises UserError when there is no obvious guess."""
+    """Text columns, label columns, and notes on what was guessed.
+
+    They are those that the options name, else those of the model's training where the data has them, else those of the
+    catalog, else guesses. Raises UserError when there is no obvious guess.
+    """
     entry, features, notes = catalog_entry(config), next(iter(raw.values())).features, list[str]()
-    texts = config.text_columns or (entry.text_columns if entry else None)
-    if texts is None:
+    known = [columns for columns in (trained_on.text_columns, trained_on.label_columns) if set(columns) <= {*features}]
+    texts = config.text_columns or (trained_on.text_columns if trained_on.text_columns in known else ())
+    texts = texts or (entry.text_columns if entry else ())
+    if not texts:
         texts = guess_text_columns(features, config.label_column)
         notes.append(f"text columns: {' '.join(texts)} (guessed; set --text_columns to change)")
+    change = columns_note(texts, trained_on, config.text_columns is not None, dataset_name(config))
+    notes += [change] if change else []
     if config.label_columns:
         return texts, config.label_columns, tuple(notes)
+    if config.label_column is None and trained_on.label_columns in known and trained_on.label_columns:
+        return texts, trained_on.label_columns, tuple(notes)
     label = config.label_column or (entry.label_column if entry else None)
     if label is None:
         label = next((name for name in LABEL_GUESSES if name in features), None)
@@ -46,6 +57,9 @@ def find_columns(
             )
         if label not in ("label", "labels"):
             notes.append(f"label column: {label} (guessed; set --label_column to change)")
+    if config.label_column is None and trained_on.label_columns:
+        before = " ".join(trained_on.label_columns)
+        notes.append(f"warning: the model was trained on the label {before}, which is not there; {label} is used")
     return texts, (label,), tuple(notes)
 
 

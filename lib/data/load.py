@@ -15,6 +15,7 @@ from lib.data.columns import check_columns, choose_splits, find_columns
 from lib.data.labels.problem_types import encode_targets, find_problem
 from lib.data.sources import load_raw
 from lib.data.tokenization import choose_windows, tokenize, truncation_notes
+from lib.data.trained_on import UNKNOWN, TrainedOn
 from lib.errors import UserError
 
 
@@ -37,8 +38,11 @@ class Data:
     notes: tuple[str, ...]
     problem_type: str = CLASSIFICATION
     """As in a transformers configuration."""
+    label_columns: tuple[str, ...] = ()
     max_length: int = 0
     """Most tokens that a text, or a window of one, can have."""
+    window_stride: int | None = None
+    """Tokens that neighboring windows share; None: longer texts are truncated."""
     pad_to_max_length: bool = False
 
     @property
@@ -73,17 +77,19 @@ def load_data(
     splits: Sequence[str] = ROLES,
     label_names: list[str] | None = None,
     model_problem: str | None = None,
+    trained_on: TrainedOn = UNKNOWN,
 ) -> Data:
     """Load, check and tokenize a data set.
 
     `splits` are those wanted: a missing validation split is held out from train, a missing test split is left out; with
     all three come further validation splits of the catalog. `label_names` and `model_problem` are the outputs and the
-    problem type of an existing model, which the data must fit.
+    problem type of an existing model, which the data must fit; the columns it was `trained_on` are used where the data has
+    them.
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
     raw = load_raw(config)
-    text_columns, label_columns, notes = find_columns(raw, config)
+    text_columns, label_columns, notes = find_columns(raw, config, trained_on)
     entry = catalog_entry(config)
     if entry and tuple(splits) == ROLES:
         splits = (*splits, *entry.further_validation)
@@ -111,9 +117,11 @@ def load_data(
         lengths={split: np.asarray(dataset["length"][:], dtype=np.int64) for split, dataset in tokens.items()},
         label_names=targets.names,
         text_columns=tuple(text_columns),
+        label_columns=tuple(label_columns),
         notes=notes,
         problem_type=problem,
         max_length=windows.max_length if windows else limit,
+        window_stride=windows.stride if windows else None,
         pad_to_max_length=config.pad_to_max_length,
     )
 

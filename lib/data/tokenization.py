@@ -121,14 +121,14 @@ def truncation_notes(
 def choose_windows(
     tokenizer: Any, max_length: int, stride: int | None, num_columns: int, trained: bool
 ) -> Windows | None:
-    """The windows of --window_stride, or else those that a `trained` model was trained with; None: texts are truncated.
+    """Windows with the stride of --window_stride, or else of a `trained` model's training; None: texts are truncated.
 
     Writes them into the tokenizer, so that they are saved with it and used by whoever loads it.
     Raises UserError when texts cannot be read in these windows.
     """
     windows = stored_windows(tokenizer) if trained else None
-    if stride is not None:
-        windows = Windows(max_length, stride)
+    stride = windows.stride if windows and stride is None else stride
+    windows = None if stride is None else Windows(max_length, stride)
     if windows is None:
         tokenizer.init_kwargs.pop(WINDOWS_KEY, None)
     else:

@@ -47,13 +47,21 @@ class Metrics:
 
 
 def choose_metrics(
-    names: tuple[str, ...] | None, config: DataConfig, data: Data, metric_for_best_model: str | None = None
+    names: tuple[str, ...] | None,
+    config: DataConfig,
+    data: Data,
+    metric_for_best_model: str | None = None,
+    trained: tuple[str, ...] = (),
 ) -> Metrics:
-    """`names`, or by default those of the data set; the first chooses the model unless `metric_for_best_model` does.
+    """`names`, or by default those of the model's training that are `trained`, or else of the data set.
+
+    The first chooses the model unless `metric_for_best_model` does.
 
     Raises UserError for a metric that is unknown or does not fit the data, and for a `metric_for_best_model` that is
     not computed.
     """
+    ours = our_metrics()  # the model may come from others, who have metrics of their own
+    names = names or tuple(name for name in trained if {name, split_average(name)[0]} & ours)
     names = names or default_metrics(config, data.problem_type)
     check_metrics(names, len(data.label_names), data.problem_type)
     best = (metric_for_best_model or names[0]).removeprefix("eval/").removeprefix("eval_")
@@ -139,9 +147,13 @@ def load_metric(module: str, problem_type: str = CLASSIFICATION) -> Any:
     return evaluate.load(str(path), "multilabel" if problem_type == MULTI_LABEL else None, keep_in_memory=True)
 
 
+def our_metrics() -> set[str]:
+    return {path.stem for path in FOLDER.glob("[!_]*.py")}
+
+
 def metric_path(module: str) -> Path:
     """The file of a module. Raises UserError if it is not in the folder: a metric of the Hub is remote code."""
-    ours = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+    ours = sorted(our_metrics())
     if module not in ours:
         raise UserError(
             f"--metrics {module}: not one of ours ({', '.join(ours)}). Metrics of the Hub are remote code and are not run; "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lib.config.predict import InputConfig
+from lib.data.trained_on import UNKNOWN, TrainedOn, columns_note
 from lib.errors import UserError, require
 
 Columns = tuple[str, ...]
@@ -28,11 +29,14 @@ class Example:
     texts: tuple[str, ...]
 
 
-def read_examples(config: InputConfig, guesses: Sequence[Columns]) -> Iterator[Example]:
+def read_examples(
+    config: InputConfig, guesses: Sequence[Columns], trained_on: TrainedOn = UNKNOWN
+) -> Iterator[Example]:
     """The examples of the input, in order, each read when it is needed.
 
-    `guesses` are names that text columns may have, the likeliest first. Raises UserError for a missing file or column, a
-    row that cannot be read, a value that is not text, and an empty input.
+    `guesses` are names that text columns may have, the likeliest first. It is said on stderr where they are not those that
+    a classifier was `trained_on`. Raises UserError for a missing file or column, a row that cannot be read, a value that is
+    not text, and an empty input.
     """
     if config.texts:
         records: Iterator[Record] = ((f"text {i}", {"text": text}) for i, text in enumerate(config.texts, 1))
@@ -43,7 +47,11 @@ def read_examples(config: InputConfig, guesses: Sequence[Columns]) -> Iterator[E
     columns: Columns = ()
     number = -1
     for number, (place, record) in enumerate(records):
-        columns = columns or choose_columns(list(record), config, guesses)
+        if not columns:
+            columns = choose_columns(list(record), config, guesses)
+            note = columns_note(columns, trained_on, config.text_columns is not None, source_name(config))
+            if note and (format_of(config) != "txt" or len(columns) != len(trained_on.text_columns)):
+                print(note, file=sys.stderr)
         texts = tuple(text_of(record, column, place) for column in columns)
         has_id = config.id_column is None or record.get(config.id_column) is not None
         require(has_id, f"{place} has no value in column {config.id_column}")
@@ -83,6 +91,8 @@ def text_of(record: dict[str, Any], column: str, place: str) -> str:
 
 
 def source_name(config: InputConfig) -> str:
+    if config.texts:
+        return "the arguments"
     return "the standard input" if config.input in (None, "-") else f"--input {config.input}"
 
 

@@ -8,7 +8,7 @@ import transformers
 
 from lib.config.predict import PredictConfig
 from lib.data.columns import TEXT_GUESSES
-from lib.data.tokenization import stored_windows
+from lib.data.trained_on import UNKNOWN, TrainedOn, input_length
 from lib.errors import UserError
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
@@ -31,6 +31,7 @@ MODELS = {
 class Task:
     """Options, model and tokenizer; `tokenizer.model_max_length` is the longest input in tokens.
 
+    `trained_on` is what a classifier was trained on; for other tasks it is empty.
     `text_columns` are names that the text columns of the input may have, the likeliest first.
     """
 
@@ -38,6 +39,7 @@ class Task:
     model: Any
     tokenizer: Any
     text_columns: tuple[Columns, ...]
+    trained_on: TrainedOn
 
     def pipeline(self) -> Any:
         """The pipeline of transformers for this task, on the model's device."""
@@ -63,21 +65,21 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
         # A decoder classifies by the last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id
 
-    windows = stored_windows(tokenizer)
-    trained_length = trained.data.max_length if trained.data else windows.max_length if windows else None
-    limits = [config.max_length or trained_length, tokenizer.model_max_length, longest_input(model)]
-    tokenizer.model_max_length = min(limit for limit in limits if limit is not None)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or tokenizer.model_max_length)
+    if config.task not in MODELS or config.max_length or trained.trained_on.max_length:
+        tokenizer.model_max_length = input_length(config.max_length, trained.trained_on, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
     if tokenizer.model_max_length <= special:
         raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
-    return Task(config, model.to(device).eval(), tokenizer, text_columns(config, trained))
+    columns = text_columns(config, trained.trained_on)
+    known = trained.trained_on if config.task == "sentiment-analysis" else UNKNOWN
+    return Task(config, model.to(device).eval(), tokenizer, columns, known)
 
 
-def text_columns(config: PredictConfig, trained: TrainedModel) -> tuple[Columns, ...]:
-    """Those of the run's training data, then usual names, of pairs too if the task takes them."""
+def text_columns(config: PredictConfig, trained_on: TrainedOn) -> tuple[Columns, ...]:
+    """Those of the model's training, then usual names, of pairs too if the task takes them."""
     if config.task == "question-answering":
         return (("question", "context"),)
     pairs = config.task in ("sentiment-analysis", "feature-extraction")
     usual = tuple(names for names in TEXT_GUESSES if pairs or len(names) == 1)
-    trained_on = trained.data.text_columns if trained.data else None
-    return (trained_on, *usual) if trained_on else usual
+    return (trained_on.text_columns, *usual) if trained_on.text_columns else usual

@@ -40,6 +40,9 @@ MOVIE_REVIEWS_NOTE = (
 LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 """By --adapter, the Hub's name of the library that loads the files; peft for all others."""
 
+SHOWN_CLASSES = 20
+"""Most classes whose rows are counted on the card."""
+
 VERSIONS = ("torch", "transformers", "accelerate", "datasets")
 """Libraries whose version is on the card."""
 
@@ -81,6 +84,7 @@ def write_model_card(
         f"{results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
         *("", "## Use", "", *usage_lines(settings.get("adapter"), base_name), ""),
         *output_lines(problem, names, thresholds),
+        *data_lines(settings),
         *("", "## Training", ""),
         *markdown_table(["option", "value"], [[key, str(settings[key])] for key in options]),
         "",
@@ -162,6 +166,39 @@ def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]
     return [f"Labels, in the order of the outputs: {', '.join(f'`{label}`' for label in names)}."]
 
 
+def data_lines(settings: dict[str, Any]) -> list[str]:
+    """Which columns were read, how much of a text, the size of each split and its classes, and notes without paths."""
+    if "run/split_sizes" not in settings:
+        return []
+    stride, length = settings["run/window_stride"], settings["run/max_length"]
+    longer = "cut" if stride is None else f"read in windows that share {stride}"
+    columns = {
+        name: ", ".join(f"`{column}`" for column in settings[f"run/{name}_columns"]) for name in ("text", "label")
+    }
+    counts, names = settings["run/class_counts"], settings["run/label_names"]
+    shown = names if settings["run/problem_type"] != REGRESSION and len(names) <= SHOWN_CLASSES else []
+    rows = [
+        [split, f"{size:,}", *(f"{counts[split][name]:,}" for name in shown)]
+        for split, size in settings["run/split_sizes"].items()
+    ]
+    return [
+        *("", "## Data", ""),
+        f"Text in {columns['text']}, label in {columns['label']}; at most {length:,} tokens, longer texts are {longer}.",
+        "",
+        *markdown_table(["split", "rows", *shown], rows),
+        *([""] if settings["run/notes"] else []),
+        *(f"- {without_paths(note, settings)}" for note in settings["run/notes"]),
+    ]
+
+
+def without_paths(text: str, settings: dict[str, Any]) -> str:
+    """`text` with the last part of each path that an option names."""
+    paths = [str(value) for value in settings.values() if isinstance(value, str) and "/" in value]
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    return text
+
+
 def training_facts(settings: dict[str, Any], results: dict[str, Any]) -> str:
     """Parameters, samples, processes, precision, versions and commit, as far as they are known."""
     versions = [f"{name} {settings[f'run/version_{name}']}" for name in VERSIONS if settings.get(f"run/version_{name}")]
@@ -170,10 +207,14 @@ def training_facts(settings: dict[str, Any], results: dict[str, Any]) -> str:
         f"{results.get('samples_seen', 0):,} samples seen in {results.get('train_seconds', 0):,} s",
         f"{settings.get('run/num_processes', 1)} process(es), precision {settings.get('run/mixed_precision', 'no')}",
         *versions,
+        *([f"base model at {settings['run/model_commit']}"] if settings.get("run/model_commit") else []),
+        *([f"base weights sha256 {settings['run/model_sha256']}"] if settings.get("run/model_sha256") else []),
         *([f"commit {settings['run/git_commit']}"] if settings.get("run/git_commit") else []),
     ]
     return f"{'; '.join(facts)}."
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    """Lines of a table; a line break in a cell becomes a space, and a bar is escaped."""
+    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in (plain[0], ["---"] * len(header), *plain[1:])]

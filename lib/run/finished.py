@@ -1,25 +1,28 @@
 """A finished run, or any model, as eval.py and predict.py find it."""
 
 import dataclasses
+import hashlib
 import json
+import re
 from pathlib import Path
 
 from lib.config.cli import load_config
-from lib.config.eval import EvalConfig
+from lib.config.eval import EvalConfig, is_run
 from lib.config.sections import DataConfig, ModelSource, flatten
 from lib.config.train import TrainConfig
-from lib.data.catalog import dataset_name
+from lib.data.catalog import DEFAULT, dataset_name, own_files
+from lib.data.trained_on import TrainedOn, read_trained_on
 from lib.errors import UserError
 from lib.hub.needs import is_lost_folder
-from lib.model.source import model_name
+from lib.model.source import resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
-    """A trained model, the data settings of its run if it is one, and the precision to compute in."""
+    """A trained model, what it was trained on as far as that is known, and the precision to compute in."""
 
     source: ModelSource
-    data: DataConfig | None
+    trained_on: TrainedOn
     precision: str
 
 
@@ -29,27 +32,32 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
     Raises UserError if the folder does not exist, or the run has no model yet.
     """
     folder = Path(source.model)
-    if not (folder / "config.yaml").is_file():
-        if is_lost_folder(source.model):
-            raise UserError(f"--model {source.model}: no such folder")
-        return TrainedModel(source, None, precision)
-    data = load_config(TrainConfig, folder / "config.yaml").data
-    return TrainedModel(run_model(folder, "--model"), data, run_precision(folder, precision))
+    if is_run(source.model):
+        return run_model(folder, "--model", precision)
+    if is_lost_folder(source.model):
+        raise UserError(f"--model {source.model}: no such folder")
+    if folder.resolve().name == "model" and is_run(str(folder.resolve().parent)):
+        precision = run_precision(folder.resolve().parent, precision)
+    return TrainedModel(source, read_trained_on(Path(resolve_model(source))), precision)
 
 
 def find_scored_model(config: EvalConfig) -> TrainedModel:
     """The model to score: that of `--run`, or `--model`. Raises UserError if the run has no model yet."""
     if config.run is None:
-        return TrainedModel(config.model, None, config.mixed_precision)
-    folder = Path(config.run)
-    return TrainedModel(run_model(folder, "--run"), config.data, run_precision(folder, config.mixed_precision))
+        return find_model(config.model, config.mixed_precision)
+    return run_model(Path(config.run), "--run", config.mixed_precision)
 
 
-def run_model(folder: Path, flag: str) -> ModelSource:
+def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
     """The model of a run, named by `flag`. Raises UserError if there is none yet."""
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{flag} {folder} has no model folder yet; let train.py reach its first evaluation")
-    return ModelSource(str(folder / "model"))
+    trained_on = read_trained_on(folder / "model")
+    if not trained_on.text_columns:  # a run of an earlier version: what its options say
+        data = load_config(TrainConfig, folder / "config.yaml").data
+        labels = data.label_columns or ((data.label_column,) if data.label_column else ())
+        trained_on = TrainedOn(None, data.text_columns or (), labels, data.max_length)
+    return TrainedModel(ModelSource(str(folder / "model")), trained_on, run_precision(folder, precision))
 
 
 def run_precision(folder: Path, asked: str) -> str:
@@ -61,13 +69,43 @@ def run_precision(folder: Path, asked: str) -> str:
 
 
 def eval_folder(config: EvalConfig) -> Path:
-    """The folder of eval.py's report."""
+    """The folder of eval.py's report: another one for each model and each data set."""
     if config.output_dir:
         return Path(config.output_dir)
-    named = f"{dataset_name(config.data)}-{config.split}"
-    if config.run is None:
-        return Path("outputs") / f"eval-{model_name(config.source.model)}-{named}"
-    own = not (config.data.dataset or config.data.test_file or config.data.validation_file)
-    if not own:
-        own = flatten(config.data) == flatten(load_config(TrainConfig, Path(config.run) / "config.yaml").data)
-    return Path(config.run) / f"eval-{config.split if own else named}"
+    named = f"{data_label(config.data, config.split)}-{config.split}"
+    if config.run_folder is None:
+        return Path("outputs") / f"eval-{model_label(config.source.model)}-{named}"
+    own = own_data(config.data, load_config(TrainConfig, config.run_folder / "config.yaml").data)
+    return config.run_folder / f"eval-{config.split if own else named}"
+
+
+def own_data(data: DataConfig, run: DataConfig) -> bool:
+    """Whether the options name the data of a run, read as the run reads them."""
+    asked, trained = flatten(data), flatten(run)
+    return all(asked[name] == trained[name] for name in asked)
+
+
+def model_label(model: str) -> str:
+    """A model in the name of a folder: its name on the Hub, or the end of its path with digits that tell it from others."""
+    path = Path(model)
+    return f"{plain('-'.join(path.resolve().parts[-2:]))}-{digits(path)}" if path.is_dir() else plain(model)
+
+
+def data_label(data: DataConfig, split: str) -> str:
+    """Data in the name of a folder: the name of a data set, or that of a file with digits that tell it from others."""
+    files = [Path(file) for file in own_files(data).values()]
+    if files:
+        return f"{plain(Path(own_files(data).get(split, files[0])).stem)}-{digits(*files)}"
+    if Path(data.dataset or DEFAULT).exists():
+        return f"{plain(dataset_name(data))}-{digits(Path(data.dataset or DEFAULT))}"
+    return plain("-".join(filter(None, [data.dataset or DEFAULT, data.dataset_config])))
+
+
+def plain(name: str) -> str:
+    """`name` as the part of a file's name: user--name for a Hub id."""
+    return re.sub(r"[^\w.-]+", "_", name.strip("/").replace("/", "--"))[:80]
+
+
+def digits(*paths: Path) -> str:
+    """Six digits that differ between paths."""
+    return hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode(errors="replace")).hexdigest()[:6]

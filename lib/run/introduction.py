@@ -18,7 +18,7 @@ def describe_run(
     config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: LoadingInfo
 ) -> str:
     """Devices, precision, batch, data, model, and notes about them, one line each."""
-    accelerator, plan, notes = learner.accelerator, learner.plan, (*data.notes, *learner.objective.notes)
+    accelerator, plan, notes = learner.accelerator, learner.plan, settings["run/notes"]
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     rows = {
@@ -29,7 +29,10 @@ def describe_run(
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
+        "columns": f"text {' '.join(data.text_columns)}; label {' '.join(data.label_columns)}",
+        "length": describe_length(data),
         "labels": summarize_labels(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
+        "metrics": f"{', '.join(settings['run/metrics'])}; the best model by {settings['run/metric_for_best_model']}",
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
@@ -43,6 +46,12 @@ def describe_run(
         rows["left out"] = f"{summarize_weight_names(weights.unused)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
     return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in notes)])
+
+
+def describe_length(data: Data) -> str:
+    """The most tokens that are read of a text at once, and what becomes of longer ones."""
+    longer = "are cut" if data.window_stride is None else f"are read in windows that share {data.window_stride}"
+    return f"at most {data.max_length:,} tokens; longer texts {longer}"
 
 
 def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:

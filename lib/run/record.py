@@ -1,4 +1,4 @@
-"""The record of a run: its name and folder, and the settings that make it comparable with others."""
+"""The record of a run: its name and folder, what it found out and decided, and what makes it comparable with others."""
 
 import hashlib
 import importlib.metadata
@@ -8,19 +8,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
-from torch import nn
 
-from lib.config.sections import flatten
+from lib.config.sections import MULTI_LABEL, REGRESSION, ModelSource, flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
 from lib.data.load import Data
 from lib.data.loader import Batches
+from lib.data.trained_on import TrainedOn
+from lib.errors import redact
+from lib.evaluation.scores import Metrics
+from lib.hub.cache.files import weight_files
+from lib.hub.packaged import cached_sha256
 from lib.model.layers import count_parameters
-from lib.model.source import model_name, model_origin
+from lib.model.load import summarize_weight_names
+from lib.model.source import LoadingInfo, model_name, model_origin, resolve_model
 from lib.runtime.accelerator import describe_devices
+from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
+from lib.training.learner import Learner
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
 
@@ -33,6 +41,9 @@ HARMLESS = {
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
 }
 """Settings that do not change the result: a run may be resumed with others."""
+
+LISTED = 100
+"""Most entries of a list that are shown outside record.json."""
 
 LENGTH = {"num_train_epochs", "max_steps"}
 """Settings that change the learning rate of every step."""
@@ -61,25 +72,93 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.tracking.output_dir or Path("outputs") / run_name(config))
 
 
-def run_settings(accelerator: Accelerator, config: TrainConfig, batches: Batches, model: nn.Module) -> dict[str, Any]:
+def run_settings(
+    config: TrainConfig, learner: Learner, batches: Batches, metrics: Metrics, weights: LoadingInfo
+) -> dict[str, Any]:
     """What runs are compared by: all options, and under `run/` versions, devices, data and model; no secrets."""
-    data, multiple = batches.data, getattr(batches.collator, "pad_to_multiple_of", None)
-    trainable, total = count_parameters(model)
+    accelerator, data, multiple = (
+        learner.accelerator,
+        batches.data,
+        getattr(batches.collator, "pad_to_multiple_of", None),
+    )
+    trainable, total = count_parameters(learner.inner_model)
     padding = padding_shares(config.training, data, multiple)
     padding["evaluation"] = evaluation_padding(config.training, data, multiple)
-    record = run_record(accelerator) | {
-        "data_fingerprint": data.fingerprint(),
-        "label_names": data.label_names,
-        "problem_type": data.problem_type,
-        "trainable_parameters": trainable,
-        "parameters": total,
-    }
+    record = run_record(accelerator) | describe_data(data, metrics)
+    record["notes"] += [redact(note) for note in learner.objective.notes]
+    record |= {"metric_for_best_model": metrics.best, "trainable_parameters": trainable, "parameters": total}
+    record |= {"new_weights": summarize_weight_names(weights.new)} if weights.new else {}
     if config.training.train_sampling_strategy == "group_by_length":
         record["batches_sorted_together"] = BATCHES_PER_MEGABATCH
-    record |= model_origin(config.model) | {f"padding_{name}": round(share, 4) for name, share in padding.items()}
+    record |= model_record(accelerator, config.model) | {
+        f"padding_{name}": round(share, 4) for name, share in padding.items()
+    }
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
     return settings | {"run/experiment": experiment_hash(settings)}
+
+
+def describe_data(data: Data, metrics: Metrics) -> dict[str, Any]:
+    """What was found out about the data, and how a model reads and is scored on them; plain values for JSON."""
+    return {
+        "dataset": data.name,
+        "data_fingerprint": data.fingerprint(),
+        "text_columns": list(data.text_columns),
+        "label_columns": list(data.label_columns),
+        "label_names": data.label_names,
+        "problem_type": data.problem_type,
+        "max_length": data.max_length,
+        "window_stride": data.window_stride,
+        "metrics": list(metrics.names),
+        "split_sizes": {split: len(tokens) for split, tokens in data.tokens.items()},
+        "class_counts": {split: count_classes(data, split) for split in data.tokens},
+        "notes": [redact(note) for note in data.notes],
+    }
+
+
+def count_classes(data: Data, split: str) -> dict[str, int]:
+    """Rows of each class or label in a split; empty for numbers."""
+    if data.problem_type == REGRESSION:
+        return {}
+    labels = np.asarray(data.tokens[split]["labels"][:])
+    if data.problem_type == MULTI_LABEL:
+        counts = labels.sum(axis=0)
+    else:
+        counts = np.bincount(labels.astype(np.int64), minlength=len(data.label_names))
+    return {name: int(count) for name, count in zip(data.label_names, counts, strict=True)}
+
+
+def trained_on(data: Data, metrics: Metrics) -> TrainedOn:
+    """What is stored with a model, so that whoever uses it reads text as its training did."""
+    return TrainedOn(data.name, data.text_columns, data.label_columns, data.max_length, metrics.names)
+
+
+def model_record(accelerator: Accelerator, source: ModelSource) -> dict[str, str]:
+    """Where a model's weights come from: commit and SHA-256 of downloaded ones, the SHA-256 of those in a folder."""
+    origin = model_origin(source)
+    if "model_sha256" in origin or not accelerator.is_main_process:
+        return origin
+    folder = Path(resolve_model(source))
+    if not folder.is_dir():
+        return origin
+    names = weight_files([path.name for path in folder.iterdir()], source.allow_pickle)
+    hashes = [cached_sha256(folder / name, (folder / name).stat().st_mtime_ns) for name in names]
+    return origin | {"model_sha256": " ".join(hashes)}
+
+
+def shorten(value: Any) -> Any:
+    """`value` for a place that is read as a whole: of a list or mapping with more than 100 entries only their number."""
+    if isinstance(value, dict):
+        entries = {key: shorten(item) for key, item in value.items()}
+        return entries if len(entries) <= LISTED else f"{len(value):,} entries, see record.json"
+    return f"{len(value):,} entries, see record.json" if isinstance(value, list) and len(value) > LISTED else value
+
+
+def write_record(folder: Path, settings: dict[str, Any], outcome: dict[str, Any]) -> None:
+    """Write record.json: what config.yaml leaves open, as this run resolved it, and what came out, such as thresholds."""
+    record = {key.removeprefix("run/"): value for key, value in settings.items() if key.startswith("run/")}
+    text = json.dumps(finite({"run_name": settings["run_name"]} | record | outcome), indent=2, ensure_ascii=False)
+    write_atomically(folder / "record.json", text + "\n")
 
 
 def experiment(settings: dict[str, Any]) -> dict[str, Any]:

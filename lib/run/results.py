@@ -1,12 +1,14 @@
 """The numbers that end a run: reports, results.json, the model card."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from lib.config.eval import EvalConfig
+from lib.config.sections import ModelSource
 from lib.config.train import TrainConfig
 from lib.data.catalog import ROLES, catalog_entry
 from lib.data.load import Data
@@ -16,15 +18,19 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
 from lib.run.finished import eval_folder
+from lib.run.record import describe_data, model_record, shorten
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite
 from lib.training.learner import Learner
 
-ORIGIN = (
+REPEATED = (
     *("run/data_fingerprint", "run/trainable_parameters", "run/parameters"),
     *("run/model_source", "run/model_commit", "run/model_sha256"),
+    *("run/dataset", "run/text_columns", "run/label_columns", "run/label_names", "run/problem_type"),
+    *("run/max_length", "run/window_stride", "run/metrics", "run/metric_for_best_model"),
+    *("run/split_sizes", "run/class_counts", "run/notes"),
 )
-"""Settings about data and model that results.json repeats."""
+"""What the run found out about data and model, and decided, that results.json repeats from record.json."""
 
 
 def final_splits(data: Data) -> list[str]:
@@ -42,6 +48,8 @@ def build_results(
     if entry and entry.further_validation:  # several, so that each has its own name as well
         by_split[entry.validation] = state.best_scores
     flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
+    thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), None)
+    tuned = {} if thresholds is None else dict(zip(settings["run/label_names"], thresholds.tolist(), strict=True))
     return flat | {
         "best_step": state.best_step,
         "steps": state.step,
@@ -52,8 +60,18 @@ def build_results(
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": settings["run/devices"][0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
-        **{name: settings[name] for name in ORIGIN if name in settings},
+        **{name: shorten(settings[name]) for name in REPEATED if name in settings},
+        **({"run/thresholds": shorten(tuned)} if tuned else {}),
     }
+
+
+def next_commands(folder: Path) -> str:
+    """The commands that score a finished run on other data and use it on new texts."""
+    run = shlex.quote(str(folder))
+    return (
+        f"score it on other data:  python eval.py --run {run} --test_file FILE\n"
+        f"use it on new texts:     python predict.py --model {run} --input FILE"
+    )
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> str:
@@ -64,7 +82,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
 
 
 def report_evaluation(
-    accelerator: Accelerator, config: EvalConfig, data: Data, metrics: Metrics, scored: Scored
+    accelerator: Accelerator, config: EvalConfig, source: ModelSource, data: Data, metrics: Metrics, scored: Scored
 ) -> str:
     """Write report, predictions and results.json of eval.py; returns what it prints, results.json as the last line."""
     folder, (scores, predictions) = eval_folder(config), scored
@@ -79,7 +97,8 @@ def report_evaluation(
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": describe_devices(accelerator)[0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
-        "run/data_fingerprint": data.fingerprint(),
+        **{f"run/{name}": shorten(value) for name, value in describe_data(data, metrics).items()},
+        **{f"run/{name}": value for name, value in model_record(accelerator, source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
     return "\n".join([*(f"- {note}" for note in data.notes), report, written, write_results(folder, results)])

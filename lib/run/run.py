@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches
+from lib.data.trained_on import store_trained_on
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -21,8 +22,8 @@ from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer
 from lib.run.introduction import describe_run
 from lib.run.progress import Progress
-from lib.run.record import run_folder, run_settings
-from lib.run.results import build_results, write_results
+from lib.run.record import run_folder, run_settings, shorten, trained_on, write_record
+from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, open_folder
 from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.processes import finish
@@ -48,18 +49,20 @@ class Run:
         """
         accelerator, config, folder = self.accelerator, self.config, self.folder
         self.metrics = metrics
-        self.settings = run_settings(accelerator, config, batches, learner.inner_model)
+        self.settings = run_settings(config, learner, batches, metrics, weights)
+        store_trained_on(learner.inner_model.config, trained_on(batches.data, metrics))
         if accelerator.is_main_process:
             open_folder(config, folder)
             # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
             shutil.rmtree(folder / "heartbeats", ignore_errors=True)
         checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
         if accelerator.is_main_process:
+            write_record(folder, self.settings, {})
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
-        self.log.start(self.settings, metrics.names)
+        self.log.start({name: shorten(value) for name, value in self.settings.items()}, metrics.names)
 
     @contextlib.contextmanager
     def guard(self, learner: Learner) -> Iterator[None]:
@@ -107,5 +110,8 @@ class Run:
                 print(write_report(self.folder / f"eval-{split}", split, result, intervals, data), flush=True)
             thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
             write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
+            named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
+            write_record(self.folder, self.settings, {"thresholds": named, "best_step": learner.state.best_step})
+            print(next_commands(self.folder), flush=True)
             print(write_results(self.folder, results), flush=True)
         finish(self.accelerator, learner.model, learner.optimizer)

@@ -13,7 +13,7 @@ from lib.config import eval as eval_config
 from lib.config import sections as config
 from lib.config import train as train_config
 from lib.config.cli import load_config, parse_cli, save_config
-from lib.config.eval import EvalConfig, EvalModel
+from lib.config.eval import EvalConfig, EvalDataConfig, EvalModel
 from lib.config.sections import DataConfig, ModelConfig, flatten
 from lib.config.train import ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
 from tests.conftest import ROOT
@@ -138,7 +138,7 @@ def test_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
         TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="")),
         TrainConfig(tracking=TrackingConfig(notes="- first\n- second # not a comment\n", tags=("true", "False"))),
         TrainConfig(training=TrainingConfig(num_train_epochs=0.1, max_steps=10, metric_for_best_model="loss")),
-        EvalConfig(model=EvalModel("roberta-base"), metrics=("f1",), data=DataConfig(dataset="sst2")),
+        EvalConfig(model=EvalModel("roberta-base"), metrics=("f1",), data=EvalDataConfig(dataset="sst2")),
         Switches(on=False, off=True),
         Switches(on=True, off=False),
     ],
@@ -331,7 +331,7 @@ def finished(tmp_path: Path) -> Path:
 
 def test_eval_uses_the_data_of_the_run(finished: Path) -> None:
     parsed = parse_cli(EvalConfig, ["--run", str(finished)])
-    assert parsed.data == load_config(TrainConfig, finished / "config.yaml").data
+    assert flatten(parsed.data) == flatten(load_config(TrainConfig, finished / "config.yaml").data)
     assert (parsed.metrics, parsed.seed, parsed.split) == (("f1",), 5, "test")
 
 
@@ -343,7 +343,7 @@ def test_eval_flag_wins_over_the_run(finished: Path) -> None:
 @pytest.mark.parametrize("flag", ["--test_file", "--test-file"])
 def test_other_data_replaces_all_data_of_the_run(finished: Path, flag: str) -> None:
     parsed = parse_cli(EvalConfig, ["--run", str(finished), f"{flag}=other.csv"])
-    assert parsed.data == DataConfig(test_file="other.csv", max_length=77)
+    assert parsed.data == EvalDataConfig(test_file="other.csv", max_length=77)
     assert parse_cli(EvalConfig, ["--run", str(finished), "--dataset=sst2"]).data.test_file is None
 
 

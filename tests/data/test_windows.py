@@ -84,7 +84,8 @@ def test_windows_are_saved_with_the_tokenizer_until_a_model_is_trained_without(t
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(ModelConfig(model=str(tmp_path)))
     assert stored_windows(again) == Windows(8, 2)
-    assert choose_windows(again, 64, None, 1, trained=True) == Windows(8, 2)
+    assert choose_windows(again, 8, None, 1, trained=True) == Windows(8, 2)
+    assert choose_windows(again, 6, None, 1, trained=True) == Windows(6, 2)
     assert choose_windows(again, 64, None, 1, trained=False) is None
     assert stored_windows(again) is None
 
