@@ -47,11 +47,6 @@ def store_trained_on(config: Any, trained_on: TrainedOn) -> None:
     setattr(config, KEY, plain)
 
 
-def forget_trained_on(config: Any) -> None:
-    """Take the record out of a configuration: the model is trained again."""
-    vars(config).pop(KEY, None)
-
-
 def read_trained_on(folder: Path) -> TrainedOn:
     """The record of the model, or adapter, in `folder`; UNKNOWN where there is none."""
     try:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from lib.config.sections import CLASSIFICATION, ModelConfig, ModelSource
-from lib.data.trained_on import forget_trained_on
+from lib.data.trained_on import KEY
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter
 from lib.model.layers import freeze
@@ -60,8 +60,8 @@ def build_model(
     hf_config.id2label = dict(enumerate(label_names))
     hf_config.label2id = {name: number for number, name in enumerate(label_names)}
     hf_config.problem_type = problem_type
-    vars(hf_config).pop("thresholds", None)  # of the labels that a trained checkpoint had
-    forget_trained_on(hf_config)
+    for key in ("thresholds", KEY):  # of the labels and the data that a trained checkpoint had
+        vars(hf_config).pop(key, None)
     hf_config.pad_token_id = tokenizer.pad_token_id if hf_config.pad_token_id is None else hf_config.pad_token_id
     override(hf_config, config.config_overrides)
     with loading_errors(config), override_errors(config):

@@ -113,7 +113,8 @@ def test_columns_that_the_data_lack_are_named(files: Path, single_label: Path, t
     plain = write_csv(tmp_path / "plain.csv", rows)
     _, scored, said = score("--run", single_label, "--test_file", plain, cwd=tmp_path)
     assert [row["text"] for row in scored] == [text for text, _ in rows]
-    assert "review" in said and "label_text" in said
+    assert "review" in said
+    assert "label_text" in said
     done = call_script("predict.py", "--model", single_label, "--input", plain, cwd=tmp_path)
     assert "review" in done.stderr
     done = call_script("predict.py", "a film", "--model", single_label, cwd=tmp_path)

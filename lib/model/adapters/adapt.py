@@ -12,7 +12,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from lib.config.sections import AdapterConfig, ModelSource
-from lib.data.trained_on import forget_trained_on
 from lib.errors import UserError
 from lib.hub.needs import named_base
 from lib.model.adapters.adapterhub import (
@@ -128,7 +127,6 @@ def load_adapter(folder: Path) -> Any:
             hf_config = AutoConfig.from_pretrained(folder)
         else:
             hf_config = load_hf_config(base)
-            forget_trained_on(hf_config)  # of the base model
             if not is_peft:
                 hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
                 hf_config.id2label = {index: name for name, index in head["label2id"].items()}
