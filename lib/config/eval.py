@@ -82,7 +82,7 @@ class EvalConfig:
             return []
         path = Path(run) / "config.yaml"
         require(path.is_file(), f"--run {run}: no config.yaml there, so it is not the folder of a run")
-        shared = {"metrics", "max_length", "window_stride", "preprocessing_num_workers"}
+        shared = {"metrics", "encoding", "max_length", "window_stride", "preprocessing_num_workers"}
         if not NAMES_DATA & set(arguments):
             shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
         for one, other in (("label_column", "label_columns"), ("label_columns", "label_column")):

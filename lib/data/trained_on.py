@@ -47,10 +47,11 @@ def store_trained_on(config: Any, trained_on: TrainedOn) -> None:
     setattr(config, KEY, plain)
 
 
-def read_trained_on(folder: Path) -> TrainedOn:
-    """The record of the model, or adapter, in `folder`; UNKNOWN where there is none."""
+def read_trained_on(file: Path, key: str | None = KEY) -> TrainedOn:
+    """The record under `key` in a config.json, or a file that has its fields; UNKNOWN where there is none."""
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEY]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = stored if key is None else stored[key]
         dataset, length = stored["dataset"], stored["max_length"]
         lists = [stored[name] for name in ("text_columns", "label_columns", "metrics")]
     except (OSError, ValueError, LookupError, TypeError):

@@ -11,7 +11,7 @@ from lib.config.eval import EvalConfig, is_run
 from lib.config.sections import DataConfig, ModelSource, flatten
 from lib.config.train import TrainConfig
 from lib.data.catalog import DEFAULT, dataset_name, own_files
-from lib.data.trained_on import TrainedOn, read_trained_on
+from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
@@ -38,7 +38,7 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
         raise UserError(f"--model {source.model}: no such folder")
     if folder.resolve().name == "model" and is_run(str(folder.resolve().parent)):
         precision = run_precision(folder.resolve().parent, precision)
-    return TrainedModel(source, read_trained_on(Path(resolve_model(source))), precision)
+    return TrainedModel(source, read_trained_on(Path(resolve_model(source)) / "config.json"), precision)
 
 
 def find_scored_model(config: EvalConfig) -> TrainedModel:
@@ -52,8 +52,10 @@ def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
     """The model of a run, named by `flag`. Raises UserError if there is none yet."""
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{flag} {folder} has no model folder yet; let train.py reach its first evaluation")
-    trained_on = read_trained_on(folder / "model")
-    if not trained_on.text_columns:  # a run of an earlier version: what its options say
+    trained_on = read_trained_on(folder / "model" / "config.json")
+    if trained_on == UNKNOWN:  # the best model is from before the run was resumed with this version
+        trained_on = read_trained_on(folder / "record.json", None)
+    if trained_on == UNKNOWN:  # the whole run is: what its options say
         data = load_config(TrainConfig, folder / "config.yaml").data
         labels = data.label_columns or ((data.label_column,) if data.label_column else ())
         trained_on = TrainedOn(None, data.text_columns or (), labels, data.max_length)

@@ -29,7 +29,7 @@ def describe_run(
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
-        "columns": f"text {' '.join(data.text_columns)}; label {' '.join(data.label_columns)}",
+        "columns": describe_columns(data),
         "length": describe_length(data),
         "labels": summarize_labels(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
         "metrics": f"{', '.join(settings['run/metrics'])}; the best model by {settings['run/metric_for_best_model']}",
@@ -46,6 +46,10 @@ def describe_run(
         rows["left out"] = f"{summarize_weight_names(weights.unused)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
     return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in notes)])
+
+
+def describe_columns(data: Data) -> str:
+    return f"text {' '.join(data.text_columns)}; label {' '.join(data.label_columns)}"
 
 
 def describe_length(data: Data) -> str:

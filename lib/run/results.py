@@ -18,6 +18,7 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
 from lib.run.finished import eval_folder
+from lib.run.introduction import describe_columns, describe_length
 from lib.run.record import describe_data, model_record, shorten
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite
@@ -101,4 +102,5 @@ def report_evaluation(
         **{f"run/{name}": value for name, value in model_record(accelerator, source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
-    return "\n".join([*(f"- {note}" for note in data.notes), report, written, write_results(folder, results)])
+    notes = [describe_columns(data), describe_length(data), *data.notes]
+    return "\n".join([*(f"- {note}" for note in notes), report, written, write_results(folder, results)])

@@ -158,7 +158,7 @@ def test_model_of_others_is_scored_with_what_is_guessed(stored: object, single_l
     if stored is not None:
         config["trained_on"] = known | stored if isinstance(stored, dict) and "dataset" not in stored else stored
     (model / "config.json").write_text(json.dumps(config))
-    assert read_trained_on(model) == UNKNOWN
+    assert read_trained_on(model / "config.json") == UNKNOWN
     scored, _, _ = score("--model", model, "--test_file", write_csv(tmp_path / "t.csv", sentences(9, 5)), cwd=tmp_path)
     assert (scored["run/text_columns"], scored["run/max_length"]) == (["text"], 64)  # all that the model takes
 
@@ -170,13 +170,20 @@ def test_metrics_are_those_of_the_run_unless_named(files: Path, single_label: Pa
     assert score(*test, "--metrics", "recall_macro", cwd=tmp_path)[0]["run/metrics"] == ["recall_macro"]
 
 
-def test_run_of_an_earlier_version_is_scored_by_its_options(single_label: Path, files: Path, tmp_path: Path) -> None:
-    """It has no record in its model."""
+@pytest.mark.parametrize("resumed", [False, True])
+def test_run_of_an_earlier_version_is_scored_as_before(
+    single_label: Path, files: Path, tmp_path: Path, resumed: bool
+) -> None:
+    """There is no record in its model; in its folder there is one only if it was resumed."""
     run = shutil.copytree(single_label, tmp_path / "run")
     config = json.loads((run / "model" / "config.json").read_text())
     del config["trained_on"]
     (run / "model" / "config.json").write_text(json.dumps(config))
-    (run / "record.json").unlink()
+    if resumed:
+        yaml = (run / "config.yaml").read_text()
+        (run / "config.yaml").write_text(yaml.replace("label_column: label_text", "label_column: null"))  # guessed
+    else:
+        (run / "record.json").unlink()
     before = read_lines(single_label / "eval-test" / "predictions.jsonl")
     assert score("--run", run, "--test_file", files / "test.csv", cwd=tmp_path)[1] == before
 
