@@ -50,7 +50,7 @@ def main(config: EvalConfig) -> None:
     split, batch_size = Batches(data, collator).split(config.split), config.per_device_eval_batch_size
     scored = evaluate(accelerator, model, split, metrics.names, batch_size)
     if accelerator.is_main_process:
-        print(report_evaluation(accelerator, config, trained.source, data, metrics, scored), flush=True)
+        print(report_evaluation(accelerator, config, trained, data, metrics, scored), flush=True)
     finish(accelerator, model)
 
 

@@ -15,6 +15,7 @@ from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
+from lib.runtime.precision import uses_gpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,12 @@ def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
 
 
 def run_precision(folder: Path, asked: str) -> str:
-    """The precision that was asked for; `auto` is that of the run in `folder`."""
+    """The precision that was asked for; `auto` is that of the run in `folder`, if this machine has it."""
     results = folder / "results.json"
-    if asked == "auto" and results.is_file():
-        return json.loads(results.read_text(encoding="utf-8"))["run/mixed_precision"]
-    return asked
+    if asked != "auto" or not results.is_file():
+        return asked
+    precision: str = json.loads(results.read_text(encoding="utf-8"))["run/mixed_precision"]
+    return asked if precision == "fp16" and not uses_gpu() else precision
 
 
 def eval_folder(config: EvalConfig) -> Path:

@@ -20,7 +20,7 @@ from lib.data.loader import Batches
 from lib.data.trained_on import TrainedOn
 from lib.errors import redact
 from lib.evaluation.scores import Metrics
-from lib.hub.cache.files import weight_files
+from lib.hub.cache.files import ADAPTER_WEIGHTS, weight_files
 from lib.hub.packaged import cached_sha256
 from lib.model.layers import count_parameters
 from lib.model.load import summarize_weight_names
@@ -120,7 +120,7 @@ def count_classes(data: Data, split: str) -> dict[str, int]:
     """Rows of each class or label in a split; empty for numbers."""
     if data.problem_type == REGRESSION:
         return {}
-    labels = np.asarray(data.tokens[split]["labels"][:])
+    labels = np.asarray(data.tokens[split].with_format("numpy")["labels"][:])
     if data.problem_type == MULTI_LABEL:
         counts = labels.sum(axis=0)
     else:
@@ -141,7 +141,8 @@ def model_record(accelerator: Accelerator, source: ModelSource) -> dict[str, str
     folder = Path(resolve_model(source))
     if not folder.is_dir():
         return origin
-    names = weight_files([path.name for path in folder.iterdir()], source.allow_pickle)
+    names = [path.name for path in folder.iterdir()]
+    names = weight_files(names, source.allow_pickle) or sorted(filter(ADAPTER_WEIGHTS.fullmatch, names))
     hashes = [cached_sha256(folder / name, (folder / name).stat().st_mtime_ns) for name in names]
     return origin | {"model_sha256": " ".join(hashes)}
 

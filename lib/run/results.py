@@ -8,16 +8,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from lib.config.eval import EvalConfig
-from lib.config.sections import ModelSource
 from lib.config.train import TrainConfig
-from lib.data.catalog import ROLES, catalog_entry
+from lib.data.catalog import ROLES, catalog_entry, own_files
 from lib.data.load import Data
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
-from lib.run.finished import eval_folder
+from lib.run.finished import TrainedModel, eval_folder
 from lib.run.introduction import describe_columns, describe_length
 from lib.run.record import describe_data, model_record, shorten
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
@@ -83,7 +82,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
 
 
 def report_evaluation(
-    accelerator: Accelerator, config: EvalConfig, source: ModelSource, data: Data, metrics: Metrics, scored: Scored
+    accelerator: Accelerator, config: EvalConfig, trained: TrainedModel, data: Data, metrics: Metrics, scored: Scored
 ) -> str:
     """Write report, predictions and results.json of eval.py; returns what it prints, results.json as the last line."""
     folder, (scores, predictions) = eval_folder(config), scored
@@ -99,8 +98,16 @@ def report_evaluation(
         "run/device": describe_devices(accelerator)[0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         **{f"run/{name}": shorten(value) for name, value in describe_data(data, metrics).items()},
-        **{f"run/{name}": value for name, value in model_record(accelerator, source).items()},
+        **{f"run/{name}": value for name, value in model_record(accelerator, trained.source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
     notes = [describe_columns(data), describe_length(data), *data.notes]
+    length = trained.trained_on.max_length
+    if length not in (None, data.max_length):
+        notes.append(f"warning: in its training, the model read at most {length:,} tokens")
+    named = config.data.dataset or own_files(config.data)
+    if config.run_folder is None and not named and trained.trained_on.dataset not in (None, data.name):
+        notes.append(
+            f"warning: no data is named, so {data.name} is scored; the model was trained on {trained.trained_on.dataset}"
+        )
     return "\n".join([*(f"- {note}" for note in notes), report, written, write_results(folder, results)])

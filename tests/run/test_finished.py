@@ -1,15 +1,18 @@
 """What a run resolved is what eval.py and predict.py use: columns, length, windows, thresholds, metrics, numbers."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
+from lib.config.sections import ModelSource
 from lib.data.trained_on import UNKNOWN, read_trained_on
-from lib.run.finished import eval_folder
+from lib.run.finished import eval_folder, find_model
 from tests.conftest import call_script, read_lines, results_of, sentences, tiny_roberta, write_csv
 
 QUICK = ["--report_to", "none", "--max_steps", 2, "--mixed_precision", "no"]
@@ -95,6 +98,10 @@ def test_all_scripts_give_a_row_the_same_numbers(kind: str, files: Path, tmp_pat
         rows = read_lines(tmp_path / "rows.jsonl")
         assert values(rows) == pytest.approx(values(trained), abs=1e-5)
         if kind == "multi_label":
+            record, config = (json.loads((folder / n).read_text()) for n in ("record.json", "model/config.json"))
+            assert (
+                list(record["thresholds"].values()) == config["thresholds"] == list(results["run/thresholds"].values())
+            )
             assert [sorted(row["labels"]) for row in rows] == [sorted(row["predicted"]) for row in trained]
 
 
@@ -161,6 +168,29 @@ def test_model_of_others_is_scored_with_what_is_guessed(stored: object, single_l
     assert read_trained_on(model / "config.json") == UNKNOWN
     scored, _, _ = score("--model", model, "--test_file", write_csv(tmp_path / "t.csv", sentences(9, 5)), cwd=tmp_path)
     assert (scored["run/text_columns"], scored["run/max_length"]) == (["text"], 64)  # all that the model takes
+
+
+def test_another_length_than_in_the_training_is_said(single_label: Path, files: Path, tmp_path: Path) -> None:
+    test = ["--model", single_label / "model", "--test_file", files / "test.csv"]
+    usual, _, said = score(*test, cwd=tmp_path)
+    assert usual["run/max_length"] == 6
+    assert "warning" not in said
+    other, _, said = score(*test, "--max_length", 9, cwd=tmp_path)
+    assert other["run/max_length"] == 9
+    assert "at most 6 tokens" in said
+
+
+@pytest.mark.parametrize(("run", "here"), [("no", "no"), ("bf16", "bf16"), ("fp16", "auto")])
+def test_precision_is_that_of_the_run_if_the_machine_has_it(
+    single_label: Path, tmp_path: Path, run: str, here: str
+) -> None:
+    folder = shutil.copytree(single_label, tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text()) | {"run/mixed_precision": run}
+    (folder / "results.json").write_text(json.dumps(results))
+    with mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
+        for model in (folder, folder / "model"):
+            assert find_model(ModelSource(str(model)), "auto").precision == here
+            assert find_model(ModelSource(str(model)), "no").precision == "no"
 
 
 def test_metrics_are_those_of_the_run_unless_named(files: Path, single_label: Path, tmp_path: Path) -> None:
