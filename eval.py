@@ -4,8 +4,6 @@ accelerate launch eval.py --run outputs/NAME --split test
 accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
 """
 
-import dataclasses
-
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
 from lib.data.catalog import data_needs
@@ -22,7 +20,7 @@ from lib.runtime.startup import run_script  # imports the heavy libraries, witho
 from lib.data.labels.problem_types import model_problem
 from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
-from lib.data.trained_on import input_length
+from lib.data.trained_on import as_in_training
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
 from lib.model.load import label_names, load_classifier, load_tokenizer
@@ -39,10 +37,9 @@ def main(config: EvalConfig) -> None:
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source)
     with accelerator.main_process_first():
-        length = input_length(config.data.max_length, trained.trained_on, tokenizer)
-        read = dataclasses.replace(config.data, max_length=length)
+        options = as_in_training(config.data, trained.trained_on, tokenizer)
         names, problem = label_names(model), model_problem(model.config)
-        data = load_data(read, tokenizer, (config.split,), names, problem, trained.trained_on)
+        data = load_data(options, tokenizer, (config.split,), names, problem, trained.trained_on)
     metrics = choose_metrics(config.metrics, config.data, data, trained=trained.trained_on.metrics)
 
     model = accelerator.prepare_model(model, evaluation_mode=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lib.config.sections import DataConfig
 from lib.data.tokenization import stored_windows
 from lib.errors import UserError
 
@@ -35,6 +36,7 @@ class TrainedOn:
     max_length: int | None = None
     """Most tokens of a text, or of a window of one."""
     metrics: tuple[str, ...] = ()
+    pad_to_max_length: bool = False
 
 
 UNKNOWN = TrainedOn()
@@ -54,12 +56,13 @@ def read_trained_on(file: Path, key: str | None = KEY) -> TrainedOn:
         stored = stored if key is None else stored[key]
         dataset, length = stored["dataset"], stored["max_length"]
         lists = [stored[name] for name in ("text_columns", "label_columns", "metrics")]
+        padded = stored["pad_to_max_length"] is True
     except (OSError, ValueError, LookupError, TypeError):
         return UNKNOWN
     known = isinstance(dataset, str) and type(length) is int and length > 0
     known = known and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
     texts, labels, metrics = map(tuple, lists) if known else ((), (), ())
-    return TrainedOn(dataset, texts, labels, length, metrics) if len(texts) in (1, 2) else UNKNOWN
+    return TrainedOn(dataset, texts, labels, length, metrics, padded) if len(texts) in (1, 2) else UNKNOWN
 
 
 def input_length(asked: int | None, trained_on: TrainedOn, tokenizer: Any) -> int:
@@ -69,6 +72,13 @@ def input_length(asked: int | None, trained_on: TrainedOn, tokenizer: Any) -> in
     if chosen is None:
         return tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else DEFAULT_LENGTH
     return min(chosen, tokenizer.model_max_length)
+
+
+def as_in_training(config: DataConfig, trained_on: TrainedOn, tokenizer: Any) -> DataConfig:
+    """The options with the length and the padding of the model's training where they name none."""
+    length = input_length(config.max_length, trained_on, tokenizer)
+    padded = config.pad_to_max_length or trained_on.pad_to_max_length
+    return dataclasses.replace(config, max_length=length, pad_to_max_length=padded)
 
 
 def columns_note(used: Sequence[str], trained_on: TrainedOn, given: bool, where: str) -> str | None:

@@ -59,7 +59,7 @@ def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
     if trained_on == UNKNOWN:  # the whole run is: what its options say
         data = load_config(TrainConfig, folder / "config.yaml").data
         labels = data.label_columns or ((data.label_column,) if data.label_column else ())
-        trained_on = TrainedOn(None, data.text_columns or (), labels, data.max_length)
+        trained_on = TrainedOn(None, data.text_columns or (), labels, data.max_length, (), data.pad_to_max_length)
     return TrainedModel(ModelSource(str(folder / "model")), trained_on, run_precision(folder, precision))
 
 

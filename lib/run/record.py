@@ -109,6 +109,7 @@ def describe_data(data: Data, metrics: Metrics) -> dict[str, Any]:
         "problem_type": data.problem_type,
         "max_length": data.max_length,
         "window_stride": data.window_stride,
+        "pad_to_max_length": data.pad_to_max_length,
         "metrics": list(metrics.names),
         "split_sizes": {split: len(tokens) for split, tokens in data.tokens.items()},
         "class_counts": {split: count_classes(data, split) for split in data.tokens},
@@ -130,7 +131,8 @@ def count_classes(data: Data, split: str) -> dict[str, int]:
 
 def trained_on(data: Data, metrics: Metrics) -> TrainedOn:
     """What is stored with a model, so that whoever uses it reads text as its training did."""
-    return TrainedOn(data.name, data.text_columns, data.label_columns, data.max_length, metrics.names)
+    columns, padded = (data.text_columns, data.label_columns), data.pad_to_max_length
+    return TrainedOn(data.name, *columns, data.max_length, metrics.names, padded)
 
 
 def model_record(accelerator: Accelerator, source: ModelSource) -> dict[str, str]:

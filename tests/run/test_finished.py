@@ -148,10 +148,12 @@ def test_one_text_in_place_of_a_pair_is_refused_unless_it_is_named(script: str, 
     assert "review rest" in named.stdout + named.stderr
 
 
-def test_model_that_is_trained_again_forgets_the_columns_before(files: Path, single_label: Path) -> None:
-    again = train(files, "again", "--model", single_label / "model", "--max_length", 9)
+def test_model_that_is_trained_again_forgets_how_it_was_trained_before(files: Path, single_label: Path) -> None:
+    again = train(files, "again", "--model", single_label / "model", "--max_length", 9, "--pad_to_max_length")
     stored = json.loads((again / "model" / "config.json").read_text())["trained_on"]
     assert (stored["text_columns"], stored["label_columns"], stored["max_length"]) == (["text"], ["label"], 9)
+    scored, _, _ = score("--model", again / "model", "--test_file", files / "test.csv", cwd=files)
+    assert scored["run/pad_to_max_length"]
 
 
 @pytest.mark.parametrize(
