@@ -1,12 +1,15 @@
 """The output of a model for every sample of a split, and what follows from it without the model."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 DEFAULT_THRESHOLD = 0.5
+BLOCK = 2**21
+"""Probabilities are computed for as many at once: of thousands of classes, all would take gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Predictions:
             return self.logits[:, 0]
         if self.problem_type == MULTI_LABEL:
             thresholds = DEFAULT_THRESHOLD if self.thresholds is None else self.thresholds
-            return (self.probabilities >= thresholds).astype(np.int64)
+            return np.concatenate([(block.probabilities >= thresholds).astype(np.int64) for block in self.blocks()])
         return self.logits.argmax(axis=1)
 
     @property
@@ -46,6 +49,18 @@ class Predictions:
         logits = self.logits.astype(np.float64)
         return expit(logits) if self.problem_type == MULTI_LABEL else softmax(logits, axis=1)
 
-    def take(self, rows: np.ndarray) -> "Predictions":
+    def probabilities_of(self, output: int) -> np.ndarray:
+        """Multi-label: the probabilities of one label, float64 (samples,)."""
+        from scipy.special import expit
+
+        return expit(self.logits[:, output].astype(np.float64))
+
+    def blocks(self) -> Iterator["Predictions"]:
+        """The predictions of consecutive samples, few enough that their probabilities take little memory."""
+        size = max(1, BLOCK // self.logits.shape[1])
+        for start in range(0, max(1, len(self.labels)), size):
+            yield self.take(slice(start, start + size))
+
+    def take(self, rows: np.ndarray | slice) -> "Predictions":
         """The predictions of some samples, by index."""
         return dataclasses.replace(self, logits=self.logits[rows], labels=self.labels[rows], losses=self.losses[rows])

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, REGRESSION
 from lib.data.load import Data
 from lib.evaluation.intervals import Interval
 from lib.evaluation.plots import draw
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import Scored
-from lib.evaluation.tables import build_tables, format_table, format_tables
+from lib.evaluation.tables import MOST_CLASSES, MOST_ROWS, build_tables, format_table, format_tables
 from lib.runtime.atomic import finite
 
 BINS = 15
@@ -22,32 +22,36 @@ DIGITS = 6
 
 
 def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, Interval], data: Data) -> str:
-    """Write `report.json`, `predictions.jsonl` and the picture to `folder`; return the report as text."""
+    """Write `report.json`, `predictions.jsonl` and the picture to `folder`; return the report as text of bounded size."""
     folder.mkdir(parents=True, exist_ok=True)
     (scores, predictions), names = scored, data.label_names
     size = len(predictions.labels)
     if predictions.problem_type == CLASSIFICATION:
         scores = scores | {"calibration_error": expected_calibration_error(predictions)}
     write_predictions(folder / "predictions.jsonl", predictions, data.texts[split], names)
-    draw(predictions, names, f"{split}, {size} samples", folder)
+    tables = build_tables(predictions, names)
+    notes = draw(predictions, tables, names, f"{split}, {size} samples", folder)
+    if len(names) > MOST_CLASSES:
+        notes.append(f"predictions.jsonl has the {MOST_ROWS} largest probabilities of each sample.")
     record = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
-    text = json.dumps(finite(record | build_tables(predictions, names)), indent=2, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    return format_report(split, Scored(scores, predictions), intervals, names)
+    text = json.dumps(finite(record | tables), indent=2, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    shown = format_tables(tables, predictions, names, str(folder / "report.json"))
+    return format_report(split, Scored(scores, predictions), intervals, [*shown, *notes])
 
 
-def format_report(split: str, scored: Scored, intervals: dict[str, Interval], names: Sequence[str]) -> str:
-    """The report as text: scores, with intervals where there are any, then the tables of the problem type."""
+def format_report(split: str, scored: Scored, intervals: dict[str, Interval], blocks: Sequence[str] = ()) -> str:
+    """The report as text: scores, with intervals where there are any, then `blocks`: tables and notes."""
     scores, predictions = scored
     rows = [[f"{split} ({len(predictions.labels)} samples)", "value", "95 % interval"]]
     for name, value in scores.items():
         rows.append([name, f"{value:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]) if name in intervals else ""])
-    return "\n\n".join([format_table(rows), *format_tables(predictions, names)])
+    return "\n\n".join([format_table(rows), *blocks])
 
 
 def expected_calibration_error(predictions: Predictions) -> float:
     """Mean gap between confidence and accuracy over 15 equal bins of the highest probability (Guo et al., ICML 2017)."""
-    confidence = predictions.probabilities.max(axis=1)
+    confidence = np.concatenate([block.probabilities.max(axis=1) for block in predictions.blocks()])
     correct = predictions.predicted == predictions.labels
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, weights=confidence - correct, minlength=BINS)
@@ -55,9 +59,12 @@ def expected_calibration_error(predictions: Predictions) -> float:
 
 
 def write_predictions(path: Path, predictions: Predictions, texts: Dataset, names: Sequence[str]) -> None:
-    """One JSON object per line, in input order: index, text, gold, predicted and, except for numbers, probabilities."""
+    """One JSON object per line, in input order: index, text, gold, predicted and, except for numbers, probabilities.
+
+    Of more than MOST_CLASSES probabilities the MOST_ROWS largest are written, the largest first.
+    """
     rows = zip(row_texts(texts), named_rows(predictions, names), strict=True)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for index, (text, row) in enumerate(rows):
             file.write(json.dumps(finite({"index": index, "text": text} | row), ensure_ascii=False) + "\n")
 
@@ -87,19 +94,20 @@ def row_texts(texts: Dataset) -> list[Any]:
 
 def named_rows(predictions: Predictions, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Gold, predicted and probabilities of each sample: the name of a class, a number, or a list of label names."""
-    golds, predicteds = predictions.labels.tolist(), predictions.predicted.tolist()
     if predictions.problem_type == REGRESSION:
-        for gold, predicted in zip(golds, predicteds, strict=True):
+        for gold, predicted in zip(predictions.labels.tolist(), predictions.predicted.tolist(), strict=True):
             yield {"gold": round(gold, DIGITS), "predicted": round(predicted, DIGITS)}
         return
-    multi_label = predictions.problem_type == MULTI_LABEL
-    for gold, predicted, probabilities in zip(golds, predicteds, predictions.probabilities.tolist(), strict=True):
-        yield {
-            "gold": chosen_names(gold, names) if multi_label else names[gold],
-            "predicted": chosen_names(predicted, names) if multi_label else names[predicted],
-            "probabilities": {name: round(p, DIGITS) for name, p in zip(names, probabilities, strict=True)},
-        }
+    for block in predictions.blocks():
+        for gold, predicted, row in zip(block.labels, block.predicted, block.probabilities, strict=True):
+            shown = range(len(row)) if len(row) <= MOST_CLASSES else np.argsort(-row, kind="stable")[:MOST_ROWS]
+            yield {
+                "gold": chosen_names(gold, names),
+                "predicted": chosen_names(predicted, names),
+                "probabilities": {names[place]: round(float(row[place]), DIGITS) for place in shown},
+            }
 
 
-def chosen_names(row: Sequence[int], names: Sequence[str]) -> list[str]:
-    return [name for name, chosen in zip(names, row, strict=True) if chosen]
+def chosen_names(labels: np.ndarray, names: Sequence[str]) -> str | list[str]:
+    """The name of a class, or the names of the labels that are 1."""
+    return names[labels] if labels.ndim == 0 else [names[place] for place in np.flatnonzero(labels)]

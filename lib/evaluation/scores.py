@@ -98,12 +98,22 @@ def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str,
 def compute_metric(name: str, predictions: Predictions) -> dict[str, float]:
     """The values of a metric by name: one, or several where its module returns several; NaN if predictions are not finite."""
     module, settings = metric_settings(name, predictions.logits.shape[1], predictions.problem_type)
-    given = metric_input(module, predictions)
-    if not np.isfinite(given).all():
+    if not is_finite(module, predictions):
         return {name: float("nan")}
-    metric = load_metric(module, predictions.problem_type)
-    result = metric.compute(predictions=given, references=predictions.labels, **settings)
+    given, metric = metric_input(module, predictions), load_metric(module, predictions.problem_type)
+    # Ours need no table of `datasets` in between, which takes seconds for thousands of labels.
+    direct = predictions.problem_type == MULTI_LABEL and module in METRICS[MULTI_LABEL]
+    result = (metric._compute if direct else metric.compute)(
+        predictions=given, references=predictions.labels, **settings
+    )
     return {name if key == module else key: float(value) for key, value in result.items() if np.ndim(value) == 0}
+
+
+def is_finite(module: str, predictions: Predictions) -> bool:
+    """Whether what the module compares with the labels holds numbers only: classes always do."""
+    if module == "average_precision":  # the probability of an infinite logit is 0 or 1
+        return not np.isnan(predictions.logits).any()
+    return predictions.problem_type != REGRESSION or bool(np.isfinite(predictions.predicted).all())
 
 
 def metric_input(module: str, predictions: Predictions) -> np.ndarray:

@@ -4,26 +4,42 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.evaluation.predictions import DEFAULT_THRESHOLD, Predictions
+from lib.runtime.screen import align, shorten
 
 RANGES = 5
+MOST_CLASSES = 60
+"""Of more classes there is no whole confusion matrix, and of more classes or labels no whole table on the screen."""
+MOST_COLUMNS = 30
+"""The matrix of more classes is in the file and not on the screen."""
+MOST_ROWS = 20
+"""Rows on the screen of a table that is not whole, and probabilities of a sample where there are more than MOST_CLASSES."""
+NAME_WIDTH = 40
+"""Columns of a name on the screen, at most."""
 Row = dict[str, Any]
 
 
 def build_tables(predictions: Predictions, names: Sequence[str]) -> dict[str, Any]:
-    """The tables that fit the problem type, by name, as they are saved."""
+    """The tables that fit the problem type, by name, as they are saved; their size grows with samples and classes, not C x C."""
     if predictions.problem_type == REGRESSION:
         return {"ranges": range_table(predictions)}
     if predictions.problem_type == MULTI_LABEL:
         return {"labels": label_table(predictions, names)}
-    return {"classes": class_table(predictions, names), "confusion_matrix": confusion_matrix(predictions).tolist()}
+    tables: dict[str, Any] = {"classes": class_table(predictions, names)}
+    if len(names) <= MOST_CLASSES:
+        tables["confusion_matrix"] = confusion_matrix(predictions).tolist()
+    if len(names) > MOST_COLUMNS:
+        tables["confusions"] = confusion_table(predictions, names)
+    return tables
 
 
-def format_tables(predictions: Predictions, names: Sequence[str]) -> list[str]:
-    """The same tables as text."""
-    tables = build_tables(predictions, names)
+def format_tables(
+    tables: dict[str, Any], predictions: Predictions, names: Sequence[str], file: str = "report.json"
+) -> list[str]:
+    """What `build_tables` gave, as text of bounded size; what is left out is said, with the name of the file that has it."""
     if predictions.problem_type == REGRESSION:
         return [format_rows(tables["ranges"], "{:.2f}")]
     if predictions.problem_type == MULTI_LABEL:
@@ -31,18 +47,59 @@ def format_tables(predictions: Predictions, names: Sequence[str]) -> list[str]:
             note = f"Thresholds: the model has none of its own, {DEFAULT_THRESHOLD} is used."
         else:
             note = "Thresholds: those of the best F1 on validation, where scores that use them are optimistic."
-        return [format_rows(tables["labels"], "{:.3f}"), note]
-    matrix = [["gold \\ predicted", *names]]
-    matrix += [[name, *map(str, row)] for name, row in zip(names, tables["confusion_matrix"], strict=True)]
-    return [format_rows(tables["classes"], "{:.3f}"), format_table(matrix)]
+        return [*format_outputs(tables["labels"], "labels", predictions, file), note]
+    blocks = format_outputs(tables["classes"], "classes", predictions, file)
+    if "confusions" not in tables:
+        shown = [shorten(name, NAME_WIDTH) for name in names]
+        rows = [[name, *map(str, row)] for name, row in zip(shown, tables["confusion_matrix"], strict=True)]
+        return [*blocks, format_table([["gold \\ predicted", *shown], *rows])]
+    if tables["confusions"]:
+        rows, total = tables["confusions"][:MOST_ROWS], len(tables["confusions"])
+        note = f"{len(rows)} of {total:,} pairs of confused classes, the most frequent; confusions in {file} has all."
+        blocks += [format_rows(rows, "{:.3f}"), note]
+    return blocks
 
 
-def confusion_matrix(predictions: Predictions) -> np.ndarray:
-    """Counts, int64 (classes, classes): rows are gold classes, columns predicted ones."""
-    from sklearn import metrics  # takes seconds to import
+def format_outputs(rows: Sequence[Row], what: str, predictions: Predictions, file: str) -> list[str]:
+    """The table of classes or labels as text, of many only those with the most mistakes."""
+    if len(rows) <= MOST_CLASSES:
+        return [format_rows(rows, "{:.3f}")]
+    chosen = [rows[place] for place in most_mistaken(predictions, MOST_ROWS)]
+    note = f"{len(chosen)} of {len(rows):,} {what}, those with the most mistakes; {what} in {file} has all."
+    return [format_rows(chosen, "{:.3f}"), note]
 
-    classes = range(predictions.logits.shape[1])
-    return metrics.confusion_matrix(predictions.labels, predictions.predicted, labels=classes)
+
+def most_mistaken(predictions: Predictions, limit: int) -> np.ndarray:
+    """The classes or labels with the most mistakes (missed and wrongly predicted samples), most first, int64 (limit,)."""
+    gold, predicted, outputs = predictions.labels, predictions.predicted, predictions.logits.shape[1]
+    if predictions.problem_type == MULTI_LABEL:
+        mistakes = (gold != predicted).sum(axis=0)
+    else:
+        wrong = gold != predicted
+        mistakes = sum(np.bincount(side[wrong], minlength=outputs) for side in (gold, predicted))
+    return np.argsort(-mistakes, kind="stable")[:limit]
+
+
+def confusion_matrix(predictions: Predictions, classes: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+    """Counts of some classes, by default of all, int64 (classes, classes): rows are gold classes, columns predicted ones."""
+    outputs = predictions.logits.shape[1]
+    classes = np.arange(outputs) if classes is None else np.asarray(classes)
+    places = np.full(outputs, -1)
+    places[classes] = np.arange(len(classes))
+    gold, predicted = places[predictions.labels], places[predictions.predicted]
+    cells = (gold * len(classes) + predicted)[(gold >= 0) & (predicted >= 0)]
+    return np.bincount(cells, minlength=len(classes) ** 2).reshape(len(classes), len(classes))
+
+
+def confusion_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
+    """Pairs of a gold class and another one that was predicted, with the number of samples, the most frequent first."""
+    pairs = np.stack([predictions.labels, predictions.predicted], axis=1)
+    pairs, counts = np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return [
+        {"gold": names[gold], "predicted": names[predicted], "samples": count}
+        for (gold, predicted), count in zip(pairs[order].tolist(), counts[order].tolist(), strict=True)
+    ]
 
 
 def class_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
@@ -84,25 +141,29 @@ def label_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
     """
     from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-    gold, probabilities = predictions.labels, predictions.probabilities
+    gold = predictions.labels
     thresholds = np.full(len(names), DEFAULT_THRESHOLD) if predictions.thresholds is None else predictions.thresholds
     columns = precision_recall_fscore_support(gold, predictions.predicted, average=None, zero_division=0)
     rows = []
     for number, (name, p, r, f, n) in enumerate(zip(names, *columns, strict=True)):
-        defined = n > 0 and np.isfinite(probabilities[:, number]).all()
-        area = average_precision_score(gold[:, number], probabilities[:, number]) if defined else np.nan
+        probabilities = predictions.probabilities_of(number)
+        defined = n > 0 and np.isfinite(probabilities).all()
+        area = average_precision_score(gold[:, number], probabilities) if defined else np.nan
         values = {"threshold": thresholds[number], "precision": p, "recall": r, "f1": f, "average_precision": area}
         rows.append({"label": name, **{key: float(value) for key, value in values.items()}, "samples": int(n)})
     return rows
 
 
 def format_rows(rows: Sequence[Row], number: str) -> str:
-    """A table under the names of its columns; floats as `number` formats them."""
-    shown = [[number.format(v) if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    """A table under the names of its columns; floats as `number` formats them, names as the screen can show them."""
+    shown = [
+        [number.format(v) if isinstance(v, float) else shorten(str(v), NAME_WIDTH) for v in row.values()]
+        for row in rows
+    ]
     return format_table([list(rows[0]), *shown])
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([align(row[0], widths[0], left=True), *map(align, row[1:], widths[1:])]) for row in rows)

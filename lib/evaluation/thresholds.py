@@ -15,7 +15,7 @@ def tune_thresholds(predictions: Predictions) -> np.ndarray:
     A threshold lies halfway between two probabilities. Of equally good ones the nearest to 0.5 is taken; a label that
     no row has, and one with a NaN, gets 0.5.
     """
-    columns = zip(predictions.probabilities.T, predictions.labels.T, strict=True)
+    columns = ((predictions.probabilities_of(label), gold) for label, gold in enumerate(predictions.labels.T))
     return np.array([best_threshold(scores, gold) for scores, gold in columns])
 
 

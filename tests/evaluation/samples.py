@@ -21,13 +21,13 @@ def number_predictions(samples: int, seed: int = 0) -> Predictions:
     return Predictions(predicted[:, None], gold, (predicted - gold) ** 2, problem_type=REGRESSION)
 
 
-def label_predictions(samples: int, seed: int = 0) -> Predictions:
-    """Three labels: a rare one, one that half of the samples have, and a frequent one, each with its threshold."""
+def label_predictions(samples: int, labels: int = 3, seed: int = 0) -> Predictions:
+    """A rare label, one that half of the samples have, a frequent one, and again, each with its threshold."""
     rng = np.random.default_rng(seed)
-    gold = (rng.random((samples, 3)) < (0.1, 0.5, 0.8)).astype(np.int64)
+    gold = (rng.random((samples, labels)) < np.resize((0.1, 0.5, 0.8), labels)).astype(np.int64)
     logits = (rng.normal(size=gold.shape) + 2 * gold - 1).astype(np.float32)
     losses = (np.logaddexp(0, logits) - gold * logits).mean(axis=1).astype(np.float32)
-    return Predictions(logits, gold, losses, problem_type=MULTI_LABEL, thresholds=np.array([0.3, 0.5, 0.6]))
+    return Predictions(logits, gold, losses, problem_type=MULTI_LABEL, thresholds=np.resize([0.3, 0.5, 0.6], labels))
 
 
 def from_probabilities(probabilities: list[list[float]], labels: list[int]) -> Predictions:

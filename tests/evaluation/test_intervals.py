@@ -1,12 +1,17 @@
 """Bootstrap intervals against formulas, resampling by hand, and the metrics themselves."""
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
 
-from lib.config.sections import MULTI_LABEL, REGRESSION
-from lib.evaluation.intervals import bootstrap_intervals, score_counts, score_rows
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.evaluation import intervals
+from lib.evaluation.intervals import Counts, bootstrap_intervals, draw_counts, row_scorer, score_counts
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scores import AVERAGED, compute_metrics, load_metric, metric_settings
+from lib.evaluation.scores import AVERAGED, compute_metrics, load_metric, metric_input, metric_settings
+from lib.evaluation.tables import confusion_matrix
 from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
 
 AVERAGED_NAMES = [f"{name}_{average}" for name in AVERAGED for average in ("macro", "micro", "weighted")]
@@ -69,13 +74,14 @@ def test_scores_of_confusion_matrices_equal_the_metrics(classes: int) -> None:
     counts = rng.multinomial(40, rng.dirichlet(np.full(classes**2, 0.3)), size=20).reshape(20, classes, classes)
     counts[0], counts[1, :, 1:] = np.diag(counts[0].diagonal()), 0  # nothing wrong; one class predicted only
     counts[:, 0, 0] += 1
-    gold, predicted = np.indices((classes, classes)).reshape(2, -1)
+    cells = gold, predicted = np.indices((classes, classes)).reshape(2, -1)
     names = ["accuracy", "matthews_correlation", "cohen_kappa", *AVERAGED_NAMES]
     for name in [*names, *(AVERAGED if classes == 2 else [])]:
         module, settings = metric_settings(name, classes)
         compute = load_metric(module)._compute
         expected = [compute(predicted.repeat(c), gold.repeat(c), **settings)[module] for c in map(np.ravel, counts)]
-        np.testing.assert_allclose(score_counts(module, counts, settings), expected, atol=1e-12, err_msg=name)
+        found = score_counts(module, Counts(cells, counts.reshape(20, -1), classes), settings)
+        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=name)
 
 
 def test_scores_of_resampled_labels_equal_the_metrics() -> None:
@@ -84,11 +90,55 @@ def test_scores_of_resampled_labels_equal_the_metrics() -> None:
     labels[:, 2] = 0
     predictions = Predictions(logits, labels, np.zeros(30, dtype=np.float32), problem_type=MULTI_LABEL)
     rows = rng.integers(30, size=(20, 30))
-    for name in AVERAGED_NAMES:
+    logits[:5] = 0.0  # equal probabilities
+    names = ["average_precision", "average_precision_weighted", "accuracy", "f1_samples", *AVERAGED_NAMES]
+    for name in names:
         module, settings = metric_settings(name, 3, MULTI_LABEL)
         compute = load_metric(module, MULTI_LABEL)._compute
-        expected = [compute(predictions.predicted[row], labels[row], **settings)[module] for row in rows]
-        np.testing.assert_allclose(score_rows(module, rows, predictions, settings), expected, atol=1e-12, err_msg=name)
+        given = metric_input(module, predictions)
+        expected = [compute(given[row], labels[row], **settings)[module] for row in rows]
+        found = row_scorer(module, predictions, settings)(rows)
+        np.testing.assert_allclose(found, expected, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("make", [class_predictions, number_predictions, label_predictions])
+def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_once(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictions = make(60)
+    names = {CLASSIFICATION: ["f1_macro"], REGRESSION: ["mse"], MULTI_LABEL: ["f1_macro", "accuracy"]}
+    whole = bootstrap_intervals(predictions, names[predictions.problem_type], 50)
+    monkeypatch.setattr(intervals, "CHUNK", 200)
+    assert bootstrap_intervals(predictions, names[predictions.problem_type], 50) == whole
+
+
+def test_matrices_without_their_empty_cells_are_those_of_whole_matrices() -> None:
+    predictions = class_predictions(40, classes=9)
+    matrix = confusion_matrix(predictions)
+    wanted = np.random.default_rng(5).multinomial(40, matrix.ravel() / 40, size=30)
+    (drawn,) = draw_counts(predictions, 30, np.random.default_rng(5))
+    found = np.zeros_like(wanted)
+    found[:, drawn.cells[0] * 9 + drawn.cells[1]] = drawn.drawn
+    assert (matrix == 0).any()
+    assert np.array_equal(found, wanted)
+
+
+def test_intervals_of_thousands_of_classes_take_little_memory() -> None:
+    predictions = class_predictions(4000, classes=3000, skill=5.0)
+    tracemalloc.start()
+    bootstrap_intervals(predictions, ["accuracy", "f1_macro", "cohen_kappa", "matthews_correlation"], 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200e6
+
+
+def test_average_precision_of_many_labels_has_fewer_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions, drawn = label_predictions(30), []
+    monkeypatch.setattr(intervals, "WORK", 0)
+    monkeypatch.setattr(intervals, "FEWEST", 7)
+    monkeypatch.setattr(intervals, "percentiles", lambda values: drawn.append(len(values)))
+    bootstrap_intervals(predictions, ["average_precision", "f1_macro"], 50)
+    assert drawn == [50, 7, 50]
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")

@@ -15,6 +15,7 @@ from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import expected_calibration_error, format_report, row_texts, worst_rows, write_report
 from lib.evaluation.scores import compute_metrics
 from lib.evaluation.scoring import Scored
+from lib.evaluation.tables import build_tables
 from tests.evaluation.samples import class_predictions, from_probabilities, label_predictions, number_predictions
 
 NAMES = ["bad", "good", "größer"]
@@ -73,7 +74,7 @@ def test_report_text_names_every_score_interval_and_class(tmp_path: Path, three:
 
 
 def test_report_text_leaves_out_unknown_intervals(three: Predictions) -> None:
-    text = format_report("test", Scored({"loss": 1.5, "rouge": 0.25}, three), {"loss": (1.0, 2.0)}, NAMES)
+    text = format_report("test", Scored({"loss": 1.5, "rouge": 0.25}, three), {"loss": (1.0, 2.0)})
     rows = {line.split()[0]: line.split()[1:] for line in text.split("\n\n")[0].splitlines()[1:]}
     assert rows == {"loss": ["1.5000", "1.0000", "to", "2.0000"], "rouge": ["0.2500"]}
 
@@ -159,5 +160,6 @@ def test_picture_is_a_png_also_of_logits_that_are_not_finite(
     if broken is not None:
         predictions = predictions.take(np.arange(50))
         predictions.logits[3] = broken
-    draw(predictions, [f"name {index}" for index in range(predictions.logits.shape[1])], "a title", tmp_path)
+    names = [f"name {index}" for index in range(predictions.logits.shape[1])]
+    draw(predictions, build_tables(predictions, names), names, "a title", tmp_path)
     assert (tmp_path / FILES[predictions.problem_type]).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

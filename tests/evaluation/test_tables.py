@@ -1,15 +1,28 @@
 """Tables by hand and against scikit-learn."""
 
 import dataclasses
+import json
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from sklearn.metrics import average_precision_score, f1_score
 
 from lib.config.sections import REGRESSION
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
-from lib.evaluation.tables import class_table, confusion_matrix, format_tables, label_table, range_table
+from lib.evaluation.tables import (
+    build_tables,
+    class_table,
+    confusion_matrix,
+    confusion_table,
+    format_table,
+    format_tables,
+    label_table,
+    most_mistaken,
+    range_table,
+)
 from tests.evaluation.samples import class_predictions, from_probabilities, label_predictions
 
 CLASSES = ["bad", "good", "größer"]
@@ -72,5 +85,60 @@ def test_label_table_agrees_with_macro_scores() -> None:
 
 def test_text_tells_where_thresholds_come_from() -> None:
     predictions = label_predictions(9)
-    assert "validation" in format_tables(predictions, LABELS)[1]
-    assert "none of its own" in format_tables(dataclasses.replace(predictions, thresholds=None), LABELS)[1]
+    tables, without = build_tables(predictions, LABELS), dataclasses.replace(predictions, thresholds=None)
+    assert "validation" in format_tables(tables, predictions, LABELS)[1]
+    assert "none of its own" in format_tables(tables, without, LABELS)[1]
+
+
+def test_confusions_and_classes_with_mistakes_by_hand() -> None:
+    gold, predicted = np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 0, 3])
+    predictions = Predictions(np.eye(4, dtype=np.float32)[predicted], gold, np.zeros(6))
+    assert confusion_table(predictions, "abcd") == [
+        {"gold": "c", "predicted": "a", "samples": 2},
+        {"gold": "a", "predicted": "b", "samples": 1},
+    ]
+    assert most_mistaken(predictions, 3).tolist() == [0, 2, 1]
+    assert confusion_matrix(predictions, [0, 2]).tolist() == [[1, 0], [2, 0]]
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+def test_text_of_thousands_of_classes_is_short_and_names_the_file_that_has_all(make: Any) -> None:
+    predictions = make(3000, 2000)
+    names = [f"a class with a long name, number {number:04}" * 9 for number in range(2000)]
+    tables = build_tables(predictions, names)
+    text = "\n\n".join(format_tables(tables, predictions, names, "somewhere/report.json"))
+    assert len(text) < 10_000
+    assert "20 of 2,000" in text
+    assert "somewhere/report.json" in text
+    assert all(len(table) == 2000 for name, table in tables.items() if name in ("classes", "labels"))
+    assert len(json.dumps(tables)) < 10 * len(json.dumps(names))
+
+
+def test_file_has_every_confusion_of_many_classes() -> None:
+    predictions = class_predictions(500, 70)
+    names = [f"class {number}" for number in range(70)]
+    tables = build_tables(predictions, names)
+    assert "confusion_matrix" not in tables
+    wrong = (predictions.labels != predictions.predicted).sum()
+    assert sum(row["samples"] for row in tables["confusions"]) == wrong > 0
+
+
+def test_perfect_predictions_of_many_classes_have_no_confusions() -> None:
+    classes = np.arange(100)
+    predictions = Predictions(np.eye(100, dtype=np.float32), classes, np.zeros(100, np.float32))
+    names = list(map(str, classes))
+    assert "confus" not in "".join(format_tables(build_tables(predictions, names), predictions, names))
+
+
+@pytest.mark.parametrize("name", ["正面", "👎", "ไม่ดี", "שלילי", "e\u0301", "plain"])
+def test_columns_are_aligned_as_a_terminal_shows_them(name: str) -> None:
+    lines = format_table([["class", "samples"], [name, "7"], ["negative", "12"]]).splitlines()
+    assert len({cell_len(line) for line in lines}) == 1
+
+
+def test_name_cannot_break_a_table_or_move_the_cursor() -> None:
+    predictions, names = class_predictions(50), ["a\tb", "c\nd\r", "\x1b[2Je\u202e\u2028"]
+    text = "\n\n".join(format_tables(build_tables(predictions, names), predictions, names))
+    assert text.replace("\n", "").isprintable()
+    assert len(text.splitlines()) == 4 + 1 + 4
+    assert all(shown in text for shown in ("a\\tb", "c\\nd\\r", "\\x1b[2Je\\u202e"))
