@@ -35,12 +35,12 @@ def draw(predictions: Predictions, tables: dict[str, Any], names: Sequence[str],
     labels = {place: shorten(names[place], NAME_WIDTH) for place in shown}
     families, missing = find_fonts([*labels.values(), title])
     numbered = [place for place, label in labels.items() if missing.intersection(label)]
-    labels |= {place: str(place) for place in numbered}
+    labels |= {place: f"#{place}" for place in numbered}
     title = "".join("?" if character in missing else character for character in title)
     with plain_text(families):
-        side = 2.5 + 0.7 * len(shown) + 0.07 * max(0, max(map(cell_len, labels.values())) - 12)
-        side = min(side, WIDEST)
-        size = {CLASSIFICATION: (side + 1, side), REGRESSION: (6.0, 5.0), MULTI_LABEL: (8.0, 5.0)}
+        margin = 0.07 * max(0, max(map(cell_len, labels.values())) - 12)  # for long names
+        side = min(2.5 + 0.7 * len(shown) + margin, WIDEST)
+        size = {CLASSIFICATION: (side + 1, side), REGRESSION: (6.0, 5.0), MULTI_LABEL: (8.0 + margin, 5.0)}
         figure = Figure(figsize=size[problem], layout="constrained")
         axes = figure.subplots()
         if problem == CLASSIFICATION:
@@ -53,7 +53,7 @@ def draw(predictions: Predictions, tables: dict[str, Any], names: Sequence[str],
         figure.savefig(folder / FILES[problem], dpi=120)
     if not numbered:
         return []
-    legend = [f"{place} is {shorten(names[place], NAME_WIDTH)}" for place in numbered]
+    legend = [f"#{place} is {shorten(names[place], NAME_WIDTH)}" for place in numbered]
     return [
         f"No installed font has the characters of {len(numbered)} of the names in {FILES[problem]}, which shows their "
         f"numbers: {list_some(legend, NAMES_LISTED)}. With a font for the script, such as Noto Sans, they are written out."
@@ -65,10 +65,10 @@ def chosen_outputs(predictions: Predictions, tables: dict[str, Any], title: str)
     outputs = predictions.logits.shape[1]
     if predictions.problem_type == MULTI_LABEL and outputs > MOST_CURVES:
         order = sorted(range(outputs), key=lambda place: -tables["labels"][place]["samples"])
-        return order[:MOST_CURVES], f"{title}: the {MOST_CURVES} most frequent of {outputs:,} labels"
+        return order[:MOST_CURVES], f"{title}\nthe {MOST_CURVES} most frequent of {outputs:,} labels"
     if predictions.problem_type == CLASSIFICATION and outputs > MOST_CLASSES:
         chosen = sorted(most_mistaken(predictions, CLASSES_SHOWN).tolist())
-        return chosen, f"{title}: the {CLASSES_SHOWN} of {outputs:,} classes with the most mistakes"
+        return chosen, f"{title}\nthe {CLASSES_SHOWN} of {outputs:,} classes with the most mistakes"
     return list(range(outputs)), title
 
 

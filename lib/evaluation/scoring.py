@@ -74,7 +74,8 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
                 batch_size = halve(min(batch_size, len(split.tokens)), "--per_device_eval_batch_size")
     for module, mode in training.items():
         module.training = mode
-    table = accelerator.reduce(results, "sum").cpu().numpy()
+    summed = results if accelerator.num_processes == 1 else accelerator.reduce(results, "sum")  # else a copy
+    table = summed.cpu().numpy()
     check_counts(table[:, -1])
     seconds = time.perf_counter() - started
     labels = np.asarray(split.tokens["labels"][:], dtype=np.float32 if split.problem_type == REGRESSION else np.int64)
