@@ -38,7 +38,9 @@ class Predictions:
         if self.problem_type == MULTI_LABEL:
             thresholds = DEFAULT_THRESHOLD if self.thresholds is None else self.thresholds
             return np.concatenate([(block.probabilities >= thresholds).astype(np.int64) for block in self.blocks()])
-        return np.concatenate([block.logits.argmax(axis=1) for block in self.blocks()])  # argmax copies what it is given
+        return np.concatenate(
+            [block.logits.argmax(axis=1) for block in self.blocks()]
+        )  # argmax copies what it is given
 
     @property
     def probabilities(self) -> np.ndarray:

@@ -12,6 +12,7 @@ from lib.data.catalog import catalog_entry
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
+from lib.runtime.screen import printable
 
 FOLDER = Path(__file__).parent / "metrics"
 """The metrics: `evaluate` modules, one per file, loaded by path."""
@@ -58,7 +59,7 @@ def choose_metrics(
     The first chooses the model unless `metric_for_best_model` does.
 
     Raises UserError for a metric that is unknown or does not fit the data, and for a `metric_for_best_model` that is
-    not computed.
+    not computed or, with data for training, that the validation labels leave undefined.
     """
     ours = our_metrics()  # the model may come from others, who have metrics of their own
     names = names or tuple(name for name in trained if {name, split_average(name)[0]} & ours)
@@ -68,7 +69,33 @@ def choose_metrics(
     if best not in (*names, "loss"):
         listed = ", ".join(names)
         raise UserError(f"--metric_for_best_model {metric_for_best_model} is not among the metrics: {listed}, loss")
+    if "train" in data.tokens and "validation" in data.tokens and best != "loss":
+        check_defined(best, np.asarray(data.tokens["validation"]["labels"][:]), data)
     return Metrics(names, best)
+
+
+def check_defined(metric: str, labels: np.ndarray, data: Data) -> None:
+    """Raise UserError if the validation labels alone make a metric undefined or the same for all predictions."""
+    module, average = split_average(metric)
+    problem, found = data.problem_type, ""
+    if problem == REGRESSION:
+        if module in ("pearson", "spearman", "r2") and (len(labels) < 2 or (labels == labels[0]).all()):
+            found = f"one value only ({labels[0]:g})"
+    elif problem == MULTI_LABEL:
+        some, every = labels.any(axis=0), labels.all(axis=0)
+        if module == "average_precision" and not (some & ~every).any():
+            found = "no label that some rows have and others do not"
+        if module in AVERAGED and not some.any():
+            found = "no row with a label"
+    elif len(np.unique(labels)) == 1 and module in ("cohen_kappa", "matthews_correlation"):
+        found = f"one class only ({printable(data.label_names[labels[0]])})"
+    elif module in AVERAGED and not average and not (labels == 1).any():
+        found = f"no row of class {printable(data.label_names[1])}"
+    if found:
+        raise UserError(
+            f"{metric} cannot choose the model: the validation split has {found} in its {len(labels):,} rows. Choose by "
+            "another metric, --metric_for_best_model loss, or validate on rows that differ (--validation_file)"
+        )
 
 
 def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:

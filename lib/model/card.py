@@ -72,6 +72,7 @@ def write_model_card(
     options = [key for key in OPTIONS if key in settings]
     if problem != CLASSIFICATION:
         options = [key for key in options if key not in CLASSIFICATION_OPTIONS]
+    chosen_by = " by its loss (the metric was not defined)" if results.get("chosen_by") == "loss" else ""
     lines = [
         f"# {settings['run_name']}",
         "",
@@ -80,8 +81,8 @@ def write_model_card(
         *("", "## Results", ""),
         *markdown_table(["split", *metrics], rows),
         "",
-        f"One run with seed {settings['seed']}: the best model on validation, after {results.get('best_step', '?')} of "
-        f"{results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
+        f"One run with seed {settings['seed']}: the best model on validation{chosen_by}, after "
+        f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
         *("", "## Use", "", *usage_lines(settings.get("adapter"), base_name), ""),
         *output_lines(problem, names, thresholds),
         *data_lines(settings),

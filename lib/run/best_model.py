@@ -40,9 +40,9 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
 def restore_model(accelerator: Accelerator, model: nn.Module, folder: Path, state: State) -> None:
     """Load what `publish_model` saved into `model`, in place: weights, and thresholds of a multi-label model.
 
-    Raises UserError if no evaluation of the run gave a finite number, so that no model was saved.
+    Raises UserError if no evaluation of the run had a finite loss, so that no model was saved.
     """
-    if state.best_metric is None:
+    if not state.best_step:
         raise UserError("training diverged: no evaluation gave a finite number; try a lower --learning_rate")
     inner = accelerator.unwrap_model(model)
     reload_model(inner, folder)

@@ -51,6 +51,7 @@ def build_results(
     thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), None)
     tuned = {} if thresholds is None else dict(zip(settings["run/label_names"], thresholds.tolist(), strict=True))
     return flat | {
+        **({"chosen_by": "loss"} if state.best_metric is None else {}),  # its metric was not defined
         "best_step": state.best_step,
         "steps": state.step,
         "samples_seen": state.samples_seen,

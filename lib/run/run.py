@@ -1,6 +1,7 @@
 """A run as one object: folder, settings, log, checkpoints, best model, progress, results."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -87,6 +88,10 @@ class Run:
         if scores:
             listed = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
             self.progress.write(f"step {state.step}, validation:  {listed}")
+            if not math.isfinite(scores[self.metrics.best]) and math.isfinite(scores["loss"]):
+                self.progress.write(
+                    f"{self.metrics.best} is not defined for these predictions: where it is not, the loss chooses the model"
+                )
         self.log.log(state.step, state.samples_seen, values)
 
     def save_checkpoint(self) -> None:
@@ -97,7 +102,7 @@ class Run:
         publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
 
     def load_best(self, learner: Learner) -> None:
-        """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation gave a finite number."""
+        """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation had a finite loss."""
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:

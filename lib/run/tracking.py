@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 from accelerate import Accelerator
 
-from lib.config.sections import MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
 from lib.errors import UserError, first_line
@@ -19,13 +20,18 @@ from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import worst_rows
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.scoring import Scored, prefix
-from lib.evaluation.tables import label_table
+from lib.evaluation.tables import MOST_CLASSES, confusion_table, label_table
 from lib.runtime.atomic import finite
+from lib.runtime.startup import when_script_fails
 
 logger = logging.getLogger(__name__)
 
 WANDB_INIT_SECONDS = 20
 WANDB_FINISH_SECONDS = 60
+MOST_ITEMS = 100
+"""Items of a list among the settings that a tracker gets."""
+MOST_POINTS = 10_000
+"""Points of a plot and rows of a table: W&B keeps no more."""
 
 
 def check_tracker(name: str) -> None:
@@ -60,9 +66,11 @@ class RunLog:
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
 
     def start(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
-        """Start the tracker's run with `settings`, which hold its name under run_name."""
+        """Start the tracker's run with `settings`, which hold its name under run_name; a failure of the script ends it."""
         if self.tracker is None:
             return
+        when_script_fails(self.close)
+        settings = {key: bounded(value) for key, value in settings.items()}
         try:
             if self.tracker == "wandb":
                 self.start_wandb(settings, metrics)
@@ -140,8 +148,8 @@ class RunLog:
                 self.give_up("log the report", error)
         self.close()
 
-    def close(self) -> None:
-        """End the tracker's run in bounded time."""
+    def close(self, failure: BaseException | None = None) -> None:
+        """End the tracker's run in bounded time, in W&B with exit code 1 after a failure; again, it does nothing."""
         if self.file is not None:
             self.file.close()
         if self.tracker is None:
@@ -149,9 +157,14 @@ class RunLog:
         try:
             # Not `end_training`: it also ends the process group, which the other processes still wait in.
             for tracker in self.accelerator.trackers:
-                tracker.finish()
+                if failure is not None and self.tracker == "wandb":
+                    tracker.tracker.summary["run/failure"] = first_line(failure)
+                    tracker.tracker.finish(exit_code=1)
+                else:
+                    tracker.finish()
         except Exception as error:
             self.give_up("finish", error)
+        self.tracker = None
 
     def log_report(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
         import wandb
@@ -176,10 +189,25 @@ class RunLog:
         self.tracker = None
 
 
+def bounded(value: Any) -> Any:
+    """A setting for the tracker: of a list of thousands, such as the names of classes, the first ones and their number."""
+    if isinstance(value, (list, tuple)) and len(value) > MOST_ITEMS:
+        return [*value[:MOST_ITEMS], f"… and {len(value) - MOST_ITEMS:,} more"]
+    return value
+
+
 def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:
-    """W&B's plot of a split: a confusion matrix, a scatter plot of numbers, or a table of labels."""
+    """W&B's plot of a split: a confusion matrix, a scatter plot of numbers, or a table of labels.
+
+    A split of many classes has the pairs that were confused most instead, and of many rows some are left out.
+    """
     import wandb
 
+    if len(predictions.labels) > MOST_POINTS and predictions.problem_type == REGRESSION:
+        predictions = predictions.take(np.linspace(0, len(predictions.labels) - 1, MOST_POINTS).astype(np.int64))
+    if len(label_names) > MOST_CLASSES and predictions.problem_type == CLASSIFICATION:
+        rows = [list(row.values()) for row in confusion_table(predictions, label_names)[:MOST_POINTS]]
+        return {"confusions": wandb.Table(columns=["gold", "predicted", "samples"], data=rows)}
     gold, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
     if predictions.problem_type == REGRESSION:
         points = wandb.Table(columns=["gold", "predicted"], data=list(map(list, zip(gold, predicted, strict=True))))

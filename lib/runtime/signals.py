@@ -33,6 +33,8 @@ class Request:
         self.deadline = math.inf
         self.reason = ""
         self.deferred = False
+        self.ending = False
+        """The process ends by itself after a failure; a launcher that asks for it need not."""
 
 
 REQUEST = Request()
@@ -69,6 +71,8 @@ def listen(reader: int) -> None:
         for number in os.read(reader, 64):
             if number not in SIGNALS:
                 continue  # such as SIGCHLD: a worker of a data loader has ended
+            if REQUEST.ending and number != signal.SIGINT:
+                continue
             name, now = signal.Signals(number).name, time.monotonic()
             if not REQUEST.deferred:
                 leave(f"{name}: stopped", EXIT_RESUME)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lib.errors import UserError
-from lib.runtime.signals import EXIT_RESUME, Stopped
+from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped
 
 UNUSED = ("peft", "scipy")
 """Packages that transformers imports with every model if they are installed: for its Trainer, and for object detection."""
@@ -63,21 +63,42 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
+AT_FAILURE: list[Callable[[BaseException], None]] = []
+
+
+def when_script_fails(act: Callable[[BaseException], None]) -> None:
+    """Have `run_script` call `act` with the error that ends the script, before this process ends; it must wait for no other."""
+    AT_FAILURE.append(act)
+
+
+def fail(error: BaseException) -> None:
+    """Call what was registered, in bounded time and not cut short by a launcher that ends what is left of a failed run."""
+    REQUEST.ending = bool(AT_FAILURE)
+    for act in AT_FAILURE:
+        act(error)
+
+
 def run_script(main: Callable[[Any], None], config: Any) -> None:
     """Call `main(config)`; a UserError ends the process with code 2 and its message, printed once, without a trace.
 
     A run that was stopped and saved ends with code 75.
     """
+    failure = None
     try:
         main(config)
         return
     except UserError as error:
-        code, message = 2, f"error: {error}"
+        failure, code, message = error, 2, f"error: {error}"
     except Stopped as stopped:
         code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
+    except BaseException as error:
+        fail(error)
+        raise
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the reader of a pipe may be gone
             print(message, file=sys.stderr, flush=True)
+    if failure is not None:
+        fail(failure)
     # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -1,6 +1,7 @@
 """What an optimizer step changes and a checkpoint saves, as one object."""
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -86,9 +87,13 @@ class Learner:
         return scored
 
     def update_best(self, scores: dict[str, float]) -> bool:
-        """Note the validation scores of this step, also in a schedule that follows them; True if they are the best so far."""
+        """Note the validation scores of this step, also in a schedule that follows them; True if they are the best so far.
+
+        Where the metric that chooses the model is not defined, such a schedule stays where it is.
+        """
         metric = self.plan.best_metric
-        advance_on_metric(self.scheduler, scores[metric])
+        if math.isfinite(scores[metric]):
+            advance_on_metric(self.scheduler, scores[metric])
         return self.state.update_best(scores, metric)
 
 

@@ -18,7 +18,9 @@ class State:
     """That of the last step."""
     train_seconds: float = 0.0
     best_metric: float | None = None
+    """The best value of the metric that chooses the model; None where it was not defined yet, and the loss chose."""
     best_step: int = 0
+    """The step of the best model; 0: there is none."""
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     evals_since_best: int = 0
     micro_batch_size: int | None = None
@@ -33,13 +35,17 @@ class State:
     def update_best(self, scores: dict[str, float], metric: str) -> bool:
         """Note an evaluation; True if it is the best so far by `metric`.
 
-        A model whose loss is not finite is never the best, though its accuracy may look like a number.
+        Of evaluations where the metric is not defined, such as a correlation of equal predictions, the one of the lowest
+        loss is the best until the metric is defined for one. A model whose loss is not finite is never the best, though
+        its accuracy may look like a number.
         """
         value, best = scores[metric], self.best_metric
-        better = math.isfinite(scores["loss"]) and math.isfinite(value)
+        defined, better = math.isfinite(value), math.isfinite(scores["loss"])
         if better and best is not None:
-            better = value < best if metric in LOWER_IS_BETTER else value > best
+            better = defined and (value < best if metric in LOWER_IS_BETTER else value > best)
+        elif better and self.best_step and not defined:
+            better = scores["loss"] < self.best_scores["loss"]
         if better:
-            self.best_metric, self.best_step, self.best_scores = value, self.step, scores
+            self.best_metric, self.best_step, self.best_scores = value if defined else None, self.step, scores
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         return better
