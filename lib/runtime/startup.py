@@ -71,7 +71,7 @@ def when_script_fails(act: Callable[[BaseException], None]) -> None:
     AT_FAILURE.append(act)
 
 
-def fail(error: BaseException) -> None:
+def act_on_failure(error: BaseException) -> None:
     """Call what was registered, in bounded time and not cut short by a launcher that ends what is left of a failed run."""
     REQUEST.ending = bool(AT_FAILURE)
     for act in AT_FAILURE:
@@ -92,13 +92,13 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
     except Stopped as stopped:
         code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
     except BaseException as error:
-        fail(error)
+        act_on_failure(error)
         raise
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the reader of a pipe may be gone
             print(message, file=sys.stderr, flush=True)
     if failure is not None:
-        fail(failure)
+        act_on_failure(failure)
     # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import time
+import tracemalloc
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import evaluate
 import numpy as np
 import pytest
 import sklearn.metrics as sk
+from datasets import Dataset
 from scipy import stats
 from scipy.special import expit
 
@@ -19,7 +21,15 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataCon
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.scores import DEFAULT_METRICS, FOLDER, METRICS, check_metrics, choose_metrics, compute_metrics
+from lib.evaluation.scores import (
+    DEFAULT_METRICS,
+    FOLDER,
+    METRICS,
+    check_metrics,
+    choose_metrics,
+    compute_metrics,
+    load_metric,
+)
 from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
 
 CLASSES: dict[str, Callable[..., float]] = {
@@ -252,3 +262,65 @@ def test_unknown_metric_is_refused_at_once_with_the_known_ones(network: str, req
     with pytest.raises(UserError, match=r"--metrics acuracy: .*accuracy, average_precision, "):
         check_metrics(["accuracy", "acuracy"], 2)
     assert time.monotonic() - started < 5
+
+
+HALF = np.array([[0, 1], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("metric", "problem", "labels", "found"),
+    [
+        ("pearson", REGRESSION, np.float32([0.5, 0.5]), "0.5"),
+        ("spearman", REGRESSION, np.float32([3]), "3"),
+        ("r2", REGRESSION, np.float32([2, 2, 2]), "2"),
+        ("mse", REGRESSION, np.float32([2, 2, 2]), None),
+        ("pearson", REGRESSION, np.float32([2, 3]), None),
+        ("cohen_kappa", CLASSIFICATION, np.array([1, 1]), "name 1"),
+        ("matthews_correlation", CLASSIFICATION, np.array([0]), "name 0"),
+        ("f1", CLASSIFICATION, np.array([0, 0]), "name 1"),
+        ("f1", CLASSIFICATION, np.array([1, 1]), None),
+        ("f1_macro", CLASSIFICATION, np.array([0, 0]), None),
+        ("accuracy", CLASSIFICATION, np.array([0, 0]), None),
+        ("cohen_kappa", CLASSIFICATION, np.array([0, 1]), None),
+        ("average_precision", MULTI_LABEL, np.zeros((3, 2), int), "no label"),
+        ("average_precision", MULTI_LABEL, np.ones((3, 2), int), "no label"),
+        ("average_precision", MULTI_LABEL, HALF, None),
+        ("f1_micro", MULTI_LABEL, np.zeros((3, 2), int), "no row"),
+        ("f1_micro", MULTI_LABEL, np.ones((3, 2), int), None),
+    ],
+)
+def test_metric_that_validation_labels_leave_undefined_cannot_choose_the_model(
+    metric: str, problem: str, labels: np.ndarray, found: str | None
+) -> None:
+    tokens = Dataset.from_dict({"labels": labels.tolist()})
+    data = dataclasses.replace(data_of(problem, 2), tokens={"train": tokens, "validation": tokens})
+    assert choose_metrics((metric,), DataConfig(), data, "loss").best == "loss"
+    only_scored = dataclasses.replace(data, tokens={"validation": tokens})
+    assert choose_metrics((metric,), DataConfig(), only_scored).best == metric
+    if found is None:
+        assert choose_metrics((metric,), DataConfig(), data).best == metric
+    else:
+        with pytest.raises(UserError, match=f"{metric} .*validation.*{found}.*--metric_for_best_model loss"):
+            choose_metrics((metric,), DataConfig(), data)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_agreement_of_classes_equals_scikit_learn(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    gold, predicted = rng.integers(classes, size=(2, 200))
+    for module, function in (("cohen_kappa", sk.cohen_kappa_score), ("matthews_correlation", sk.matthews_corrcoef)):
+        for given in (predicted, gold, np.zeros_like(gold), 1 - gold):
+            found = load_metric(module)._compute(given, gold)[module]
+            assert found == pytest.approx(function(gold, given), abs=1e-12)
+    assert np.isnan(load_metric("cohen_kappa")._compute([1, 1], [1, 1])["cohen_kappa"])
+
+
+def test_agreement_of_thousands_of_classes_takes_little_memory() -> None:
+    gold = np.arange(5000)
+    metrics = [load_metric("cohen_kappa"), load_metric("matthews_correlation")]
+    tracemalloc.start()
+    for metric in metrics:
+        metric._compute(gold[::-1], gold)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from lib.config.sections import DataConfig, ModelConfig, flatten
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, DataConfig, ModelConfig, flatten
 from lib.config.train import TrackingConfig, TrainConfig
 from lib.model.card import write_model_card
 
@@ -112,3 +112,26 @@ def test_overlap_of_the_movie_reviews_with_other_data_is_mentioned(tmp_path):
 def test_run_without_scores_has_a_card(tmp_path):
     write_model_card(tmp_path, "reviews", settings(train_file="reviews.csv"), {"steps": 1})
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+
+
+def test_names_on_the_card_are_code_whatever_they_hold(tmp_path):
+    names = ["a|b", "`c`", "<b>d</b>", "e\nf", "正面"]
+    write_model_card(tmp_path, "<i>reviews", settings() | {"run/label_names": names}, RESULTS)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert r"`a|b`, `` `c` ``, `<b>d</b>`, `e\nf`, `正面`" in text
+    assert "fine-tuned on &lt;i&gt;reviews" in text
+    multi = settings() | {"run/label_names": names, "run/problem_type": MULTI_LABEL}
+    write_model_card(tmp_path, "reviews", multi, RESULTS, [0.5] * 5)
+    rows = [line for line in (tmp_path / "README.md").read_text(encoding="utf-8").splitlines() if "0.5000 |" in line]
+    assert r"| `a\|b` | 0.5000 |" in rows
+
+
+@pytest.mark.parametrize("problem", [CLASSIFICATION, MULTI_LABEL])
+def test_card_of_thousands_of_labels_is_short_and_says_how_many_there_are(tmp_path, problem):
+    names = [f"label {number}" * 40 for number in range(5000)]
+    thresholds = [0.5] * 5000 if problem == MULTI_LABEL else []
+    record = settings() | {"run/label_names": names, "run/problem_type": problem}
+    write_model_card(tmp_path, "reviews", record, RESULTS, thresholds)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert len(text) < 20_000
+    assert "4,900 more" in text

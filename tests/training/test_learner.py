@@ -45,3 +45,11 @@ def test_evaluation_is_compared_by_the_metric_of_the_plan_and_advances_schedules
     assert not learner.update_best({"loss": 0.5, "accuracy": 0.7})
     assert learner.state.best_metric == 0.8
     assert learning_rate(learner.optimizer) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_schedule_that_follows_a_metric_stays_where_it_is_while_the_metric_is_not_defined(name: str) -> None:
+    learner = learner_of(lr_scheduler_type=name, lr_scheduler_kwargs=("patience=0",))
+    before = learner.scheduler.state_dict()
+    assert learner.update_best({"loss": 1.0, "accuracy": float("nan")})
+    assert learner.scheduler.state_dict() == before

@@ -11,6 +11,7 @@ from lib.data.labels.regression import encode_numbers
 from lib.data.labels.single_label import encode_classes
 from lib.data.labels.targets import Targets, is_label
 from lib.errors import UserError
+from lib.runtime.screen import list_some, shorten
 
 
 def find_problem(splits: dict[str, Dataset], columns: tuple[str, ...], wanted: str, model_problem: str | None) -> str:
@@ -58,9 +59,9 @@ def summarize_labels(labels: Any, names: list[str], problem: str) -> str:
     """The labels of a split in one line: rows of each class or label; of numbers range and mean."""
     values = np.asarray(labels)
     if problem == REGRESSION:
-        return f"{names[0]}, from {values.min():g} to {values.max():g}, mean {values.mean():.3g}"
+        return f"{shorten(names[0], 40)}, from {values.min():g} to {values.max():g}, mean {values.mean():.3g}"
     counts = (
         values.sum(axis=0) if problem == MULTI_LABEL else np.bincount(values.astype(np.int64), minlength=len(names))
     )
-    shown = ", ".join(f"{name} {int(count):,}" for name, count in zip(names[:20], counts, strict=False))
-    return f"{shown}{', ...' if len(names) > 20 else ''}{' (multi-label)' if problem == MULTI_LABEL else ''}"
+    shown = [f"{shorten(name, 40)} {int(count):,}" for name, count in zip(names, counts, strict=True)]
+    return f"{list_some(shown, 20)}{' (multi-label)' if problem == MULTI_LABEL else ''}"

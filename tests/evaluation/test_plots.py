@@ -1,0 +1,111 @@
+"""Pictures: of bounded size, with names of any script in installed fonts, or numbers and one note."""
+
+import struct
+import warnings
+from pathlib import Path
+from typing import Any
+
+import matplotlib.font_manager
+import matplotlib.text
+import numpy as np
+import pytest
+
+from lib.evaluation import fonts
+from lib.evaluation.fonts import DEFAULT, find_fonts
+from lib.evaluation.plots import FILES, draw
+from lib.evaluation.predictions import Predictions
+from lib.evaluation.tables import build_tables
+from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
+
+TIBETAN = "བཟང་པོ"
+
+
+def draw_names(folder: Path, predictions: Predictions, names: list[str]) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return draw(predictions, build_tables(predictions, names), names, "a title", folder)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that is drawn."""
+    texts: list[str] = []
+    whole = matplotlib.text.Text.draw
+    monkeypatch.setattr(matplotlib.text.Text, "draw", lambda self, r: (texts.append(self.get_text()), whole(self, r)))
+    return texts
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+@pytest.mark.parametrize("count", [60, 1500])
+def test_picture_of_many_classes_with_long_names_is_bounded(tmp_path: Path, make: Any, count: int) -> None:
+    predictions = make(2000, count)
+    draw_names(tmp_path, predictions, [f"number {number} of names that are long " * 9 for number in range(count)])
+    width, height = struct.unpack(">II", (tmp_path / FILES[predictions.problem_type]).read_bytes()[16:24])
+    assert max(width, height) <= 2600
+
+
+def test_picture_of_many_classes_shows_those_with_the_most_mistakes(tmp_path: Path, drawn: list[str]) -> None:
+    classes = np.repeat(np.arange(100), 2)
+    predicted = classes.copy()
+    predicted[150:170] = 7
+    predictions = Predictions(np.eye(100, dtype=np.float32)[predicted] * 9, classes, np.zeros(200, np.float32))
+    draw_names(tmp_path, predictions, [f"class {number}" for number in range(100)])
+    shown = {text for text in drawn if text.startswith("class ")}
+    assert {"class 7", *(f"class {number}" for number in range(75, 85))} <= shown
+    assert len(shown) == 40
+    assert any("40 of 100" in text for text in drawn)
+
+
+@pytest.mark.parametrize("names", [["$5-$10", "a$b", "_"], ["a\tb", "c\nd", "\x1b[1m"], ["\\alpha", "{", "%#&"]])
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+def test_name_is_drawn_as_it_is_and_no_formula(tmp_path: Path, make: Any, names: list[str], drawn: list[str]) -> None:
+    assert draw_names(tmp_path, make(60), names) == []
+    shown = "\n".join(drawn)
+    assert all(name.encode("unicode_escape").decode().replace("\\\\", "\\") in shown for name in names)
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions, number_predictions])
+def test_name_that_no_font_has_is_its_number_with_a_legend_in_one_note(
+    tmp_path: Path, make: Any, drawn: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: [])
+    only = [entry for entry in matplotlib.font_manager.fontManager.ttflist if entry.name == DEFAULT]
+    monkeypatch.setattr(matplotlib.font_manager.fontManager, "ttflist", only)
+    (note,) = draw_names(tmp_path, make(60), [TIBETAN, "good", "größer"])
+    assert f"#0 is {TIBETAN}" in note
+    shown = "\n".join(drawn)
+    assert "#0" in shown
+    assert TIBETAN not in shown
+
+
+def entry(name: str, **settings: Any) -> matplotlib.font_manager.FontEntry:
+    return matplotlib.font_manager.FontEntry(fname=f"{name}.ttf", name=name, **({"weight": 400} | settings))
+
+
+def test_installed_fonts_that_have_the_characters_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upright ones of normal weight first, and the fewest."""
+    has = {"Bold.ttf": "正面好", "Some.ttf": "正", "Most.ttf": "正面", "Emoji.ttf": "👍", "Broken.ttf": "评"}
+    monkeypatch.setattr(fonts, "characters_of", lambda path: set(map(ord, has.get(path, "abc"))))
+    monkeypatch.setattr(fonts, "drawn_by", lambda family, _: family != "Broken")
+    entries = [entry("Bold", weight=700), *map(entry, ("Some", "Most", "Emoji", "Broken"))]
+    monkeypatch.setattr(matplotlib.font_manager.fontManager, "ttflist", entries)
+    monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: [])
+    assert find_fonts(["abc"]) == ([DEFAULT], set())
+    assert find_fonts(["正面", "a👍\ufe0f"]) == ([DEFAULT, "Most", "Emoji"], set())
+    assert find_fonts(["正评"]) == ([DEFAULT, "Most"], {"评"})
+
+
+def test_font_installed_after_the_list_of_fonts_was_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = matplotlib.font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [])
+    monkeypatch.setattr(fonts, "characters_of", lambda path: set(map(ord, "正" if path == "New.ttf" else "abc")))
+    monkeypatch.setattr(fonts, "drawn_by", lambda *_: True)
+    monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: ["New.ttf"])
+    monkeypatch.setattr(manager, "addfont", lambda path: manager.ttflist.append(entry("New")))
+    assert find_fonts(["正"]) == ([DEFAULT, "New"], set())
+
+
+def test_letters_of_other_scripts_are_drawn_by_the_font_of_matplotlib(tmp_path: Path, drawn: list[str]) -> None:
+    names = ["جيد", "שלום", "größer"]
+    assert draw_names(tmp_path, class_predictions(60), names) == []
+    assert set(names) <= set(drawn)
