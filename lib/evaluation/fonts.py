@@ -41,10 +41,12 @@ def choose(entries: Iterable[Any], missing: set[int]) -> list[str]:
     """Families that have characters of `missing`, which are taken out of it: the fewest, upright ones of normal weight first."""
     found = []
     for entry in sorted(entries, key=rank):
+        if "last resort" in entry.name.lower() or "lastresort" in entry.name.lower():
+            continue  # it has a box for every character
         has = characters_of(entry.fname) & missing
         if has:
             found.append((entry, has))
-        if has == missing:
+        if has == missing and drawn_by(entry.name, has):
             break
     families = []
     while missing and found:
@@ -102,8 +104,8 @@ def plain_text(families: list[str]) -> Iterator[None]:
 
     logger = logging.getLogger("matplotlib")
     before = logger.level
-    settings = {"font.family": families, "text.parse_math": False, "text.usetex": False}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    context = matplotlib.rc_context({"font.family": families, "text.parse_math": False, "text.usetex": False})
+    with context, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="matplotlib")
         warnings.filterwarnings("ignore", message=r"(?s)Glyph \d+|constrained_layout")
         logger.setLevel(logging.ERROR)

@@ -122,7 +122,7 @@ def score_counts(module: str, counts: Counts, settings: dict[str, Any]) -> Seque
 def row_scorer(module: str, predictions: Predictions, settings: dict[str, Any]) -> Any:
     """A function from choices of rows (resamples, samples) to a metric of each: regression and multi-label."""
     labels, multi_label = predictions.labels, predictions.problem_type == MULTI_LABEL
-    average = settings.get("average")
+    average = settings.get("average", "")
     if not is_finite(module, predictions):
         return lambda rows: [np.nan]
     if module == "average_precision" and average in ("macro", "weighted"):

@@ -110,4 +110,4 @@ def named_rows(predictions: Predictions, names: Sequence[str]) -> Iterator[dict[
 
 def chosen_names(labels: np.ndarray, names: Sequence[str]) -> str | list[str]:
     """The name of a class, or the names of the labels that are 1."""
-    return names[labels] if labels.ndim == 0 else [names[place] for place in np.flatnonzero(labels)]
+    return names[int(labels)] if labels.ndim == 0 else [names[place] for place in np.flatnonzero(labels).tolist()]

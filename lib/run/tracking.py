@@ -206,8 +206,8 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
     if len(predictions.labels) > MOST_POINTS and predictions.problem_type == REGRESSION:
         predictions = predictions.take(np.linspace(0, len(predictions.labels) - 1, MOST_POINTS).astype(np.int64))
     if len(label_names) > MOST_CLASSES and predictions.problem_type == CLASSIFICATION:
-        rows = [list(row.values()) for row in confusion_table(predictions, label_names)[:MOST_POINTS]]
-        return {"confusions": wandb.Table(columns=["gold", "predicted", "samples"], data=rows)}
+        pairs = [list(row.values()) for row in confusion_table(predictions, label_names)[:MOST_POINTS]]
+        return {"confusions": wandb.Table(columns=["gold", "predicted", "samples"], data=pairs)}
     gold, predicted = predictions.labels.tolist(), predictions.predicted.tolist()
     if predictions.problem_type == REGRESSION:
         points = wandb.Table(columns=["gold", "predicted"], data=list(map(list, zip(gold, predicted, strict=True))))

@@ -109,3 +109,12 @@ def test_letters_of_other_scripts_are_drawn_by_the_font_of_matplotlib(tmp_path: 
     names = ["جيد", "שלום", "größer"]
     assert draw_names(tmp_path, class_predictions(60), names) == []
     assert set(names) <= set(drawn)
+
+
+def test_character_that_only_another_installed_font_has_is_drawn_in_that_font(tmp_path: Path, drawn: list[str]) -> None:
+    known = fonts.characters_of(matplotlib.font_manager.findfont(DEFAULT))
+    others = fonts.characters_of(matplotlib.font_manager.findfont("STIXGeneral"))  # comes with matplotlib as well
+    letter = next(char for char in map(chr, sorted(others - known)) if char.isalpha())
+    assert len(find_fonts([letter])[0]) == 2
+    assert draw_names(tmp_path, class_predictions(60), [letter, "good", "bad"]) == []
+    assert letter in drawn

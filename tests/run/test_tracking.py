@@ -1,5 +1,6 @@
 """metrics.jsonl is complete whatever the tracker does; a run has one tracker run, also when it resumes."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -22,8 +23,10 @@ from lib.config.train import TrackingConfig
 from lib.data.load import Data
 from lib.errors import UserError, first_line
 from lib.evaluation.predictions import Predictions
-from lib.run.tracking import RunLog, check_tracker, group_name, truncate_log, wandb_mode
-from tests.conftest import ROOT, read_lines
+from lib.run.tracking import RunLog, check_tracker, group_name, truncate_log, wandb_mode, wandb_picture
+from lib.runtime import startup
+from tests.conftest import ROOT, Command, read_lines, sentences, write_csv
+from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
 PREDICTIONS = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]), np.zeros(2, dtype=np.float32))
@@ -332,16 +335,101 @@ def test_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable
 
 def steps_of(path: Path) -> list[int]:
     """The steps in a W&B file, in its order."""
-    from wandb.proto import wandb_internal_pb2
-
     steps = []
-    for data in records_of(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
             values = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
             steps.append(int(values.get("_step", record.history.step.num)))
     return steps
+
+
+def wandb_records(path: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2
+
+    for data in records_of(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        yield record
+
+
+def exit_codes(path: Path) -> list[int]:
+    return [record.exit.exit_code for record in wandb_records(path) if record.WhichOneof("record_type") == "exit"]
+
+
+def failure_of(path: Path) -> str:
+    """The failure in the summary of a W&B file."""
+    updates = [record.summary.update for record in wandb_records(path) if record.WhichOneof("record_type") == "summary"]
+    return next(item.value_json for items in updates for item in items if "run/failure" in (item.key, *item.nested_key))
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_run_that_ends_by_an_error_closes_its_tracker_with_the_failure_and_all_lines(
+    run: Command, roberta: Path, tmp_path: Path, processes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write_csv(tmp_path / "train.csv", sentences(48))
+    flags = ["--model", roberta, "--train_file", train, "--output_dir", "out", "--train_batch_size", 8]
+    flags += ["--max_steps", 9]
+    flags += ["--learning_rate", 1e30, "--logging_steps", 1, "--mixed_precision", "no"]
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)  # that of the tests, which outlives the run
+    done = run("train.py", *flags, processes=processes, code=1 if processes else 2)
+    assert "not finite" in done.stderr
+    lines = read_lines(tmp_path / "out" / "metrics.jsonl")
+    (path,) = (tmp_path / "out").glob("wandb/offline-run-*/*.wandb")
+    assert steps_of(path) == [line["step"] for line in lines] != []
+    assert exit_codes(path) == [1]
+    assert "not finite" in failure_of(path)
+
+
+def test_run_that_ends_well_closes_its_tracker_with_code_0(alone: Callable[..., str], tmp_path: Path) -> None:
+    alone(RESUME, WANDB_SILENT="true")
+    assert [exit_codes(path) for path in tmp_path.glob("wandb/offline-run-*/*.wandb")] == [[0], [0]]
+
+
+@pytest.mark.parametrize("error", [UserError("full"), RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_failure_of_a_script_closes_the_tracker_once(
+    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "AT_FAILURE", [])
+    monkeypatch.setattr(startup.REQUEST, "ending", False)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    tracker = FakeTracker()
+
+    def main(_: object) -> None:
+        log = open_log(tmp_path, tracked(tracker), "tensorboard")
+        log.start(SETTINGS, ["accuracy"])
+        log.log(1, 8, {"train/loss": 0.5})
+        raise error
+
+    with contextlib.suppress(RuntimeError, KeyboardInterrupt):
+        startup.run_script(main, None)
+    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "finish"]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_tracker_gets_the_first_names_of_thousands_of_classes(tmp_path: Path) -> None:
+    tracker = FakeTracker()
+    log = open_log(tmp_path, tracked(tracker), "tensorboard")
+    log.start(SETTINGS | {"run/label_names": [f"class {number}" for number in range(5000)]}, ["accuracy"])
+    names = tracker.calls[1][1]["run/label_names"]
+    assert "class 99" in names
+    assert "4,900 more" in names
+    assert len(names) < 2000
+
+
+@pytest.mark.parametrize(
+    ("predictions", "key"),
+    [(class_predictions(9000, 500), "confusions"), (label_predictions(50, 300), "labels")],
+    ids=["classes", "labels"],
+)
+def test_wandb_gets_a_bounded_table_of_many_classes(predictions: Predictions, key: str) -> None:
+    media = wandb_picture(predictions, [f"class {number}" for number in range(predictions.logits.shape[1])])
+    assert list(media) == [key]
+    assert 100 < len(media[key].data) <= 10_000
+
+
+def test_wandb_gets_a_bounded_plot_of_many_numbers() -> None:
+    plot = wandb_picture(number_predictions(12_000), ["stars"])["scatter"]
+    assert len(plot.table.data) == 10_000
 
 
 def records_of(content: bytes) -> Iterator[bytes]:
