@@ -12,7 +12,14 @@ from lib.data.load import Data
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.plots import FILES, draw
 from lib.evaluation.predictions import Predictions
-from lib.evaluation.report import expected_calibration_error, format_report, row_texts, worst_rows, write_report
+from lib.evaluation.report import (
+    expected_calibration_error,
+    format_report,
+    row_texts,
+    worst_rows,
+    write_predictions,
+    write_report,
+)
 from lib.evaluation.scores import compute_metrics
 from lib.evaluation.scoring import Scored
 from lib.evaluation.tables import build_tables
@@ -163,3 +170,37 @@ def test_picture_is_a_png_also_of_logits_that_are_not_finite(
     names = [f"name {index}" for index in range(predictions.logits.shape[1])]
     draw(predictions, build_tables(predictions, names), names, "a title", tmp_path)
     assert (tmp_path / FILES[predictions.problem_type]).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+def test_predictions_file_of_many_classes_has_the_largest_probabilities(tmp_path: Path, make: Any) -> None:
+    predictions = make(30, 100)
+    texts, names = Dataset.from_dict({"text": ["x"] * 30}), [f"class {number}" for number in range(100)]
+    write_predictions(tmp_path / "predictions.jsonl", predictions, texts, names)
+    for row, probabilities in zip(lines(tmp_path), predictions.probabilities, strict=True):
+        best = np.argsort(-probabilities)[:20]
+        assert row["probabilities"] == {names[place]: round(float(probabilities[place]), 6) for place in best}
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+def test_probabilities_in_blocks_are_those_of_all_at_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictions = make(50, 7)
+    whole = (predictions.predicted, predictions.probabilities)
+    monkeypatch.setattr("lib.evaluation.predictions.BLOCK", 20)
+    assert np.array_equal(predictions.predicted, whole[0])
+    assert np.array_equal(np.concatenate([block.probabilities for block in predictions.blocks()]), whole[1])
+    assert len(list(predictions.blocks())) == 25
+    if make is label_predictions:
+        assert np.array_equal(np.stack([predictions.probabilities_of(label) for label in range(7)], axis=1), whole[1])
+
+
+def test_report_of_hundreds_of_classes_is_short_and_its_file_whole(tmp_path: Path) -> None:
+    predictions, names = class_predictions(900, 300), [f"class number {number}" for number in range(300)]
+    data = Data("made up", {"test": Dataset.from_dict({"text": ["x"] * 900})}, {}, {}, names, ("text",), ())
+    text = write_report(tmp_path, "test", Scored(compute_metrics(predictions, []), predictions), {}, data)
+    record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert len(text) < 10_000
+    assert "20 of 300" in text
+    assert str(tmp_path / "report.json") in text
+    assert [row["class"] for row in record["classes"]] == names
+    assert sum(row["samples"] for row in record["confusions"]) == (predictions.labels != predictions.predicted).sum()

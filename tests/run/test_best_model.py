@@ -12,6 +12,7 @@ from lib.errors import UserError
 from lib.model.load import load_tokenizer
 from lib.run.best_model import restore_model
 from lib.training.state import State
+from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import NAMES, build, equal_weights, publish
 
 EVALUATED = State(step=3, best_metric=0.5, best_step=3)
@@ -99,3 +100,34 @@ def test_published_model_works_in_a_plain_pipeline_with_its_label_names(
     for answers, probabilities in zip(classify(texts, top_k=None), expected.tolist(), strict=True):
         scores = {answer["label"]: answer["score"] for answer in answers}
         assert scores == pytest.approx(dict(zip(NAMES, probabilities, strict=True)), abs=1e-5)
+
+
+def test_run_whose_metric_is_never_defined_keeps_the_model_of_the_lowest_loss_and_says_so(
+    call: Command, roberta: Path, tmp_path: Path
+) -> None:
+    train = write_csv(tmp_path / "train.csv", [(text, row / 7) for row, (text, _) in enumerate(sentences(24))])
+    alike = write_csv(tmp_path / "dev.csv", [("a film", number) for number in (0.5, 1.5, 2.5)])
+    flags = ["--model", roberta, "--train_file", train, "--validation_file", alike, "--report_to", "none"]
+    flags += ["--output_dir", "out", "--lr", 0.1, "--max_steps", 4, "--eval_steps", 1, "--mixed_precision", "no"]
+    done = call("train.py", *flags)
+    losses = {line["step"]: line["eval/loss"] for line in read_lines(tmp_path / "out" / "metrics.jsonl")}
+    results = results_of(done)
+    assert (results["eval/pearson"], results["chosen_by"]) == ("NaN", "loss")
+    assert (results["best_step"], results["eval/loss"]) == min(losses.items(), key=lambda item: item[1])
+    assert "pearson is not defined" in done.stderr
+    assert "by its loss" in (tmp_path / "out" / "model" / "README.md").read_text()
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model").num_labels == 1
+
+
+def test_validation_numbers_that_are_all_equal_are_refused_before_the_first_step(
+    call: Command, roberta: Path, tmp_path: Path
+) -> None:
+    train = write_csv(tmp_path / "train.csv", [(text, row / 7) for row, (text, _) in enumerate(sentences(24))])
+    equal = write_csv(tmp_path / "dev.csv", [(text, 0.5) for text, _ in sentences(6)])
+    flags = ["--model", roberta, "--train_file", train, "--validation_file", equal, "--report_to", "none"]
+    done = call("train.py", *flags, "--output_dir", "out", "--max_steps", 1, code=2)
+    assert "pearson" in done.stderr
+    assert "--metric_for_best_model loss" in done.stderr
+    assert not (tmp_path / "out").exists()
+    call("train.py", *flags, "--output_dir", "out", "--max_steps", 1, "--metric_for_best_model", "loss")
+    assert (tmp_path / "out" / "model" / "config.json").exists()
