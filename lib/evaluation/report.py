@@ -14,7 +14,7 @@ from lib.evaluation.intervals import Interval
 from lib.evaluation.plots import draw
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import Scored
-from lib.evaluation.tables import MOST_CLASSES, MOST_ROWS, build_tables, format_table, format_tables
+from lib.evaluation.tables import MOST_PROBABILITIES, MOST_ROWS, build_tables, format_table, format_tables
 from lib.runtime.atomic import finite
 
 BINS = 15
@@ -31,7 +31,7 @@ def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, 
     write_predictions(folder / "predictions.jsonl", predictions, data.texts[split], names)
     tables = build_tables(predictions, names)
     notes = draw(predictions, tables, names, f"{split}, {size} samples", folder)
-    if len(names) > MOST_CLASSES:
+    if len(names) > MOST_PROBABILITIES:
         notes.append(f"predictions.jsonl has the {MOST_ROWS} largest probabilities of each sample.")
     record = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
     text = json.dumps(finite(record | tables), indent=2, ensure_ascii=False)
@@ -61,7 +61,7 @@ def expected_calibration_error(predictions: Predictions) -> float:
 def write_predictions(path: Path, predictions: Predictions, texts: Dataset, names: Sequence[str]) -> None:
     """One JSON object per line, in input order: index, text, gold, predicted and, except for numbers, probabilities.
 
-    Of more than MOST_CLASSES probabilities the MOST_ROWS largest are written, the largest first.
+    Of more than MOST_PROBABILITIES probabilities the MOST_ROWS largest are written, the largest first.
     """
     rows = zip(row_texts(texts), named_rows(predictions, names), strict=True)
     with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -100,7 +100,7 @@ def named_rows(predictions: Predictions, names: Sequence[str]) -> Iterator[dict[
         return
     for block in predictions.blocks():
         for gold, predicted, row in zip(block.labels, block.predicted, block.probabilities, strict=True):
-            shown = range(len(row)) if len(row) <= MOST_CLASSES else np.argsort(-row, kind="stable")[:MOST_ROWS]
+            shown = range(len(row)) if len(row) <= MOST_PROBABILITIES else np.argsort(-row, kind="stable")[:MOST_ROWS]
             yield {
                 "gold": chosen_names(gold, names),
                 "predicted": chosen_names(predicted, names),

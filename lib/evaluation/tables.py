@@ -16,7 +16,9 @@ MOST_CLASSES = 60
 MOST_COLUMNS = 30
 """The matrix of more classes is in the file and not on the screen."""
 MOST_ROWS = 20
-"""Rows on the screen of a table that is not whole, and probabilities of a sample where there are more than MOST_CLASSES."""
+"""Rows on the screen of a table that is not whole, and probabilities of a sample where not all are written."""
+MOST_PROBABILITIES = 200
+"""Of more classes or labels, predictions.jsonl has the MOST_ROWS largest probabilities of a sample."""
 NAME_WIDTH = 40
 """Columns of a name on the screen, at most."""
 Row = dict[str, Any]

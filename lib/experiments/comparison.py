@@ -9,6 +9,7 @@ import numpy as np
 
 from lib.config.compare import CompareConfig
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL
+from lib.errors import UserError
 from lib.evaluation.intervals import average_classes
 from lib.evaluation.scores import AVERAGED, check_metrics, load_metric, metric_settings
 from lib.experiments.groups import Group, Scored
@@ -133,6 +134,11 @@ def weighted_score(scored: Scored, metric: str) -> Score:
         return lambda times: average_classes(module, times @ hits, times @ gold, times @ predicted, average)
     compute = load_metric(module, scored.problem_type)._compute
     given = scored.probabilities if module == "average_precision" and scored.probabilities is not None else predicted
+    if module == "average_precision" and np.isnan(given).any():
+        raise UserError(
+            f"--metrics {metric} ranks all probabilities, and predictions.jsonl has only the largest ones of so many "
+            "labels; use another one, such as f1_micro"
+        )
 
     def score(times: np.ndarray) -> np.ndarray:
         rows = (np.repeat(np.arange(len(row)), row) for row in times)

@@ -130,16 +130,32 @@ def load_predictions(path: Path) -> Scored:
     if "probabilities" not in first:
         gold, predicted = (np.array([row[key] for row in rows], dtype=np.float64) for key in ("gold", "predicted"))
         return Scored(REGRESSION, (), texts, gold, predicted, None)
-    names = tuple(first["probabilities"])
-    probabilities = np.array([[row["probabilities"][name] for name in names] for row in rows], dtype=np.float64)
-    if isinstance(first["gold"], list):
+    names = output_names(path.with_name("report.json")) or tuple(first["probabilities"])
+    place = {name: number for number, name in enumerate(names)}
+    multi_label = isinstance(first["gold"], list)
+    # Of many classes only the largest probabilities are written; the others are about 0, and unknown for a ranking.
+    probabilities = np.full((len(rows), len(names)), np.nan if multi_label else 0.0)
+    for row, known in zip(rows, probabilities, strict=True):
+        known[[place[name] for name in row["probabilities"]]] = np.array(
+            [*row["probabilities"].values()], dtype=np.float64
+        )
+    if multi_label:
         gold, predicted = (
             np.array([[int(name in row[key]) for name in names] for row in rows]) for key in ("gold", "predicted")
         )
         return Scored(MULTI_LABEL, names, texts, gold, predicted, probabilities)
-    place = {name: number for number, name in enumerate(names)}
     gold, predicted = (np.array([place[row[key]] for row in rows]) for key in ("gold", "predicted"))
     return Scored(CLASSIFICATION, names, texts, gold, predicted, probabilities)
+
+
+def output_names(report: Path) -> tuple[str, ...]:
+    """The names of all classes or labels in a report.json; empty if there is no such file."""
+    if not report.is_file():
+        return ()
+    tables = json.loads(report.read_text(encoding="utf-8"))
+    return tuple(
+        row[key] for key, table in (("class", "classes"), ("label", "labels")) for row in tables.get(table, [])
+    )
 
 
 def check_same_samples(baseline: FinishedRun, run: FinishedRun, split: str) -> None:

@@ -174,8 +174,8 @@ def test_picture_is_a_png_also_of_logits_that_are_not_finite(
 
 @pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
 def test_predictions_file_of_many_classes_has_the_largest_probabilities(tmp_path: Path, make: Any) -> None:
-    predictions = make(30, 100)
-    texts, names = Dataset.from_dict({"text": ["x"] * 30}), [f"class {number}" for number in range(100)]
+    predictions = make(30, 300)
+    texts, names = Dataset.from_dict({"text": ["x"] * 30}), [f"class {number}" for number in range(300)]
     write_predictions(tmp_path / "predictions.jsonl", predictions, texts, names)
     for row, probabilities in zip(lines(tmp_path), predictions.probabilities, strict=True):
         best = np.argsort(-probabilities)[:20]

@@ -4,15 +4,21 @@ import json
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from sklearn import metrics as sk
 
 from lib.config.cli import save_config
 from lib.config.compare import CompareConfig
 from lib.config.sections import DataConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
+from lib.data.load import Data
 from lib.errors import UserError
+from lib.evaluation.report import write_report
+from lib.evaluation.scores import compute_metrics
+from lib.evaluation.scoring import Scored
 from lib.experiments.comparison import compare_groups, weighted_score
-from lib.experiments.groups import load_groups
+from lib.experiments.groups import load_groups, load_predictions
+from tests.evaluation.samples import class_predictions, label_predictions
 
 NAMES = ("bad", "good", "mixed")
 
@@ -179,3 +185,18 @@ def test_a_mistake_in_the_arguments_is_refused_by_name(runs):
     ):
         with pytest.raises(UserError, match=named):
             load_groups(arguments, split)
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
+def test_predictions_of_many_classes_are_read_though_only_the_largest_probabilities_are_written(tmp_path, make):
+    predictions, names = make(400, 250), [f"class {number}" for number in range(250)]
+    data = Data("made up", {"test": Dataset.from_dict({"text": ["x"] * 400})}, {}, {}, names, ("text",), ())
+    write_report(tmp_path, "test", Scored(compute_metrics(predictions, []), predictions), {}, data)
+    read = load_predictions(tmp_path / "predictions.jsonl")
+    assert read.names == tuple(names)
+    assert np.array_equal(read.gold, predictions.labels)
+    assert np.array_equal(read.predicted, predictions.predicted)
+    assert np.nanmax(read.probabilities, axis=1) == pytest.approx(predictions.probabilities.max(axis=1), abs=1e-6)
+    if make is label_predictions:
+        with pytest.raises(UserError, match=r"--metrics average_precision .*f1_micro"):
+            weighted_score(read, "average_precision")
