@@ -1,11 +1,22 @@
 """Data sets as they are stored: from the catalog, the Hub, a folder or the user's files. Nothing else reads them."""
 
+import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
@@ -19,6 +30,7 @@ from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
 from lib.hub.cache.publish import merge_folder
 from lib.hub.endpoint import configure_endpoint, datasets_cache
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
+from lib.runtime.atomic import sha256
 from lib.runtime.startup import hidden
 
 FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -49,6 +61,53 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
         raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")
     (need,) = data_needs(config)
     return load_hub(need.repo.repo_id, need.dataset_config, config.revision)
+
+
+def data_identity(config: DataConfig) -> str | None:
+    """Hash over everything that `load_raw(config)` reads: the contents of its files, wherever they are, and how to read them.
+
+    None where it cannot be known without loading: data that `datasets` finds by itself, or that cannot be read at all.
+    """
+    name, files = config.dataset or DEFAULT, own_files(config)
+    parts: dict[str, Any] = {"dataset_config": config.dataset_config}
+    try:
+        if files:
+            parts |= {role: path_identity(path) for role, path in files.items()}
+        elif name == DEFAULT:
+            parts["movie_reviews"] = [packaged.VADER_SHA256, packaged.FIVE_CUTS]
+        elif Path(name).exists():
+            parts["folder"] = path_identity(name)
+        else:
+            (need,) = data_needs(config)
+            snapshot = find_snapshot(need.repo, need.revision)
+            if snapshot is None or missing_from_cache(need):
+                return None
+            parts |= {"commit": snapshot.name, "config": need.dataset_config}
+            parts["folder"] = path_identity(str(isolate_config(snapshot, need)), need.dataset_config)
+    except Exception:  # of many kinds, and all of them are reported with their reason when the data are read
+        return None
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
+
+
+def path_identity(path: str, hub_config: str | None = None) -> list[list[Any]]:
+    """The name, size and sha256 of a file, or of each file in a folder that is read; of a file, the ending is its name."""
+    file = Path(path)
+    if not file.is_dir():
+        return [["".join(file.suffixes).lower(), file.stat().st_size, sha256(file)]]
+    if is_saved(file):
+        read = [item for item in sorted(file.rglob("*")) if item.is_file()]
+    else:
+        found = load_dataset_builder(path, hub_config).config.data_files or {}
+        read = [Path(item) for split in sorted(found) for item in found[split]]
+        read += [
+            item for name in ("README.md", ".huggingface.yaml", "dataset_infos.json") if (item := file / name).is_file()
+        ]
+    return [[os.path.relpath(item, file), item.stat().st_size, sha256(item)] for item in read]
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder was saved by `datasets`."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def load_movie_reviews(kind: str) -> dict[str, Dataset]:
@@ -127,7 +186,7 @@ def isolate_config(snapshot: Path, need: Need) -> Path:
 def load_folder(path: str, flag: str) -> dict[str, Dataset]:
     """A folder saved by `datasets`, or one of data files. Raises UserError with `flag` and path if it cannot be read."""
     try:
-        if (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists():
+        if is_saved(Path(path)):
             saved = load_from_disk(path)
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
         return dict(load_dataset(path))
