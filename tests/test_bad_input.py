@@ -81,7 +81,7 @@ def test_broken_line_of_json(refused: Refusal, tmp_path: Path) -> None:
     lines[6] = lines[6][:-1]
     (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     message = refused("--train_file", "train.jsonl")
-    assert "--train_file train.jsonl could not be read: line 7 is not JSON" in message
+    assert "--train_file train.jsonl: line 7 is not JSON" in message
 
 
 def test_folder_that_is_no_model(refused: Refusal, train_file: Path, tmp_path: Path) -> None:
@@ -135,23 +135,22 @@ def complaint(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("name", "content", "words"),
     [
         ("t.csv", b"", ["t.csv is empty"]),
-        ("t.csv", b"text,label\n", ["t.csv could not be read: there are no rows in it"]),
-        ("t.csv", b"\n\n", ["t.csv could not be read: there are no rows in it"]),
-        ("t.jsonl", b"\n", ["t.jsonl could not be read: there are no rows in it"]),
-        ("t.json", b"[]", ["t.json could not be read: there are no rows in it"]),
-        ("t.csv", GOOD.encode("utf-16"), ["t.csv", "line 1 is not UTF-8; save the file as UTF-8"]),
-        ("t.csv", (GOOD + "café,pos\n").encode("latin-1"), ["t.csv", "line 5 is not UTF-8"]),
-        ("t.jsonl", '{"text": "a"}\n'.encode("utf-16"), ["t.jsonl", "line 1 is not UTF-8"]),
+        ("t.csv", b"text,label\n", ["t.csv: there are no rows in it"]),
+        ("t.csv", b"\n\n", ["t.csv: there are no rows in it"]),
+        ("t.jsonl", b"\n", ["t.jsonl: there are no rows in it"]),
+        ("t.json", b"[]", ["t.json: there are no rows in it"]),
+        ("t.csv", GOOD.encode("utf-16-le"), ["t.csv: line 1 holds a NUL", "--encoding utf-16-le"]),
+        ("t.csv", (GOOD + "café,pos\n").encode("latin-1"), ["t.csv: line 5 is not UTF-8", "--encoding"]),
         ("t.jsonl", b'{"text": "a", "label": "x"}\n\n["b", "y"]\n', ["t.jsonl", "line 3 is not a JSON object"]),
-        ("t.json", b'[{"text": "a", "label"', ["t.json could not be read"]),
-        ("t.csv", (GOOD + "a,b,c\n").encode(), ["t.csv could not be read", "line 5"]),
+        ("t.json", b'[{"text": "a", "label"', ["t.json: line 1 is not JSON"]),
+        ("t.csv", (GOOD + "a,b,c\n").encode(), ["t.csv: line 5 has 3 values", "the header has 2"]),
         ("t.csv", GOOD.replace(",", ";").encode(), ["t.csv has one column, 'text;label'", "by commas"]),
         ("t.tsv", GOOD.encode(), ["t.tsv has one column, 'text,label'", "by tabs"]),
-        ("t.parquet", b"text", ["t.parquet could not be read"]),
+        ("t.parquet", b"text", ["t.parquet is not parquet"]),
         ("t.txt", GOOD.encode(), ["t.txt: the name must end in one of .csv, .tsv, .json, .jsonl, .parquet"]),
-        ("t.csv", b"text,label\n1,x\n2,y\n", ["--text_columns text: not text but int64 in the train split"]),
+        ("t.jsonl", b'{"text": 1, "label": "x"}\n', ["--text_columns text: not text but int64 in the train split"]),
         ("t.csv", b"text,label\na,x\n,y\nb,y\n,x\n", ["2 rows of the train split have no text", "row 2"]),
-        ("t.csv", b"text,label\na,x\nb\nc,y\n", ["1 of 3 rows of the train split have no label: rows 2", "remove"]),
+        ("t.csv", b"text,label\na,x\nb\nc,y\n", ["t.csv: line 3 has 1 value", "the header has 2"]),
         ("t.csv", b"text,label\na,x\nb,x\n", ["--label_column label holds one class only, 'x'"]),
         ("t.csv", b"text,label\na,0.5\nb,\n", ["1 of 2 rows of the train split have no label: rows 2"]),
         ("t.csv", b"text,label\na,0.5\nb,0.5\n", ["--label_column label holds one value only, 0.5"]),

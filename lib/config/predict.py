@@ -6,7 +6,16 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config.sections import HubConfig, ModelSource, Precision, alias, check_positive
+from lib.config.sections import (
+    FILE_FORMATS,
+    HubConfig,
+    ModelSource,
+    Precision,
+    alias,
+    check_encoding,
+    check_positive,
+    named_format,
+)
 from lib.errors import UserError, require
 
 TaskName = Literal[
@@ -24,7 +33,6 @@ TaskName = Literal[
 GENERATING = ("summarization", "text-generation", "translation")
 """Tasks whose models call `generate`."""
 
-INPUT_FORMATS = (".csv", ".tsv", ".jsonl", ".txt", ".parquet")
 OUTPUT_FORMATS = (".jsonl", ".csv", ".npy", ".parquet")
 
 
@@ -35,9 +43,11 @@ class InputConfig:
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Input texts."""
     input: str | None = None
-    """File of texts (csv, tsv, jsonl, txt or parquet, of any size), or - for standard input."""
-    input_format: Literal["csv", "tsv", "jsonl", "txt", "parquet"] | None = None
+    """File of texts (csv, tsv, json, jsonl, txt or parquet, of any size), or - for standard input."""
+    input_format: Literal["csv", "tsv", "json", "jsonl", "txt", "parquet"] | None = None
     """Format of the input. [default: by the ending of the file; txt for standard input]"""
+    encoding: str | None = None
+    """Encoding of the input, such as gb18030. [default: by the byte order mark, else UTF-8]"""
     text_columns: tuple[str, ...] | None = None
     """One text column, or two for pairs; guessed when obvious."""
     id_column: str | None = None
@@ -56,10 +66,15 @@ class InputConfig:
         require(both, "--question and --context belong together; give both")
         columns = self.text_columns
         require(columns is None or len(columns) in (1, 2), f"--text_columns takes one or two columns, got {columns}")
+        require(self.input != "", "--input is empty; give a file, or - for standard input")
+        check_encoding(self.encoding)
         if self.input not in (None, "-") and self.input_format is None:
-            suffix = Path(str(self.input)).suffix.lower()
-            endings = ", ".join(INPUT_FORMATS)
-            require(suffix in INPUT_FORMATS, f"--input {self.input}: the name must end in one of {endings}")
+            known = named_format(str(self.input)) or str(self.input).lower().endswith(".zip")
+            endings = ", ".join(f".{name}" for name in FILE_FORMATS)
+            require(
+                bool(known),
+                f"--input {self.input}: the name must end in one of {endings}; these may be packed, as in .csv.gz",
+            )
         require(self.input_format != "parquet" or self.input not in (None, "-"), "parquet is read from a file only")
 
 

@@ -1,6 +1,7 @@
 """Options that several scripts share: name, type, default, help line and check."""
 
 import ast
+import codecs
 import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,31 @@ MULTI_LABEL = "multi_label_classification"
 ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
 ModelHub = Literal["hub", "modelscope"]
+
+
+FILE_FORMATS = ("csv", "tsv", "json", "jsonl", "parquet", "txt")
+"""Files that are read, by their endings. Training does not read txt, which has no labels."""
+PACKED = (".gz", ".bz2", ".xz", ".zip")
+
+
+def named_format(path: str) -> str | None:
+    """The format that the ending of a name stands for, before .gz and the like; None where there is none."""
+    name = Path(path).name.lower()
+    name = next((name.removesuffix(ending) for ending in PACKED if name.endswith(ending)), name)
+    ending = name.rpartition(".")[2] if "." in name else ""
+    return "jsonl" if ending == "ndjson" else ending if ending in FILE_FORMATS else None
+
+
+def check_encoding(name: str | None) -> None:
+    """Raise UserError for a name that Python does not know, and for a codec that is no encoding of text."""
+    try:
+        known = name is None or "a,b\n".encode(name).decode(name) == "a,b\n"
+        known = known and (
+            name is None or codecs.lookup(name).name not in ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+        )
+    except (LookupError, UnicodeError, ValueError, TypeError):
+        known = False
+    require(known, f"--encoding {name!r} is not known; examples are utf-8, gb18030, big5, shift_jis, cp1252, utf-16-le")
 
 
 def words(problem_type: str) -> str:
@@ -123,6 +149,8 @@ class DataConfig:
     """Your own validation data. [default: a stratified tenth of the training data]"""
     test_file: str | None = None
     """Your own test data."""
+    encoding: str | None = None
+    """Encoding of your files, such as gb18030. [default: by the byte order mark, else UTF-8]"""
     text_columns: tuple[str, ...] | None = None
     """The text column, or two for text pairs. [default: guessed from the names]"""
     label_column: str | None = None
@@ -145,6 +173,9 @@ class DataConfig:
     """Number of processes for tokenization. [default: 1, since the tokenizer already uses threads]"""
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "train_file", "validation_file", "test_file"):
+            require(getattr(self, name) != "", f"--{name} is empty; give a name, or leave the option out")
+        check_encoding(self.encoding)
         files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
         if files:
             require(not self.dataset, f"--dataset and --{files[0]} exclude each other; give one of them")

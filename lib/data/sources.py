@@ -1,12 +1,17 @@
 """Data sets as they are stored: from the catalog, the Hub, a folder or the user's files. Nothing else reads them."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 from datasets import (
     ClassLabel,
     Dataset,
@@ -22,7 +27,10 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
 
 from lib.config.sections import DataConfig
-from lib.data.catalog import DEFAULT, ROLES, data_needs, own_files
+from lib.data.catalog import DEFAULT, ROLES, catalog_entry, data_needs, own_files
+from lib.data.files.opening import Source, open_unpacked
+from lib.data.files.tables import READER, load_tables
+from lib.data.labels.single_label import NAME_COLUMNS
 from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
@@ -33,8 +41,8 @@ from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
 from lib.runtime.atomic import sha256
 from lib.runtime.startup import hidden
 
-FILE_FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-"""The builder of `datasets` that reads each kind of file."""
+MAGIC = re.compile(r"[*?\[\]]|::|://")
+"""What `datasets` takes for a pattern or an address in the name of a folder."""
 
 
 @hidden("scipy")  # `datasets` imports it for Matlab files only
@@ -45,7 +53,7 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
     """
     files = own_files(config)
     if files:
-        return {role: load_file(path, role) for role, path in files.items()}
+        return load_files(files, config)
     name = config.dataset or DEFAULT
     is_folder = Path(name).is_dir()
     if config.revision and (name == DEFAULT or is_folder):
@@ -56,11 +64,11 @@ def load_raw(config: DataConfig) -> dict[str, Dataset]:
     if is_folder:
         if config.dataset_config:
             raise UserError(f"--dataset_config {config.dataset_config}: the folder {name} has none; leave it out")
-        return load_folder(name, "--dataset")
+        return load_folder(name, "--dataset", config)
     if Path(name).exists():
         raise UserError(f"--dataset {name} is a file; give files as --train_file, --validation_file and --test_file")
     (need,) = data_needs(config)
-    return load_hub(need.repo.repo_id, need.dataset_config, config.revision)
+    return load_hub(need.repo.repo_id, need.dataset_config, config.revision, config)
 
 
 def data_identity(config: DataConfig) -> str | None:
@@ -69,7 +77,7 @@ def data_identity(config: DataConfig) -> str | None:
     None where it cannot be known without loading: data that `datasets` finds by itself, or that cannot be read at all.
     """
     name, files = config.dataset or DEFAULT, own_files(config)
-    parts: dict[str, Any] = {"dataset_config": config.dataset_config}
+    parts: dict[str, Any] = {"dataset_config": config.dataset_config, "encoding": config.encoding, "reader": READER}
     try:
         if files:
             parts |= {role: path_identity(path) for role, path in files.items()}
@@ -97,7 +105,7 @@ def path_identity(path: str, hub_config: str | None = None) -> list[list[Any]]:
     if is_saved(file):
         read = [item for item in sorted(file.rglob("*")) if item.is_file()]
     else:
-        found = load_dataset_builder(path, hub_config).config.data_files or {}
+        _, found = find_files(path, hub_config)
         read = [Path(item) for split in sorted(found) for item in found[split]]
         read += [
             item for name in ("README.md", ".huggingface.yaml", "dataset_infos.json") if (item := file / name).is_file()
@@ -136,7 +144,9 @@ def load_movie_reviews(kind: str) -> dict[str, Dataset]:
     return {role: Dataset.from_dict(columns, features=features) for role, columns in splits.items()}
 
 
-def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[str, Dataset]:
+def load_hub(
+    path: str, hub_config: str | None, revision: str | None, config: DataConfig | None = None
+) -> dict[str, Dataset]:
     """A Hub data set from its snapshot in the cache, or else from wherever `datasets` finds it.
 
     Raises UserError with the commands that download or import it.
@@ -145,7 +155,8 @@ def load_hub(path: str, hub_config: str | None, revision: str | None) -> dict[st
     snapshot = find_snapshot(need.repo, need.revision)
     try:
         if snapshot and not missing_from_cache(need):
-            return dict(load_dataset(str(isolate_config(snapshot, need)), hub_config))
+            folder = str(isolate_config(snapshot, need))
+            return read_folder(folder, f"--dataset {path}: ", hub_config, config or DataConfig())
         return dict(load_dataset(path, hub_config, revision=revision))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = first_line(error)
@@ -183,73 +194,130 @@ def isolate_config(snapshot: Path, need: Need) -> Path:
     return place
 
 
-def load_folder(path: str, flag: str) -> dict[str, Dataset]:
+def load_folder(path: str, flag: str, config: DataConfig) -> dict[str, Dataset]:
     """A folder saved by `datasets`, or one of data files. Raises UserError with `flag` and path if it cannot be read."""
     try:
         if is_saved(Path(path)):
             saved = load_from_disk(path)
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        return dict(load_dataset(path))
+        return read_folder(path, f"{flag} {path.rstrip('/')}/", None, config)
     except EmptyDatasetError as error:
         raise UserError(f"{flag} {path}: the folder holds no data files") from error
     except IndexError as error:
         raise UserError(f"{flag} {path}: a split saved there is empty") from error
-    except (DatasetGenerationError, FileNotFoundError, ValueError, OSError) as error:
+    except (DatasetGenerationError, FileNotFoundError, ValueError, OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{flag} {path} could not be loaded: {root_cause(error)}") from error
 
 
-def load_file(path: str, role: str) -> Dataset:
-    """One file, or the split `role` of a saved folder. Raises UserError with flag, file and, where known, the line."""
-    flag, file = f"--{role}_file", Path(path)
-    if file.is_dir():
-        splits = load_folder(path, flag)
-        if len(splits) > 1 and role not in splits:
-            raise UserError(
-                f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}"
-            )
-        return splits[role] if role in splits else next(iter(splits.values()))
-    if not file.is_file():
-        raise UserError(f"{flag} {path}: no such file")
-    if file.suffix.lower() not in FILE_FORMATS:
-        raise UserError(f"{flag} {path}: the name must end in one of {', '.join(FILE_FORMATS)}")
-    if file.stat().st_size == 0:
-        raise UserError(f"{flag} {path} is empty")
-    options: dict[str, Any] = {}
-    if file.suffix.lower() in (".csv", ".tsv"):
-        # By default the words "null", "NA" and "None" are read as missing values.
-        options = {"keep_default_na": False, "na_values": [""], "encoding": "utf-8-sig"}
-        options["sep"] = "\t" if file.suffix.lower() == ".tsv" else ","
-    try:
-        dataset = load_dataset(FILE_FORMATS[file.suffix.lower()], data_files={"train": path}, **options)["train"]
-    except Exception as error:  # the readers behind `datasets` raise errors of many kinds, all about this file
-        raise UserError(f"{flag} {path} could not be read: {bad_line(file) or root_cause(error)}") from error
-    header = dataset.column_names[0]
-    if "sep" in options and len(dataset.column_names) == 1 and any(mark in header for mark in ",;\t|"):
-        wanted = "tabs" if options["sep"] == "\t" else "commas"
-        raise UserError(f"{flag} {path} has one column, {header!r}; separate its columns by {wanted}")
-    return dataset
+def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig) -> dict[str, Dataset]:
+    """The splits of a folder of data files: `datasets` finds the files, and reads those of kinds that are not ours.
+
+    `name` comes before the names of files in messages.
+    """
+    builder, found = find_files(path, hub_config)
+    options = reading_options(builder, config.encoding)
+    if options is None:
+        cache = (
+            datasets_cache() / "folders" / str(path_identity(path, hub_config))
+        )  # its own key are the dates of the files
+        digest = hashlib.sha256(str(cache).encode(errors="surrogatepass")).hexdigest()[:32]
+        words = {"keep_default_na": False, "na_values": [""]} if is_builder(builder, "csv") else {}
+        with plain_folder(path) as plain:
+            return dict(load_dataset(plain, hub_config, cache_dir=str(cache.parent / digest), **words))
+    files = {
+        split: [Source(item, name + os.path.relpath(item, path), **options) for item in items]
+        for split, items in found.items()
+    }
+    features = builder.config.features if hasattr(builder.config, "features") else None
+    described = builder.info.features or features
+    return load_tables(files, dict.fromkeys(files, described) if described else None, needed_columns(config))
+
+
+def find_files(path: str, hub_config: str | None) -> tuple[Any, dict[str, list[str]]]:
+    """What `datasets` makes of a folder: the builder, and the files of each split. Raises what `datasets` raises."""
+    with plain_folder(path) as plain:
+        builder = load_dataset_builder(plain, hub_config)
+        found = {str(split): list(map(str, items)) for split, items in (builder.config.data_files or {}).items()}
+        base = os.path.realpath(plain)
+        return builder, {
+            split: [os.path.join(path, os.path.relpath(item, base)) for item in items] for split, items in found.items()
+        }
+
+
+@contextlib.contextmanager
+def plain_folder(path: str) -> Iterator[str]:
+    """The folder, or if `datasets` would not take its name literally, one of links to its files."""
+    if not MAGIC.search(os.path.realpath(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for item in (item for item in Path(path).rglob("*") if item.is_file()):
+            link = Path(place) / item.relative_to(path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(item.absolute())
+        yield place
+
+
+def is_builder(builder: Any, name: str) -> bool:
+    return type(builder).__module__ == f"datasets.packaged_modules.{name}.{name}"
+
+
+def reading_options(builder: Any, encoding: str | None) -> dict[str, Any] | None:
+    """How our reader reads the files of a folder; None where its kind, or what its README asks for, is not ours."""
+    kind = next((kind for kind in ("csv", "json", "parquet", "text") if is_builder(builder, kind)), None)
+    config = builder.config
+    known = {"name", "version", "data_dir", "data_files", "description", "features", "encoding"}
+    known |= {"sep", "delimiter", "names", "column_names"} if kind == "csv" else set()
+    settings = {field.name: field.default for field in dataclasses.fields(config) if field.name not in known}
+    asked = {name for name, default in settings.items() if getattr(config, name) != default}
+    if kind == "csv" and config.names and config.header is None:
+        asked -= {"header"}
+    if kind is None or asked or (kind == "csv" and len(config.sep) != 1):
+        return None
+    own = getattr(config, "encoding", None)
+    options: dict[str, Any] = {"encoding": encoding if own in (None, "utf-8") else own}
+    if kind != "csv":
+        return options | {"format": {"json": "jsonl", "text": "txt"}.get(kind, kind)}
+    chosen = [("sep", config.sep), *([("names", tuple(config.names))] if config.names else [])]
+    return options | {"format": "tsv" if config.sep == "\t" else "csv", "options": tuple(chosen)}
+
+
+def load_files(files: dict[str, str], config: DataConfig) -> dict[str, Dataset]:
+    """The user's files, or folders, by role. Raises UserError with flag, file and, where known, the line."""
+    sources, loaded = dict[str, list[Source]](), dict[str, Dataset]()
+    for role, path in files.items():
+        flag = f"--{role}_file"
+        if os.path.isdir(path):
+            splits = load_folder(path, flag, config)
+            if len(splits) > 1 and role not in splits:
+                raise UserError(
+                    f"{flag} {path} holds the splits {', '.join(splits)}, none of them {role}; use --dataset {path}"
+                )
+            loaded[role] = splits[role] if role in splits else next(iter(splits.values()))
+            continue
+        source = Source(path, f"{flag} {path}", encoding=config.encoding)
+        with open_unpacked(source) as (_, kind):
+            if os.path.getsize(path) == 0:
+                raise UserError(f"{flag} {path} is empty")
+            if kind == "txt":
+                raise UserError(f"{flag} {path}: the name must end in one of .csv, .tsv, .json, .jsonl, .parquet")
+        sources[role] = [source]
+    loaded |= load_tables(sources, None, needed_columns(config)) if sources else {}
+    return {role: loaded[role] for role in files}
+
+
+def needed_columns(config: DataConfig) -> set[str] | None:
+    """The columns that a run reads, where all are named; None where some are guessed."""
+    entry = catalog_entry(config)
+    texts = config.text_columns or (entry.text_columns if entry else None)
+    labels = (
+        config.label_columns or (config.label_column and (config.label_column,)) or (entry and (entry.label_column,))
+    )
+    return {*texts, *labels, *NAME_COLUMNS} if texts and labels else None
 
 
 def root_cause(error: BaseException) -> str:
     """The first line of the error that started it all."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    no_rows = any(text in lines[0] for text in ("corresponds to no data", "No columns to parse"))
-    return "there are no rows in it" if no_rows else lines[0]
-
-
-def bad_line(file: Path) -> str | None:
-    """The first line that is not UTF-8 or, of .jsonl, not a JSON object; None if there is none. Readers name no line."""
-    if file.suffix.lower() == ".parquet":
-        return None
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            text = line.decode("utf-8-sig")
-            if file.suffix.lower() == ".jsonl" and text.strip() and not isinstance(json.loads(text), dict):
-                return f'line {number} is not a JSON object, such as {{"text": "...", "label": "..."}}'
-        except UnicodeDecodeError:
-            return f"line {number} is not UTF-8; save the file as UTF-8"
-        except json.JSONDecodeError as error:
-            return f"line {number} is not JSON: {error}"
-    return None
+    return first_line(error)

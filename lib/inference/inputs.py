@@ -1,14 +1,14 @@
 """New texts from arguments, standard input or a file, read one row at a time, so that memory does not limit their number."""
 
-import csv
 import dataclasses
-import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lib.config.predict import InputConfig
+from lib.data.files.opening import UNPACK_ERRORS, Source, open_unpacked
+from lib.data.files.rows import parquet_batches, parse, place_of, spell
 from lib.data.trained_on import UNKNOWN, TrainedOn, columns_note
 from lib.errors import UserError, require
 
@@ -78,10 +78,11 @@ def choose_columns(names: Sequence[str], config: InputConfig, guesses: Sequence[
 
 
 def text_of(record: dict[str, Any], column: str, place: str) -> str:
-    """The text in a column. Raises UserError unless it is text that UTF-8 can encode."""
-    text = record.get(column)
-    if not isinstance(text, str):
-        found = "no value" if text is None else f"{text!r}, not text,"
+    """The text in a column; numbers and truth values of JSON as they are written. Raises UserError for anything else."""
+    value = record.get(column)
+    text = spell(value) if isinstance(value, str | int | float) else None
+    if text is None:
+        found = "no value" if value is None else f"{value!r}, not text,"
         raise UserError(f"{place} has {found} in column {column}")
     try:
         text.encode()
@@ -97,104 +98,49 @@ def source_name(config: InputConfig) -> str:
 
 
 def count_rows(config: InputConfig) -> int | None:
-    """The number of rows for a progress bar, counted by line breaks; None for parquet and standard input."""
+    """The number of rows for a progress bar, counted by line breaks; None where lines are not rows, and for standard input."""
     if config.texts or config.question is not None:
         return max(1, len(config.texts))
-    path = Path(str(config.input))
-    if config.input in (None, "-") or not path.is_file() or format_of(config) == "parquet":
+    path = str(config.input)
+    if config.input in (None, "-") or config.input_format in ("json", "parquet") or not os.path.isfile(path):
         return None
-    with path.open("rb") as file:
-        blocks = iter(lambda: file.read(1 << 20), b"")
-        return sum(block.count(b"\n") for block in blocks)
+    with open_unpacked(source_of(config)) as (file, kind):
+        if kind in ("json", "parquet"):
+            return None
+        try:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+        except UNPACK_ERRORS:
+            return None  # reading reports it
 
 
-def format_of(config: InputConfig) -> str:
-    if config.input in (None, "-"):
-        return config.input_format or "txt"
-    return config.input_format or Path(str(config.input)).suffix.lower().removeprefix(".")
+def source_of(config: InputConfig) -> Source:
+    return Source(str(config.input), source_name(config), config.input_format, config.encoding)
 
 
 def read_records(config: InputConfig) -> Iterator[Record]:
     """The rows of a file or of standard input. Raises UserError if there is none, or a row cannot be read."""
-    reader, name = READERS[format_of(config)], source_name(config)
+    source = source_of(config)
     if config.input in (None, "-"):
         if config.input is None and sys.stdin.isatty():
             raise UserError('there is no text; give it as an argument ("..."), with --input FILE, or through a pipe')
-        yield from reader(sys.stdin.buffer, name)
+        yield from read_stream(sys.stdin.buffer, config.input_format or "txt", source)
         return
-    path = Path(str(config.input))
-    require(path.is_file(), f"--input {path}: no such file")
-    try:
-        with path.open("rb") as file:
-            yield from reader(file, name)
-    except OSError as error:
-        raise UserError(f"--input {path} cannot be read: {error}") from error
+    with open_unpacked(source) as (file, kind):
+        if kind != "parquet":
+            yield from read_stream(file, kind, source)
+            return
+    yield from read_parquet(source)
 
 
-def read_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    """Lines as text, with their line ends. Raises UserError for a line that is not UTF-8."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            raise UserError(f"line {number} of {name} is not UTF-8; save it as UTF-8") from None
+def read_stream(file: Any, kind: str, source: Source) -> Iterator[Record]:
+    rows = parse(file, kind, source)
+    for place, row in rows.items:
+        yield place_of(source.name, place), row if rows.columns is None else dict(zip(rows.columns, row, strict=True))
 
 
-def read_txt(file: BinaryIO, name: str) -> Iterator[Record]:
-    """Each line is a text, an empty line too, so that line n of the input is row n of the output."""
-    for number, line in enumerate(read_lines(file, name), 1):
-        yield f"line {number} of {name}", {"text": line.rstrip("\r\n")}
-
-
-def read_jsonl(file: BinaryIO, name: str) -> Iterator[Record]:
-    for number, line in enumerate(read_lines(file, name), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {name} is not JSON: {error}") from None
-        is_object = isinstance(record, dict)
-        require(is_object, f'line {number} of {name} is not a JSON object, such as {{"text": "..."}}')
-        yield f"line {number} of {name}", record
-
-
-def read_csv(file: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Record]:
-    """Rows below a header. Raises UserError for a row with more or fewer values than the header."""
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(read_lines(file, name), delimiter=delimiter)
-    header: list[str] = []
-    try:
-        for values in reader:
-            place = f"line {reader.line_num} of {name}"
-            if not header:
-                header = values
-                wrong = len(header) == 1 and any(mark in header[0] for mark in ",;\t|")
-                mark = "tabs" if delimiter == "\t" else "commas"
-                require(not wrong, f"{name} has one column, {values[0]!r}; separate its columns by {mark}")
-            elif values:
-                fits = len(values) == len(header)
-                require(fits, f"{place} has {len(values)} values, the header has {len(header)}: {', '.join(header)}")
-                yield place, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise UserError(f"line {reader.line_num} of {name} is not csv: {error}") from None
-
-
-def read_tsv(file: BinaryIO, name: str) -> Iterator[Record]:
-    return read_csv(file, name, delimiter="\t")
-
-
-def read_parquet(file: BinaryIO, name: str) -> Iterator[Record]:
-    """Rows in batches of 1024, so that a file may be larger than memory."""
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
-        records = (record for batch in batches for record in batch.to_pylist())
-        for number, record in enumerate(records, 1):
-            yield f"row {number} of {name}", record
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{name} is not parquet: {error}") from error
-
-
-READERS = {"txt": read_txt, "jsonl": read_jsonl, "csv": read_csv, "tsv": read_tsv, "parquet": read_parquet}
+def read_parquet(source: Source) -> Iterator[Record]:
+    batches = parquet_batches(source, 1024)
+    next(batches)  # the schema
+    records = (record for batch in batches for record in batch.to_pylist())
+    for number, record in enumerate(records, 1):
+        yield f"{source.name}: row {number}", record

@@ -24,7 +24,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         (["--question", "who"], "--question and --context belong together"),
         (["--question", "who", "--context", "a"], "--question needs --task question-answering"),
         (["a", "--task", "question-answering"], "takes --question and --context, or --input"),
-        (["--input", "t.json"], "--input t.json: the name must end in one of .csv"),
+        (["--input", "t.pdf"], "--input t.pdf: the name must end in one of .csv"),
         (["--input", "-", "--input_format", "parquet"], "parquet is read from a file only"),
         (["a", "--task", "zero-shot-classification"], "needs --candidate_labels"),
         (["a", "--task", "ner", "--top_k", "2"], "--task ner has no --top_k"),

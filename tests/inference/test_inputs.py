@@ -71,16 +71,16 @@ def test_rows_are_read_lazily(monkeypatch):
     """Otherwise a file larger than memory, or an endless pipe, could not be read."""
     taken = 0
 
-    def endless():
-        nonlocal taken
-        while True:
+    class Endless(io.RawIOBase):
+        def read1(self, _size: int) -> bytes:
+            nonlocal taken
             taken += 1
-            yield b"a film\n"
+            return b"a film of some more letters than one\n"
 
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=endless(), isatty=lambda: False))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=Endless(), isatty=lambda: False))
     stream = read_examples(InputConfig(), GUESSES)
-    assert [next(stream).texts for _ in range(3)] == [("a film",)] * 3
-    assert taken == 3
+    assert [next(stream).texts for _ in range(3)] == [("a film of some more letters than one",)] * 3
+    assert taken <= 4
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,18 @@ def test_text_columns_are_named_else_usual_else_the_only_one(tmp_path, header, s
         ("t.csv", b"title,body\na,b\n", {}, "which column holds the text.*title, body.*--text_columns"),
         ("t.csv", b"text\na\n", {"text_columns": ("body",)}, "--text_columns body: .* no such column; it has: text"),
         ("t.csv", b"text\na\n", {"id_column": "key"}, "--id_column key: .* no such column"),
-        ("t.csv", b"text,label\na,b\na,b,c\n", {}, "line 3 of .* has 3 values, the header has 2: text, label"),
+        ("t.csv", b"text,label\na,b\na,b,c\n", {}, "t.csv: line 3 has 3 values, the header has 2: text, label"),
         ("t.csv", b"text;label\na;b\n", {}, "has one column, 'text;label'; separate its columns by commas"),
         ("t.csv", b"text\n", {}, "t.csv holds no text"),
         ("t.csv", b"", {}, "t.csv holds no text"),
-        ("t.txt", b"a\nb\xff\n", {}, "line 2 of .* is not UTF-8"),
-        ("t.txt", "text".encode("utf-16"), {}, "line 1 of .* is not UTF-8"),
-        ("t.jsonl", b'{"text": "a"}\n{"text": 3}\n', {}, "line 2 of .* has 3, not text, in column text"),
-        ("t.jsonl", b'{"text": "a"}\n{"t": "b"}\n', {}, "line 2 of .* has no value in column text"),
-        ("t.jsonl", b'{"text": "\\ud800"}\n', {}, "line 1 of .* not valid Unicode"),
-        ("t.jsonl", b'{"text": "a"}\n{"text"\n', {}, "line 2 of .* is not JSON"),
-        ("t.jsonl", b'["a"]\n', {}, "line 1 of .* is not a JSON object"),
-        ("t.jsonl", b'{"text": "a", "k": 1}\n{"text": "b"}\n', {"id_column": "k"}, "line 2 of .* no value in column k"),
+        ("t.txt", b"a\nb\xff\n", {}, "t.txt: line 2 is not UTF-8.*--encoding"),
+        ("t.txt", "text".encode("utf-16-le"), {}, "line 1 holds a NUL.*--encoding utf-16-le"),
+        ("t.jsonl", b'{"text": "a"}\n{"text": [3]}\n', {}, r"line 2 has \[3\], not text, in column text"),
+        ("t.jsonl", b'{"text": "a"}\n{"t": "b"}\n', {}, "t.jsonl: line 2 has no value in column text"),
+        ("t.jsonl", b'{"text": "\\ud800"}\n', {}, "line 1 holds .*not valid Unicode"),
+        ("t.jsonl", b'{"text": "a"}\n{"text"\n', {}, "line 2 is not JSON"),
+        ("t.jsonl", b'["a"]\n', {}, "line 1 is not a JSON object"),
+        ("t.jsonl", b'{"text": "a", "k": 1}\n{"text": "b"}\n', {"id_column": "k"}, "line 2 has no value in column k"),
         ("t.parquet", b"PAR1 not really", {}, "is not parquet"),
     ],
 )
