@@ -143,6 +143,7 @@ def read_objects(blocks: Iterable[str], name: str) -> Iterator[tuple[Place, Reco
 
 
 def read_list(values: Values, name: str) -> Iterator[tuple[int, Record]]:
+    """Records of a list, each with the line in which it begins. Raises UserError for what is not a list to its end."""
     values.place += 1
     while values.peek() != "]":
         line = values.current_line()
