@@ -38,7 +38,9 @@ def check_encoding(name: str | None) -> None:
     try:
         known = name is None or "a,b\n".encode(name).decode(name) == "a,b\n"
         known = known and (
-            name is None or codecs.lookup(name).name not in ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+            name is None
+            or codecs.lookup(name).name.replace("-", "_")
+            not in ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
         )
     except (LookupError, UnicodeError, ValueError, TypeError):
         known = False

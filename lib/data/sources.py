@@ -28,8 +28,9 @@ from huggingface_hub import cached_assets_path
 
 from lib.config.sections import DataConfig
 from lib.data.catalog import DEFAULT, ROLES, catalog_entry, data_needs, own_files
+from lib.data.columns import find_columns
 from lib.data.files.opening import Source, open_unpacked
-from lib.data.files.tables import READER, load_tables
+from lib.data.files.tables import READER, FaultyColumn, load_tables
 from lib.data.labels.single_label import NAME_COLUMNS
 from lib.errors import UserError, first_line
 from lib.hub import packaged
@@ -217,20 +218,20 @@ def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig
     builder, found = find_files(path, hub_config)
     options = reading_options(builder, config.encoding)
     if options is None:
-        cache = (
-            datasets_cache() / "folders" / str(path_identity(path, hub_config))
-        )  # its own key are the dates of the files
-        digest = hashlib.sha256(str(cache).encode(errors="surrogatepass")).hexdigest()[:32]
+        identity = json.dumps(
+            path_identity(path, hub_config)
+        )  # the key that `datasets` has itself are the files' dates
+        cache = datasets_cache() / "folders" / hashlib.sha256(identity.encode()).hexdigest()[:32]
         words = {"keep_default_na": False, "na_values": [""]} if is_builder(builder, "csv") else {}
         with plain_folder(path) as plain:
-            return dict(load_dataset(plain, hub_config, cache_dir=str(cache.parent / digest), **words))
+            return dict(load_dataset(plain, hub_config, cache_dir=str(cache), **words))
     files = {
         split: [Source(item, name + os.path.relpath(item, path), **options) for item in items]
         for split, items in found.items()
     }
     features = builder.config.features if hasattr(builder.config, "features") else None
     described = builder.info.features or features
-    return load_tables(files, dict.fromkeys(files, described) if described else None, needed_columns(config))
+    return load_columns(files, config, dict.fromkeys(files, described) if described else None)
 
 
 def find_files(path: str, hub_config: str | None) -> tuple[Any, dict[str, list[str]]]:
@@ -302,8 +303,24 @@ def load_files(files: dict[str, str], config: DataConfig) -> dict[str, Dataset]:
             if kind == "txt":
                 raise UserError(f"{flag} {path}: the name must end in one of .csv, .tsv, .json, .jsonl, .parquet")
         sources[role] = [source]
-    loaded |= load_tables(sources, None, needed_columns(config)) if sources else {}
+    loaded |= load_columns(sources, config) if sources else {}
     return {role: loaded[role] for role in files}
+
+
+def load_columns(
+    files: dict[str, list[Source]], config: DataConfig, features: dict[str, Features] | None = None
+) -> dict[str, Dataset]:
+    """The rows of files. A column with faults is refused where the run needs it."""
+    needed = needed_columns(config)
+    try:
+        return load_tables(files, features, needed)
+    except FaultyColumn as fault:
+        if needed is not None:
+            raise
+        texts, labels, *_ = find_columns(load_tables(files, features, set()), config)
+        if fault.column in (*texts, *labels, *NAME_COLUMNS):
+            raise
+        return load_tables(files, features, {*texts, *labels, *NAME_COLUMNS})
 
 
 def needed_columns(config: DataConfig) -> set[str] | None:

@@ -204,6 +204,7 @@ def unwrap(value: Any, name: str) -> list[Any] | None:
     if value and kinds <= {dict, Doubled}:
         inner = list(dict.fromkeys(key for item in value.values() for key in item))
         by_column = all(map(str.isdecimal, inner)) or (not all(map(str.isdecimal, value)) and len(inner) > len(value))
+        by_column = (by_column or {"text", "label"} <= value.keys()) and not {"text", "label"} <= {*inner}
         if not by_column:
             return list(value.values())
         return [{column: item.get(key) for column, item in value.items()} for key in inner]

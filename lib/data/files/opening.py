@@ -37,6 +37,8 @@ FOREIGN = (
     (b"\x28\xb5\x2f\xfd", "packed with zstd; unpack it first, or pack it with gzip"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
     (b"Rar!", "a rar archive; unpack it first"),
+    (b"<!DOCTYPE html", "a web page; the address it came from was not that of the file itself"),
+    (b"<!doctype html", "a web page; the address it came from was not that of the file itself"),
     (b"version https://git-lfs", "a pointer of Git LFS, not the data; get them with: git lfs pull"),
 )
 """The first bytes of files that people name .csv or .json, and what to do with them."""

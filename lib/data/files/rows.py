@@ -75,7 +75,8 @@ def parquet_batches(source: Source, size: int) -> Iterator[Any]:
             require(twice is None, f"{source.name} has two columns named {twice!r}; rename one of them")
             yield schema.empty_table().select(names).schema
             for batch in stored.iter_batches(size, columns=names):
-                yield batch.select(names)
+                batch.validate(full=True)  # text that is not UTF-8, too
+                yield batch
         except (pyarrow.ArrowException, ValueError, OSError, EOFError, MemoryError) as error:
             raise UserError(f"{source.name} is not parquet, or damaged: {first_line(error)}") from error
 

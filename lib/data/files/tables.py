@@ -114,6 +114,14 @@ def last_use(path: Path) -> float:
     return (mark if mark.exists() else path).stat().st_mtime
 
 
+class FaultyColumn(UserError):
+    """Characters that are not valid Unicode in `column`, which may not be needed."""
+
+    def __init__(self, message: str, column: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
 class Builder:
     """Reads files into tables: once if the types seen first hold to the end, else again, once all values are known."""
 
@@ -197,6 +205,9 @@ class Builder:
             self.files[split][0].name if len(self.files[split]) == 1 else f"{self.files[split][0].name} and the others"
         )
         require(count > 0, f"{names}: there are no rows in it")
+        if not self.schema(split).names:
+            found = ", ".join(self.columns[split]) or "none"
+            raise UserError(f"{names} has no column of texts, numbers or lists of them; its columns are: {found}")
         return schema if writer is not None else None
 
     def batches(self, source: Source, split: str) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -278,9 +289,10 @@ class Builder:
                 except UnicodeEncodeError:
                     if self.needed is not None and field.name not in self.needed:
                         break
-                    raise UserError(
+                    raise FaultyColumn(
                         f"{place_of(source.name, number)} holds characters that are not valid Unicode in {field.name}, "
-                        "such as half of an emoji; correct the text"
+                        "such as half of an emoji; correct the text",
+                        field.name,
                     ) from None
             clean = [None if cell is None else str(spell(cell)).encode(errors="replace").decode() for cell in cells]
             return pa.array(convert(clean, field.type), field.type)
