@@ -317,7 +317,10 @@ def load_columns(
     except FaultyColumn as fault:
         if needed is not None:
             raise
-        texts, labels, *_ = find_columns(load_tables(files, features, set()), config)
+        try:
+            texts, labels, *_ = find_columns(load_tables(files, features, set()), config)
+        except UserError:
+            raise fault from None
         if fault.column in (*texts, *labels, *NAME_COLUMNS):
             raise
         return load_tables(files, features, {*texts, *labels, *NAME_COLUMNS})

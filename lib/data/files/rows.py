@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.data.files.delimited import read_delimited
 from lib.data.files.objects import Place, Spelled, read_objects
-from lib.data.files.opening import Source, Text, open_unpacked, split_lines
+from lib.data.files.opening import UNPACK_ERRORS, Source, Text, open_unpacked, split_lines
 from lib.errors import UserError, first_line, require
 
 
@@ -77,7 +77,7 @@ def parquet_batches(source: Source, size: int) -> Iterator[Any]:
             for batch in stored.iter_batches(size, columns=names):
                 batch.validate(full=True)  # text that is not UTF-8, too
                 yield batch
-        except (pyarrow.ArrowException, ValueError, OSError, EOFError, MemoryError) as error:
+        except (pyarrow.ArrowException, ValueError, MemoryError, *UNPACK_ERRORS) as error:
             raise UserError(f"{source.name} is not parquet, or damaged: {first_line(error)}") from error
 
 
