@@ -1,7 +1,6 @@
 """Rows of csv and tsv files. Every row has the fields of the header, each as it is written."""
 
 import csv
-import itertools
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ Row = tuple[int, list[str]]
 
 LONGEST = 1 << 26
 """Characters in a field. A quote that is never closed stops here, and not when memory is full."""
-MOST_LINES = 10_000
+MOST_LINES = 100_000
 """Lines of a quoted field in a tsv file."""
 MARKS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 
@@ -147,22 +146,23 @@ def tsv_rows(lines: Iterable[str]) -> Iterator[Row]:
         width = width or len(fields)
         if text.startswith('"') or '\t"' in text:
             quoted, is_open = split_quoted(text)
-            whole, taken = line, 0
-            while is_open and taken < MOST_LINES:
-                if taken == len(ahead):
+            joined = [line]
+            known = iter(tuple(ahead) if is_open else ())
+            while is_open and len(joined) <= MOST_LINES:
+                more = next(known, None)
+                if more is None:
                     more = next(lines, None)
                     if more is None:
                         break
                     ahead.append(more)
-                whole, taken = whole + ahead[taken], taken + 1
-                if '"' in ahead[taken - 1]:
-                    quoted, is_open = split_quoted(whole.rstrip("\r\n"))
-            joined = [line, *itertools.islice(ahead, taken)]
+                joined.append(more)
+                if '"' in more:
+                    quoted, is_open = split_quoted("".join(joined).rstrip("\r\n"))
             rows = width > 1 and all(item.count("\t") == width - 1 for item in joined)
             if len(quoted) == width and not rows and not is_open:
-                for _ in range(taken):
+                for _ in joined[1:]:
                     ahead.popleft()
-                fields, number = quoted, number + taken
+                fields, number = quoted, number + len(joined) - 1
             else:
                 fields = [unquote(field) for field in fields]
         yield start, fields

@@ -9,6 +9,7 @@ import io
 import lzma
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,11 @@ from lib.errors import UserError, require
 
 BLOCK = 1 << 18
 """Bytes that are read at once."""
-UNPACK_ERRORS = (EOFError, OSError, RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
+UNPACK_ERRORS = (
+    *(EOFError, OSError, RuntimeError, NotImplementedError, ValueError, LookupError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+)
+"""What Python's readers of packed files raise for damaged ones."""
 BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),  # begins with the mark of UTF-16
@@ -189,7 +194,7 @@ def open_unpacked(source: Source) -> Iterator[tuple[Any, str]]:
 
 def only_member(archive: zipfile.ZipFile, name: str) -> str:
     """The file in an archive that holds one. Raises UserError for none, several, and an Excel workbook."""
-    names = [info.filename for info in archive.infolist() if not info.is_dir()]
+    names = [name for name in archive.namelist() if not name.endswith("/")]
     require("[Content_Types].xml" not in names, f"{name} is an Excel or Word file; save it as csv (UTF-8)")
     names = [item for item in names if not item.startswith("__MACOSX/") and not item.endswith(".DS_Store")]
     if len(names) != 1:
