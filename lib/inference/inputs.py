@@ -74,7 +74,10 @@ def choose_columns(names: Sequence[str], config: InputConfig, guesses: Sequence[
     others = [name for name in names if name != config.id_column]
     if len(others) == 1 and any(len(guess) == 1 for guess in guesses):
         return (others[0],)
-    raise UserError(f"which column holds the text? {source_name(config)} has: {have}; name it with --text_columns")
+    raise UserError(
+        f"which column holds the text? {source_name(config)} has: {have}; name it with --text_columns, "
+        "or give the file a header line if these are values"
+    )
 
 
 def text_of(record: dict[str, Any], column: str, place: str) -> str:
