@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lib.config.predict import InputConfig
+from lib.config.sections import named_format
 from lib.data.files.opening import UNPACK_ERRORS, Source, open_unpacked
 from lib.data.files.rows import parquet_batches, parse, place_of, spell
 from lib.data.trained_on import UNKNOWN, TrainedOn, columns_note
@@ -116,6 +117,13 @@ def count_rows(config: InputConfig) -> int | None:
             return None  # reading reports it
 
 
+def format_of(config: InputConfig) -> str | None:
+    """The format that the options name; None for an archive, whose file names it."""
+    if config.input in (None, "-"):
+        return config.input_format or "txt"
+    return config.input_format or named_format(str(config.input))
+
+
 def source_of(config: InputConfig) -> Source:
     return Source(str(config.input), source_name(config), config.input_format, config.encoding)
 
@@ -126,7 +134,7 @@ def read_records(config: InputConfig) -> Iterator[Record]:
     if config.input in (None, "-"):
         if config.input is None and sys.stdin.isatty():
             raise UserError('there is no text; give it as an argument ("..."), with --input FILE, or through a pipe')
-        yield from read_stream(sys.stdin.buffer, config.input_format or "txt", source)
+        yield from read_stream(sys.stdin.buffer, str(format_of(config)), source)
         return
     with open_unpacked(source) as (file, kind):
         if kind != "parquet":
