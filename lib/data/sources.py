@@ -32,6 +32,7 @@ from lib.data.columns import find_columns
 from lib.data.files.opening import Source, open_unpacked
 from lib.data.files.tables import READER, FaultyColumn, load_tables
 from lib.data.labels.single_label import NAME_COLUMNS
+from lib.data.trained_on import UNKNOWN
 from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
@@ -318,7 +319,7 @@ def load_columns(
         if needed is not None:
             raise
         try:
-            texts, labels, *_ = find_columns(load_tables(files, features, set()), config)
+            texts, labels, *_ = find_columns(load_tables(files, features, set()), config, UNKNOWN)
         except UserError:
             raise fault from None
         if fault.column in (*texts, *labels, *NAME_COLUMNS):
