@@ -129,7 +129,7 @@ class TrainingConfig:
     """Stop after n evaluations in a row without a better metric."""
     save_steps: Annotated[int | None, COUNT] = None
     """Save a checkpoint every n steps. [default: after each evaluation]"""
-    save_total_limit: Annotated[int, COUNT] = 2
+    save_total_limit: Annotated[int, NUMBER] = 2
     """Number of checkpoints to keep; each also holds the best model so far."""
     resume_from_checkpoint: Annotated[str, INPUT_NAME] = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
