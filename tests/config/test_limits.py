@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from lib.config.cli import Option, options_of, parse_cli
+from lib.config.compare import CompareConfig
 from lib.config.eval import EvalConfig
 from lib.config.limits import FileName, Within
 from lib.config.predict import PredictConfig
 from lib.config.train import TrainConfig
 
-KINDS = (TrainConfig, EvalConfig, PredictConfig)
+KINDS = (TrainConfig, EvalConfig, PredictConfig, CompareConfig)
 WILD = ("nan", "-nan", "inf", "-inf", "1e400", "-1e400", "-1", "-1" + "0" * 30, "1" + "0" * 30, "1" + "0" * 5000)
 
 
@@ -106,7 +107,7 @@ def test_number_of_a_yaml_file_is_refused_with_its_line(tmp_path: Path, capsys: 
 def test_names_that_no_file_can_have_are_refused(kind: Any, capsys: pytest.CaptureFixture[str]) -> None:
     fields = [field for section in sections(kind) for field in dataclasses.fields(section)]
     named = [f.name for f in fields if any(isinstance(x, FileName) for x in getattr(f.type, "__metadata__", ()))]
-    assert {"output_dir", "train_file"} <= set(named) or kind is PredictConfig
+    assert {"output_dir", "train_file"} <= set(named) or kind in (PredictConfig, CompareConfig)
     for name, value in itertools.product(named, ("", " ", "x" * 256, "ü" * 128, "a/" * 3000, "a\0b", "\udcff")):
         assert f"--{name}" in refusal(capsys, kind, f"--{name}={value}"), (name, value)
 
