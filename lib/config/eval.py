@@ -23,7 +23,7 @@ class EvalModel(ModelSource):
 class EvalDataConfig(DataConfig):
     """Data."""
 
-    max_length: int | None = None  # type: ignore[assignment]
+    max_length: Annotated[int | None, COUNT] = None  # type: ignore[assignment]
     """Maximum input length in tokens; longer texts are truncated and counted, or read in windows. [default: that of the
     model's training, else the longest that the model takes]"""
 
@@ -77,11 +77,12 @@ class EvalConfig:
         If the arguments name other data, only the options that are not about the data are taken from the run; the columns of
         its training are kept with its model. Raises UserError if the folder holds no run.
         """
+        for flag in ("--run", "--model", "--model_name_or_path"):
+            INPUT_NAME.check(flag, last_value(arguments, flag) or "-")
         models = [last_value(arguments, flag) for flag in ("--model", "--model_name_or_path")]
         run = last_value(arguments, "--run") or next((model for model in models if model and is_run(model)), None)
         if run is None:
             return []
-        INPUT_NAME.check("--run", run)
         path = Path(run) / "config.yaml"
         require(path.is_file(), f"--run {run}: no config.yaml there, so it is not the folder of a run")
         shared = {"metrics", "encoding", "max_length", "window_stride", "preprocessing_num_workers"}
