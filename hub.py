@@ -9,7 +9,7 @@ import sys
 
 from lib.config.cli import parse_command
 from lib.config.hub import COMMANDS, DoctorConfig, ImportConfig, VerifyConfig
-from lib.errors import UserError
+from lib.errors import UserError, redact
 
 if __name__ == "__main__":  # before the other imports: --help answers at once
     CONFIG = parse_command(COMMANDS)
@@ -44,7 +44,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
     model = ModelSource(config.model or "minilm", config.model_revision)
     data = DataConfig(config.dataset, config.dataset_config, config.revision)
     page, healthy = diagnose(config, model_needs(model) + data_needs(data))
-    print(page)
+    print(redact(page))
     return 0 if healthy else 1
 
 
@@ -52,6 +52,6 @@ if __name__ == "__main__":
     try:
         CODE = main(CONFIG)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         CODE = 2
     sys.exit(CODE)

@@ -1,9 +1,48 @@
 """Mistakes that a user can fix, and text without secrets."""
 
+import contextlib
+import logging
 import re
+import sys
+import traceback
+from typing import Any
 
-SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?<=://)[^/@\s:]*:[^/@\s]+(?=@)")
-"""Hub tokens, and the `user:password` part of a URL."""
+# The names of options, variables and fields that hold secrets, such as --wandb_api_key.
+WORDS = r"(?:api|access|auth|account|private)?(?:key|token|secret|passw(?:or)?d|pwd|credentials?|signature|sig|auth)"
+NAMED = rf"(?i:(?:[\w.-]{{0,40}}[_.-])?{WORDS})"
+
+START = r"(?<![A-Za-z0-9])"
+
+SECRET_FLAG = re.compile(f"--{NAMED}")
+"""A flag that takes a secret, in full."""
+
+SECRET = re.compile(
+    "|".join(
+        (
+            # The user, the password or both before the host of an address; passwords may hold / @ # ? and spaces.
+            r"(?<=://)[^\s/?#]+(?=@)",
+            r"(?<=://)(?!\[)[^\s/?#:@]*:(?!\d{1,5}(?:[/?#\s]|$))(?!\s)[^\n\"'<>]*(?=@)",
+            r"(?<=://)[^\s/?#:@.]*:\d[^\n\"'<>]*(?=@[\w-]+\.\w)",
+            # The same without a scheme. `C:/` and `C:\` begin paths, and mailto: an address of mail.
+            r"(?<![\w/:@.-])(?!mailto:)[\w.+%~-]+:(?![/\\])[^\s\"'<>]+(?=@[\w\[])",
+            # Fields of a query and of headers.
+            rf"(?<=[?&;#])(?:{NAMED}|code|credential)=[^&\s#\"']+",
+            r"(?i:\bbearer\s+)(?=\S*\d)[\w.~+/=-]{8,}",
+            r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?)(?i:basic\s+)?[\w.~+/=-]{8,}",
+            # Keys by their names, then by their forms.
+            rf"{START}{NAMED}[\"']?(?:\s*[:=]\s*[\"']?|\s+)(?:[0-9a-fA-F]{{40}}|[0-9a-fA-F]{{32}})(?![0-9a-fA-F])",
+            rf"{START}{NAMED}[\"']?\s*[:=]\s*[\"']?(?=[\w.~+/-]*\d)[\w.~+/-]{{16,}}=*",
+            START + r"(?i:[\w-]{0,40}(?:passw(?:or)?d|secret|pwd)[\"']?\s*[:=]\s*)[^\s,;]+",
+            START + r"(?:hf_|api_org_)[A-Za-z0-9]{20,}",
+            START + r"(?:gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl[a-z]{2,4}-[\w-]{16,})",
+            START + r"(?:wandb_v\d_[\w-]{16,}|xox[a-z]-[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})",
+            START + r"(?:A[A-Z]IA[A-Z0-9]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,})(?![A-Za-z0-9])",
+            START + r"sk-(?:[A-Za-z0-9]{20,}|(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,})",
+            r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*",
+        )
+    )
+)
+"""Tokens, keys, and what comes before the host of an address. It may take too much of a text, rather than too little."""
 
 
 class UserError(Exception):
@@ -25,3 +64,23 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message without secrets; the name of its type where the message is empty."""
     lines = str(error).strip().splitlines()
     return redact(lines[0]) if lines else type(error).__name__
+
+
+def hide_secrets() -> None:
+    """From here on, log lines and traces of this process are printed without secrets, also those of libraries."""
+    make_record = logging.getLogRecordFactory()
+
+    def make_redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make_record(*arguments, **named)
+        with contextlib.suppress(TypeError, ValueError, KeyError):  # arguments that do not fit are logging's to report
+            message = record.getMessage()
+            if SECRET.search(message):
+                record.msg, record.args = redact(message), ()
+        return record
+
+    def print_redacted(kind: Any, error: Any, trace: Any) -> None:
+        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+    if sys.excepthook is sys.__excepthook__:  # once
+        logging.setLogRecordFactory(make_redacted)
+        sys.excepthook = print_redacted

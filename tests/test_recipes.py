@@ -35,7 +35,7 @@ def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> Non
     served = publish_as_pickle(tmp_path / "served/models/cardiffnlp/twitter-roberta-base-sentiment")
     write_sst5(tmp_path / "served/datasets/SetFit/sst5")
     flags = ["--config", SST5_HEAD, "--report_to", "none", "--run_name", "note", "--mixed_precision", "no"]
-    flags += ["--save_steps", 1000]
+    flags += ["--save_steps", 1000, "--warmup_steps", 40]  # all steps of so little data
     with loopback_hub(tmp_path / "served") as hub:
         done = run("train.py", *flags, env=environment(hub.endpoint, tmp_path), timeout=400)
     results = results_of(done)
@@ -46,7 +46,7 @@ def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> Non
     assert results["steps"] == 20 * 2
     rates = [line["train/learning_rate"] for line in lines]
     assert rates == sorted(rates)
-    assert rates[-1] == pytest.approx(1e-3 * 39 / 300, rel=0.05)
+    assert rates[-1] == pytest.approx(1e-3 * 39 / 40, rel=0.05)
     before = torch.load(served / "pytorch_model.bin", weights_only=True)
     after = load_file(tmp_path / "outputs/note/model/model.safetensors")
     assert after["classifier.out_proj.weight"].shape[0] == 5

@@ -1,13 +1,18 @@
 """Options from the command line and from YAML files, and back to YAML.
 
-A YAML file is a list of flags: the same parser reads both, and flags on the command line win. Nothing heavy is imported
-here, so `--help` and a misspelt flag answer at once.
+A YAML file is a list of flags: the same code reads both, and flags on the command line win. Nothing heavy is imported
+here, so `--help` and a misspelt flag answer at once. tyro writes the help; the values are read here, so that every mistake
+is one line that names the flag, or the file and its line.
 """
 
 import contextlib
 import dataclasses
+import difflib
 import itertools
+import os
+import re
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,19 +20,51 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from lib.config.limits import INPUT_NAME, shorten, strip_annotations
+from lib.config.other_names import OTHER_NAMES
 from lib.config.sections import flatten
-from lib.errors import SECRET, UserError, redact, require
+from lib.errors import SECRET, SECRET_FLAG, UserError, hide_secrets, redact, require
 
 Config = TypeVar("Config")
 
 TYRO: dict[str, Any] = {
     "config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
     "use_underscores": True,
+    "registry": tyro.constructors.ConstructorRegistry(),
 }
 """Flat flags, `--learning_rate` and not `--optim.learning-rate`; booleans take True or False."""
 
 YAML_SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
 """Unquoted YAML scalars that flags spell in another way."""
+
+TEXTS = ("texts", "question", "context", "explain_tokens", "candidate_labels")
+"""Options of predict.py that hold data, whatever it looks like."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a script: the name of its field, its type, and whether it may be None."""
+
+    name: str
+    kind: Any
+    nullable: bool = False
+    positional: bool = False
+
+    @property
+    def takes_many(self) -> bool:
+        return typing.get_origin(self.kind) is tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """An option as it was given: the flag as written, its values as text, and `FILE, line N` if it stands in a file."""
+
+    flag: str
+    values: list[str]
+    place: str = ""
+
+
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
@@ -36,18 +73,7 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     Flags win over the YAML file of `--config`, which wins over what `kind.implied_flags(arguments)` returns, if `kind`
     has such a method. Ends the process with code 2 and a message if an option is unknown or has a wrong value.
     """
-    given = switch_on(split_flags(argv), set(switches(kind)))
-    with ending_on_user_error():
-        arguments = expand_config(given)
-        refuse_secrets(arguments)
-        implied: Any = getattr(kind, "implied_flags", lambda _: [])
-        arguments = [*implied(arguments), *arguments]
-        try:
-            return tyro.cli(kind, args=arguments, **TYRO)
-        except SystemExit as ended:
-            if ended.code and "--config" in given:
-                print(f"(with the options of --config {last_value(given, '--config')})", file=sys.stderr)
-            raise
+    return parse(kind, sys.argv[1:] if argv is None else argv, lambda: tyro.cli(kind, args=["--help"], **TYRO))
 
 
 def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
@@ -55,11 +81,46 @@ def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> A
 
     Ends the process with code 2 and a message if the command or an option is unknown or has a wrong value.
     """
-    arguments = split_flags(argv)
-    with ending_on_user_error():
-        refuse_secrets(arguments)
+    command, *arguments = [*(sys.argv[1:] if argv is None else argv)] or [""]
+
+    def show_help() -> None:
+        asked = [command, "--help"] if command in kinds else ["--help"]
         description = "Models and data sets on machines that cannot reach the Hub."
-        return tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, description=description, **TYRO)
+        tyro.extras.subcommand_cli_from_dict(kinds, args=asked, description=description, **TYRO)
+
+    if command in ("-h", "--help"):
+        print_help(show_help)
+    with ending_on_user_error():
+        close = difflib.get_close_matches(command, kinds, 1)
+        hint = f"perhaps you meant {close[0]}" if close else f"the commands are {', '.join(kinds)}"
+        require(command in kinds, f"{shorten(command) or 'no command'}: {hint}; see --help")
+    return parse(kinds[command], arguments, show_help)
+
+
+def parse(kind: type[Config], argv: Sequence[str], show_help: Any) -> Config:
+    """Read `argv`; `show_help` prints the help and ends the process."""
+    hide_secrets()
+    options = options_of(kind)
+    with ending_on_user_error():
+        on_command_line = group(argv, options)
+        if any(given.flag in ("-h", "--help") for given in on_command_line):
+            print_help(show_help)
+        found = list(expand_config(on_command_line))
+        for given in found:
+            check_text(given, options)
+        implied: Any = getattr(kind, "implied_flags", lambda _: [])
+        found = [*group(implied([part for given in found for part in (given.flag, *given.values)]), options), *found]
+        values: dict[str, Any] = {}
+        places: dict[str, str] = {}
+        for given in found:
+            option = find_option(given, options)
+            values[option.name] = read_values(given, option)
+            places[option.name] = given.place
+        try:
+            return build(kind, values)
+        except UserError as error:
+            named = [places[name] for name in re.findall(r"--(\w+)", str(error)) if places.get(name)]
+            raise UserError(f"{error} ({'; '.join(dict.fromkeys(named))})" if named else str(error)) from None
 
 
 @contextlib.contextmanager
@@ -68,53 +129,147 @@ def ending_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}".encode(errors="replace").decode(), file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def split_flags(argv: Sequence[str] | None) -> list[str]:
-    """The arguments with `--some-flag=value` as `--some_flag` and `value`, so that each flag has one spelling."""
-    arguments: list[str] = []
-    for argument in sys.argv[1:] if argv is None else argv:
-        if argument.startswith("--"):
-            flag, *value = argument.split("=", 1)
-            arguments += [f"--{flag[2:].replace('-', '_')}", *value]
-        else:
-            arguments.append(argument)
-    return arguments
-
-
-def switches(kind: Any) -> Iterator[str]:
-    """The boolean flags of `kind`, those of its sections included."""
+def options_of(kind: Any) -> dict[str, Option]:
+    """The options of a dataclass and its sections, by each of their flags; positional ones by their names in capitals."""
+    options: dict[str, Option] = {}
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.default_factory):
-            yield from switches(field.default_factory)
-        elif isinstance(field.default, bool):
-            yield f"--{field.name}"
+            options |= options_of(field.default_factory)
+            continue
+        beside = getattr(field.type, "__metadata__", ())
+        option = Option(field.name, *strip_annotations(field.type), tyro.conf.Positional in beside)
+        names = [f"--{field.name}", *itertools.chain(*(getattr(item, "aliases", None) or () for item in beside))]
+        options |= dict.fromkeys([field.name.upper()] if option.positional else names, option)
+    return options
 
 
-def switch_on(arguments: Sequence[str], switches: set[str]) -> list[str]:
-    """`--flag` without a value as `--flag True`, and `--flag true` as W&B sweeps write it, too."""
-    given: list[str] = []
-    for argument in [*arguments, ""]:
-        if given and given[-1] in switches:
-            if argument in ("true", "false", "True", "False"):
-                argument = argument.capitalize()
-            else:
-                given.append("True")
-        given.append(argument)
-    return given[:-1]
+def group(arguments: Sequence[str], options: dict[str, Option]) -> list[Given]:
+    """The arguments as flags with their values, in order; what belongs to no flag is given to the positional option.
+
+    `--some-flag=value` is `--some_flag` with that value, a switch without a value is True, and `--` ends the flags.
+    """
+    found: list[Given] = []
+    positional = next((flag for flag, option in options.items() if option.positional), None)
+    strays = Given(positional or "", [])
+    waiting = list(arguments)[::-1]
+    while waiting:
+        argument = waiting.pop()
+        if argument == "--":
+            strays.values.extend(waiting[::-1])
+            break
+        if argument in ("-h", "--help"):
+            return [Given(argument, [])]
+        if not is_flag(argument):
+            misspelt = f"-{argument.partition('=')[0]}".replace("-", "_").replace("__", "--", 1)
+            if not positional or (misspelt in options and argument.startswith("-")):
+                hint = f"; perhaps you meant {misspelt}" if misspelt in options else ""
+                place = f" after {found[-1].flag}" if found else ""
+                raise UserError(f"{shorten(argument)!r}{place}: expected a flag, such as --seed 7{hint}")
+            strays.values.append(argument)
+            continue
+        name, attached, value = argument[2:].partition("=")
+        flag = f"--{name.replace('-', '_')}"
+        option = options.get(flag)
+        values = [value] if attached else []
+        if option is None:  # such as --config, or a flag that is refused later
+            values += [waiting.pop()] if waiting and not attached and not is_flag(waiting[-1]) else []
+        elif option.takes_many:
+            while waiting and waiting[-1] != "--" and not is_flag(waiting[-1]):
+                values.append(waiting.pop())
+        elif option.kind is bool:
+            spelled = waiting[-1].lower() in ("true", "false") if waiting else False
+            takes = not attached and waiting and (spelled or (not positional and not is_flag(waiting[-1])))
+            values = [waiting.pop()] if takes else values or ["True"]
+            values = [item.capitalize() if item.lower() in ("true", "false") else item for item in values]
+        elif not attached and waiting and not is_flag(waiting[-1]):
+            values.append(waiting.pop())
+        found.append(Given(flag, values))
+    return [*found, strays] if strays.values else found
 
 
-def refuse_secrets(arguments: Sequence[str]) -> None:
-    """Raise UserError for a token or password among the flags, since trackers and process lists show them."""
-    for flag, value in itertools.pairwise(["", *arguments]):
-        if SECRET.search(value):
+def is_flag(argument: str) -> bool:
+    """Whether an argument is a flag, not a value such as -1 or a text that begins with a hyphen."""
+    return argument.startswith("--") and (len(argument) > 2) and not argument[2].isspace()
+
+
+def check_text(given: Given, options: dict[str, Option]) -> None:
+    """Raise UserError for a secret among the values, since trackers and process lists show them, and for broken text."""
+    option = options.get(given.flag)
+    for value in given.values:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{given.flag} {shorten(value)!a} is not UTF-8{in_place(given)}") from None
+        require("\0" not in value, f"{given.flag} {shorten(value)!r} holds a character of number 0{in_place(given)}")
+        if option is not None and option.name in TEXTS:
+            continue
+        if SECRET.search(value) or (option is None and SECRET_FLAG.fullmatch(given.flag)):
+            shown = redact(value) if SECRET.search(value) else "***"
             raise UserError(
-                f"{flag} {redact(value)}: a secret does not belong on the command line or in a YAML file, where logs and "
-                "trackers keep it. Use `hf auth login` or HF_TOKEN for a token, HF_ENDPOINT for an address with a password; "
-                "and revoke this one."
+                f"{given.flag} {shorten(shown)}{in_place(given)}: a secret does not belong on the command line or in a YAML "
+                "file, where logs and trackers keep it. Use `hf auth login` or HF_TOKEN for a token, WANDB_API_KEY or "
+                "`wandb login` for W&B, HF_ENDPOINT for an address with a password; and revoke this one."
             )
+
+
+def find_option(given: Given, options: dict[str, Option]) -> Option:
+    """The option of a flag. Raises UserError with what was probably meant if there is none."""
+    if given.flag in options:
+        return options[given.flag]
+    name, where = given.flag[2:], in_place(given)
+    if given.flag == "--config":
+        raise UserError(f"--config {shorten(' '.join(given.values))}{where}: a YAML file names no other one")
+    other = OTHER_NAMES.get(name.lower())
+    if other and other.startswith("nothing: "):
+        raise UserError(f"{given.flag}{where} is no option here, and is not needed: {other.removeprefix('nothing: ')}")
+    if other:
+        raise UserError(f"{given.flag}{where} is no option here; use {other}")
+    close = difflib.get_close_matches(given.flag, [flag for flag in options if flag.startswith("--")], 3, 0.6)
+    hint = f"Perhaps you meant: {', '.join(close)}" if close else "--help lists the options"
+    raise UserError(f"{shorten(given.flag)}{where} is no option here. {hint}")
+
+
+def read_values(given: Given, option: Option) -> Any:
+    """The value of an option from its text. Raises UserError for text that is not of the option's type."""
+    flag = option.name.upper() if option.positional else f"--{option.name}"
+    values, kind = given.values, option.kind
+    if option.nullable and values == ["None"]:
+        return None
+    if option.takes_many:
+        return tuple(values)
+    choices = {"True": True, "False": False} if kind is bool else {name: name for name in typing.get_args(kind)}
+    kinds = {int: "a whole number, such as 7", float: "a number, such as 0.1", str: "one value"}
+    wanted = kinds.get(kind) or f"one of {', '.join(choices)}"
+    got = " ".join(map(repr, map(shorten, values))) or "nothing"
+    wrong = UserError(f"{flag} takes {wanted}; got {got}{in_place(given)}")
+    if len(values) != 1 or (choices and values[0] not in choices) or (values == ["None"] and given.place):
+        raise wrong
+    try:
+        return choices[values[0]] if choices else kind(values[0])
+    except ValueError:
+        raise wrong from None
+
+
+def build(kind: type[Config], values: dict[str, Any]) -> Config:
+    """The dataclass and its sections with these values by name. Raises UserError for a value that is missing."""
+    arguments = {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(field.default_factory):
+            arguments[field.name] = build(field.default_factory, values)
+        elif field.name in values:
+            arguments[field.name] = values[field.name]
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            positional = tyro.conf.Positional in getattr(field.type, "__metadata__", ())
+            raise UserError(f"{field.name.upper() if positional else f'--{field.name}'} is missing; see --help")
+    return kind(**arguments)
+
+
+def in_place(given: Given) -> str:
+    return f" ({given.place})" if given.place else ""
 
 
 def last_value(arguments: Sequence[str], flag: str) -> str | None:
@@ -123,17 +278,65 @@ def last_value(arguments: Sequence[str], flag: str) -> str | None:
     return values[-1] if values and values[-1] != "None" else None
 
 
-def expand_config(arguments: list[str]) -> list[str]:
+# ---------------------------------------------------------------------------------------------------- help
+
+
+@TYRO["registry"].primitive_rule
+def describe_type(info: Any) -> Any:
+    """Types in the help as people write them: without None, and `STR ...` for several."""
+    registry: Any = tyro.constructors.ConstructorRegistry
+    kind = info.type
+    inner, nullable = strip_annotations(kind)
+    if not nullable and typing.get_origin(kind) is not tuple:
+        return None
+    if nullable:
+        spec = registry.get_primitive_spec(tyro.constructors.PrimitiveTypeInfo.make(inner, info.markers))
+    else:
+        spec = registry.get_primitive_spec(tyro.constructors.PrimitiveTypeInfo.make(list[str], info.markers))
+        spec = dataclasses.replace(spec, metavar="STR ...")
+    return dataclasses.replace(
+        spec,
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: list(map(str, value if isinstance(value, tuple) else [value])) or ["none"],
+    )
+
+
+def print_help(show_help: Any) -> typing.NoReturn:
+    """Print the help and end the process, also where the reader of a pipe has closed it."""
+    try:
+        show_help()
+        sys.stdout.flush()
+    except SystemExit:
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+            raise
+    except BrokenPipeError:
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter finds nothing to complain of at its end
+    raise SystemExit(0)
+
+
+# ---------------------------------------------------------------------------------------------------- YAML
+
+
+def expand_config(found: list[Given]) -> Iterator[Given]:
     """Replace `--config FILE` by the options of the file, before all other flags, so that flags win."""
-    if "--config" not in arguments:
-        return arguments
-    at = arguments.index("--config")
-    require(at + 1 < len(arguments), "--config takes the path of a YAML file")
-    return [*as_flags(read_yaml(Path(arguments[at + 1]))), *arguments[:at], *arguments[at + 2 :]]
+    files = [given.values for given in found if given.flag == "--config"]
+    require(len(files) <= 1, "--config is given twice; it takes one YAML file")
+    if files:
+        require(len(files[0]) == 1, "--config takes the path of a YAML file")
+        yield from read_entries(files[0][0])
+    yield from (given for given in found if given.flag != "--config")
 
 
 def as_flags(options: dict[str, list[str]]) -> list[str]:
     return [part for name, values in options.items() for part in (f"--{name}", *values)]
+
+
+def read_entries(file: str) -> Iterator[Given]:
+    """The options of a YAML file with the lines that they stand in. Raises UserError as `read_yaml` does."""
+    for name, (line, values) in read_lines(Path(file)).items():
+        yield Given(f"--{name}", values, f"{file}, line {line}")
 
 
 def read_yaml(path: Path) -> dict[str, list[str]]:
@@ -141,24 +344,35 @@ def read_yaml(path: Path) -> dict[str, list[str]]:
 
     Raises UserError if the file is missing, is not YAML, is not a flat mapping, or has an option twice.
     """
+    return {name: values for name, (_, values) in read_lines(path).items()}
+
+
+def read_lines(path: Path) -> dict[str, tuple[int, list[str]]]:
+    """As `read_yaml`, each option with the number of its line."""
+    INPUT_NAME.check("--config", str(path))
     require(path.is_file(), f"--config {path}: no such file")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
     require(isinstance(node, yaml.MappingNode | None), f"--config {path}: expected lines of `option: value`")
-    options: dict[str, list[str]] = {}
-    lines: dict[str, int] = {}
+    options: dict[str, tuple[int, list[str]]] = {}
     for key, value in node.value if node else ():
+        line = key.start_mark.line + 1
+        require(isinstance(key, yaml.ScalarNode), f"--config {path}, line {line}: expected `option: value`")
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        flat = all(isinstance(part, yaml.ScalarNode) for part in (key, *items))
-        require(flat, f"--config {path}: {key.value} holds nested options; write them flat, unindented")
-        name, line = key.value.replace("-", "_"), key.start_mark.line + 1
-        first = lines.setdefault(name, line)
-        require(first == line, f"--config {path}: {key.value} stands in lines {first} and {line}; remove one of them")
-        options[name] = [
-            item.value if item.style else YAML_SPELLING.get(item.value.lower(), item.value) for item in items
-        ]
+        flat = all(isinstance(part, yaml.ScalarNode) for part in items)
+        shown = shorten(key.value)
+        require(flat, f"--config {path}, line {line}: {shown} holds nested options; write them flat, unindented")
+        name = key.value.removeprefix("--").replace("-", "_")
+        first = options.get(name, (line,))[0]
+        require(first == line, f"--config {path}: {shown} stands in lines {first} and {line}; remove one of them")
+        options[name] = (
+            line,
+            [item.value if item.style else YAML_SPELLING.get(item.value.lower(), item.value) for item in items],
+        )
     return options
 
 

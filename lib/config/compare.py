@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from lib.config.sections import check_positive
+from lib.config.limits import NUMBER, OUTPUT_NAME, SEED, Within, check_values
 from lib.errors import require
 
 
@@ -18,20 +18,19 @@ class CompareConfig:
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Folders of runs, folders that hold runs, or quoted patterns such as 'outputs/minilm-*'."""
-    split: Annotated[str, tyro.conf.arg(metavar="STR")] = "test"
+    split: Annotated[str, tyro.conf.arg(metavar="STR"), OUTPUT_NAME] = "test"
     """Split whose predictions are compared; `eval.py --run RUN --split SPLIT` makes those that are missing."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compare. [default: those of the baseline]"""
-    resamples: int = 1000
+    resamples: Annotated[int, Within("[1, 1000000]")] = 1000
     """Bootstrap resamples behind intervals, and behind tests of scores such as F1."""
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     """Random seed of the bootstrap."""
-    examples: int = 10
+    examples: Annotated[int, NUMBER] = 10
     """How many of the samples whose answers changed most are listed."""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, OUTPUT_NAME] = None
     """Folder for comparison.json, comparison.md and comparison.png. [default: nothing is written]"""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(bool(self.runs), "give the folders of two or more runs, the baseline first")
-        check_positive(self, "resamples")
-        require(self.examples >= 0, f"--examples must not be negative, got {self.examples}")

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from lib.config.cli import as_flags, last_value, read_yaml
-from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias, check_positive
+from lib.config.limits import COUNT, INPUT_NAME, OUTPUT_NAME, SEED, Within, check_values
+from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias
 from lib.errors import require
 
 
@@ -14,7 +15,7 @@ from lib.errors import require
 class EvalModel(ModelSource):
     """Model."""
 
-    model: Annotated[str | None, alias("--model_name_or_path")] = None  # type: ignore[assignment]  # or --run
+    model: Annotated[str | None, alias("--model_name_or_path"), INPUT_NAME] = None  # type: ignore[assignment]  # or --run
     """Classifier to score: a folder or a Hub id."""
 
 
@@ -22,7 +23,7 @@ class EvalModel(ModelSource):
 class EvalDataConfig(DataConfig):
     """Data."""
 
-    max_length: int | None = None  # type: ignore[assignment]
+    max_length: Annotated[int | None, COUNT] = None  # type: ignore[assignment]
     """Maximum input length in tokens; longer texts are truncated and counted, or read in windows. [default: that of the
     model's training, else the longest that the model takes]"""
 
@@ -36,27 +37,27 @@ class EvalConfig:
 
     data: EvalDataConfig = dataclasses.field(default_factory=EvalDataConfig)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    run: str | None = None
+    run: Annotated[str | None, INPUT_NAME] = None
     """Folder of the finished run to score."""
     model: EvalModel = dataclasses.field(default_factory=EvalModel)
-    split: str = "test"
+    split: Annotated[str, OUTPUT_NAME] = "test"
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; see train.py --help."""
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: Annotated[int, COUNT] = 64
     """Samples per forward pass."""
-    bootstrap_samples: int = 1000
+    bootstrap_samples: Annotated[int, Within("[1, 1000000]")] = 1000
     """Bootstrap resamples behind each 95 % confidence interval."""
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     """Random seed of the bootstrap."""
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, OUTPUT_NAME] = None
     """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
     mixed_precision: Precision = "auto"
     """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
 
     def __post_init__(self) -> None:
-        require(bool(self.run) != bool(self.model.model), "give either --run FOLDER or --model ID_OR_FOLDER")
-        check_positive(self, "per_device_eval_batch_size", "bootstrap_samples")
+        check_values(self)
+        require((self.run is None) != (self.model.model is None), "give either --run FOLDER or --model ID_OR_FOLDER")
 
     @property
     def source(self) -> ModelSource:
@@ -76,6 +77,8 @@ class EvalConfig:
         If the arguments name other data, only the options that are not about the data are taken from the run; the columns of
         its training are kept with its model. Raises UserError if the folder holds no run.
         """
+        for flag in ("--run", "--model", "--model_name_or_path"):
+            INPUT_NAME.check(flag, last_value(arguments, flag) or "-")
         models = [last_value(arguments, flag) for flag in ("--model", "--model_name_or_path")]
         run = last_value(arguments, "--run") or next((model for model in models if model and is_run(model)), None)
         if run is None:

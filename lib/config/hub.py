@@ -1,10 +1,11 @@
 """The options of hub.py's commands."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
+from lib.config.limits import INPUT_NAME, check_values
 from lib.config.sections import HubConfig
 
 RepoType = Literal["model", "dataset"]
@@ -14,17 +15,17 @@ RepoType = Literal["model", "dataset"]
 class ImportConfig:
     """Put a downloaded folder, .zip or .tar into the cache as a model or data set, after checking and loading it."""
 
-    source: Positional[str]
+    source: Positional[Annotated[str, INPUT_NAME]]
     """Folder from a browser, ModelScope, network disk, `git clone`, `hf download --local-dir` or a cache; or an archive."""
-    repo_id: str
+    repo_id: Annotated[str, INPUT_NAME]
     """Name under which it is loaded, such as roberta-base or user/name."""
     repo_type: RepoType = "model"
     """model or dataset."""
-    revision: str = "main"
+    revision: Annotated[str, INPUT_NAME] = "main"
     """Branch or tag under which it is loaded."""
-    commit: str | None = None
+    commit: Annotated[str | None, INPUT_NAME] = None
     """The commit on the Hub, where you know it and the folder does not record it."""
-    sha256: str | None = None
+    sha256: Annotated[str | None, INPUT_NAME] = None
     """List of hashes, as sha256sum prints it, that the files must have."""
     allow_pickle: bool = False
     """Accept a model that has pickled weights (.bin) only."""
@@ -32,6 +33,9 @@ class ImportConfig:
     """Let the revision name these files even where it names others in the cache."""
     load_check: bool = True
     """Load it offline in a fresh process before it is added."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +50,20 @@ class VerifyConfig:
 class DoctorConfig:
     """Find what prevents a run: cache, endpoint, name server, proxy, token, disk; with the commands that fix it."""
 
-    model: str | None = None
+    model: Annotated[str | None, INPUT_NAME] = None
     """The model of the run. [default: minilm]"""
-    model_revision: str | None = None
+    model_revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of it."""
-    dataset: str | None = None
+    dataset: Annotated[str | None, INPUT_NAME] = None
     """The data set of the run. [default: movie_reviews]"""
-    dataset_config: str | None = None
+    dataset_config: Annotated[str | None, INPUT_NAME] = None
     """Configuration of it."""
-    revision: str | None = None
+    revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of it."""
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 COMMANDS = {"import": ImportConfig, "verify": VerifyConfig, "doctor": DoctorConfig}

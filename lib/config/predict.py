@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lib.config.limits import COUNT, INPUT_NAME, NUMBER, OUTPUT_NAME, SEED, Within, check_settings, check_values
 from lib.config.sections import (
     FILE_FORMATS,
     HubConfig,
@@ -13,7 +14,6 @@ from lib.config.sections import (
     Precision,
     alias,
     check_encoding,
-    check_positive,
     named_format,
 )
 from lib.errors import UserError, require
@@ -42,7 +42,7 @@ class InputConfig:
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Input texts."""
-    input: str | None = None
+    input: Annotated[str | None, INPUT_NAME] = None
     """File of texts (csv, tsv, json, jsonl, txt or parquet, of any size), or - for standard input."""
     input_format: Literal["csv", "tsv", "json", "jsonl", "txt", "parquet"] | None = None
     """Format of the input. [default: by the ending of the file; txt for standard input]"""
@@ -58,6 +58,7 @@ class InputConfig:
     """Text that contains the answer to --question."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         sources = {"texts as arguments": self.texts, "--input": self.input, "--question": self.question}
         given = [name for name, value in sources.items() if value]
         if len(given) > 1:
@@ -92,9 +93,9 @@ class EmbeddingConfig:
 class SpanConfig:
     """Spans of text: question-answering and ner, which read long texts in windows."""
 
-    stride: int = 128
+    stride: Annotated[int, NUMBER] = 128
     """Tokens that neighboring windows share."""
-    max_answer_len: int = 30
+    max_answer_len: Annotated[int, COUNT] = 30
     """Longest answer in tokens."""
     handle_impossible_answer: bool = False
     """Give an empty answer if that is likelier than every span of the text."""
@@ -102,8 +103,7 @@ class SpanConfig:
     """How tokens are merged into entities; none: each token is one."""
 
     def __post_init__(self) -> None:
-        require(self.stride >= 0, f"--stride must not be negative, got {self.stride}")
-        check_positive(self, "max_answer_len")
+        check_values(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,9 +126,9 @@ class ZeroShotConfig:
 class GenerateConfig:
     """Generation: summarization, text-generation, translation."""
 
-    max_new_tokens: int | None = None
+    max_new_tokens: Annotated[int | None, COUNT] = None
     """Longest output in tokens. [default: the model's own setting, else 256]"""
-    num_beams: int | None = None
+    num_beams: Annotated[int | None, Within("[1, 1000]")] = None
     """Number of beams in beam search. [default: the model's own setting, at least --top_k]"""
     generate_kwargs: tuple[str, ...] = ()
     """Other settings of `generate` as name=value, such as do_sample=True temperature=0.7."""
@@ -140,16 +140,15 @@ class GenerateConfig:
     """Language of the output, as the model names it."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_new_tokens", "num_beams")
-        for item in self.generate_kwargs:
-            require("=" in item, f"--generate_kwargs takes name=value, got {item!r}")
+        check_values(self)
+        check_settings("--generate_kwargs", self.generate_kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictModel(ModelSource):
     """Model."""
 
-    model: Annotated[str, alias("--model_name_or_path", "--run")] = "minilm"
+    model: Annotated[str, alias("--model_name_or_path", "--run"), INPUT_NAME] = "minilm"
     """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
 
 
@@ -166,33 +165,32 @@ class PredictConfig:
     """Task to do; sentiment-analysis works with every text classifier."""
     model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    output: str | None = None
+    output: Annotated[str | None, OUTPUT_NAME] = None
     """Output file: jsonl or csv; npy or parquet for embeddings. [default: jsonl on standard output]"""
-    top_k: int | None = None
+    top_k: Annotated[int | None, COUNT] = None
     """Number of answers, the likeliest first. [default: 5 for fill-mask, all labels of a classifier, else 1]"""
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
     """Function from a classifier's logits to probabilities; none: give logits. [default: as the model was trained]"""
-    max_length: int | None = None
+    max_length: Annotated[int | None, COUNT] = None
     """Longest input in tokens; longer texts are truncated or read in windows. [default: the run's, else the model's]"""
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
     span: SpanConfig = dataclasses.field(default_factory=SpanConfig)
     zero_shot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: Annotated[int, COUNT] = 64
     """Texts per forward pass on each device."""
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     """Seed for sampling with do_sample=True."""
     mixed_precision: Precision = "auto"
     """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
     explain_tokens: tuple[str, ...] = ()
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
-    export_onnx: str | None = None
+    export_onnx: Annotated[str | None, OUTPUT_NAME] = None
     """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
 
     def __post_init__(self) -> None:
         """Also refuses options that the task does not have: they would be ignored."""
-        check_positive(self, "top_k", "max_length", "per_device_eval_batch_size")
-        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
+        check_values(self)
         task = self.task
         if self.output is not None:
             suffix = Path(self.output).suffix.lower()

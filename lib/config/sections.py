@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from lib.config.limits import COUNT, INPUT_NAME, NUMBER, WORKERS, Within, check_settings, check_values
 from lib.errors import require
 
 CLASSIFICATION = "single_label_classification"
@@ -60,9 +61,9 @@ def alias(*names: str) -> Any:
 class ModelSource:
     """Model."""
 
-    model: Annotated[str, alias("--model_name_or_path")] = "minilm"
+    model: Annotated[str, alias("--model_name_or_path"), INPUT_NAME] = "minilm"
     """`minilm` (installed with this project), a folder, or a Hub id such as roberta-base."""
-    model_revision: str | None = None
+    model_revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of the model on the Hub."""
     source: ModelHub = "hub"
     """Site that a model is downloaded from: the Hub or its mirror, or ModelScope (needs the package modelscope)."""
@@ -72,6 +73,7 @@ class ModelSource:
     """Run the Python code in the model's repository. A Hub model also needs --model_revision COMMIT."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         pinned = len(self.model_revision or "") == 40 or Path(self.model or "").is_dir()
         require(
             not self.trust_remote_code or pinned,
@@ -97,8 +99,11 @@ class ModelConfig(ModelSource):
         require(
             not (self.from_scratch and self.freeze), "--from_scratch: --freeze would keep random weights; leave it out"
         )
-        for item in self.config_overrides:
-            require("=" in item, f"--config_overrides takes name=value, got {item!r}")
+        check_settings("--config_overrides", self.config_overrides)
+        for name, _, text in (item.partition("=") for item in self.config_overrides if "dropout" in item):
+            value = literal(text)
+            inside = not isinstance(value, int | float) or 0 <= value <= 1
+            require(inside, f"--config_overrides {name}={text}: a dropout must lie in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,21 +114,21 @@ class AdapterConfig:
     """Adapter method; all but bottleneck need the package peft."""
     adapter_placement: Literal["pfeiffer", "houlsby"] = "pfeiffer"
     """bottleneck: pfeiffer: after feed-forward and its norm; houlsby: after attention and feed-forward, before the norms."""
-    adapter_reduction_factor: float = 16
+    adapter_reduction_factor: Annotated[float, Within("[0.01, 1000000]")] = 16
     """bottleneck: hidden size of the model divided by that of the adapter."""
     adapter_non_linearity: Literal["relu", "gelu", "swish", "tanh"] | None = None
     """bottleneck: activation function of the adapter. [default: relu for pfeiffer, swish for houlsby]"""
-    lora_rank: int = 8
+    lora_rank: Annotated[int, Within("[1, 4096]")] = 8
     """lora, dora: rank of the weight update."""
-    lora_alpha: float = 16
+    lora_alpha: Annotated[float, Within("(0, 1000000]")] = 16
     """lora, dora: the weight update is scaled by lora_alpha / lora_rank."""
     adapter_target_modules: tuple[str, ...] = ()
     """lora, dora, ia3: names of the modules to adapt. [default: peft's choice for the architecture]"""
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: Annotated[int, Within("[1, 100000]")] = 20
     """prefix, prompt: number of trained virtual tokens before the text."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "adapter_reduction_factor", "lora_rank", "lora_alpha", "num_virtual_tokens")
+        check_values(self)
         for methods, names in (
             (("bottleneck",), ("adapter_placement", "adapter_reduction_factor", "adapter_non_linearity")),
             (("lora", "dora"), ("lora_rank", "lora_alpha")),
@@ -139,17 +144,17 @@ class AdapterConfig:
 class DataConfig:
     """Data."""
 
-    dataset: str | None = None
+    dataset: Annotated[str | None, INPUT_NAME] = None
     """A short name (movie_reviews, sst5, sst2, mrpc, ...), a Hub id `user/name`, or a folder. [default: movie_reviews]"""
-    dataset_config: str | None = None
+    dataset_config: Annotated[str | None, INPUT_NAME] = None
     """Configuration of a Hub data set; for movie_reviews: `five`, `binary` or `rating`."""
-    revision: str | None = None
+    revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of a Hub data set."""
-    train_file: str | None = None
+    train_file: Annotated[str | None, INPUT_NAME] = None
     """Your own training data: csv, tsv, json, jsonl, parquet, or a folder saved by `datasets`."""
-    validation_file: str | None = None
+    validation_file: Annotated[str | None, INPUT_NAME] = None
     """Your own validation data. [default: a stratified tenth of the training data]"""
-    test_file: str | None = None
+    test_file: Annotated[str | None, INPUT_NAME] = None
     """Your own test data."""
     encoding: str | None = None
     """Encoding of your files, such as gb18030. [default: by the byte order mark, else UTF-8]"""
@@ -161,26 +166,25 @@ class DataConfig:
     """Multi-label data: two or more columns of 0 and 1, one for each label."""
     problem_type: ProblemType = "auto"
     """Kind of prediction. `auto`: regression for real numbers, multi-label for lists or --label_columns, else single-label."""
-    max_length: int = 128
+    max_length: Annotated[int, COUNT] = 128
     """Maximum input length in tokens; longer texts are truncated and counted, unless --window_stride is given."""
-    window_stride: int | None = None
+    window_stride: Annotated[int | None, NUMBER] = None
     """Split longer texts into windows that overlap by n tokens; a text's logits are their mean, in training too."""
     pad_to_max_length: bool = False
     """Pad every batch to max_length, not to its longest text, for devices that need fixed shapes."""
-    max_train_samples: int | None = None
+    max_train_samples: Annotated[int | None, COUNT] = None
     """Train on a fixed random subset of n samples, for a quick try."""
-    max_eval_samples: int | None = None
+    max_eval_samples: Annotated[int | None, COUNT] = None
     """Use a fixed random subset of n samples of every other split, for a quick try."""
-    preprocessing_num_workers: int | None = None
+    preprocessing_num_workers: Annotated[int | None, WORKERS] = None
     """Number of processes for tokenization. [default: 1, since the tokenizer already uses threads]"""
 
     def __post_init__(self) -> None:
-        for name in ("dataset", "train_file", "validation_file", "test_file"):
-            require(getattr(self, name) != "", f"--{name} is empty; give a name, or leave the option out")
+        check_values(self)
         check_encoding(self.encoding)
-        files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name)]
+        files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name) is not None]
         if files:
-            require(not self.dataset, f"--dataset and --{files[0]} exclude each other; give one of them")
+            require(self.dataset is None, f"--dataset and --{files[0]} exclude each other; give one of them")
             for name in ("dataset_config", "revision"):
                 require(getattr(self, name) is None, f"--{name} is for --dataset, not for --{files[0]}; leave it out")
         columns = ("",) if self.text_columns is None else self.text_columns
@@ -192,9 +196,6 @@ class DataConfig:
         several = self.label_columns
         require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
         require(several is None or len(set(several)) == len(several) > 1, "--label_columns takes two or more columns")
-        stride = self.window_stride
-        require(stride is None or stride >= 0, f"--window_stride must not be negative, got {stride}")
-        check_positive(self, "max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ class HubConfig:
 
     hub_endpoint: str | None = None
     """URL of the Hub or a mirror, such as https://hf-mirror.com. [default: HF_ENDPOINT, else the Hub]"""
-    hub_timeout: float = 5.0
+    hub_timeout: Annotated[float, Within("(0, 1000000]")] = 5.0
     """Seconds to wait for the Hub. After that the run uses the cache, or stops and says what is missing."""
     verify_hashes: bool = False
     """Check the hash of every file before use; files from a mirror are checked against the Hub itself."""
@@ -211,14 +212,7 @@ class HubConfig:
     """Send your Hub token to a mirror, too."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "hub_timeout")
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise UserError unless each named option is None or above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value is None or value > 0, f"--{name} must be above 0, got {value}")
+        check_values(self)
 
 
 def literal(text: str) -> Any:

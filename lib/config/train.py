@@ -1,18 +1,21 @@
 """Options of train.py: the shared sections, and those of the optimizer, the loss, training and tracking."""
 
 import dataclasses
-import math
 from typing import Annotated, Literal
 
-from lib.config.sections import (
-    AdapterConfig,
-    DataConfig,
-    HubConfig,
-    ModelConfig,
-    Precision,
-    alias,
-    check_positive,
+from lib.config.limits import (
+    COUNT,
+    FLOAT32_TINY,
+    INPUT_NAME,
+    NUMBER,
+    OUTPUT_NAME,
+    SEED,
+    Within,
+    check_settings,
+    check_values,
+    shorten,
 )
+from lib.config.sections import AdapterConfig, DataConfig, HubConfig, ModelConfig, Precision, alias
 from lib.errors import require
 
 TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
@@ -36,37 +39,35 @@ SchedulerName = Literal[
 class OptimConfig:
     """Optimizer and schedule. Steps are optimizer steps."""
 
-    learning_rate: Annotated[float, alias("--lr")] = 5e-5
+    learning_rate: Annotated[float, alias("--lr"), Within("(0, 1000]")] = 5e-5
     """Peak learning rate of AdamW."""
-    head_learning_rate: float | None = None
+    head_learning_rate: Annotated[float | None, Within("(0, 1000]")] = None
     """Peak learning rate of the new head, on the same schedule. [default: learning_rate]"""
-    layerwise_lr_decay: float = 1.0
+    layerwise_lr_decay: Annotated[float, Within("(0, 1]")] = 1.0
     """Learning rate of a layer as a factor of that of the layer above it; the top layer trains at learning_rate."""
-    weight_decay: float = 0.01
+    weight_decay: Annotated[float, Within("[0, 1000]")] = 0.01
     """Weight decay of matrices; biases and norms are not decayed."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Within("[0, 1)")] = 0.9
     """Decay rate of the first moment in AdamW."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Within("[0, 1)")] = 0.999
     """Decay rate of the second moment in AdamW."""
-    adam_epsilon: float = 1e-8
+    adam_epsilon: Annotated[float, Within("(0, 1]")] = 1e-8
     """Term added to the denominator in AdamW, for numerical stability."""
     lr_scheduler_type: SchedulerName = "linear"
     """Learning rate schedule after warmup."""
     lr_scheduler_kwargs: tuple[str, ...] = ()
     """Further arguments of the schedule as name=value, such as min_lr=1e-6."""
-    warmup_steps: float = 0.06
+    warmup_steps: Annotated[float, NUMBER] = 0.06
     """Steps of linear warmup; a value below 1 is a share of all steps."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: Annotated[float | None, Within("(0, 1000000]")] = 1.0
     """Gradients are clipped to this norm. None: no clipping; the norm is still logged."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"--learning_rate must be above 0, got {self.learning_rate}")
-        require(self.warmup_steps >= 0, f"--warmup_steps must not be negative, got {self.warmup_steps}")
-        decay = self.layerwise_lr_decay
-        require(0 < decay <= 1, f"--layerwise_lr_decay must lie in (0, 1], got {decay}")
-        check_positive(self, "max_grad_norm", "head_learning_rate")
-        for item in self.lr_scheduler_kwargs:
-            require("=" in item, f"--lr_scheduler_kwargs takes name=value, got {item!r}")
+        check_values(self)
+        warmup = self.warmup_steps
+        whole = warmup < 1 or warmup == int(warmup)
+        require(whole, f"--warmup_steps takes a whole number of steps, or a share below 1, got {warmup}")
+        check_settings("--lr_scheduler_kwargs", self.lr_scheduler_kwargs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +76,31 @@ class ObjectiveConfig:
 
     loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
     """`focal`: hard samples weigh more. `ordinal`: for ordered classes such as stars; far misses cost more than near ones."""
-    focal_gamma: float = 2.0
+    focal_gamma: Annotated[float, Within("[0, 100]")] = 2.0
     """focal: the higher, the less weight for easy samples; 0 is cross entropy."""
     class_weights: tuple[str, ...] = ()
     """`balanced` (rare classes weigh more), or class=weight for some classes, such as negative=2; the others weigh 1."""
-    label_smoothing_factor: float = 0.0
+    label_smoothing_factor: Annotated[float, Within("[0, 1)")] = 0.0
     """cross_entropy: share of the target probability that is spread evenly over all labels."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         smoothing = self.label_smoothing_factor
-        require(0 <= smoothing < 1, f"--label_smoothing_factor must lie in [0, 1), got {smoothing}")
         require(not smoothing or self.loss == "cross_entropy", "--label_smoothing_factor is for --loss cross_entropy")
-        require(0 <= self.focal_gamma < math.inf, f"--focal_gamma must not be negative, got {self.focal_gamma}")
         untouched = self.focal_gamma == ObjectiveConfig.focal_gamma
         require(untouched or self.loss == "focal", "--focal_gamma is for --loss focal")
         for item in self.class_weights if self.class_weights != ("balanced",) else ():
             require(
-                is_positive(item.rpartition("=")[2]) and "=" in item,
-                f"--class_weights takes `balanced` or class=weight with weights above 0, got {item!r}",
+                is_weight(item.rpartition("=")[2]) and "=" in item,
+                f"--class_weights takes `balanced` or class=weight with weights above 0, got {shorten(item)!r}"
+                " (a million at most)",
             )
 
 
-def is_positive(text: str) -> bool:
-    """Whether `text` is a finite number above 0."""
+def is_weight(text: str) -> bool:
+    """Whether `text` is a number that samples can weigh."""
     try:
-        return 0 < float(text) < math.inf
+        return FLOAT32_TINY <= float(text) <= 1e6
     except ValueError:
         return False
 
@@ -108,67 +109,62 @@ def is_positive(text: str) -> bool:
 class TrainingConfig:
     """Training."""
 
-    num_train_epochs: Annotated[float, alias("--epochs")] = 3.0
+    num_train_epochs: Annotated[float, alias("--epochs"), Within("(0, 1000000]")] = 3.0
     """Passes over the training data."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, COUNT] = None
     """Number of optimizer steps; overrides num_train_epochs."""
-    train_batch_size: Annotated[int, alias("--bs")] = 32
+    train_batch_size: Annotated[int, alias("--bs"), COUNT] = 32
     """Samples per optimizer step, over all processes. Part of the experiment: it changes the result."""
-    per_device_train_batch_size: int | None = None
+    per_device_train_batch_size: Annotated[int | None, COUNT] = None
     """Largest micro-batch of a device. Changes the memory used, never the result. [default: as large as the step needs]"""
-    per_device_eval_batch_size: int = 64
+    per_device_eval_batch_size: Annotated[int, COUNT] = 64
     """Samples per forward pass in evaluation."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
     """`group_by_length` makes batches of texts of similar length, which need less padding, and shuffles the batches."""
-    eval_steps: int | None = None
+    eval_steps: Annotated[int | None, COUNT] = None
     """Evaluate every n steps. [default: after each epoch]"""
     metric_for_best_model: str | None = None
     """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
-    early_stopping_patience: int | None = None
+    early_stopping_patience: Annotated[int | None, COUNT] = None
     """Stop after n evaluations in a row without a better metric."""
-    save_steps: int | None = None
+    save_steps: Annotated[int | None, COUNT] = None
     """Save a checkpoint every n steps. [default: after each evaluation]"""
-    save_total_limit: int = 2
+    save_total_limit: Annotated[int, NUMBER] = 2
     """Number of checkpoints to keep; each also holds the best model so far."""
-    resume_from_checkpoint: str = "auto"
+    resume_from_checkpoint: Annotated[str, INPUT_NAME] = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
     `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""
     allow_changes: bool = False
     """Resume even if settings that affect the result have changed."""
-    max_minutes: float | None = None
+    max_minutes: Annotated[float | None, Within("(0, 10000000]")] = None
     """Save a checkpoint and stop with exit code 75 this many minutes after the start of the process."""
-    ddp_timeout: float = 600.0
+    ddp_timeout: Annotated[float, Within("(0, 1000000000]")] = 600.0
     """Seconds without progress in training after which the run stops and names the process that hangs."""
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: Annotated[int, Within("[0, 512]")] = 0
     """Number of processes that prepare batches. 0: the training process does it itself."""
     no_cache_features: bool = False
     """With --freeze: run the frozen part in every step instead of caching its outputs."""
-    feature_cache_gib: float = 2.0
+    feature_cache_gib: Annotated[float, Within("(0, 1000000]")] = 2.0
     """With --freeze: GiB of memory for cached outputs of the frozen part; four times as much on disk."""
     compile: bool = False
     """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
     cpu_kernels: bool = True
     """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
     same up to rounding and dropout masks."""
-    seed: int = 42
+    seed: Annotated[int, SEED] = 42
     """Random seed of the new head, the order of samples and dropout."""
 
     def __post_init__(self) -> None:
-        require(self.num_train_epochs > 0, f"--num_train_epochs must be above 0, got {self.num_train_epochs}")
-        require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
-        require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
-        check_positive(self, "max_steps", "train_batch_size", "per_device_train_batch_size", "eval_steps")
-        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience", "save_steps", "save_total_limit")
-        check_positive(self, "max_minutes", "ddp_timeout", "feature_cache_gib")
+        check_values(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrackingConfig:
     """Output and tracking."""
 
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, OUTPUT_NAME] = None
     """Output folder of the run. [default: outputs/{run_name}]"""
-    run_name: str | None = None
+    run_name: Annotated[str | None, OUTPUT_NAME] = None
     """Name of the run. [default: {model}-{dataset}-lr..-bs..-s{seed}]"""
     report_to: TrackerName = "wandb"
     """Experiment tracker; W&B works offline if there is no login. metrics.jsonl is always written."""
@@ -178,14 +174,19 @@ class TrackingConfig:
     """Tags of the run in the tracker."""
     notes: str | None = None
     """Free text stored with the run in the tracker."""
-    logging_steps: int = 20
+    logging_steps: Annotated[int, COUNT] = 20
     """Log the training loss every n steps."""
 
     def __post_init__(self) -> None:
-        check_positive(self, "logging_steps")
+        check_values(self)
         name = self.run_name
-        plain = name is None or (all(char.isalnum() or char in "._-" for char in name) and name not in ("", ".", ".."))
+        plain = name is None or (all(char.isalnum() or char in "._-" for char in name) and name not in (".", ".."))
         require(plain, f"--run_name takes letters, digits and . _ -, got {name!r}")
+        require(name is None or len(name) <= 128, f"--run_name takes at most 128 characters, got {len(name or '')}")
+        fits = 0 < len(self.project) <= 128 and not set("/\\#?%:") & set(self.project)
+        require(fits, f"--project takes up to 128 characters, none of / \\ # ? % :, got {shorten(self.project)!r}")
+        for tag in self.tags:
+            require(0 < len(tag) <= 64, f"--tags takes tags of 1 to 64 characters, got {shorten(tag)!r}")
 
 
 @dataclasses.dataclass(frozen=True)

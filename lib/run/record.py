@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 
+from lib.config.limits import OUTPUT_NAME
 from lib.config.sections import MULTI_LABEL, REGRESSION, ModelSource, flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
@@ -65,7 +66,13 @@ def run_name(config: TrainConfig) -> str:
     parts += [config.objective.loss] if config.objective.loss != "cross_entropy" else []
     parts += ["weighted"] if config.objective.class_weights else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
-    return "-".join(parts)
+    name = "-".join(parts)
+    if len(name.encode()) <= OUTPUT_NAME.limit:
+        return name
+    # Too long for a folder: the end, which says how it was trained, is kept, and a hash stands for the rest.
+    end = "-".join(parts[-4:])[-100:]
+    start = name.encode()[: OUTPUT_NAME.limit - len(end.encode()) - 10].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{end}"
 
 
 def run_folder(config: TrainConfig) -> Path:

@@ -1,5 +1,6 @@
 """The accelerator of a process, after checks of the launch; the devices and their memory in words."""
 
+import itertools
 import logging
 import os
 import sys
@@ -12,10 +13,13 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from lib.errors import UserError
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import tune_cpu
+from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join_again
 from lib.runtime.signals import follow_launcher
 from lib.runtime.startup import quiet_libraries
+
+logger = logging.getLogger(__name__)
 
 
 def build_accelerator(
@@ -28,7 +32,7 @@ def build_accelerator(
     were asked for and none is visible, if processes outnumber GPUs, or if each process believes it is alone.
     """
     follow_launcher()
-    check_devices()
+    notes = check_devices()
     tune_cpu()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
@@ -45,6 +49,8 @@ def build_accelerator(
         ],
     )
     show_log(accelerator)
+    for note in notes if accelerator.num_processes == 1 else ():
+        logger.info(note)
     quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
     use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
@@ -59,22 +65,45 @@ def build_accelerator(
     return accelerator
 
 
-def check_devices() -> None:
-    """Raise UserError if the environment asks for GPUs that PyTorch does not see, or for more processes than GPUs."""
+def check_devices() -> list[str]:
+    """What a user should know about the GPUs of the launch, one line each.
+
+    Raises UserError if environment or launcher ask for GPUs that PyTorch does not see, or for more processes than GPUs.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
-        return
+        return []
     if visible not in ("", "-1", "NoDevFiles") and not torch.cuda.is_available():
         raise UserError(
             f"CUDA_VISIBLE_DEVICES={visible} asks for GPUs, but PyTorch sees none; check nvidia-smi and that this PyTorch "
             f"({torch.__version__}) is built for CUDA, or unset the variable to train on the CPU"
         )
     local, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if not torch.cuda.is_available() and not torch.accelerator.is_available() and (asked := asks_for_gpu()):
+        raise UserError(
+            f"{asked} of the launcher asks for a GPU, but PyTorch sees none; check nvidia-smi and that this PyTorch "
+            f"({torch.__version__}) is built for CUDA, or train on the CPU: accelerate launch --config_file "
+            "accelerate_configs/cpu.yaml ..."
+        )
+    named = list(
+        itertools.takewhile(lambda name: not name.startswith("-"), filter(None, map(str.strip, visible.split(","))))
+    )
+    if 0 < count < len(named):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible} names {len(named)} GPUs, but PyTorch sees {count}: the driver stops at the "
+            "first one that does not exist, or is named twice; `nvidia-smi -L` lists them"
+        )
     if 0 < count < local:
         raise UserError(
             f"{local} processes were launched on this machine, but {count} GPUs are visible "
             f"(CUDA_VISIBLE_DEVICES={visible or 'not set'}); launch with --num_processes {count}"
         )
+    if local == 1 < count:
+        return [
+            f"{count} GPUs are visible and one process uses one of them; for all: accelerate launch --multi_gpu "
+            f"--num_processes {count} --main_process_port 0 ..., for another one: CUDA_VISIBLE_DEVICES=1"
+        ]
+    return []
 
 
 def show_log(accelerator: Accelerator) -> None:

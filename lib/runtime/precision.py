@@ -25,7 +25,7 @@ def resolve_precision(choice: str) -> str:
     The launcher exports "no" even if it was not told, so only its fp16 and bf16 count. Raises UserError for fp16 without
     a GPU.
     """
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    asked, launcher = choice, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_gpu = uses_gpu()
     if choice == "auto":
         fast = (
@@ -35,7 +35,8 @@ def resolve_precision(choice: str) -> str:
         )
         choice = launcher if launcher in ("fp16", "bf16") else ("bf16" if fast else "no")
     if choice == "fp16" and not on_gpu:
-        raise UserError("--mixed_precision fp16 needs a GPU; use --mixed_precision bf16 or no")
+        origin = "" if asked == "fp16" else " of the launcher"
+        raise UserError(f"--mixed_precision fp16{origin} needs a GPU; use --mixed_precision bf16 or no")
     return choice
 
 

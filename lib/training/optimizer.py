@@ -154,9 +154,20 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
     try:
         if name in ("constant", "constant_with_warmup") and settings:
             raise TypeError("this schedule has no settings")  # get_scheduler would ignore them
-        return get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
-    except (TypeError, ValueError) as error:
+        scheduler = get_scheduler(name, optimizer, warmup, total_steps, scheduler_specific_kwargs=settings)
+        check_rates(scheduler, config, total_steps)
+        return scheduler
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"--lr_scheduler_type {name} with --lr_scheduler_kwargs {settings}: {error}") from error
+
+
+def check_rates(scheduler: Any, config: OptimConfig, total_steps: int) -> None:
+    """Raise ValueError if the learning rate of a step is no number from 0 to a thousand."""
+    for shape in scheduler.lr_lambdas if isinstance(scheduler, LambdaLR) else ():
+        for step in {*range(min(total_steps, 100)), *(total_steps * part // 100 for part in range(101))}:
+            rate = shape(step) * config.learning_rate
+            if isinstance(rate, complex) or not 0 <= rate <= 1000:
+                raise ValueError(f"the learning rate of step {step} would be {rate}")
 
 
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:

@@ -15,6 +15,9 @@ from lib.errors import UserError
 from lib.evaluation.scores import Metrics
 from lib.training.state import State
 
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""Schedules that do not use `--warmup_steps`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -109,9 +112,19 @@ class Plan:
 
 
 def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: Accelerator) -> Plan:
-    """The plan of this process. Raises UserError if there are no training samples."""
+    """The plan of this process. Raises UserError if there are no training samples, or more steps than can be counted."""
     lengths, logging_steps = data.lengths["train"], config.tracking.logging_steps
     if not len(lengths):
         raise UserError("the train split is empty")
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    return Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size)
+    plan = Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size)
+    if plan.total_steps >= 2**31:
+        raise UserError(
+            f"--num_train_epochs {config.training.num_train_epochs:g}: {plan.total_steps:,} steps are more than 2**31"
+        )
+    if config.optim.lr_scheduler_type not in WITHOUT_WARMUP and config.optim.warmup_steps > plan.total_steps:
+        raise UserError(
+            f"--warmup_steps {config.optim.warmup_steps:g} is longer than the training of {plan.total_steps:,} steps: the rate "
+            "would never reach --learning_rate; use fewer, or a share of all steps such as --warmup_steps 0.06"
+        )
+    return plan

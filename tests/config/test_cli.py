@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from lib.config import eval as eval_config
 from lib.config import sections as config
 from lib.config import train as train_config
-from lib.config.cli import load_config, parse_cli, save_config
+from lib.config.cli import load_config, options_of, parse_cli, save_config
 from lib.config.eval import EvalConfig, EvalDataConfig, EvalModel
+from lib.config.other_names import OTHER_NAMES
+from lib.config.predict import PredictConfig
 from lib.config.sections import DataConfig, ModelConfig, flatten
 from lib.config.train import ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
 from tests.conftest import ROOT
@@ -135,7 +138,7 @@ def test_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
         TrainConfig(data=DataConfig(train_file="a b.csv", text_columns=("premise", "hypothesis"), label_column="true")),
         TrainConfig(model=ModelConfig(freeze="4"), metrics=("accuracy", "f1"), mixed_precision="no"),
         TrainConfig(tracking=TrackingConfig(report_to="none", tags=("1", "x: y", "null", "ü"), run_name="1e5")),
-        TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="")),
+        TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="~")),
         TrainConfig(tracking=TrackingConfig(notes="- first\n- second # not a comment\n", tags=("true", "False"))),
         TrainConfig(training=TrainingConfig(num_train_epochs=0.1, max_steps=10, metric_for_best_model="loss")),
         EvalConfig(model=EvalModel("roberta-base"), metrics=("f1",), data=EvalDataConfig(dataset="sst2")),
@@ -191,8 +194,8 @@ def test_misspelt_yaml_key_is_refused_with_a_suggestion_and_the_file(capsys: Cap
     [
         (["--lr", "fast"], ["learning_rate", "'fast'"]),
         (["--bs=2.5"], ["train_batch_size", "'2.5'"]),
-        (["--report_to", "mlflow"], ["--report_to", "'mlflow'", "'tensorboard'"]),
-        (["--lr"], ["learning_rate", "Missing value"]),
+        (["--report_to", "mlflow"], ["--report_to", "'mlflow'", "tensorboard"]),
+        (["--lr"], ["--learning_rate takes a number", "got nothing"]),
         (["train.csv"], ["train.csv"]),
         (["--lr=0"], ["--learning_rate must be above 0, got 0.0"]),
         (["--layerwise_lr_decay=0"], ["--layerwise_lr_decay must lie in (0, 1], got 0.0"]),
@@ -204,7 +207,7 @@ def test_misspelt_yaml_key_is_refused_with_a_suggestion_and_the_file(capsys: Cap
         (["--label_smoothing_factor=1"], ["--label_smoothing_factor must lie in [0, 1), got 1.0"]),
         (["--loss=focal", "--label_smoothing_factor=0.1"], ["--label_smoothing_factor is for --loss cross_entropy"]),
         (["--focal_gamma=1"], ["--focal_gamma is for --loss focal"]),
-        (["--loss=focal", "--focal_gamma=-1"], ["--focal_gamma must not be negative, got -1.0"]),
+        (["--loss=focal", "--focal_gamma=-1"], ["--focal_gamma must lie in [0, 100], got -1.0"]),
         (["--class_weights", "balanced", "good=2"], ["`balanced` or class=weight", "got 'balanced'"]),
         (["--class_weights", "good=0"], ["with weights above 0, got 'good=0'"]),
         (["--class_weights", "good=nan"], ["with weights above 0, got 'good=nan'"]),
@@ -353,3 +356,57 @@ def test_last_run_given_is_scored(finished: Path, tmp_path_factory: pytest.TempP
     recipe = write(other / "eval.yaml", f"run: {finished}\nsplit: validation\n")
     parsed = parse_cli(EvalConfig, ["--config", recipe, "--run", str(other)])
     assert (parsed.run, parsed.data.dataset, parsed.split) == (str(other), "mrpc", "validation")
+
+
+# ---------------------------------------------------------------------------------------------------- names of others
+
+
+@pytest.mark.parametrize(
+    ("flag", "word"),
+    [
+        ("--fp16", "--mixed_precision fp16"),
+        ("--bf16=True", "--mixed_precision bf16"),
+        ("--gradient-accumulation-steps=4", "--train_batch_size"),
+        ("--push_to_hub", "hf upload"),
+        ("--dev_file=d.csv", "--validation_file"),
+        ("--do_train", "train.py trains"),
+        ("--evaluation_strategy=epoch", "--eval_steps"),
+        ("--overwrite_output_dir", "--resume_from_checkpoint never"),
+        ("--num_labels=3", "the classes are those of the data"),
+        ("--task_name=mrpc", "--dataset"),
+        ("--max_seq_length=128", "--max_length"),
+        ("--epoch=3", "--num_train_epochs"),
+    ],
+)
+def test_flag_of_another_program_is_answered_with_ours(flag: str, word: str, capsys: Capture, tmp_path: Path) -> None:
+    assert word in refusal(capsys, flag)
+    name, _, value = flag[2:].partition("=")
+    message = refusal(capsys, "--config", write(tmp_path / "recipe.yaml", f"seed: 1\n{name}: {value or 'true'}\n"))
+    assert word in message
+    assert "recipe.yaml, line 2" in message
+
+
+def test_our_options_have_no_entry_among_the_names_of_others() -> None:
+    """An option that two scripts call differently is found in the script first."""
+    assert not {f"--{name}" for name in OTHER_NAMES} & set(options_of(TrainConfig))
+
+
+def test_answers_name_options_that_exist() -> None:
+    known = {flag for kind in (TrainConfig, EvalConfig, PredictConfig) for flag in options_of(kind)}
+    named = {flag for answer in OTHER_NAMES.values() for flag in re.findall(r"--\w+", answer)}
+    assert named - known == {"--num_processes", "--config", "--config_file"}
+
+
+def test_help_names_types_as_people_write_them(capsys: Capture) -> None:
+    for kind in (TrainConfig, EvalConfig, PredictConfig):
+        text = help_text(capsys, kind)
+        assert "{None" not in text
+        assert "[STR [STR" not in text
+        assert "--text_columns STR ..." in text
+
+
+def test_value_may_begin_with_hyphens_where_it_is_attached_or_in_a_file(tmp_path: Path) -> None:
+    assert parse_cli(TrainConfig, ["--notes=--fp16"]).tracking.notes == "--fp16"
+    recipe = write(tmp_path / "recipe.yaml", "notes: --fp16\ntags: [--a, -b]\n")
+    tracking = parse_cli(TrainConfig, ["--config", recipe]).tracking
+    assert (tracking.notes, tracking.tags) == ("--fp16", ("--a", "-b"))

@@ -95,6 +95,17 @@ def ref_to_nowhere(entry: Path) -> None:
     (entry / "refs" / "main").write_text("2" * 40)
 
 
+def stray_refs(entry: Path) -> None:
+    """As editors and `cp` leave them."""
+    for name, text in {"main_cp": COMMIT + "\n", "old": "2" * 40, "main~": "", "note": "x" * 5000}.items():
+        (entry / "refs" / name).write_text(text)
+
+
+def newline_of_a_tag(entry: Path) -> None:
+    (entry / "refs" / "main").rename(entry / "refs" / "v1")
+    (entry / "refs" / "v1").write_text(COMMIT + "\n")
+
+
 def incomplete_left(entry: Path) -> None:
     (entry / "blobs" / "abc.incomplete").write_bytes(b"half")
 
@@ -112,6 +123,8 @@ VARIANTS: dict[Callable[[Path], None], tuple[str | None, bool]] = {
     truncated: ("model.safetensors is cut off", False),
     pointer: ("model.safetensors is a git-LFS pointer", False),
     ref_to_nowhere: ("refs/main names the commit 222222222222, which has no snapshot", False),
+    stray_refs: (None, True),
+    newline_of_a_tag: ("refs/v1 ends with a newline, which hides the entry; run: printf", False),
     incomplete_left: (None, True),
 }
 """How each variant is built, what verify says about it, and whether a run can start from it."""

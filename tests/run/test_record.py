@@ -9,9 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lib.config.sections import flatten
-from lib.config.train import TrainConfig
-from lib.run.record import LISTED, compare_settings, experiment_hash, run_record, shorten, version
+from lib.config.sections import DataConfig, ModelConfig, flatten
+from lib.config.train import TrainConfig, TrainingConfig
+from lib.run.record import LISTED, compare_settings, experiment_hash, run_name, run_record, shorten, version
 from lib.run.tracking import RunLog
 from tests.conftest import call_script, results_of, sentences, write_csv
 
@@ -130,3 +130,13 @@ def test_long_lists_are_counted_outside_the_record() -> None:
     assert f"{LISTED + 1}" in shorten(names)
     assert f"{LISTED + 1}" in shorten({"train": names})["train"]
     assert shorten({"a": [1], "b": "c" * 1000}) == {"a": [1], "b": "c" * 1000}
+
+
+def test_name_of_a_run_fits_a_folder_and_ends_with_how_it_was_trained():
+    names = []
+    for number in range(2):
+        data = DataConfig(dataset=f"{'语料' * 40}{number}")
+        names.append(run_name(TrainConfig(ModelConfig("m" * 150), data, training=TrainingConfig(seed=7))))
+    assert all(len(name.encode()) <= 200 and name.endswith("-lr5e-05-bs32-ep3-s7") for name in names)
+    assert names[0] != names[1]
+    assert run_name(TrainConfig()) == "minilm-movie_reviews-lr5e-05-bs32-ep3-s42"

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import lib.runtime.accelerator
 from lib.errors import UserError
 from lib.runtime.accelerator import build_accelerator, check_devices, describe_devices
 from lib.runtime.cpu import tuning
@@ -74,6 +75,38 @@ def test_more_processes_than_gpus_are_an_error(processes: int, allowed: bool, mo
         return
     with pytest.raises(UserError, match=r"3 processes .* 2 GPUs are visible .*4,5.*--num_processes 2"):
         check_devices()
+
+
+@pytest.mark.parametrize("visible", ["0,7", "0, 7", "0,1,2", "GPU-8f7d,GPU-11aa,GPU-2b2b"])
+def test_gpus_that_the_driver_leaves_out_are_an_error(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=f"CUDA_VISIBLE_DEVICES={visible} names . GPUs, but PyTorch sees 1"):
+        check_devices()
+
+
+@pytest.mark.parametrize("visible", ["0", "3,-1,4", "0,"])
+def test_one_gpu_that_is_named_is_no_error(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert check_devices() == []
+
+
+def test_gpus_that_one_process_does_not_use_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 4)
+    assert "4 GPUs are visible and one process uses one" in " ".join(check_devices())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert check_devices() == []
+
+
+def test_launch_for_gpus_without_one_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch, 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(lib.runtime.accelerator, "asks_for_gpu", lambda: "--config_file single_gpu.yaml")
+    with pytest.raises(UserError, match=r"single_gpu\.yaml of the launcher asks for a GPU"):
+        check_devices()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert check_devices() == []
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -381,6 +381,18 @@ def test_setting_that_the_schedule_does_not_accept_is_refused(name: str, setting
         rates(lr_scheduler_type=name, lr_scheduler_kwargs=(setting,))
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(("polynomial", "power=-1"), ("polynomial", "lr_end=-1"), ("cosine_with_restarts", "num_cycles=x")),
+        *(("cosine_with_min_lr", "min_lr=nan_"), ("cosine_with_min_lr", "min_lr=1e30")),
+    ],
+)
+def test_settings_that_give_no_learning_rate_are_refused(name: str, setting: str) -> None:
+    with pytest.raises(UserError, match=rf"--lr_scheduler_type {name} with --lr_scheduler_kwargs"):
+        rates(lr_scheduler_type=name, lr_scheduler_kwargs=(setting,))
+
+
 # ---------------------------------------------------------------------------------------------------- metric schedules
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from lib.config.train import TrainConfig, TrainingConfig
+from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.evaluation.scores import Metrics
 from lib.training.plan import Plan, build_plan
@@ -89,3 +89,31 @@ def test_train_split_without_samples_is_refused() -> None:
     empty: Any = SimpleNamespace(lengths={"train": np.zeros(0)})
     with pytest.raises(UserError, match="train split is empty"):
         build_plan(TrainConfig(), empty, Metrics((), "loss"), Accelerator(cpu=True))
+
+
+def plan_with(**options: Any) -> Plan:
+    """The plan of 10 samples in batches of 4, 3 steps an epoch."""
+    config = TrainConfig(
+        training=TrainingConfig(train_batch_size=4, num_train_epochs=options.pop("num_train_epochs", 1)),
+        optim=OptimConfig(**options),
+    )
+    data: Any = SimpleNamespace(lengths={"train": np.ones(10)})
+    return build_plan(config, data, Metrics(("accuracy",), "accuracy"), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("steps", [4, 1000, 2147483647])
+def test_warmup_that_is_longer_than_training_is_refused(steps: int) -> None:
+    with pytest.raises(UserError, match=r"--warmup_steps .*training of 3 steps"):
+        plan_with(warmup_steps=steps)
+    plan_with(warmup_steps=steps, lr_scheduler_type="constant")
+
+
+def test_warmup_of_all_steps_is_allowed() -> None:
+    assert plan_with(warmup_steps=3).total_steps == 3
+
+
+def test_more_steps_than_can_be_counted_are_refused() -> None:
+    config = TrainConfig(training=TrainingConfig(train_batch_size=1, num_train_epochs=1e6))
+    data: Any = SimpleNamespace(lengths={"train": np.ones(3000)})
+    with pytest.raises(UserError, match="--num_train_epochs 1e"):
+        build_plan(config, data, Metrics(("accuracy",), "accuracy"), Accelerator(cpu=True))

@@ -1,10 +1,16 @@
 """Settings of the process for a CPU: threads, denormals, freed memory."""
 
+import contextlib
 import ctypes
+import math
 import os
 import platform
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+from lib.runtime.launcher import threads_are_chosen
 
 FEW_PRODUCTS = 1_000_000
 """Multiplications that one thread does in the time it takes to wake the others, some tens of microseconds."""
@@ -18,13 +24,39 @@ def tune_cpu() -> None:
 
 
 def use_all_cores() -> None:
-    """Share the cores of this machine among its processes, unless OMP_NUM_THREADS says otherwise.
-
-    A launcher that finds no setting exports 1, which is therefore not taken as one.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    """Share the cores that may be used among the processes of this machine, unless the user set OMP_NUM_THREADS."""
+    if not threads_are_chosen():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, allowed_cores() // local))
+
+
+def allowed_cores() -> int:
+    """The cores that this process may use: by its affinity, and by the limits of its control groups, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *map(math.ceil, cgroup_limits())]))
+
+
+def cgroup_limits(root: Path = Path("/")) -> Iterator[float]:
+    """The limits in cores of the control groups that this process is in, as containers have them; version 2 and 1."""
+    path = root / "proc/self/cgroup"
+    for line in path.read_text().splitlines() if path.exists() else ():
+        _, controllers, name = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        for mount in (
+            ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+            if not controllers
+            else (f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu")
+        ):
+            group = root / mount / name.lstrip("/")
+            for folder in (group, *group.parents[: len(group.parents) - len((root / mount).parents)]):
+                with contextlib.suppress(OSError, ValueError):
+                    if controllers:
+                        quota, period = ((folder / f"cpu.cfs_{part}_us").read_text() for part in ("quota", "period"))
+                    else:
+                        quota, period = (folder / "cpu.max").read_text().split()
+                    if float(quota) > 0:
+                        yield float(quota) / float(period)
 
 
 def use_one_core_for(products: int) -> None:

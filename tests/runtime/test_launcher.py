@@ -1,0 +1,71 @@
+"""What the user told the launcher is told apart from what the launcher made up."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+CHILD = "from lib.runtime.launcher import *; print(threads_are_chosen(), asks_for_gpu())"
+LAUNCHER = """
+import os, subprocess, sys
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+between = ["sh", "-c", '"$@"; true', "sh"] if os.environ.get("BETWEEN") else []
+subprocess.run([*between, sys.executable, "-c", os.environ["CHILD"]], check=True)
+"""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+
+
+@pytest.fixture
+def launch(tmp_path: Path):
+    """`launch("--multi_gpu", OMP_NUM_THREADS="1")`: what a process finds out that such a launcher started."""
+
+    def call(*flags: str, name: str = "accelerate", **variables: str) -> str:
+        script = tmp_path / name
+        script.write_text(LAUNCHER)
+        plain = {
+            name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "ACCELERATE_", "TORCHEL"))
+        }
+        environment = plain | {"CHILD": CHILD, "PYTHONPATH": str(ROOT)} | variables
+        command = [sys.executable, script, *flags]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True, env=environment, cwd=tmp_path
+        )
+        return done.stdout.strip()
+
+    return call
+
+
+def test_threads_that_the_launcher_made_up_are_not_a_choice(launch) -> None:
+    assert launch("launch", "train.py") == "False None"
+    assert launch(name="torchrun") == "False None"
+    assert launch("launch", "train.py", BETWEEN="1") == "False None"
+
+
+def test_threads_that_the_user_set_are_a_choice(launch) -> None:
+    assert launch("launch", OMP_NUM_THREADS="1") == "True None"
+    assert launch("launch", OMP_NUM_THREADS="1", BETWEEN="1") == "True None"
+    assert launch("launch", "--num-cpu-threads-per-process", "1") == "True None"
+
+
+def test_variable_of_a_launcher_without_one_is_the_users(launch) -> None:
+    assert launch(name="script.py") == "True None"
+
+
+@pytest.mark.parametrize(
+    ("file", "found"), [("single_gpu", True), ("multi_gpu_fp16", True), ("cpu", False), ("cpu_bf16", False)]
+)
+def test_configuration_that_asks_for_gpus_is_found(launch, file: str, found: bool) -> None:
+    path = str(ROOT / "accelerate_configs" / f"{file}.yaml")
+    answer = f"--config_file {file}.yaml" if found else "None"
+    assert launch("launch", "--config_file", path) == f"False {answer}"
+
+
+def test_flags_that_ask_for_gpus_are_found(launch) -> None:
+    assert launch("launch", "--multi_gpu") == "False --multi_gpu"
+    assert launch("launch", "--gpu_ids=0,1") == "False --gpu_ids=0,1"
