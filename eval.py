@@ -23,6 +23,7 @@ from lib.data.loader import Batches, build_collator
 from lib.data.trained_on import as_in_training
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
+from lib.model.folder import check_vocabulary
 from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import find_scored_model
 from lib.run.results import report_evaluation
@@ -36,6 +37,7 @@ def main(config: EvalConfig) -> None:
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source)
+    check_vocabulary(trained.source, model, tokenizer)
     with accelerator.main_process_first():
         options = as_in_training(config.data, trained.trained_on, tokenizer)
         names, problem = label_names(model), model_problem(model.config)
