@@ -129,7 +129,7 @@ class TrainingConfig:
     save_steps: int | None = None
     """Save a checkpoint every n steps. [default: after each evaluation]"""
     save_total_limit: int = 2
-    """Number of checkpoints to keep; each also holds the best model so far."""
+    """Number of checkpoints to keep; each also holds the best model so far. 0: one, and none once the run is finished."""
     resume_from_checkpoint: str = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
     `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""
@@ -158,7 +158,8 @@ class TrainingConfig:
         require(self.seed >= 0, f"--seed must not be negative, got {self.seed}")
         require(self.dataloader_num_workers >= 0, "--dataloader_num_workers must not be negative")
         check_positive(self, "max_steps", "train_batch_size", "per_device_train_batch_size", "eval_steps")
-        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience", "save_steps", "save_total_limit")
+        check_positive(self, "per_device_eval_batch_size", "early_stopping_patience", "save_steps")
+        require(self.save_total_limit >= 0, f"--save_total_limit must not be negative, got {self.save_total_limit}")
         check_positive(self, "max_minutes", "ddp_timeout", "feature_cache_gib")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,7 +240,7 @@ def reason_of(error: BaseException) -> str:
 def explain_architecture(source: ModelSource, text: str) -> str:
     """That transformers has no model of this architecture for the task; `text` is its own message."""
     wanted = text.partition("AutoModelFor")[2].partition(".")[0]
-    task = {"SequenceClassification": "text classification"}.get(wanted, wanted or "text")
+    task = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", wanted).lower().replace("sequence", "text") or "text"
     kind = json.loads((Path(resolve_model(source)) / "config.json").read_text(encoding="utf-8"))["model_type"]
     return f"transformers has no model for {task} of this architecture ({kind}); choose a model of another one"
 
