@@ -125,7 +125,7 @@ def stored_labels(source: ModelSource, content: dict[str, Any], file: Path) -> l
     def refuse(found: str, setting: str = "id2label") -> UserError:
         example = '{"0": "bad", "1": "good"}'
         return unusable(
-            source, f"{setting} in {file} {found}; correct it: each output, from 0 on, has its own name: {example}"
+            source, f"{setting} in {file} {found}; correct it: id2label names each output, from 0 on: {example}"
         )
 
     stored, numbers, count = (content.get(name) for name in LABEL_SETTINGS)

@@ -14,7 +14,7 @@ from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, read_record
-from lib.run.record import compare_settings
+from lib.run.record import LENGTH, compare_settings
 from lib.runtime.atomic import MANIFEST, find_damage
 from lib.runtime.lock import FolderLock
 
@@ -57,10 +57,10 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
 
 
 def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any] | None:
-    """The results of the finished run in the folder; None if there is none, or if it is to be trained again.
+    """The results of the finished run in the folder; None if there is none, or if it is to be trained again or for longer.
 
     A run is finished when it has its results and its model; it needs no checkpoint for that. Raises UserError if it has
-    other settings or data: `--allow_changes` cannot continue it, since its results belong to its settings.
+    other settings or data: `--allow_changes` cannot change what was trained, only go on for longer.
     """
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -75,14 +75,25 @@ def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any
     if key in results:
         before, now = before | {key: results[key]}, now | {key: data.fingerprint()}
     changed = compare_settings(before, now)
-    if changed:
-        lines = "\n".join(changed)
-        raise UserError(
-            f"{folder} holds a finished run with other settings, and its results and model belong to them:\n{lines}\n"
-            "--allow_changes continues only a run that is not finished. Choose another --output_dir or --run_name (to train "
-            f"on from this model: --model {folder}/model), or train again here: --resume_from_checkpoint never."
-        )
-    return results
+    if not changed:
+        return results
+    longer, lines = is_longer(before, now), "\n".join(changed)
+    if longer and config.training.allow_changes and list_checkpoints(folder / "checkpoints"):
+        return None
+    why = "there is no checkpoint to go on from" if longer else "its results and model belong to them"
+    raise UserError(
+        f"{folder} holds a finished run with other settings, and {why}:\n{lines}\nChoose another --output_dir or --run_name "
+        f"(to train on from its model: --model {folder}/model), or delete the folder."
+    )
+
+
+def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the settings differ in the length of training only, and it is longer now."""
+    if compare_settings(before, now | {name: before[name] for name in LENGTH}):
+        return False
+    if before["max_steps"] is None and now["max_steps"] is None:
+        return now["num_train_epochs"] > before["num_train_epochs"]
+    return None not in (before["max_steps"], now["max_steps"]) and now["max_steps"] > before["max_steps"]
 
 
 def choose_checkpoint(
