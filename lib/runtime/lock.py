@@ -143,7 +143,8 @@ class FolderLock:
         who = "another process"
         if owner:
             who = f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('started')})"
-        return f"--output_dir {folder} is in use by {who}; wait for its end, stop it, or choose another --output_dir or --run_name"
+        advice = "wait for its end, stop it, or choose another --output_dir or --run_name"
+        return f"--output_dir {folder} is in use by {who}; {advice}"
 
 
 def check_free(folder: Path) -> None:
