@@ -23,10 +23,12 @@ from lib.data.loader import Batches, build_collator
 from lib.data.trained_on import as_in_training
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
+from lib.model.folder import check_vocabulary
 from lib.model.load import label_names, load_classifier, load_tokenizer
-from lib.run.finished import find_scored_model
+from lib.run.finished import eval_folder, find_scored_model
 from lib.run.results import report_evaluation
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.lock import locked_folder
 from lib.runtime.processes import finish
 
 
@@ -36,6 +38,7 @@ def main(config: EvalConfig) -> None:
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source)
+    check_vocabulary(trained.source, model, tokenizer)
     with accelerator.main_process_first():
         options = as_in_training(config.data, trained.trained_on, tokenizer)
         names, problem = label_names(model), model_problem(model.config)
@@ -47,7 +50,8 @@ def main(config: EvalConfig) -> None:
     split, batch_size = Batches(data, collator).split(config.split), config.per_device_eval_batch_size
     scored = evaluate(accelerator, model, split, metrics.names, batch_size)
     if accelerator.is_main_process:
-        print(report_evaluation(accelerator, config, trained, data, metrics, scored), flush=True)
+        with locked_folder(eval_folder(config), wait=60):
+            print(report_evaluation(accelerator, config, trained, data, metrics, scored), flush=True)
     finish(accelerator, model)
 
 

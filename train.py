@@ -54,6 +54,8 @@ def main(config: TrainConfig) -> None:
     tokenizer = load_tokenizer(config.model)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer)
+    if run.is_finished(data):
+        return
     metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)
 
     # Model, objective, optimizer, schedule. Nothing is trained yet; `start` resumes if there is a checkpoint.

@@ -130,7 +130,7 @@ class TrainingConfig:
     save_steps: Annotated[int | None, COUNT] = None
     """Save a checkpoint every n steps. [default: after each evaluation]"""
     save_total_limit: Annotated[int, NUMBER] = 2
-    """Number of checkpoints to keep; each also holds the best model so far."""
+    """Number of checkpoints to keep; each also holds the best model so far. 0: one, and none once the run is finished."""
     resume_from_checkpoint: Annotated[str, INPUT_NAME] = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
     `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""

@@ -47,7 +47,7 @@ def base_needs(folder: Path | None) -> list[Need]:
         return []
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, OSError, RecursionError):
         return []  # loading reports it
     base, revision = named_base(settings)
     if not base or base == "minilm" or Path(base).is_absolute() or Path(base).is_dir():
@@ -60,7 +60,8 @@ def named_base(settings: Any) -> tuple[str | None, str | None]:
     if not isinstance(settings, dict):
         return None, None
     base = settings.get("base_model_name_or_path") or settings.get("model_name")
-    return base, settings.get("model_revision") or settings.get("revision")
+    revision = settings.get("model_revision") or settings.get("revision")
+    return (base if isinstance(base, str) else None), (revision if isinstance(revision, str) else None)
 
 
 def is_lost_folder(model: str) -> bool:

@@ -12,6 +12,7 @@ from lib.data.trained_on import UNKNOWN, TrainedOn, input_length
 from lib.errors import UserError
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
+from lib.model.folder import check_vocabulary
 from lib.model.load import load_classifier, load_tokenizer, load_trained, longest_input
 from lib.run.finished import TrainedModel
 
@@ -61,6 +62,7 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
     else:
         kind = getattr(transformers, MODELS[config.task])
         model = load_trained(trained.source, kind, f"model for {config.task}")
+    check_vocabulary(trained.source, model, tokenizer)
     if getattr(model.config, "pad_token_id", None) is None:
         # A decoder classifies by the last token that is not padding.
         model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,25 +1,32 @@
 """Loading tokenizers and classifiers: a pretrained model to train, or a trained one as it is."""
 
-import contextlib
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from lib.config.sections import CLASSIFICATION, ModelConfig, ModelSource
 from lib.data.trained_on import KEY
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter
-from lib.model.layers import freeze
+from lib.model.folder import check_settings, check_vocabulary, limited_memory
+from lib.model.layers import backbone_of, freeze
 from lib.model.overrides import override
 from lib.model.source import (
     LoadingInfo,
     load_hf_config,
     load_pretrained,
-    loader_arguments,
     loading_errors,
+    read_tokenizer,
     resolve_model,
 )
 
@@ -34,8 +41,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     folder = adapter_folder(source)
     if folder is not None:
         source = ModelSource(str(folder)) if (folder / "tokenizer_config.json").is_file() else base_of(folder)
-    with loading_errors(source):
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), **loader_arguments(source))
+    tokenizer = read_tokenizer(source)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise UserError(
             f"--model {source.model}: its tokenizer has neither a padding token nor an end token; add a pad_token to it"
@@ -54,8 +60,12 @@ def build_model(
     Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master copy; a head of
     another size is replaced. Raises UserError if the model cannot be loaded or its configuration cannot be changed so.
     """
-    with loading_errors(config):
-        hf_config = load_hf_config(config)
+    if (folder := adapter_folder(config)) is not None:
+        raise UserError(
+            f"--model {config.model} is an adapter (adapter_config.json), and training starts from a whole model: give its "
+            f"base, --model {base_of(folder).model}, and --adapter for a new adapter"
+        )
+    hf_config = load_hf_config(config)
     hf_config.num_labels = len(label_names)
     hf_config.id2label = dict(enumerate(label_names))
     hf_config.label2id = {name: number for number, name in enumerate(label_names)}
@@ -64,17 +74,61 @@ def build_model(
         vars(hf_config).pop(key, None)
     hf_config.pad_token_id = tokenizer.pad_token_id if hf_config.pad_token_id is None else hf_config.pad_token_id
     override(hf_config, config.config_overrides)
-    with loading_errors(config), override_errors(config):
-        if config.from_scratch:
-            trust = config.trust_remote_code
-            model = AutoModelForSequenceClassification.from_config(
-                hf_config, dtype=torch.float32, trust_remote_code=trust
-            )
-            info = LoadingInfo(new=sorted(model.state_dict()), unused=[])
-        else:
-            model, info = load_pretrained(config, AutoModelForSequenceClassification, hf_config)
+    check_settings(config, hf_config)
+    if config.from_scratch:
+        model, info = build_from_scratch(config, hf_config)
+    else:
+        changed = bool(config.config_overrides)
+        model, info = load_pretrained(config, AutoModelForSequenceClassification, hf_config, changed)
+        if not changed:
+            check_weights(config, model, info)
+    check_vocabulary(config, model, tokenizer)
     freeze(model, config.freeze)
     return model, info
+
+
+def build_from_scratch(config: ModelConfig, hf_config: Any) -> tuple[PreTrainedModel, LoadingInfo]:
+    """A classifier with random weights. Raises UserError if memory does not suffice."""
+    settings = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
+    with loading_errors(config):
+        with limited_memory(config, Path(resolve_model(config)), changed=True), torch.device("meta"):
+            AutoModelForSequenceClassification.from_config(**copy.deepcopy(settings))
+        model = AutoModelForSequenceClassification.from_config(**settings)
+    return model, LoadingInfo(new=sorted(model.state_dict()), unused=[])
+
+
+def check_weights(source: ModelSource, model: Any, info: LoadingInfo) -> None:
+    """Raise UserError if the weights are not those of the architecture in config.json.
+
+    The head may be new, and so may single weights of the backbone, such as a pooler; not its embeddings, a whole layer,
+    or most of it. None of its weights may have another shape.
+    """
+    prefix = f"{model.base_model_prefix}."
+    sizes = {name: weight.numel() for name, weight in model.state_dict().items() if name.startswith(prefix)}
+    new = [name for name in info.new if name in sizes]
+    file = f"config.json of --model {source.model}"
+    for name in new:
+        if name in info.shapes:
+            stored, wanted = info.shapes[name]
+            raise UserError(
+                f"{file} does not fit its weights: {name} has the shape {stored} there, and {wanted} by config.json; one "
+                "of the files is another model's (to change the architecture use --config_overrides)"
+            )
+    layers = [{name for name in sizes if name.startswith(layer)} for layer in layer_prefixes(sizes)]
+    embeddings = {f"{prefix}{name}" for name, _ in backbone_of(model).named_parameters() if "word_embeddings" in name}
+    lost = any(layer <= set(new) for layer in layers) or (embeddings and embeddings <= set(new))
+    if lost or sum(sizes[name] for name in new) > sum(sizes.values()) / 2:
+        unused = f", and have {summarize_weight_names(info.unused)} instead" if info.unused else ""
+        raise UserError(
+            f"{file} does not fit its weights: they lack {summarize_weight_names(new)}{unused}; one of the files is "
+            "another model's or damaged (to start from random weights use --from_scratch)"
+        )
+
+
+def layer_prefixes(names: Iterable[str]) -> set[str]:
+    """The layers that weights belong to: the names up to the first number."""
+    found = (re.match(r"\D*?\.\d+\.", name) for name in names)
+    return {match[0] for match in found if match}
 
 
 def load_classifier(source: ModelSource) -> Any:
@@ -94,11 +148,17 @@ def load_trained(source: ModelSource, kind: Any, name: str) -> PreTrainedModel:
     Raises UserError if it cannot be loaded or its checkpoint lacks weights. A pooler may be missing from a model
     without a head, which does not use it.
     """
-    with loading_errors(source):
-        model, info = load_pretrained(source, kind)
+    labeled = kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification)
+    model, info = load_pretrained(source, kind, load_hf_config(source, labels=labeled))
     missing = [weight for weight in info.new if not (kind is AutoModel and "pooler" in weight)]
     if missing:
         names = ", ".join(missing[:4])
+        if len(info.shapes) == len(missing):
+            stored, wanted = info.shapes[missing[0]]
+            raise UserError(
+                f"config.json of --model {source.model} does not fit its weights: {missing[0]} has the shape {stored} there, "
+                f"and {wanted} by config.json (num_labels, id2label, sizes of layers); correct it"
+            )
         raise UserError(f"--model {source.model} is not a trained {name}: its weights lack {names}; train it first")
     return model
 
@@ -123,27 +183,15 @@ def longest_input(model: Any) -> int | None:
 
 def overridden_length(config: ModelConfig) -> int | None:
     """`longest_input` under --config_overrides that change the number of positions; None under others."""
-    with loading_errors(config), override_errors(config):
-        hf_config = load_hf_config(config)
-        before = getattr(hf_config, "max_position_embeddings", None)
-        override(hf_config, config.config_overrides)
+    hf_config = load_hf_config(config)
+    before = getattr(hf_config, "max_position_embeddings", None)
+    override(hf_config, config.config_overrides)
+    check_settings(config, hf_config)
+    with loading_errors(config):
         if getattr(hf_config, "max_position_embeddings", None) == before:
             return None
         with torch.device("meta"):
             return longest_input(AutoModel.from_config(hf_config, trust_remote_code=config.trust_remote_code))
-
-
-@contextlib.contextmanager
-def override_errors(config: ModelConfig) -> Iterator[None]:
-    """Raise UserError if no model can be built with --config_overrides."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
-        if not config.config_overrides:
-            raise
-        raise UserError(
-            f"--config_overrides {' '.join(config.config_overrides)}: no model can be built from that: {error}"
-        ) from error
 
 
 def summarize_weight_names(names: list[str]) -> str:

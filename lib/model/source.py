@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import json
+import logging
+import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lib.config.sections import ModelSource
-from lib.errors import UserError, first_line
+from lib.errors import UserError, first_line, redact
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.files import weight_files
@@ -20,6 +23,28 @@ from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id, linked_blob
 from lib.hub.endpoint import configure_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
+from lib.model.folder import (
+    LABEL_SETTINGS,
+    check_settings,
+    check_stored_types,
+    check_tokenizer,
+    find_damage,
+    has_plain_labels,
+    limited_memory,
+    object_damage,
+    read_config,
+    stored_labels,
+    unusable,
+)
+
+logger = logging.getLogger(__name__)
+
+PACKAGES_OF_ATTENTION = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
+"""What pip calls the packages of some values of `attn_implementation`."""
+
+
+USUAL_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "chunk_size_feed_forward": 0}
+"""Settings of config.json that no script here leaves to the model: they change the form of outputs, not the numbers."""
 
 
 def model_name(model: str) -> str:
@@ -61,6 +86,8 @@ class LoadingInfo:
     """Initialized at random: missing from the checkpoint, or of another shape there."""
     unused: list[str]
     """In the checkpoint, but not in the model."""
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    """Of the new ones that are in the checkpoint: the shape there, and the model's."""
 
 
 def loader_arguments(source: ModelSource) -> dict[str, Any]:
@@ -68,64 +95,171 @@ def loader_arguments(source: ModelSource) -> dict[str, Any]:
     return {"revision": source.model_revision or "main", "trust_remote_code": source.trust_remote_code}
 
 
-def load_hf_config(source: ModelSource) -> Any:
-    """The configuration of transformers in the model's config.json."""
-    return AutoConfig.from_pretrained(resolve_model(source), **loader_arguments(source))
+def load_hf_config(source: ModelSource, labels: bool = False) -> Any:
+    """The configuration of transformers in the model's config.json.
+
+    Names of labels that transformers cannot read are left out; with `labels` they are read, or refused. Raises UserError
+    if the file is damaged.
+    """
+    folder = Path(resolve_model(source))
+    if not folder.is_dir():
+        with loading_errors(source):  # a name of the Hub that is not in the cache
+            return AutoConfig.from_pretrained(str(folder), **loader_arguments(source))
+    if damage := object_damage(folder / "config.json"):
+        raise UserError(add_hint(source, unusable(source, f"{folder}/config.json {damage}")))
+    content = read_config(source, folder)
+    names = stored_labels(source, content, folder / "config.json") if labels else None
+    with loading_errors(source), tempfile.TemporaryDirectory() as clean:
+        file = folder
+        if not has_plain_labels(content):
+            file = Path(clean, "config.json")
+            rest = {name: value for name, value in content.items() if name not in LABEL_SETTINGS}
+            file.write_text(json.dumps(rest), encoding="utf-8")
+        hf_config = AutoConfig.from_pretrained(str(file), **loader_arguments(source))
+    hf_config._name_or_path = str(folder)
+    for name, value in USUAL_OUTPUTS.items():
+        setattr(hf_config, name, value)
+    check_settings(source, hf_config)
+    if names:
+        hf_config.id2label = dict(enumerate(names))
+        hf_config.label2id = {name: number for number, name in enumerate(names)}
+    return hf_config
 
 
-def load_pretrained(source: ModelSource, kind: Any, hf_config: Any = None) -> tuple[PreTrainedModel, LoadingInfo]:
+def read_tokenizer(source: ModelSource) -> Any:
+    """The tokenizer of a model as its files describe it. Raises UserError if they are damaged or hold no vocabulary."""
+    folder, more = Path(resolve_model(source)), {}
+    if (folder / "config.json").is_file():
+        # transformers asks the configuration for the architecture, and may not be able to read its labels.
+        hf_config = load_hf_config(source)
+        more = {} if has_plain_labels(read_config(source, folder)) else {"config": hf_config}
+    with loading_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **loader_arguments(source), **more)
+    check_tokenizer(source, tokenizer, folder)
+    return tokenizer
+
+
+def load_pretrained(
+    source: ModelSource, kind: Any, hf_config: Any, changed: bool = False
+) -> tuple[PreTrainedModel, LoadingInfo]:
     """A model of one of the Auto classes in float32, from safetensors unless pickles are allowed.
 
-    `hf_config` replaces the configuration of the checkpoint. Weights of another shape than the model's are new.
+    `hf_config` replaces the configuration of the checkpoint; `changed` says that the user changed it. Weights of another
+    shape than the model's are new. Raises UserError if the files cannot be loaded or memory does not suffice.
     """
-    model, info = kind.from_pretrained(
-        resolve_model(source),
-        config=hf_config,
-        **loader_arguments(source),
-        use_safetensors=None if source.allow_pickle else True,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
-    mismatched = {name for name, *_ in info["mismatched_keys"]}
-    return model, LoadingInfo(sorted({*info["missing_keys"], *mismatched}), sorted(info["unexpected_keys"]))
+    folder = resolve_model(source)
+    check_stored_types(source, Path(folder), hf_config)
+    with loading_errors(source), limited_memory(source, Path(folder), changed):
+        model, info = kind.from_pretrained(
+            folder,
+            config=hf_config,
+            **loader_arguments(source),
+            use_safetensors=None if source.allow_pickle else True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]}
+    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p.detach().sum())]
+    if broken:
+        logger.warning("warning: weights of --model %s are not finite: %s", source.model, ", ".join(broken[:4]))
+    return model, LoadingInfo(sorted({*info["missing_keys"], *shapes}), sorted(info["unexpected_keys"]), shapes)
 
 
 @contextlib.contextmanager
 def loading_errors(source: ModelSource) -> Iterator[None]:
-    """Raise UserError if files of `source` cannot be loaded; transformers' own loading report is off meanwhile."""
+    """Raise UserError for whatever a library raises while it loads files of `source`, so keep our own code outside.
+
+    transformers' own loading report is off meanwhile.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except UserError:
+        raise
+    except BaseException as error:
+        # A panic in the libraries written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(explain_loading_error(source, error)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
 
-def explain_loading_error(source: ModelSource, error: Exception) -> str:
+def explain_loading_error(source: ModelSource, error: BaseException) -> str:
     """Why a model could not be loaded, and what to do about it."""
-    if "trust_remote_code" in str(error):
+    text = str(error)
+    if "trust_remote_code" in text:
         return (
             f"--model {source.model} needs remote code (Python files in its repository), which runs only if you trust "
             "it: read it, then add --trust_remote_code --model_revision COMMIT"
         )
     folder = Path(resolve_model(source))
-    if folder.is_dir() and not source.allow_pickle:
+    if folder.is_dir():
         names = [path.name for path in folder.iterdir()]
-        if not weight_files(names, False) and weight_files(names, True):
+        if not source.allow_pickle and not weight_files(names, False) and weight_files(names, True):
             return (
                 f"--model {source.model} has pickled weights only (.bin), and loading a pickle can run any code; if you "
                 "trust its author, add --allow_pickle"
             )
-    message = (
-        f"--model {source.model} could not be loaded: {first_line(error)}\n"
-        "Give a folder with config.json and weights, a Hub id (needs the network or a mirror, HF_ENDPOINT), or "
+        if damage := find_damage(folder, source.allow_pickle):
+            return add_hint(source, unusable(source, damage))
+    if "Unrecognized configuration class" in text:
+        return str(unusable(source, explain_architecture(source, text)))
+    if (changes := getattr(source, "config_overrides", ())) and not isinstance(error, OSError | ImportError):
+        return f"--config_overrides {' '.join(changes)}: no model can be built from that: {reason_of(error)}"
+    message = unusable(source, reason_of(error))
+    return f"{message}\n{explain_package(folder)}" if isinstance(error, ImportError) else add_hint(source, message)
+
+
+def add_hint(source: ModelSource, message: UserError) -> str:
+    """`message`, then what to do about it: another folder, or how to get the files of a model on the Hub."""
+    folder = Path(source.model)
+    if (folder / "config.json").is_file():
+        return f"{message}\nCheck its files, {folder}/config.json above all, or download the model again."
+    text = (
+        f"{message}\nGive a folder with config.json and weights, a Hub id (needs the network or a mirror, HF_ENDPOINT), or "
         "--model minilm, which needs neither."
     )
-    if (folder.is_dir() and Path(source.model).is_dir()) or not is_repo_id(source.model):
-        return message
+    if folder.is_dir() or not is_repo_id(source.model):
+        return text
     need = Need("--model", Repo(source.model), source.model_revision or "main")
-    return "\n".join([message, "One of:", *(f"  {line}" for line in advice(need, configure_endpoint(None)))])
+    return "\n".join([text, "One of:", *(f"  {line}" for line in advice(need, configure_endpoint(None)))])
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, with the next one where that only announces it, and the type where it says little."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)
+    bare = isinstance(error, LookupError | AttributeError | TypeError | AssertionError) and lines
+    return redact(f"{type(error).__name__}: {reason}" if bare else reason)
+
+
+def explain_architecture(source: ModelSource, text: str) -> str:
+    """That transformers has no model of this architecture for the task; `text` is its own message."""
+    wanted = text.partition("AutoModelFor")[2].partition(".")[0]
+    task = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", wanted).lower().replace("sequence", "text") or "text"
+    kind = json.loads((Path(resolve_model(source)) / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return f"transformers has no model for {task} of this architecture ({kind}); choose a model of another one"
+
+
+def explain_package(folder: Path) -> str:
+    """Which setting of config.json makes a library ask for a package, and what to do."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    attention = content.get("attn_implementation") or content.get("_attn_implementation")
+    quantization = content.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", "no method")
+        return (
+            f"Its weights are quantized (quantization_config in {folder}/config.json: {method}); install the package, or "
+            "use the model's original, whose weights are not."
+        )
+    if attention:
+        package = f" (package {PACKAGES_OF_ATTENTION[attention]})" if attention in PACKAGES_OF_ATTENTION else ""
+        return f"{folder}/config.json asks for attn_implementation {attention}{package}; install it, or remove the setting."
+    return "Install the package that is named, or choose another model."

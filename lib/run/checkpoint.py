@@ -150,9 +150,9 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def rotate(checkpoints: Path, step: int, limit: int) -> None:
-    """Keep the newest `limit` checkpoints up to `step`; later ones are of an abandoned continuation."""
+    """Keep the newest `limit` checkpoints up to `step`, at least one; later ones are of an abandoned continuation."""
     paths = list_checkpoints(checkpoints)
-    keep = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step][:limit]  # type: ignore[index]
+    keep = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step][: max(limit, 1)]  # type: ignore[index]
     for path in {*paths, *checkpoints.glob(".tmp-*"), *checkpoints.glob(".old-*")} - set(keep):
         shutil.rmtree(path, ignore_errors=True)
 

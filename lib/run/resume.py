@@ -11,31 +11,89 @@ from accelerate.utils import broadcast_object_list
 from lib.config.cli import load_config, save_config
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
+from lib.data.load import Data
 from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, read_record
-from lib.run.record import compare_settings
+from lib.run.record import LENGTH, compare_settings
 from lib.runtime.atomic import MANIFEST, find_damage
+from lib.runtime.lock import FolderLock
 
 
-def open_folder(config: TrainConfig, folder: Path) -> None:
-    """Create the folder of a run and save the configuration there.
+def open_folder(config: TrainConfig, folder: Path) -> FolderLock:
+    """Create the folder of a run, lock it, and save the configuration there; the lock ends with the process.
 
-    Raises UserError if the folder holds a run with other settings, and lists them, unless `--allow_changes` is given.
+    Raises UserError if another process has the folder, or if it holds a run with other settings, and lists them, unless
+    `--allow_changes` is given.
     """
-    saved = folder / "config.yaml"
-    if saved.exists() and not config.training.allow_changes:
-        changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
-        if changed:
-            lines = "\n".join(changed)
-            raise UserError(
-                f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or "
-                "continue with the new settings: --allow_changes."
-            )
+    lock = FolderLock(folder)
+    check_settings(config, folder)  # before the lock too, which leaves a file
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
+        lock.take()
+        check_settings(config, folder)
+        save_config(config, folder / "config.yaml")
+        # Of an earlier run that was given up: with it the folder would look finished.
+        (folder / "results.json").unlink(missing_ok=True)
     except OSError as error:
+        lock.release()
         raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+    except UserError:
+        lock.release()
+        raise
+    return lock
+
+
+def check_settings(config: TrainConfig, folder: Path) -> None:
+    """Raise UserError if the folder holds a run with other settings, unless `--allow_changes` is given."""
+    saved = folder / "config.yaml"
+    if not saved.exists() or config.training.allow_changes:
+        return
+    changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
+    if changed:
+        lines = "\n".join(changed)
+        raise UserError(
+            f"{folder} holds a run with other settings:\n{lines}\nChoose another --output_dir or --run_name, or "
+            "continue with the new settings: --allow_changes."
+        )
+
+
+def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any] | None:
+    """The results of the finished run in the folder; None if there is none, or if it is to be trained again or for longer.
+
+    A run is finished when it has its results and its model; it needs no checkpoint for that. Raises UserError if it has
+    other settings or data: `--allow_changes` cannot change what was trained, only go on for longer.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        before = flatten(load_config(TrainConfig, folder / "config.yaml"))
+    except (OSError, ValueError):
+        return None
+    has_model = any((folder / "model" / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not has_model or config.training.resume_from_checkpoint not in ("auto", "must"):
+        return None
+    check_settings(config, folder)
+    now, key = flatten(config), "run/data_fingerprint"
+    if key in results:
+        before, now = before | {key: results[key]}, now | {key: data.fingerprint()}
+    changed = compare_settings(before, now)
+    if not changed:
+        return results
+    longer, lines = is_longer(before, now), "\n".join(changed)
+    if longer and config.training.allow_changes and list_checkpoints(folder / "checkpoints"):
+        return None
+    why = "there is no checkpoint to go on from" if longer else "its results and model belong to them"
+    raise UserError(
+        f"{folder} holds a finished run with other settings, and {why}:\n{lines}\nChoose another --output_dir or --run_name "
+        f"(to train on from its model: --model {folder}/model), or delete the folder."
+    )
+
+
+def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether the settings differ in the length of training only, and it is longer now."""
+    if compare_settings(before, now | {name: before[name] for name in LENGTH}):
+        return False
+    if before["max_steps"] is None and now["max_steps"] is None:
+        return now["num_train_epochs"] > before["num_train_epochs"]
+    return None not in (before["max_steps"], now["max_steps"]) and now["max_steps"] > before["max_steps"]
 
 
 def choose_checkpoint(

@@ -1,18 +1,21 @@
 """A run as one object: folder, settings, log, checkpoints, best model, progress, results."""
 
 import contextlib
+import json
 import math
 import shutil
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.data.trained_on import store_trained_on
+from lib.errors import UserError
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -25,35 +28,69 @@ from lib.run.introduction import describe_run
 from lib.run.progress import Progress
 from lib.run.record import run_folder, run_settings, shorten, trained_on, write_record
 from lib.run.results import build_results, next_commands, write_results
-from lib.run.resume import choose_checkpoint, open_folder
+from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
+from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import finish
 from lib.runtime.signals import Stopped, deferring_signals
 from lib.runtime.watchdog import watching
 from lib.training.learner import Learner
 from lib.training.state import State
 
+Result = TypeVar("Result")
+
 
 class Run:
     """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        """Writes nothing. Raises UserError if the tracker asked for is not installed."""
+        """Writes nothing. Raises UserError if the tracker asked for is not installed, or another process has the folder."""
         check_tracker(config.tracking.report_to)
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
+        self.lock: FolderLock | None = None
+        self.on_first(lambda: check_free(self.folder))
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the main process, on every process. Raises its UserError on every process too."""
+        outcome: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                outcome = [work(), None]
+            except UserError as error:
+                outcome = [None, str(error)]
+        result, problem = broadcast_object_list(outcome)
+        if problem is not None:
+            raise UserError(problem)
+        return result
+
+    def is_finished(self, data: Data) -> bool:
+        """Whether this run was finished before; its results are printed again, and the process group ends.
+
+        Raises UserError if the run that was finished has other settings or data.
+        """
+        results = self.on_first(lambda: find_results(self.config, self.folder, data))
+        if results is None:
+            return False
+        if self.accelerator.is_main_process:
+            print(
+                f"{self.folder} holds this run, finished; to train again: --resume_from_checkpoint never, or another --output_dir"
+            )
+            print(json.dumps(results, ensure_ascii=False), flush=True)
+        finish(self.accelerator)
+        return True
 
     def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: LoadingInfo) -> None:
-        """Open the folder, print the start block, load the checkpoint to resume from, start log and tracker.
+        """Open and lock the folder, print the start block, load the checkpoint to resume from, start log and tracker.
 
-        Raises UserError if the folder holds another experiment, or if the checkpoint that `--resume_from_checkpoint` asks for
-        is missing or damaged.
+        Raises UserError if the folder is in use or holds another experiment, or if the checkpoint that
+        `--resume_from_checkpoint` asks for is missing or damaged.
         """
         accelerator, config, folder = self.accelerator, self.config, self.folder
         self.metrics = metrics
         self.settings = run_settings(config, learner, batches, metrics, weights)
         store_trained_on(learner.inner_model.config, trained_on(batches.data, metrics))
+        self.on_first(self.open)
         if accelerator.is_main_process:
-            open_folder(config, folder)
             # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
             shutil.rmtree(folder / "heartbeats", ignore_errors=True)
         checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
@@ -64,6 +101,9 @@ class Run:
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
         self.log.start({name: shorten(value) for name, value in self.settings.items()}, metrics.names)
+
+    def open(self) -> None:
+        self.lock = open_folder(self.config, self.folder)
 
     @contextlib.contextmanager
     def guard(self, learner: Learner) -> Iterator[None]:
@@ -79,6 +119,8 @@ class Run:
                 self.save_checkpoint()
                 self.log.close()
                 self.accelerator.wait_for_everyone()
+                if self.lock:
+                    self.lock.release()
                 raise
         self.progress.close(learner.state.step, learner.plan.best_metric)
 
@@ -119,4 +161,8 @@ class Run:
             write_record(self.folder, self.settings, {"thresholds": named, "best_step": learner.state.best_step})
             print(next_commands(self.folder), flush=True)
             print(write_results(self.folder, results), flush=True)
+            if self.config.training.save_total_limit == 0:
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        if self.lock:
+            self.lock.release()
         finish(self.accelerator, learner.model, learner.optimizer)

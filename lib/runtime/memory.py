@@ -1,6 +1,8 @@
-"""Out of memory: how it is recognized, and the next smaller batch."""
+"""Memory: how much is free, how running out of it is recognized, and the next smaller batch."""
 
+import contextlib
 import logging
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -30,3 +32,20 @@ def halve(size: int, flag: str) -> int:
         )
     logger.warning("out of memory with %d samples per forward: going on with %d (%s)", size, size // 2, flag)
     return size // 2
+
+
+def available_memory() -> int:
+    """Bytes of main memory, swap included, that this process can still take; a container's limit counts."""
+    import psutil
+
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            most = int(Path(limit).read_text())
+            lines = (line.split() for line in Path(used).read_text().splitlines())
+            stat = {name: int(value) for name, value in lines}
+            free = min(free, most - (stat["anon"] if "anon" in stat else stat["rss"]))
+    return free

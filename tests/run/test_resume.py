@@ -1,6 +1,8 @@
 """A resumed run equals an uninterrupted one; damaged checkpoints are found and not used."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
 from lib.run.resume import describe_promise, find_checkpoint
-from tests.conftest import WORKER_ENV, read_lines, results_of
+from tests.conftest import ROOT, WORKER_ENV, read_lines, results_of, sentences, write_csv
 from tests.resuming import differences, make_checkpoints, play
 
 LAST = 10
@@ -126,3 +128,45 @@ def test_run_may_resume_with_other_cpu_kernels_but_not_bit_by_bit():
     assert compare_settings(now, other) == []
     assert "bit by bit" in describe_promise(before_the_option, now, [])
     assert "cpu_kernels True -> False" in describe_promise(now, other, [])
+
+
+def test_finished_run_stays_as_it_is_without_checkpoints_and_under_other_settings(call, roberta, tmp_path):
+    train = write_csv(tmp_path / "train.csv", sentences(24))
+    flags = ["--model", roberta, "--train_file", train, "--report_to", "none", "--mixed_precision", "no"]
+    flags += ["--output_dir", "run", "--save_total_limit", 0, "--save_steps", 1]
+    results = results_of(call("train.py", *flags, "--epochs", 1))
+    assert not (tmp_path / "run/checkpoints").exists()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    again = call("train.py", *flags, "--epochs", 1)
+    assert results_of(again) == results
+    assert "finished" in again.stdout
+    for change, word in (
+        ("--lr=1", "learning_rate"),
+        ("--epochs=2", "no checkpoint"),
+        ("--epochs=0.5", "num_train_epochs"),
+    ):
+        refused = call("train.py", *flags, "--epochs", 1, change, "--allow_changes", code=2).stderr
+        assert "finished run with other settings" in refused
+        assert word in refused
+    write_csv(train, sentences(25))
+    assert "data_fingerprint" in call("train.py", *flags, "--epochs", 1, code=2).stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    anew = call("train.py", *flags, "--epochs", 1, "--resume_from_checkpoint", "never")
+    assert "finished" not in anew.stdout
+    assert results_of(anew)["run/data_fingerprint"] != results["run/data_fingerprint"]
+
+
+def test_start_in_a_folder_in_use_is_refused_and_writes_nothing(call, roberta, tmp_path, monkeypatch):
+    """Also where the other process came between the first look and the first write."""
+    flags = ["--model", roberta, "--train_file", write_csv(tmp_path / "train.csv", sentences(24)), "--max_steps", 1]
+    flags += ["--report_to", "none", "--mixed_precision", "no", "--output_dir", "run"]
+    code = f"from lib.runtime.lock import *; FolderLock(Path({str(tmp_path / 'run')!r})).take(); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, **pipes) as owner:
+        owner.stdout.readline()
+        for late in (False, True):
+            if late:
+                monkeypatch.setattr("lib.run.run.check_free", lambda folder: None)
+            assert f"in use by process {owner.pid} " in call("train.py", *flags, code=2).stderr
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        owner.kill()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError
@@ -23,7 +23,7 @@ from lib.model.adapters.adapterhub import (
 )
 from lib.model.adapters.bottleneck import BottleneckConfig, add_bottlenecks, bottleneck_config
 from lib.model.adapters.peft_methods import add_peft, load_peft, reload_peft
-from lib.model.source import load_hf_config, load_pretrained, loading_errors, resolve_model
+from lib.model.source import load_hf_config, load_pretrained, resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,15 +122,14 @@ def load_adapter(folder: Path) -> Any:
     base = base_of(folder)
     is_peft = "peft_type" in read_json(folder / "adapter_config.json")
     head = {} if is_peft else read_head(folder)
-    with loading_errors(base):
-        if (folder / "config.json").is_file():
-            hf_config = AutoConfig.from_pretrained(folder)
-        else:
-            hf_config = load_hf_config(base)
-            if not is_peft:
-                hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
-                hf_config.id2label = {index: name for name, index in head["label2id"].items()}
-        model, info = load_pretrained(base, AutoModelForSequenceClassification, hf_config)
+    if (folder / "config.json").is_file():
+        hf_config = load_hf_config(ModelSource(str(folder)), labels=True)
+    else:
+        hf_config = load_hf_config(base, labels=is_peft)
+        if not is_peft:
+            hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
+            hf_config.id2label = {index: name for name, index in head["label2id"].items()}
+    model, info = load_pretrained(base, AutoModelForSequenceClassification, hf_config, changed=True)
     model.config._name_or_path = str(folder)  # where ONNX export looks for the model card
     if is_peft:
         adapted: Any = load_peft(model, folder)
