@@ -93,7 +93,8 @@ def load_data(
     entry = catalog_entry(config)
     if entry and tuple(splits) == ROLES:
         splits = (*splits, *entry.further_validation)
-    raw = choose_splits(raw, config, splits)
+    raw, unused = choose_splits(raw, config, splits)
+    notes += unused
     check_columns(raw, text_columns, label_columns)
     order = config.label_order or ()
     problem, found = find_problem(raw, label_columns, config.problem_type, model_problem, label_names or order)
