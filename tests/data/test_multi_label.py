@@ -222,6 +222,13 @@ def test_lists_of_other_things_are_refused(labels: list[Any]) -> None:
     assert "give lists of names" in refusal(MULTI_LABEL, train=split(labels))
 
 
+@pytest.mark.parametrize("text", ["['a', 'b'", "['a', [", '[null, "a"', "{'a': 1}", "('a', 'b'", "['a',, 'b']"])
+def test_text_that_begins_as_a_list_and_is_none_is_refused_with_its_row(text: str) -> None:
+    message = refusal(MULTI_LABEL, train=split(["['a', 'b']", text]))
+    assert "row 2 of the train split" in message
+    assert "no list" in message
+
+
 def test_label_order_is_the_order_of_the_outputs() -> None:
     labels, names, _, _ = encode(order=("b", "a"), train=split([["a"], ["b"], ["a", "b"]]))
     assert (labels["train"], names) == ([[0, 1], [1, 0], [1, 1]], ["b", "a"])

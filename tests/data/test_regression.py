@@ -95,3 +95,7 @@ def test_test_split_with_hidden_numbers_as_text_is_left_out(hidden: list[Any]) -
     labels, _, _, notes = encode("regression", train=split(["0.5", "-1"]), test=split(hidden))
     assert (labels["train"], list(labels)) == ([0.5, -1.0], ["train"])
     assert "test split has no labels" in notes[0]
+
+
+def test_numbers_and_a_model_with_several_outputs_are_refused() -> None:
+    assert "2 outputs" in refusal(names=["LABEL_0", "LABEL_1"], test=split([0.5, 1.5]))

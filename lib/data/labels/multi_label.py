@@ -24,7 +24,7 @@ from lib.data.labels.numerals import INTEGER
 from lib.data.labels.single_label import name_of
 from lib.data.labels.stored import Stored, arrow_column, merged, read_array, read_column, spell_alike
 from lib.data.labels.targets import LEFT_OUT, Targets, check_labeled, has_no_labels, hide_marks
-from lib.data.labels.text_lists import find_separator, read_list, split_at
+from lib.data.labels.text_lists import find_separator, is_broken_list, read_list, split_at
 from lib.errors import UserError
 
 
@@ -219,6 +219,11 @@ def read_texts(stored: Stored, separator: str | None, split: str, column: str) -
     starts, sizes = [], []
     for value in stored.values:
         found = [] if value is None else read_list(value)
+        if found is None and is_broken_list(value):
+            raise UserError(
+                f"row {stored.row(len(starts))} of the {split} split has the {column} {value[:80]!r}, which is no list; "
+                "is a quote or bracket missing? Write ['a', 'b'], a|b or a,b"
+            )
         if found is None:
             found = split_at(value, separator) if separator else [value]
         starts.append(len(items))

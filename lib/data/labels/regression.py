@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from lib.data.labels.names import listed
 from lib.data.labels.numerals import read_number
 from lib.data.labels.stored import Stored, read_column
 from lib.data.labels.targets import LEFT_OUT, Targets, check_labeled, has_no_labels, is_hidden_mark
@@ -20,8 +21,13 @@ def encode_numbers(splits: dict[str, Dataset], column: str, model_names: list[st
     GLUE.
 
     Raises UserError for unlabeled rows, text that is no number, lists, numbers beyond float32, and a single value in all
-    rows of train.
+    rows of train, and a model with several outputs.
     """
+    if model_names is not None and len(model_names) != 1:
+        raise UserError(
+            f"--label_column {column} holds numbers, but the model has {len(model_names)} outputs, {listed(model_names)}; "
+            "score it on its classes, or give --problem_type single_label_classification"
+        )
     labels, notes = dict[str, np.ndarray](), tuple[str, ...]()
     for split, dataset in splits.items():
         if not isinstance(dataset.features[column], ClassLabel | Value):

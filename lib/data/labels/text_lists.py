@@ -79,6 +79,11 @@ def is_written_list(text: str) -> bool:
     return len(items) != 1 or not isinstance(items[0], str) or any(mark in text for mark in "'\"")
 
 
+def is_broken_list(text: str) -> bool:
+    """Whether a text begins as a list but is none."""
+    return re.match(r"""\s*([\[{]|\(\s*['"])""", text) is not None and read_list(text) is None
+
+
 def split_at(text: str, separator: str) -> list[str]:
     """The labels between separators, without the spaces around them; nothing between two separators is no label."""
     return [piece for piece in map(str.strip, text.split(separator)) if piece]
