@@ -200,14 +200,14 @@ def with_missing(given: LabelSets, labels: Stored) -> LabelSets:
 
 def read_lists(dataset: Dataset, column: str, split: str) -> LabelSets:
     """The labels of a column of lists. Raises UserError for lists of lists and the like."""
+    feature = dataset.features[column]
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    if not isinstance(inner, ClassLabel | Value):
+        kind = "records" if isinstance(feature, dict) else f"lists of {inner}" if inner else type(feature).__name__
+        raise UserError(f"--label_column {column}: the {split} split holds {kind}; give lists of names or numbers")
     array = arrow_column(dataset, column)
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
-    inner = getattr(array.type, "value_type", None)
-    if inner is None or pa.types.is_nested(inner):
-        raise UserError(
-            f"--label_column {column}: the {split} split holds {array.type}; give lists of names or numbers"
-        )
     sizes = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     missing = array.is_null().to_numpy(zero_copy_only=False)
     return LabelSets(read_array(pc.list_flatten(array), column), sizes, missing)
@@ -216,7 +216,7 @@ def read_lists(dataset: Dataset, column: str, split: str) -> LabelSets:
 def read_texts(stored: Stored, separator: str | None, split: str, column: str) -> LabelSets:
     """The labels of a column of text: lists in brackets, or labels with a separator between them."""
     items = list[Any]()
-    starts, sizes = [], []
+    starts, sizes = list[int](), list[int]()
     for value in stored.values:
         found = [] if value is None else read_list(value)
         if found is None and is_broken_list(value):
