@@ -154,7 +154,7 @@ def complaint(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("t.csv", b"text,label\na,x\nb,x\n", ["--label_column label holds one class only, 'x'"]),
         ("t.csv", b"text,label\na,0.5\nb,\n", ["1 of 2 rows of the train split have no label: rows 2"]),
         ("t.csv", b"text,label\na,0.5\nb,0.5\n", ["--label_column label holds one value only, 0.5"]),
-        ("t.csv", b"text,label\na,0.5\nb,inf\n", ["row 2 of the train split has the label inf"]),
+        ("t.csv", b"text,label\na,0.5\nb,inf\n", ["row 2 of the train split has the label", "inf"]),
         ("t.csv", b"a,b,label\nx,y,0\nz,w,1\n", ["which column holds the text?", "a, b, label", "--text_columns"]),
         ("t.csv", b"text,mood\nx,y\nz,w\n", ["which column holds the label?", "text, mood", "--label_column"]),
     ],

@@ -164,6 +164,8 @@ class DataConfig:
     """The label column. [default: guessed from the names]"""
     label_columns: tuple[str, ...] | None = None
     """Multi-label data: two or more columns of 0 and 1, one for each label."""
+    label_order: tuple[str, ...] | None = None
+    """All labels in the order of the outputs. For a model whose outputs have no names (LABEL_0), the labels they stand for."""
     problem_type: ProblemType = "auto"
     """Kind of prediction. `auto`: regression for real numbers, multi-label for lists or --label_columns, else single-label."""
     max_length: Annotated[int, COUNT] = 128
@@ -195,7 +197,19 @@ class DataConfig:
         )
         several = self.label_columns
         require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
-        require(several is None or len(set(several)) == len(several) > 1, "--label_columns takes two or more columns")
+        require(several is None or len(several) > 1, "--label_columns takes two or more columns")
+        for name in ("text_columns", "label_columns", "label_order"):
+            given = getattr(self, name) or ()
+            twice = next((value for value in given if given.count(value) > 1), None)
+            require(twice is None, f"--{name} names {twice} twice")
+        for name, labels in (("label_column", (self.label_column,)), ("label_columns", several or ())):
+            both = next((column for column in self.text_columns or () if column in labels), None)
+            require(
+                both is None, f"--text_columns {both} is also --{name}: a model would read the answer; name another"
+            )
+        require(self.label_order is None or len(self.label_order) > 1, "--label_order takes two or more labels")
+        numbers = self.problem_type == REGRESSION
+        require(not (self.label_order and numbers), "--label_order is for classes, not for --problem_type regression")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The data sets that have a short name: where they are on the Hub, their columns and splits, their usual metrics."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 from lib.config.sections import DataConfig
@@ -9,6 +10,13 @@ from lib.hub.needs import Need
 
 ROLES = ("train", "validation", "test")
 """The splits of a run, each with its flag --ROLE_file."""
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "dev", "valid", "val", "development", "eval", "evaluation", "validate"),
+    "test": ("test", "testing"),
+}
+"""Usual names of stored splits for each role, in any case, the likeliest first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +61,13 @@ CATALOG = {
     "imdb": CatalogEntry("stanfordnlp/imdb"),
     "ag_news": CatalogEntry("fancyzhx/ag_news"),
 }
+
+
+def split_candidates(stored: Iterable[str], role: str) -> list[str]:
+    """The stored splits that can play a role, the likeliest first: one of its name, then those of usual names for it."""
+    usual = SPLIT_NAMES.get(role, (role.casefold(),))
+    fitting = [name for name in stored if name.strip().casefold() in usual]
+    return sorted(fitting, key=lambda name: (name != role, usual.index(name.strip().casefold())))
 
 
 def own_files(config: DataConfig) -> dict[str, str]:

@@ -7,7 +7,9 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from lib.config.sections import DataConfig
-from lib.data.catalog import catalog_entry, dataset_name
+from lib.data.catalog import ROLES, catalog_entry, dataset_name, split_candidates
+from lib.data.labels.names import folded, listed, quoted, resembling, shown
+from lib.data.labels.numerals import read_number
 from lib.data.trained_on import TrainedOn, columns_note
 from lib.errors import UserError
 
@@ -20,11 +22,26 @@ TEXT_GUESSES = (
     ("sentence",),
     ("review",),
     ("content",),
+    *(("文本",), ("句子",), ("内容",), ("评论",), ("正文",), ("文章",), ("文字",), ("文章内容",), ("评论内容",)),
+    *(("內容",), ("評論",), ("テキスト",), ("本文",), ("文",), ("텍스트",), ("문장",), ("본문",), ("리뷰",)),
 )
-"""Usual names of text columns, tried in this order."""
+"""Usual names of text columns, in any case, tried in this order."""
 
-LABEL_GUESSES = ("label", "labels", "target", "class", "category", "sentiment", "stars", "rating", "score")
-"""Usual names of the label column, tried in this order."""
+LABEL_GUESSES = (
+    *("label", "labels", "target", "class", "category", "sentiment", "stars", "rating", "score"),
+    *("标签", "类别", "分类", "情感", "情绪", "情感标签", "评分", "星级", "標籤", "類別", "分類", "情緒", "評分"),
+    *("ラベル", "カテゴリ", "感情", "라벨", "레이블", "감정", "평점"),
+)
+"""Usual names of the label column, in any case, tried in this order."""
+
+OBVIOUS = ("label", "labels", "标签")
+"""Label columns that need no note."""
+
+NO_TEXT = {*LABEL_GUESSES, "label_text", "id", "idx"}
+"""Columns of text that are not taken for the text to classify."""
+
+LOOKED_AT = 1000
+"""As many rows are read to see whether a column holds words."""
 
 
 def find_columns(
@@ -35,89 +52,164 @@ def find_columns(
     They are those that the options name, else those of the model's training where the data has them, else those of the
     catalog, else guesses. Raises UserError when there is no obvious guess.
     """
-    entry, features, notes = catalog_entry(config), next(iter(raw.values())).features, list[str]()
-    known = [columns for columns in (trained_on.text_columns, trained_on.label_columns) if set(columns) <= {*features}]
-    texts = config.text_columns or (trained_on.text_columns if trained_on.text_columns in known else ())
-    texts = texts or (entry.text_columns if entry else ())
-    if not texts:
-        texts = guess_text_columns(features, config.label_column)
-        notes.append(f"text columns: {' '.join(texts)} (guessed; set --text_columns to change)")
+    entry, dataset, notes = catalog_entry(config), next(iter(raw.values())), list[str]()
+
+    def trained(columns: tuple[str, ...]) -> tuple[str, ...] | None:
+        return columns if columns and set(columns) <= {*dataset.features} else None
+
+    texts = config.text_columns or trained(trained_on.text_columns) or (entry.text_columns if entry else None)
+    labels = config.label_columns or ((config.label_column,) if config.label_column else None)
+    from_training = trained(trained_on.label_columns) if labels is None else None
+    lost = trained_on.label_columns if labels is None and from_training is None else ()
+    labels = labels or from_training or ((entry.label_column,) if entry else None)
+    if texts is None:
+        texts, others = guess_text_columns(dataset, labels or ())
+        left = f"; {listed(others)} is not used" if others else ""
+        notes.append(f"text columns: {' '.join(map(shown, texts))} (guessed{left}; set --text_columns to change)")
     change = columns_note(texts, trained_on, config.text_columns is not None, dataset_name(config))
     notes += [change] if change else []
-    if config.label_columns:
-        return texts, config.label_columns, tuple(notes)
-    if config.label_column is None and trained_on.label_columns in known and trained_on.label_columns:
-        return texts, trained_on.label_columns, tuple(notes)
-    label = config.label_column or (entry.label_column if entry else None)
-    if label is None:
-        label = next((name for name in LABEL_GUESSES if name in features), None)
-        if label is None:
-            raise UserError(
-                f"which column holds the label? The columns are {', '.join(features)}; name it with --label_column"
-            )
-        if label not in ("label", "labels"):
-            notes.append(f"label column: {label} (guessed; set --label_column to change)")
-    if config.label_column is None and trained_on.label_columns:
-        before = " ".join(trained_on.label_columns)
-        notes.append(f"warning: the model was trained on the label {before}, which is not there; {label} is used")
-    return texts, (label,), tuple(notes)
+    if labels is None:
+        labels, others = guess_label_column(dataset.features, texts)
+        if labels[0] not in OBVIOUS or others:
+            left = f"; {listed(others)} is not used" if others else ""
+            notes.append(f"label column: {shown(labels[0])} (guessed{left}; set --label_column to change)")
+    if lost:
+        used = " ".join(labels)
+        notes.append(
+            f"warning: the model was trained on the label {' '.join(lost)}, which is not there; {used} is used"
+        )
+    return texts, labels, tuple(notes)
 
 
-def guess_text_columns(features: Features, label_column: str | None) -> tuple[str, ...]:
-    """Usual names, or else the only text column. Raises UserError when there are several or none."""
-    for guess in TEXT_GUESSES:
-        if all(column in features for column in guess):
-            return guess
-    others = {*LABEL_GUESSES, label_column, "label_text", "id", "idx"}
-    texts = tuple(name for name, feature in features.items() if is_text(feature) and name not in others)
+def guess_label_column(features: Features, texts: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The first column of a usual name that is no text column, and others that could be meant. Raises UserError for none."""
+    names = [name for name in features if name not in texts]
+    guesses = [spelled[0] for guess in LABEL_GUESSES if (spelled := find_names((guess,), names, "--label_column"))]
+    if not guesses:
+        raise UserError(
+            f"which column holds the label? The columns are {listed(features)}; name it with --label_column"
+            f"{header_hint(features)}"
+        )
+    return (guesses[0],), guesses[1:]
+
+
+def guess_text_columns(dataset: Dataset, labels: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """Columns of usual names, or else the only one that holds words; and others of usual names that could be meant.
+
+    Raises UserError when there are several or none.
+    """
+    features = dataset.features
+    names = [name for name in features if name not in labels]
+    guesses = [spelled for guess in TEXT_GUESSES if (spelled := find_names(guess, names, "--text_columns"))]
+    if guesses:
+        others = [name for guess in guesses[1:] if len(guess) == 1 for name in guess if name not in guesses[0]]
+        return guesses[0], others
+    texts = [name for name in names if is_text(features[name]) and folded(name) not in NO_TEXT]
+    if len(texts) > 1:
+        texts = [name for name in texts if holds_words(dataset, name)] or texts
     if len(texts) != 1:
         raise UserError(
-            f"which column holds the text? The columns are {', '.join(features)}; name it with --text_columns"
+            f"which column holds the text? The columns are {listed(features)}; name it with --text_columns"
+            f"{header_hint(features)}"
         )
-    return texts
+    return tuple(texts), []
 
 
-def choose_splits(raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]) -> dict[str, Dataset]:
-    """The stored splits by the role they play; train comes along where validation must be held out from it.
+def find_names(guess: Sequence[str], names: Sequence[str], flag: str) -> tuple[str, ...] | None:
+    """The columns that `guess` means, also in another case or with spaces around; None where one is missing.
 
-    Raises UserError when there is no train split, or not the only split that is wanted.
+    Raises UserError with `flag` where two columns could be meant.
+    """
+    found = []
+    for wanted in guess:
+        alike = [wanted] if wanted in names else [name for name in names if folded(name) == wanted]
+        if len(alike) > 1:
+            raise UserError(f"which column is meant, {' or '.join(map(quoted, alike))}? Name it with {flag}")
+        found += alike
+    return tuple(found) if len(found) == len(guess) else None
+
+
+def holds_words(dataset: Dataset, column: str) -> bool:
+    """Whether a column of text holds more than numbers, dates, true and false, by its first rows."""
+    cells = dataset.select_columns([column])[:LOOKED_AT][column]
+    return any(any(map(str.isalpha, cell)) and cell.lower() not in ("true", "false") for cell in cells if cell)
+
+
+def header_hint(names: Sequence[str] | Features) -> str:
+    """What to do where the names of columns look like a row of data; empty where they do not."""
+    if any(len(name.split()) > 2 or len(name) > 40 or read_number(name) is not None for name in names):
+        return ". These look like a row of data: give the file a header, a first line with the names of its columns"
+    return ""
+
+
+def choose_splits(
+    raw: dict[str, Dataset], config: DataConfig, wanted: Sequence[str]
+) -> tuple[dict[str, Dataset], tuple[str, ...]]:
+    """The stored splits by the role they play, and notes on those that are not used.
+
+    Train comes along where validation must be held out from it. Raises UserError when there is no train split, or not the
+    only split that is wanted.
     """
     entry = catalog_entry(config)
-    aliases = {"validation": ("validation", entry.validation if entry else "validation", "dev", "valid", "val")}
-    chosen = {}
+    chosen, used, notes = dict[str, Dataset](), set[str](), list[str]()
     for role in wanted:
-        found = next((name for name in aliases.get(role, (role,)) if name in raw), None)
-        if found is not None:
-            chosen[role] = raw[found]
-        elif role == "validation" and "train" in raw:
-            chosen["train"] = raw["train"]
+        player, found = role, split_candidates(raw, role)
+        if role == "validation" and entry and entry.validation in raw:
+            found = [entry.validation]
+        if role == "validation" and not found:
+            player, found = "train", split_candidates(raw, "train")
+        if found:
+            chosen[player] = raw[found[0]]
         elif role == "train" or len(wanted) == 1:
-            raise UserError(f"there is no {role} split; {dataset_name(config)} has: {', '.join(raw)}")
-    return chosen
+            raise UserError(f"there is no {role} split; {dataset_name(config)} has: {listed(raw)}")
+        if len(found) > 1 and not used & {*found}:
+            notes.append(f"each of {listed(found)} could be the {player} split; {shown(found[0])} is used")
+        used |= {*found}
+    unused = [name for name in raw if name not in used]
+    if unused and set(ROLES) <= set(wanted):
+        notes.append(f"the split {listed(unused)} is not used; the splits of a run are {', '.join(ROLES)}")
+    return chosen, tuple(notes)
 
 
 def check_columns(splits: dict[str, Dataset], text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
-    """Raise UserError for an empty split, a missing column, a text column of another type, and a row without text."""
+    """Raise UserError for an empty split, a missing column, a text column of another type, and a row without text.
+
+    So does a column that is named twice, or as text and as label.
+    """
     label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
+    both = next((column for column in text_columns if column in label_columns), None)
+    if both is not None:
+        raise UserError(
+            f"--text_columns {shown(both)} is the label column as well: a model would read the answer; name another, "
+            f"or another label with {label_flag}"
+        )
+    for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
+        twice = next((column for column in columns if list(columns).count(column) > 1), None)
+        if twice is not None:
+            raise UserError(f"{flag} names {shown(twice)} twice")
     for split, dataset in splits.items():
-        have = ", ".join(dataset.features)
+        have = listed(dataset.features)
         if not len(dataset):
             raise UserError(f"the {split} split is empty")
         for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
             for column in columns:
                 if column not in dataset.features:
-                    raise UserError(f"{flag} {column}: the {split} split has no such column; it has: {have}")
+                    raise UserError(
+                        f"{flag} {shown(column)}: the {split} split has no such column; it has: {have}"
+                        f"{resembling(column, dataset.features)}{header_hint(dataset.features)}"
+                    )
         for column in text_columns:
             feature = dataset.features[column]
             if not is_text(feature):
                 kind = getattr(feature, "dtype", feature)
                 raise UserError(
-                    f"--text_columns {column}: not text but {kind} in the {split} split; name a text column of: {have}"
+                    f"--text_columns {shown(column)}: not text but {kind} in the {split} split; "
+                    f"name a text column of: {have}"
                 )
             missing = np.flatnonzero(dataset.select_columns([column]).with_format("arrow")[:][column].is_null())
             if len(missing):
                 raise UserError(
-                    f"{len(missing)} rows of the {split} split have no {column}, the first is row {missing[0] + 1}"
+                    f"{len(missing)} rows of the {split} split have no {shown(column)}, the first is row {missing[0] + 1}"
                 )
 
 

@@ -93,12 +93,14 @@ def load_data(
     entry = catalog_entry(config)
     if entry and tuple(splits) == ROLES:
         splits = (*splits, *entry.further_validation)
-    raw = choose_splits(raw, config, splits)
+    raw, unused = choose_splits(raw, config, splits)
+    notes += unused
     check_columns(raw, text_columns, label_columns)
-    problem = find_problem(raw, label_columns, config.problem_type, model_problem)
-    targets = encode_targets(raw, label_columns, problem, label_names)
+    order = config.label_order or ()
+    problem, found = find_problem(raw, label_columns, config.problem_type, model_problem, label_names or order)
+    targets = encode_targets(raw, label_columns, problem, label_names, order)
     labeled = targets.attach(raw)
-    notes += targets.notes
+    notes += found + targets.notes
     if "train" in labeled and "validation" in splits and "validation" not in labeled:
         total = len(labeled["train"])
         labeled |= hold_out_validation(labeled["train"], problem)

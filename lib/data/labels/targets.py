@@ -1,25 +1,31 @@
 """Targets: the column `labels` that a model learns, and the checks that all kinds of labels share."""
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection
 from typing import Any
 
-from datasets import Dataset
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features
 
+from lib.data.labels.names import is_blank, quoted
+from lib.data.labels.numerals import INTEGER, WHOLE
+from lib.data.labels.stored import Stored
 from lib.errors import UserError
 
-Labels = list[Any]
-"""One label for each row; None where it is missing."""
+LEFT_OUT = "the test split has no labels and is left out; results are those on validation"
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
     """The encoded labels of each split, their `datasets` feature, and the names of the model's outputs.
 
-    `notes` are sentences for the log.
+    Labels are class numbers, int64 (rows,); numbers, float32 (rows,); or multi-hot, float32 (rows, names). `notes` are
+    sentences for the log.
     """
 
-    labels: dict[str, Labels]
+    labels: dict[str, np.ndarray]
     feature: Any
     names: list[str]
     notes: tuple[str, ...] = ()
@@ -31,63 +37,79 @@ class Targets:
             dataset = splits[split]
             if "labels" in dataset.column_names:
                 dataset = dataset.remove_columns("labels")
-            attached[split] = dataset.add_column("labels", labels, feature=self.feature)
+            # Without a fingerprint of ours, `datasets` would pickle all labels to hash them.
+            digest = hashlib.sha256(f"{dataset._fingerprint} {labels.dtype} {labels.shape}".encode())
+            digest.update(np.ascontiguousarray(labels).data)
+            attached[split] = dataset.add_column(
+                "labels", as_arrow(labels, self.feature), new_fingerprint=digest.hexdigest()[:16], feature=self.feature
+            )
         return attached
 
 
-def is_label(label: Any) -> bool:
-    """Whether a stored value is a label: not missing, not empty, not NaN, and not -1, which stands for a hidden label."""
-    return label is not None and label not in ("", -1) and label == label
+def as_arrow(labels: np.ndarray, feature: Any) -> Any:
+    """Labels as an Arrow array of the type of `feature`; a matrix becomes a list for each row."""
+    kind = Features({"labels": feature}).arrow_schema.field("labels").type
+    if labels.ndim == 1:
+        return pa.array(labels, type=kind)
+    ends = np.arange(len(labels) + 1, dtype=np.int64) * labels.shape[1]
+    rows = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(labels.ravel(), type=kind.value_type))
+    return rows.cast(kind)
 
 
-def leave_out_hidden(labels: dict[str, Labels]) -> tuple[dict[str, Labels], tuple[str, ...]]:
-    """`labels` without a test split that has none, and a note on it; a lone test split stays."""
-    test = labels.get("test")
-    if test is None or len(labels) == 1 or any(is_label(label) and label not in ([], [-1]) for label in test):
-        return labels, ()
-    note = "the test split has no labels and is left out; results are those on validation"
-    return {split: given for split, given in labels.items() if split != "test"}, (note,)
+def is_hidden_mark(value: Any) -> bool:
+    """Whether a stored value is -1, which stands for a hidden label."""
+    if isinstance(value, str):
+        whole = WHOLE.fullmatch(value)
+        return (whole[1] if whole else value) == "-1"
+    return value == -1
 
 
-def check_labeled(labels: Labels, split: str, column: str, hint: str = "") -> None:
+def is_numeric(value: Any) -> bool:
+    return not isinstance(value, str) or bool(INTEGER.fullmatch(value) or WHOLE.fullmatch(value))
+
+
+def hide_marks(splits: dict[str, Stored], kept: Collection[str] = ()) -> tuple[dict[str, Stored], dict[str, bool]]:
+    """The labels with None for -1, and whether each split had any; where -1 is a class, it stays.
+
+    It is one if it is among the names in `kept`, and if train has it beside words.
+    """
+    known = [splits["train"]] if "train" in splits else list(splits.values())
+    values = [value for stored in known for value in stored.present]
+    if "-1" in kept or ("-1" in values and not all(map(is_numeric, values))):
+        return splits, dict.fromkeys(splits, False)
+    had = {
+        split: all(map(is_numeric, stored.present)) and any(map(is_hidden_mark, stored.present))
+        for split, stored in splits.items()
+    }
+    return {
+        split: stored.replaced([None if is_hidden_mark(value) else value for value in stored.values])
+        if had[split]
+        else stored
+        for split, stored in splits.items()
+    }, had
+
+
+def has_no_labels(split: str, missing: np.ndarray, splits: Collection[str]) -> bool:
+    """Whether this is a test split, beside others, without any label."""
+    return split == "test" and len(splits) > 1 and bool(missing.all())
+
+
+def check_labeled(missing: np.ndarray, split: str, column: str, hint: str = "") -> None:
     """Raise UserError, with the row numbers and `hint`, where labels are missing."""
-    missing = [row for row, label in enumerate(labels, 1) if label is None]
-    if missing:
-        rows = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    rows = np.flatnonzero(missing)
+    if len(rows):
+        some = ", ".join(str(row + 1) for row in rows[:5]) + (", ..." if len(rows) > 5 else "")
         raise UserError(
-            f"{len(missing)} of {len(labels)} rows of the {split} split have no {column}: rows {rows}; "
+            f"{len(rows)} of {len(missing)} rows of the {split} split have no {column}: rows {some}; "
             f"label or remove them{hint}"
         )
 
 
-def sort_values(different: set[Any], column: str) -> Labels:
-    """Distinct labels in order. Raises UserError where text and numbers are mixed."""
-    texts = [value for value in different if isinstance(value, str)]
-    if 0 < len(texts) < len(different):
-        number = next(value for value in different if not isinstance(value, str))
-        raise UserError(
-            f"--label_column {column} holds text and numbers, such as {texts[0]!r} and {number}; use one of them"
-        )
-    return sorted(different)
-
-
-def match_model(values: Labels, names: list[str], model_names: Sequence[str]) -> tuple[Labels, list[str]]:
-    """The labels of the data, and their names, in the order of a model's outputs.
-
-    They are matched by name, or by number if the model's outputs have no names. An output that the data lack gets a
-    value that equals no label. Raises UserError when neither matches.
-    """
-    position = {name.lower(): number for number, name in enumerate(model_names)}
-    position |= {name: number for number, name in enumerate(model_names)}
-    places = [position.get(name, position.get(name.lower(), -1)) for name in names]
-    if -1 not in places and len(set(places)) == len(places):
-        ordered: Labels = [object()] * len(model_names)
-        for value, place in zip(values, places, strict=True):
-            ordered[place] = value
-        return ordered, list(model_names)
-    if len(names) == len(model_names) and all(name == f"LABEL_{i}" for i, name in enumerate(model_names)):
-        return values, names
-    raise UserError(
-        f"the model's classes ({', '.join(model_names)}) are not those of the data ({', '.join(names)}); "
-        "score a model trained on these labels"
-    )
+def check_blank(stored: Stored, split: str, column: str) -> None:
+    """Raise UserError, with the row, for a label of spaces or of signs that cannot be seen."""
+    for place, value in enumerate(stored.values):
+        if isinstance(value, str) and is_blank(value):
+            raise UserError(
+                f"row {stored.row(place)} of the {split} split has a blank {column}, {quoted(value)}; "
+                "label or remove it"
+            )
