@@ -6,13 +6,13 @@ from typing import Any
 import torch
 import transformers
 
-from lib.config.predict import PredictConfig
+from lib.config.predict import GENERATING, PredictConfig
 from lib.data.columns import TEXT_GUESSES
 from lib.data.trained_on import UNKNOWN, TrainedOn, input_length
 from lib.errors import UserError
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
-from lib.model.load import load_classifier, load_tokenizer, load_trained, longest_input
+from lib.model.load import load_classifier, load_tokenizer, load_trained
 from lib.run.finished import TrainedModel
 
 MODELS = {
@@ -55,17 +55,15 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
     """
     tokenizer = load_tokenizer(trained.source)
     if config.task not in MODELS:
-        model = load_classifier(trained.source)
+        model = load_classifier(trained.source, tokenizer)
     elif adapter_folder(trained.source) is not None:
         raise UserError(f"--task {config.task}: {config.model.model} is an adapter of a text classifier")
     else:
         kind = getattr(transformers, MODELS[config.task])
         model = load_trained(trained.source, kind, f"model for {config.task}")
-    if getattr(model.config, "pad_token_id", None) is None:
-        # A decoder classifies by the last token that is not padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if config.task in ("fill-mask", *GENERATING):  # their texts are written with special tokens
+        tokenizer.split_special_tokens = False
 
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or tokenizer.model_max_length)
     if config.task not in MODELS or config.max_length or trained.trained_on.max_length:
         tokenizer.model_max_length = input_length(config.max_length, trained.trained_on, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
