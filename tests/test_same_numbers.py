@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_models
 from tests.conftest import Command, read_lines, sentences, write_csv
+from tests.tiny_models import trainable
 
 FAST = ("roberta", "gpt2", "t5", "xlnet", "big_bird", "fnet")
 SLOW = (
@@ -21,7 +21,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("kind", [*FAST, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)])
 def test_all_scripts_give_a_text_the_same_probabilities(kind: str, call: Command, tmp_path: Path) -> None:
-    model = tiny_models.trainable(kind, tmp_path / "model")
+    model = trainable(kind, tmp_path / "model")
     files = [write_csv(tmp_path / f"{role}.csv", sentences(24, seed)) for seed, role in enumerate(("train", "dev"))]
     rows = [{"text": text, "label": "good"} for text in TEXTS]
     test = tmp_path / "test.jsonl"

@@ -197,8 +197,12 @@ def trainable(kind: str, folder: Path) -> Path:
 
 
 def refused(kind: str, name: str) -> bool:
-    """Whether a configuration does not let this setting be set."""
-    return (kind, name) in (("funnel", "num_hidden_layers"), ("xlnet", "max_position_embeddings"))
+    """Whether a configuration has no such setting."""
+    return (kind, name) in (
+        ("funnel", "num_hidden_layers"),
+        ("t5", "max_position_embeddings"),
+        ("xlnet", "max_position_embeddings"),
+    )
 
 
 def plain_tokenizer(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """How texts become token ids, in one way for training, evaluation and prediction."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,10 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, limit: int, windows: Windows | None = None) -> None:
         self.tokenizer, self.limit, self.windows = tokenizer, limit, windows
-        self.reachable = reachable_tokens(tokenizer)
+
+    @functools.cached_property
+    def reachable(self) -> list[str]:
+        return reachable_tokens(self.tokenizer)
 
     def __call__(self, columns: Sequence[Sequence[str]]) -> dict[str, list[Any]]:
         """Lists by column, an item for each text of `columns`, which are one, or two of the same length for pairs.
@@ -96,9 +100,9 @@ def reachable_tokens(tokenizer: Any) -> list[str]:
     """The special tokens that a text can still become, the longest first; none with most tokenizers.
 
     `split_special_tokens` stops a fast tokenizer from looking for them, but a vocabulary of pieces that holds them
-    (SentencePiece's unigrams: T5, XLNet, XLM-R) finds them itself. Single characters are left to themselves.
+    (SentencePiece's unigrams: T5, XLNet, XLM-R) finds them itself. A word that somebody made the padding token is a word.
     """
-    tokens = [token for token in tokenizer.all_special_tokens if len(token) > 1 and token != tokenizer.unk_token]
+    tokens = [t for t in tokenizer.all_special_tokens if len(t) > 1 and not t.isalnum() and t != tokenizer.unk_token]
     found = []
     for token in tokens:
         tries = tokenizer([token, f"a {token} a", f"a{token}a"], add_special_tokens=False)["input_ids"]

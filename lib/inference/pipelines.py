@@ -48,6 +48,7 @@ def build_classification(task: Task) -> Predict:
     if key == "logits":
         thresholds = np.log(thresholds) - np.log1p(-thresholds)
 
+    @torch.inference_mode()
     def predict(examples: list[Example]) -> list[Prediction]:
         columns = list(zip(*(example.texts for example in examples), strict=True))
         if encoder.windows:

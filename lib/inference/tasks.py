@@ -37,7 +37,7 @@ def build_predict(task: Task) -> Predict:
     Raises UserError if the model or the options do not fit the task.
     """
     predict, tokenizer = BUILDERS[task.config.task](task), task.tokenizer
-    own_way = ("question-answering", "sentiment-analysis")
+    own_way = ("feature-extraction", "question-answering", "sentiment-analysis")
     if task.config.task in (*GENERATING, *own_way) or tokenizer.num_special_tokens_to_add():
         return predict
     # A decoder's tokenizer adds no special tokens, and models take no empty input: an empty text becomes one token.

@@ -48,22 +48,24 @@ def load_tokenizer(source: ModelSource, virtual_tokens: int = 0) -> Any:
         source = ModelSource(str(folder)) if (folder / "tokenizer_config.json").is_file() else model_source
     with loading_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(source), **loader_arguments(source))
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise UserError(
-            f"--model {source.model}: its tokenizer has neither a padding token nor an end token; add a pad_token to it"
-        )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.is_fast:  # slow ones would no longer know the words that users added either
         tokenizer.split_special_tokens = True
         tokenizer.init_kwargs["split_special_tokens"] = True  # saved with a trained model
-    resolved = Path(resolve_model(model_source))
-    if resolved.is_dir() and not (resolved / "config.json").is_file():
-        return tokenizer  # alone, without a model
-    with loading_errors(model_source):
-        hf_config = load_hf_config(model_source)
-    if isinstance(model_source, ModelConfig):
-        override(hf_config, model_source.config_overrides)
+    hf_config = None
+    files = Path(resolve_model(model_source))
+    if (files / "config.json").is_file() or not files.is_dir():
+        with loading_errors(model_source):
+            hf_config = load_hf_config(model_source)
+        if isinstance(model_source, ModelConfig):
+            override(hf_config, model_source.config_overrides)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = padding_token(tokenizer, hf_config)
+    if tokenizer.pad_token is None:
+        raise UserError(
+            f"--model {source.model}: its tokenizer has neither a padding token nor an end token; add a pad_token to it"
+        )
+    if hf_config is None:
+        return tokenizer  # a folder of a tokenizer alone
     # XLNet reads the last position, which padding must not take; in other models padding on the left moves a text.
     tokenizer.padding_side = "left" if getattr(hf_config, "summary_type", None) == "last" else "right"
     positions = longest_input(hf_config)
@@ -74,6 +76,14 @@ def load_tokenizer(source: ModelSource, virtual_tokens: int = 0) -> Any:
     if positions is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions - virtual_tokens)
     return tokenizer
+
+
+def padding_token(tokenizer: Any, hf_config: Any) -> str | None:
+    """What a tokenizer without a padding token pads with: the token that the model takes for padding, else the end token."""
+    known = getattr(hf_config, "pad_token_id", None)
+    if isinstance(known, int) and 0 <= known < len(tokenizer):
+        return tokenizer.convert_ids_to_tokens(known)
+    return tokenizer.eos_token
 
 
 def build_model(
