@@ -21,6 +21,7 @@ from lib.data.labels.problem_types import model_problem
 from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
 from lib.data.trained_on import as_in_training
+from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
 from lib.model.folder import check_vocabulary
@@ -37,7 +38,7 @@ def main(config: EvalConfig) -> None:
     trained = find_scored_model(config)
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)
-    model = load_classifier(trained.source)
+    model = load_classifier(trained.source, tokenizer)
     check_vocabulary(trained.source, model, tokenizer)
     with accelerator.main_process_first():
         options = as_in_training(config.data, trained.trained_on, tokenizer)
@@ -47,11 +48,12 @@ def main(config: EvalConfig) -> None:
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
-    split, batch_size = Batches(data, collator).split(config.split), config.per_device_eval_batch_size
-    scored = evaluate(accelerator, model, split, metrics.names, batch_size)
+    batches, batch_size = Batches(data, collator), config.per_device_eval_batch_size
+    batches = check_padding(accelerator, model, batches, tokenizer)
+    scored = evaluate(accelerator, model, batches.split(config.split), metrics.names, batch_size)
     if accelerator.is_main_process:
         with locked_folder(eval_folder(config), wait=60):
-            print(report_evaluation(accelerator, config, trained, data, metrics, scored), flush=True)
+            print(report_evaluation(accelerator, config, trained, batches.data, metrics, scored), flush=True)
     finish(accelerator, model)
 
 

@@ -23,12 +23,11 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
 from lib.inference.explain_tokens import explain_tokens
 from lib.inference.inputs import Example, count_rows, read_examples
-from lib.inference.load import Task, load_task
+from lib.inference.load import Task, load_task, load_task_tokenizer
 from lib.inference.onnx_export import export_onnx
 from lib.inference.outputs import write_predictions
 from lib.inference.stream import Prediction, predict_stream
 from lib.inference.tasks import build_predict, count_truncation
-from lib.model.load import load_tokenizer
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.precision import cast_weights
@@ -40,7 +39,7 @@ def main(config: PredictConfig) -> None:
     """Predict once for every row of the input, in its order; messages go to stderr."""
     trained = find_model(config.model, config.mixed_precision)
     if config.explain_tokens:
-        print(explain_tokens(load_tokenizer(trained.source), config.explain_tokens))
+        print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))
         return
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     task = load_task(config, trained, accelerator.device)

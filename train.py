@@ -26,6 +26,7 @@ import torch
 
 from lib.data.load import load_data
 from lib.data.loader import Batches, MicroBatch, StepBatch, build_collator
+from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
 from lib.model.build import build_classifier
 from lib.model.forward import compute_logits
@@ -51,7 +52,7 @@ def main(config: TrainConfig) -> None:
     run = Run(config, accelerator)
 
     # Data: the first process tokenizes, the others read its cache.
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.adapter.virtual_tokens)
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer)
     if run.is_finished(data):
@@ -65,7 +66,7 @@ def main(config: TrainConfig) -> None:
     objective = build_objective(config.objective, data)
     learner = build_learner(accelerator, model, objective, plan, config.optim)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
-    batches = Batches(data, collator, objective.weights)
+    batches = check_padding(accelerator, learner.model, Batches(data, collator, objective.weights), tokenizer)
     run.start(learner, batches, metrics, weights)
     batches = cache_features(learner, batches, config.model, config.training)
 

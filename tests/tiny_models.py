@@ -24,7 +24,7 @@ from transformers import (
 from lib.config.sections import ModelConfig
 from lib.model.load import build_model, load_tokenizer
 from lib.model.source import LoadingInfo
-from tests.conftest import tiny_tokenizer
+from tests.conftest import WORDS, tiny_tokenizer
 
 SIZES = {"vocab_size": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 ENCODER = SIZES | {
@@ -164,3 +164,77 @@ def any_classifier(name: str, folder: Path, layers: int = 2) -> Path:
     }
     kind = {"deberta": "deberta-v2", "modernbert-mean": "modernbert"}.get(name, name)
     return save_classifier(kind, folder, num_hidden_layers=layers, **changes.get(name, {}))
+
+
+def trainable(kind: str, folder: Path) -> Path:
+    """A classifier of an architecture with the kind of tokenizer that such models have."""
+    small = {"n_layer": 2, "n_head": 2}
+    one = {"num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    changes: dict[str, dict[str, Any]] = {
+        "big_bird": {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
+        "convbert": {"embedding_size": 16, "conv_kernel_size": 3, "head_ratio": 1},
+        "fnet": {"tpu_short_seq_length": 80},
+        "funnel": {"block_sizes": [1, 1], "n_head": 2, "d_head": 8, "d_inner": 32, "initializer_std": 0.5} | one,
+        "longformer": {"attention_window": 4},
+        "openai-gpt": {"n_positions": 64, "n_embd": 16} | small,
+        "qwen2": {"num_key_value_heads": 1},
+        "t5": {"d_kv": 8, "d_ff": 32, "decoder_start_token_id": 1, "initializer_factor": 5.0} | one,
+        "xlnet": {"d_model": 16, "d_inner": 32} | small,
+    }
+    if kind not in changes:
+        any_classifier(kind, folder)
+    else:
+        settings = {name: value for name, value in ENCODER.items() if not refused(kind, name)}
+        config = AutoConfig.for_model(kind, **settings | labels(NAMES) | changes[kind])
+        torch.manual_seed(0)
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        tiny_tokenizer(folder)
+    if kind in ("gpt2", "llama", "openai-gpt", "qwen2"):
+        plain_tokenizer(folder)
+    if kind in ("t5", "xlnet"):
+        piece_tokenizer(folder)
+    return folder
+
+
+def refused(kind: str, name: str) -> bool:
+    """Whether a configuration has no such setting."""
+    return (kind, name) in (
+        ("funnel", "num_hidden_layers"),
+        ("t5", "max_position_embeddings"),
+        ("xlnet", "max_position_embeddings"),
+    )
+
+
+def plain_tokenizer(folder: Path) -> None:
+    """`tiny_tokenizer` as decoders have it: nothing around a text, no token to pad with, no limit of its own."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = None
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def piece_tokenizer(folder: Path) -> None:
+    """A tokenizer of pieces, as SentencePiece makes them, whose vocabulary holds the special tokens themselves."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    words = [(f"▁{word}", -2.0) for word in [*WORDS, *map(str, range(40))]]
+    pieces = [*((token, 0.0) for token in special), *words, ("▁", -4.0), *((letter, -6.0) for letter in "<>/sapd[]")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 2)]
+    )
+    names = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    }
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)

@@ -78,6 +78,11 @@ class InputConfig:
             )
         require(self.input_format != "parquet" or self.input not in (None, "-"), "parquet is read from a file only")
 
+    @property
+    def several(self) -> bool:
+        """Whether there may be more than one text."""
+        return self.question is None and len(self.texts) != 1
+
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddingConfig:

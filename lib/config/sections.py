@@ -139,6 +139,11 @@ class AdapterConfig:
                 untouched = getattr(self, name) == getattr(AdapterConfig, name)
                 require(untouched, f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
 
+    @property
+    def virtual_tokens(self) -> int:
+        """How many positions of the model are not for text."""
+        return self.num_virtual_tokens if self.adapter in ("prefix", "prompt") else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:

@@ -85,7 +85,10 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split as evaluation reads it: `tokens` with a column `labels`, and the positions each text takes in a batch."""
+    """One split as evaluation reads it: `tokens` with a column `labels`, and the positions each text takes in a batch.
+
+    `unpadded`: the model must not see padding, see `compute_logits`.
+    """
 
     name: str
     tokens: Any
@@ -93,20 +96,25 @@ class Split:
     collator: Collator
     num_outputs: int
     problem_type: str
+    unpadded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """Data and collator; `weights` holds a float32 for each training sample, None: all weigh 1."""
+    """Data and collator; `weights` holds a float32 for each training sample, None: all weigh 1.
+
+    `unpadded`: evaluation must show the model no padding.
+    """
 
     data: Data
     collator: Collator
     weights: np.ndarray | None = None
+    unpadded: bool = False
 
     def split(self, name: str) -> Split:
-        data = self.data
-        outputs = len(data.label_names)
-        return Split(name, data.tokens[name], data.positions(name), self.collator, outputs, data.problem_type)
+        data, outputs = self.data, len(self.data.label_names)
+        positions, problem = data.positions(name), data.problem_type
+        return Split(name, data.tokens[name], positions, self.collator, outputs, problem, self.unpadded)
 
     def longest(self, size: int) -> StepBatch:
         """The `size` longest training samples as one micro-batch, on every process; all weigh 1."""

@@ -13,20 +13,12 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 
 from lib.config.sections import DataConfig
+from lib.data.encoding import ENCODING, Encoder, Windows
 from lib.errors import UserError
 from lib.hub.endpoint import datasets_cache
 
 WINDOWS_KEY = "windows"
 """The key in tokenizer_config.json under which a trained model's windows are saved."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Overlapping windows of at most `max_length` tokens, special tokens included; neighbors share `stride` tokens."""
-
-    # The repr is part of the cache key of token ids: a renamed class or field would tokenize all data again.
-    max_length: int
-    stride: int
 
 
 def tokenize(
@@ -43,22 +35,10 @@ def tokenize(
         raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        # Empty texts are kept: they have special tokens, and without them rows and predictions would not match.
-        texts = [list(rows[column]) for column in text_columns]
-        if windows:
-            split = encode_windows(tokenizer, texts[0], windows)
-            sizes = [sum(map(len, pieces)) for pieces in split["input_ids"]]
-            long = [count > 1 for count in split["num_windows"]]
-            return split | {"labels": rows["labels"], "length": sizes, "truncated": long}
-        batch = tokenizer(*texts, truncation=True, max_length=limit)
-        ids = batch["input_ids"]
-        cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else [len(i) >= limit for i in ids]
-        encoded = {"input_ids": ids, "labels": rows["labels"], "length": [len(i) for i in ids], "truncated": cut}
-        if "token_type_ids" in batch:
-            encoded["token_type_ids"] = batch["token_type_ids"]
-        return encoded
+        return encoder([rows[column] for column in text_columns]) | {"labels": rows["labels"]}
 
     key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
+    encoder = Encoder(tokenizer, limit, windows)
     cache = datasets_cache() / "tokens" / f"{key}.arrow"
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +64,9 @@ def tokens_key(
     The cache of `datasets` itself does not do: it forgets data that come from memory, and tokenizing a split changes the
     hash of the tokenizer.
     """
-    digest = hashlib.sha256(f"{limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode())
+    digest = hashlib.sha256(
+        f"{ENCODING} {limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode()
+    )
     digest.update(f"{type(tokenizer)} {tokenizer.model_input_names} {dataset.features}".encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -153,22 +135,3 @@ def check_windows(tokenizer: Any, windows: Windows, num_columns: int) -> None:
     room = windows.max_length - tokenizer.num_special_tokens_to_add()
     if windows.stride >= room:
         raise UserError(f"{flag}: windows of {room} tokens of text cannot share as many; see also --max_length")
-
-
-def encode_windows(tokenizer: Any, texts: list[str], windows: Windows) -> dict[str, list[Any]]:
-    """input_ids and token_type_ids as a list of windows for each text, without padding, and `num_windows`.
-
-    All windows of a text but the last are full. A text that fits is one window, with the same tokens as without windows.
-    """
-    encoded = tokenizer(
-        texts,
-        truncation=True,
-        max_length=windows.max_length,
-        stride=windows.stride,
-        return_overflowing_tokens=True,
-    )
-    counts = np.bincount(encoded["overflow_to_sample_mapping"], minlength=len(texts))
-    ends = np.cumsum(counts)
-    names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
-    grouped = {name: [encoded[name][end - n : end] for end, n in zip(ends, counts, strict=True)] for name in names}
-    return grouped | {"num_windows": counts.tolist()}

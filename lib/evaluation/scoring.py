@@ -92,16 +92,16 @@ def predict_table(
     loss = PLAIN[split.problem_type]
 
     def compute(indices: torch.Tensor, batch: Tensors) -> None:
-        results.index_add_(0, indices, predict_batch(model, batch, loss))
+        results.index_add_(0, indices, predict_batch(model, batch, loss, split.unpadded))
 
     return results if share_batches(accelerator, split, batches, compute, "evaluation") else None
 
 
-def predict_batch(model: nn.Module, batch: Tensors, loss: Loss) -> torch.Tensor:
+def predict_batch(model: nn.Module, batch: Tensors, loss: Loss, unpadded: bool) -> torch.Tensor:
     """float32 (samples, outputs + 2): logits, loss, and a one."""
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    logits = compute_logits(model, inputs)
+    logits = compute_logits(model, inputs, unpadded)
     losses = loss(logits, labels)
     return torch.cat([logits, losses[:, None], torch.ones_like(losses)[:, None]], dim=1)
 

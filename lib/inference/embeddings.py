@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from lib.data.encoding import Encoder, model_inputs
+from lib.data.loader import build_collator, to_device
 from lib.errors import UserError
 from lib.inference.inputs import Example
 from lib.inference.load import Task
@@ -20,17 +22,19 @@ def build_embeddings(task: Task) -> Predict:
     config, model, tokenizer = task.config.embedding, task.model, task.tokenizer
     # Padding on the left would shift the text's absolute positions.
     tokenizer.padding_side = "right"
-    encoder: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
-    if config.pooling == "cls" and is_causal(encoder):
+    model_encoder: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model
+    if config.pooling == "cls" and is_causal(model_encoder):
         raise UserError(
             "--pooling cls: this model is a decoder, whose first token sees none of the tokens after it, so that all texts "
             "with the same first token would have the same embedding; use --pooling last or mean"
         )
 
+    encoder, collator = Encoder(tokenizer, tokenizer.model_max_length), build_collator(tokenizer, "no", model.device)
+
     def predict(examples: list[Example]) -> list[Prediction]:
-        texts = zip(*(example.texts for example in examples), strict=True)
-        batch = tokenizer(*map(list, texts), padding=True, truncation=True, return_tensors="pt").to(model.device)
-        states = encoder(**batch).last_hidden_state.float()
+        encoded = encoder(list(zip(*(example.texts for example in examples), strict=True)))
+        batch = to_device(collator(model_inputs(encoded)), model.device)
+        states = model_encoder(**batch).last_hidden_state.float()
         vectors = pool(states, batch["attention_mask"], config.pooling)
         vectors = normalize(vectors) if config.normalize else vectors
         return [{"embedding": vector} for vector in vectors.cpu().numpy()]

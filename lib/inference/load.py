@@ -6,14 +6,14 @@ from typing import Any
 import torch
 import transformers
 
-from lib.config.predict import PredictConfig
+from lib.config.predict import GENERATING, PredictConfig
 from lib.data.columns import TEXT_GUESSES
 from lib.data.trained_on import UNKNOWN, TrainedOn, input_length
 from lib.errors import UserError
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
 from lib.model.folder import check_vocabulary
-from lib.model.load import load_classifier, load_tokenizer, load_trained, longest_input
+from lib.model.load import load_classifier, load_tokenizer, load_trained, set_padding
 from lib.run.finished import TrainedModel
 
 MODELS = {
@@ -54,20 +54,16 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
 
     Raises UserError if the model cannot be loaded, was not trained for the task, or --max_length is too short.
     """
-    tokenizer = load_tokenizer(trained.source)
+    tokenizer = load_task_tokenizer(config, trained)
     if config.task not in MODELS:
-        model = load_classifier(trained.source)
+        model = load_classifier(trained.source, tokenizer)
     elif adapter_folder(trained.source) is not None:
         raise UserError(f"--task {config.task}: {config.model.model} is an adapter of a text classifier")
     else:
         kind = getattr(transformers, MODELS[config.task])
         model = load_trained(trained.source, kind, f"model for {config.task}")
+        set_padding(model.config, tokenizer)
     check_vocabulary(trained.source, model, tokenizer)
-    if getattr(model.config, "pad_token_id", None) is None:
-        # A decoder classifies by the last token that is not padding.
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-    tokenizer.model_max_length = min(tokenizer.model_max_length, longest_input(model) or tokenizer.model_max_length)
     if config.task not in MODELS or config.max_length or trained.trained_on.max_length:
         tokenizer.model_max_length = input_length(config.max_length, trained.trained_on, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
@@ -76,6 +72,17 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
     columns = text_columns(config, trained.trained_on)
     known = trained.trained_on if config.task == "sentiment-analysis" else UNKNOWN
     return Task(config, model.to(device).eval(), tokenizer, columns, known)
+
+
+def load_task_tokenizer(config: PredictConfig, trained: TrainedModel) -> Any:
+    """The tokenizer for a task: special tokens in a text are text, except where texts are written with them.
+
+    Raises UserError if it cannot be loaded.
+    """
+    tokenizer = load_tokenizer(trained.source)
+    if config.task in ("fill-mask", *GENERATING):
+        tokenizer.split_special_tokens = False
+    return tokenizer
 
 
 def text_columns(config: PredictConfig, trained_on: TrainedOn) -> tuple[Columns, ...]:

@@ -1,86 +1,93 @@
-"""Classification, zero-shot classification, fill-mask and NER, by the pipelines of transformers."""
+"""Classification, and zero-shot classification, fill-mask and NER by the pipelines of transformers."""
 
 import dataclasses
-import itertools
+import logging
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import DataCollatorWithPadding
 from transformers.pipelines import PipelineException
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
-from lib.data.batching import chunked
-from lib.data.tokenization import Windows, check_windows, encode_windows, stored_windows
+from lib.data.encoding import Encoder, model_inputs
+from lib.data.loader import build_collator, to_device
+from lib.data.tokenization import check_windows, stored_windows
 from lib.errors import UserError
+from lib.evaluation.padding import try_padding
 from lib.evaluation.predictions import DEFAULT_THRESHOLD
 from lib.evaluation.thresholds import stored_thresholds
 from lib.inference.inputs import Example
 from lib.inference.load import Task
 from lib.inference.stream import Predict, Prediction
-from lib.model.forward import pool_logits
+from lib.model.forward import compute_logits, pool_logits
 from lib.model.load import label_names
+from lib.model.padding import NOTES
+
+logger = logging.getLogger(__name__)
 
 
 def build_classification(task: Task) -> Predict:
     """Predictions with `label` and `probabilities` by class; multi-label: `labels`, those that reach their threshold.
 
     Thresholds are those in the model's configuration, else 0.5. With --function_to_apply none there are `logits` instead
-    of `probabilities`. Regression gives `score`, or `scores` by name if there are several.
+    of `probabilities`. Regression gives `score`, or `scores` by name if there are several. Token ids, batches and forward
+    are those of evaluation, so that the numbers are, too.
     """
-    config, pipe = task.config, task.pipeline()
-    names, problem = label_names(task.model), task.model.config.problem_type
-    function, windows = config.function_to_apply, stored_windows(task.tokenizer)
-    settings = {"top_k": None} | ({"function_to_apply": function} if function else {})
-    key = (
-        "logits" if function == "none" else "scores" if function is None and problem == REGRESSION else "probabilities"
-    )
-    stored = stored_thresholds(task.model.config)
+    config, tokenizer, model = task.config, task.tokenizer, task.model
+    names, problem, limit = label_names(model), model.config.problem_type, tokenizer.model_max_length
+    windows = stored_windows(tokenizer)
+    encoder = Encoder(tokenizer, limit, windows and dataclasses.replace(windows, max_length=limit))
+    collator = build_collator(tokenizer, "no", model.device, limit if task.trained_on.pad_to_max_length else None)
+    leak = try_padding(model, tokenizer, collator, limit) if config.inputs.several else None
+    if leak is not None:
+        logger.warning(NOTES[leak])
+    function = config.function_to_apply or usual_function(model.config)
+    key = "logits" if config.function_to_apply == "none" else "scores" if function == "none" else "probabilities"
+    stored = stored_thresholds(model.config)
     thresholds = np.full(len(names), DEFAULT_THRESHOLD) if stored is None else stored
-    if function == "none":
+    if key == "logits":
         thresholds = np.log(thresholds) - np.log1p(-thresholds)
-    threshold_of = dict(zip(names, thresholds.tolist(), strict=True))
 
+    @torch.inference_mode()
     def predict(examples: list[Example]) -> list[Prediction]:
-        if windows:
-            outputs = classify_windows(pipe, examples, windows, config.per_device_eval_batch_size, settings)
-        else:
-            inputs = [dict(zip(("text", "text_pair"), example.texts, strict=False)) for example in examples]
-            outputs = pipe(inputs, batch_size=len(examples), truncation=True, **settings)
-        return [to_prediction([(item["label"], item["score"]) for item in output]) for output in outputs]
+        columns = list(zip(*(example.texts for example in examples), strict=True))
+        if encoder.windows:
+            check_windows(tokenizer, encoder.windows, len(columns))
+        encoded = encoder(columns)
+        rows, counts = model_inputs(encoded), encoded.get("num_windows", [1] * len(examples))
+        logits = []
+        for start in range(0, len(rows), config.per_device_eval_batch_size):
+            batch = to_device(collator(rows[start : start + config.per_device_eval_batch_size]), model.device)
+            logits.append(compute_logits(model, batch, unpadded=leak is not None))
+        return [to_prediction(row) for row in pool_logits(torch.cat(logits), counts).cpu().numpy()]
 
-    def to_prediction(ranked: list[tuple[str, float]]) -> Prediction:
+    def to_prediction(logits: np.ndarray) -> Prediction:
+        scores = apply_function(function, logits)
         if key == "scores" and len(names) == 1:
-            return {"score": ranked[0][1]}
+            return {"score": float(scores[0])}
+        ranked = np.argsort(-logits, kind="stable").tolist()
         if problem == MULTI_LABEL:
-            chosen: Prediction = {"labels": [name for name, score in ranked if score >= threshold_of[name]]}
+            chosen: Prediction = {"labels": [names[i] for i in ranked if scores[i] >= thresholds[i]]}
         else:
-            chosen = {"label": ranked[0][0]} if len(names) > 1 else {}
-        ranked = ranked[: config.top_k] if config.top_k else sorted(ranked, key=lambda item: names.index(item[0]))
-        return chosen | {key: dict(ranked)}
+            chosen = {"label": names[ranked[0]]} if len(names) > 1 else {}
+        listed = ranked[: config.top_k] if config.top_k else range(len(names))
+        return chosen | {key: {names[i]: float(scores[i]) for i in listed}}
 
     return predict
 
 
-@torch.inference_mode()
-def classify_windows(
-    pipe: Any, examples: list[Example], windows: Windows, batch_size: int, settings: dict[str, Any]
-) -> list[Any]:
-    """The pipeline's output for texts of any length, from the mean logits of their windows.
+def usual_function(hf_config: Any) -> str:
+    """The function from logits to probabilities that fits the problem that a classifier was trained for."""
+    if hf_config.problem_type == REGRESSION:
+        return "none"
+    return "sigmoid" if hf_config.problem_type == MULTI_LABEL or hf_config.num_labels == 1 else "softmax"
 
-    Raises UserError for text pairs, which cannot be read in windows.
-    """
-    windows = dataclasses.replace(windows, max_length=pipe.tokenizer.model_max_length)
-    check_windows(pipe.tokenizer, windows, max(len(example.texts) for example in examples))
-    encoded = encode_windows(pipe.tokenizer, [example.texts[0] for example in examples], windows)
-    counts = encoded.pop("num_windows")
-    flat = {name: list(itertools.chain(*pieces)) for name, pieces in encoded.items()}
-    collator, logits = DataCollatorWithPadding(pipe.tokenizer), []
-    for indices in chunked(np.arange(sum(counts)), batch_size):
-        batch = collator([{name: values[i] for name, values in flat.items()} for i in indices])
-        logits.append(pipe.model(**batch.to(pipe.device)).logits.float())
-    _, _, settings = pipe._sanitize_parameters(**settings)
-    return [pipe.postprocess({"logits": row[None]}, **settings) for row in pool_logits(torch.cat(logits), counts).cpu()]
+
+def apply_function(function: str, logits: np.ndarray) -> np.ndarray:
+    """float64 (outputs,): the softmax, the sigmoid, or with `none` the logits themselves."""
+    from scipy.special import expit, softmax  # not before something is predicted
+
+    return {"softmax": softmax, "sigmoid": expit, "none": np.asarray}[function](logits.astype(np.float64))
 
 
 def build_zero_shot(task: Task) -> Predict:

@@ -37,7 +37,8 @@ def build_predict(task: Task) -> Predict:
     Raises UserError if the model or the options do not fit the task.
     """
     predict, tokenizer = BUILDERS[task.config.task](task), task.tokenizer
-    if task.config.task in (*GENERATING, "question-answering") or tokenizer.num_special_tokens_to_add():
+    own_way = ("feature-extraction", "question-answering", "sentiment-analysis")
+    if task.config.task in (*GENERATING, *own_way) or tokenizer.num_special_tokens_to_add():
         return predict
     # A decoder's tokenizer adds no special tokens, and models take no empty input: an empty text becomes one token.
     token = tokenizer.bos_token or tokenizer.eos_token or tokenizer.pad_token

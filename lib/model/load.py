@@ -17,8 +17,9 @@ from transformers import (
 from lib.config.sections import CLASSIFICATION, ModelConfig, ModelSource
 from lib.data.trained_on import KEY
 from lib.errors import UserError
-from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter
+from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter, read_json
 from lib.model.folder import check_settings, check_vocabulary, limited_memory
+from lib.model.forward import attend_by_length
 from lib.model.layers import backbone_of, freeze
 from lib.model.overrides import override
 from lib.model.source import (
@@ -30,26 +31,64 @@ from lib.model.source import (
     resolve_model,
 )
 
+FROM_PADDING = (
+    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
+"""Model types of the RoBERTa family: they count positions from the id of the padding token + 1."""
 
-def load_tokenizer(source: ModelSource) -> Any:
-    """The tokenizer of a model, or of an adapter's base model where the adapter has none of its own.
 
-    A tokenizer without a padding token (a decoder's) pads with its end token. Raises UserError if it has neither, or
-    cannot be loaded.
+def load_tokenizer(source: ModelSource, virtual_tokens: int = 0) -> Any:
+    """The tokenizer of a model, or of an adapter's base model where the adapter has none of its own, ready for the model.
+
+    `model_max_length` is at most the model's positions, of which --adapter prefix and prompt take `virtual_tokens`. Padding
+    has a token, the end token where there is no other, and stands where it moves no text to other positions. Special
+    tokens that a text spells out, such as [SEP], are text.
+
+    Raises UserError if the tokenizer cannot be loaded or has no token to pad with, or if no position is left.
     """
-    positions = overridden_length(source) if isinstance(source, ModelConfig) and source.config_overrides else None
     folder = adapter_folder(source)
+    model_source = source if folder is None else base_of(folder)
     if folder is not None:
-        source = ModelSource(str(folder)) if (folder / "tokenizer_config.json").is_file() else base_of(folder)
+        virtual_tokens = read_json(folder / "adapter_config.json").get("num_virtual_tokens") or virtual_tokens
+        source = ModelSource(str(folder)) if (folder / "tokenizer_config.json").is_file() else model_source
     tokenizer = read_tokenizer(source)
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+    if tokenizer.is_fast:  # slow ones would no longer know the words that users added either
+        tokenizer.split_special_tokens = True
+        tokenizer.init_kwargs["split_special_tokens"] = True  # saved with a trained model
+    hf_config = None
+    files = Path(resolve_model(model_source))
+    if (files / "config.json").is_file() or not files.is_dir():
+        hf_config = load_hf_config(model_source)
+        if isinstance(model_source, ModelConfig):
+            override(hf_config, model_source.config_overrides)
+            check_settings(model_source, hf_config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = padding_token(tokenizer, hf_config)
+    if tokenizer.pad_token is None:
         raise UserError(
             f"--model {source.model}: its tokenizer has neither a padding token nor an end token; add a pad_token to it"
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+    if hf_config is None:
+        return tokenizer  # a folder of a tokenizer alone
+    # XLNet reads the last position, which padding must not take; in other models padding on the left moves a text.
+    tokenizer.padding_side = "left" if getattr(hf_config, "summary_type", None) == "last" else "right"
+    positions = longest_input(hf_config)
+    if positions is not None and positions <= virtual_tokens:
+        raise UserError(
+            f"{virtual_tokens} virtual tokens leave no room for text in the {positions} positions of the model"
+        )
+    if positions is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions - virtual_tokens)
     return tokenizer
+
+
+def padding_token(tokenizer: Any, hf_config: Any) -> str | None:
+    """What a tokenizer without a padding token pads with: the token that the model takes for padding, else the end token."""
+    known = getattr(hf_config, "pad_token_id", None)
+    if isinstance(known, int) and 0 <= known < len(tokenizer):
+        return tokenizer.convert_ids_to_tokens(known)
+    return tokenizer.eos_token
 
 
 def build_model(
@@ -72,7 +111,7 @@ def build_model(
     hf_config.problem_type = problem_type
     for key in ("thresholds", KEY):  # of the labels and the data that a trained checkpoint had
         vars(hf_config).pop(key, None)
-    hf_config.pad_token_id = tokenizer.pad_token_id if hf_config.pad_token_id is None else hf_config.pad_token_id
+    set_padding(hf_config, tokenizer)
     override(hf_config, config.config_overrides)
     check_settings(config, hf_config)
     if config.from_scratch:
@@ -84,7 +123,7 @@ def build_model(
             check_weights(config, model, info)
     check_vocabulary(config, model, tokenizer)
     freeze(model, config.freeze)
-    return model, info
+    return attend_by_length(model), info
 
 
 def build_from_scratch(config: ModelConfig, hf_config: Any) -> tuple[PreTrainedModel, LoadingInfo]:
@@ -131,15 +170,20 @@ def layer_prefixes(names: Iterable[str]) -> set[str]:
     return {match[0] for match in found if match}
 
 
-def load_classifier(source: ModelSource) -> Any:
+def load_classifier(source: ModelSource, tokenizer: Any = None) -> Any:
     """A trained classifier in float32 as it is: a whole model, or an adapter with its head over its base model.
 
-    Raises UserError if it cannot be loaded, or its checkpoint has no trained head.
+    One that does not know its padding token learns it from `tokenizer`. Raises UserError if it cannot be loaded, or its
+    checkpoint has no trained head.
     """
     folder = adapter_folder(source)
-    if folder is not None:
-        return load_adapter(folder)
-    return load_trained(source, AutoModelForSequenceClassification, "classifier")
+    if folder is None:
+        model: Any = load_trained(source, AutoModelForSequenceClassification, "classifier")
+    else:
+        model = attend_by_length(load_adapter(folder))
+    if tokenizer is not None:
+        set_padding(model.config, tokenizer)
+    return model
 
 
 def load_trained(source: ModelSource, kind: Any, name: str) -> PreTrainedModel:
@@ -160,7 +204,14 @@ def load_trained(source: ModelSource, kind: Any, name: str) -> PreTrainedModel:
                 f"and {wanted} by config.json (num_labels, id2label, sizes of layers); correct it"
             )
         raise UserError(f"--model {source.model} is not a trained {name}: its weights lack {names}; train it first")
-    return model
+    return attend_by_length(model)
+
+
+def set_padding(hf_config: Any, tokenizer: Any) -> None:
+    """Tell a model without a padding token that of its tokenizer: a decoder classifies by the last token that is not it."""
+    for settings in (hf_config, hf_config.get_text_config()):
+        if getattr(settings, "pad_token_id", None) is None:
+            settings.pad_token_id = tokenizer.pad_token_id
 
 
 def label_names(model: PreTrainedModel) -> list[str]:
@@ -168,30 +219,21 @@ def label_names(model: PreTrainedModel) -> list[str]:
     return [model.config.id2label[number] for number in range(model.config.num_labels)]
 
 
-def longest_input(model: Any) -> int | None:
-    """The most tokens that a model has positions for; None where its number of positions is not known.
-
-    Models of the RoBERTa family count positions from the id of the padding token + 1. The virtual tokens of prefix and
-    prompt tuning take positions too.
-    """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None), -1)
-    padding += getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
-    return positions - padding - 1 if isinstance(positions, int) and positions > 0 else None
+def longest_input(hf_config: Any) -> int | None:
+    """The most tokens that a model has positions for; None where their number is not limited or not known."""
+    settings = hf_config.get_text_config()
+    if settings.model_type == "xlnet" or only_distances(settings):
+        return None
+    positions = getattr(settings, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    return positions - (settings.pad_token_id or 0) - 1 if settings.model_type in FROM_PADDING else positions
 
 
-def overridden_length(config: ModelConfig) -> int | None:
-    """`longest_input` under --config_overrides that change the number of positions; None under others."""
-    hf_config = load_hf_config(config)
-    before = getattr(hf_config, "max_position_embeddings", None)
-    override(hf_config, config.config_overrides)
-    check_settings(config, hf_config)
-    with loading_errors(config):
-        if getattr(hf_config, "max_position_embeddings", None) == before:
-            return None
-        with torch.device("meta"):
-            return longest_input(AutoModel.from_config(hf_config, trust_remote_code=config.trust_remote_code))
+def only_distances(settings: Any) -> bool:
+    """Whether the model reads the distances between tokens alone, as DeBERTa can."""
+    relative, positions = (getattr(settings, name, None) for name in ("relative_attention", "position_biased_input"))
+    return relative is True and positions is False
 
 
 def summarize_weight_names(names: list[str]) -> str:

@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from lib.config.sections import DataConfig, ModelConfig
 from lib.data.batching import padding_share
+from lib.data.encoding import Windows, encode_windows
 from lib.data.load import Data, load_data
 from lib.data.loader import Batches, Share, build_collator
-from lib.data.tokenization import Windows, choose_windows, encode_windows, stored_windows
+from lib.data.tokenization import choose_windows, stored_windows
 from lib.errors import UserError
 from lib.evaluation.scoring import predict
 from lib.inference.inputs import Example

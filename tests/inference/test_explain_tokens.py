@@ -7,6 +7,7 @@ from lib.model.load import load_tokenizer
 
 def test_every_step_from_text_to_batch_is_shown(roberta):
     tokenizer = load_tokenizer(ModelConfig(model=str(roberta)))
+    tokenizer.split_special_tokens = False  # as for --task fill-mask
     texts = ["a film", "the plot was <mask> strange"]
     lines = [line.split() for line in explain_tokens(tokenizer, texts).splitlines()]
     batch = tokenizer(texts, padding=True)

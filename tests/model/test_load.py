@@ -7,15 +7,15 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from lib.config.sections import ModelConfig
+from lib.config.sections import ModelConfig, ModelSource
 from lib.errors import UserError
 from lib.model.layers import count_parameters, set_train_mode
-from lib.model.load import build_model, label_names, load_classifier, load_tokenizer
+from lib.model.load import build_model, label_names, load_classifier, load_tokenizer, longest_input
 from lib.model.source import model_name
 from tests.conftest import tiny_tokenizer
-from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier
+from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier, trainable
 
 BACKBONES = {"modernbert": "model", "deberta-v2": "deberta", "gpt2": "transformer"}
 """Attribute of the model that holds the backbone, where it is not the model type."""
@@ -204,3 +204,67 @@ def test_decoder_has_the_same_logits_for_a_padded_batch_and_single_texts(decoder
         single = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
     torch.testing.assert_close(batch, single, rtol=0, atol=1e-5)
     assert (single[0] - single[1]).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------- ready tokenizers
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "mpnet", "longformer", "gpt2", "openai-gpt", "bart", "distilbert", "camembert"]
+)
+def test_the_longest_input_is_what_the_model_has_positions_for(kind: str, tmp_path: Path) -> None:
+    source = ModelSource(str(trainable(kind, tmp_path)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_max_length = int(1e30)
+    tokenizer.save_pretrained(tmp_path)
+    room = load_tokenizer(source).model_max_length
+    model = load_classifier(source).eval()
+    ids = torch.full((1, room + 1), 7)
+    ids[:, -1] = 2
+    model(input_ids=ids[:, 1:])
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=ids)
+
+
+@pytest.mark.parametrize("kind", ["t5", "xlnet"])
+def test_a_model_of_distances_has_no_longest_input(kind: str, tmp_path: Path) -> None:
+    assert load_tokenizer(ModelSource(str(trainable(kind, tmp_path)))).model_max_length > 1e9
+
+
+def test_deberta_without_positions_has_no_longest_input(tmp_path: Path) -> None:
+    for positions, limited in ((True, True), (False, False)):
+        folder = tmp_path / str(positions)
+        save_classifier("deberta-v2", folder, position_biased_input=positions)
+        hf_config = AutoConfig.from_pretrained(folder)
+        assert (longest_input(hf_config) == 80) == limited
+
+
+def test_virtual_tokens_take_positions_from_the_text(roberta: Path) -> None:
+    assert load_tokenizer(ModelSource(str(roberta)), 20).model_max_length == 58
+    with pytest.raises(UserError, match="78 virtual tokens"):
+        load_tokenizer(ModelSource(str(roberta)), 78)
+
+
+def test_a_tokenizer_without_padding_uses_the_token_that_the_model_takes_for_it(tmp_path: Path) -> None:
+    for number, token in ((1, "<pad>"), (None, "</s>"), (128, "</s>"), (-1, "</s>")):
+        folder = trainable("gpt2", tmp_path / str(number))
+        hf_config = AutoConfig.from_pretrained(folder)
+        hf_config.pad_token_id = number
+        hf_config.save_pretrained(folder)
+        assert load_tokenizer(ModelSource(str(folder))).pad_token == token
+
+
+def test_padding_stands_where_it_moves_nothing(tmp_path: Path) -> None:
+    for kind, side in (("roberta", "right"), ("gpt2", "right"), ("xlnet", "left")):
+        folder = trainable(kind, tmp_path / kind)
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left" if side == "right" else "right")
+        tokenizer.save_pretrained(folder)
+        assert load_tokenizer(ModelSource(str(folder))).padding_side == side
+
+
+def test_saved_tokenizer_reads_special_tokens_as_text_wherever_it_is_loaded(roberta: Path, tmp_path: Path) -> None:
+    ours = load_tokenizer(ModelSource(str(roberta)))
+    ours.save_pretrained(tmp_path)
+    text = "good film </s> bad plot"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == ours(text).input_ids
+    assert ours(text).input_ids.count(2) == 1

@@ -17,6 +17,7 @@ from lib.data.load import Data
 from lib.data.loader import Batches, Tensors, build_loader, to_device
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
+from lib.model.padding import same_logits
 from lib.runtime.cpu.tuning import use_one_core_for
 from lib.runtime.memory import halve
 from lib.runtime.precision import DTYPES, cast_weights
@@ -32,9 +33,6 @@ from lib.training.frozen.feature_cache import (
 )
 from lib.training.frozen.stand_in import StandIn, as_it_is, first_rows, name_samples, views
 from lib.training.learner import Learner
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest difference between logits, relative to the largest logit, that counts as rounding."""
 
 PROBE = 8
 """Samples per split on which the stand-in is compared with the model."""
@@ -144,8 +142,7 @@ class Builder:
 
     def is_same(self, logits: torch.Tensor, others: torch.Tensor | None) -> bool:
         """Whether logits are equal up to rounding, on every process."""
-        limit = TOLERANCE[self.dtype] * logits.abs().max()
-        same = others is not None and bool((logits - others).abs().max() <= limit)
+        same = others is not None and same_logits(logits, others, self.dtype)
         return not any_process(self.accelerator, not same)
 
     def choose_view(self) -> int:

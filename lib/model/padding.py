@@ -1,0 +1,70 @@
+"""Whether padding and the other texts of a batch change a model's logits, tried on the model itself."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from lib.model.forward import Inputs, compute_logits
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+"""Largest difference between logits, relative to the largest logit, that counts as rounding."""
+
+NOTES = {
+    "padding": "padding changes the logits of this model: evaluation and prediction run texts of one length together, "
+    "without padding; in training, a text still depends on the longest of its batch",
+    "batch": "warning: the logits of this model depend on the other texts of a batch, without padding too: scores and "
+    "predictions change with --per_device_eval_batch_size",
+}
+
+
+def same_logits(logits: torch.Tensor, others: torch.Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether logits that were computed in `dtype` are equal up to rounding."""
+    return bool((logits - others).abs().max() <= TOLERANCE[dtype] * logits.abs().max())
+
+
+def find_leak(model: Any, alone: Inputs, twice: Inputs, padded: Inputs) -> str | None:
+    """What changes a text's logits: "padding", "batch" (the other texts too), or nothing that is more than rounding.
+
+    The text is the first row of each batch: `alone`, in `twice` with another text of its length, in `padded` with a longer
+    one. Computed in float32 and eval mode, without drawing random numbers.
+    """
+    with in_full_precision(model):
+        try:
+            first = compute_logits(model, alone)
+            if same_logits(first, compute_logits(model, padded)[:1]):
+                return None
+            return "padding" if same_logits(first, compute_logits(model, twice)[:1]) else "batch"
+        except (RuntimeError, ValueError, IndexError):
+            return None  # made for one fixed length, such as Nystromformer
+
+
+@contextlib.contextmanager
+def in_full_precision(model: Any) -> Iterator[None]:
+    """Within, the unwrapped `model` runs in eval mode and float32, uncompiled; random numbers are those of before after it."""
+    training = {module: module.training for module in model.modules()}
+    forward, plain = vars(model).get("forward"), vars(model).get("_original_forward")
+    numbers, precision = np.random.get_state(), torch.get_float32_matmul_precision()
+    device = next(model.parameters()).device
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            torch.set_float32_matmul_precision("highest")
+            if forward is not None and plain is not None:
+                model.forward = plain  # accelerate's wrapper casts
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+            np.random.set_state(numbers)
+            if forward is not None and plain is not None:
+                model.forward = forward
+            for module, mode in training.items():
+                module.training = mode

@@ -1,0 +1,85 @@
+"""What padding does to a model is found out on the model; where it leaks, evaluation runs without it."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib.config.sections import ModelSource
+from lib.data.loader import build_collator
+from lib.evaluation.padding import try_padding
+from lib.model.forward import compute_logits
+from lib.model.load import load_classifier, load_tokenizer
+from lib.model.padding import find_leak
+from tests.tiny_models import trainable
+
+LEAKY = ("big_bird", "convbert", "fnet")
+CPU = torch.device("cpu")
+
+
+def parts(kind: str, folder: Path) -> tuple[Any, Any]:
+    source = ModelSource(str(trainable(kind, folder)))
+    tokenizer = load_tokenizer(source)
+    return load_classifier(source, tokenizer), tokenizer
+
+
+@pytest.mark.parametrize("kind", [*LEAKY, "roberta", "gpt2", "xlnet", "t5"])
+def test_models_whose_logits_padding_changes_are_found(kind: str, tmp_path: Path) -> None:
+    model, tokenizer = parts(kind, tmp_path)
+    model.train()
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    found = try_padding(model, tokenizer, build_collator(tokenizer, "no", CPU), tokenizer.model_max_length)
+    assert found == ("padding" if kind in LEAKY else None)
+    assert model.training
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == np.random.get_state()[1].tolist()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_without_padding_are_those_of_each_text_alone(side: str, tmp_path: Path) -> None:
+    model, tokenizer = parts("fnet", tmp_path)
+    model.eval()
+    tokenizer.padding_side = side
+    texts = ["film", "a plot was", "the film", "good", "a bad film", "dull " * 20]
+    with torch.inference_mode():
+        alone = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+        batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+        found = compute_logits(model, batch, unpadded=True)
+        padded = compute_logits(model, batch)
+    assert torch.allclose(found, alone, atol=1e-6)
+    assert not torch.allclose(padded, alone, atol=1e-2)
+
+
+def test_a_model_that_mixes_the_texts_of_a_batch_is_found() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            values = (input_ids * attention_mask).sum(dim=1, keepdim=True).float()
+            return SimpleNamespace(logits=self.weight * (values - values.mean()) + torch.tensor([[1.0, 2.0]]))
+
+    def batch(*rows: list[int]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(rows)
+        return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    found = find_leak(Mixing(), batch([3, 4]), batch([3, 4], [9, 9]), batch([3, 4, 0, 0], [7, 8, 9, 9]))
+    assert found == "batch"
+
+
+def test_short_texts_do_not_change_how_big_bird_reads_long_ones(tmp_path: Path) -> None:
+    model, _ = parts("big_bird", tmp_path)
+    model.eval()
+    long = torch.arange(40)[None] % 60 + 5
+    with torch.inference_mode():
+        first = model(input_ids=long).logits
+        model(input_ids=long[:, :4])
+        state = torch.get_rng_state()
+        again = model(input_ids=long).logits
+    assert torch.equal(first, again)
+    assert torch.equal(state, torch.get_rng_state())
