@@ -1,101 +1,157 @@
-"""Texts become token ids, cached on disk for later runs and other processes; long texts are cut or read in windows."""
+"""Texts become token ids; long texts are cut or read in windows."""
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Sequence
-from typing import Any
+import functools
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
-import tokenizers
-import transformers
+import pyarrow as pa
 from datasets import Dataset
-from datasets.fingerprint import Hasher
+from transformers.tokenization_utils_base import PaddingStrategy, PreTrainedTokenizerBase, TruncationStrategy
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from lib.config.sections import DataConfig
 from lib.errors import UserError
-from lib.hub.endpoint import datasets_cache
 
 WINDOWS_KEY = "windows"
 """The key in tokenizer_config.json under which a trained model's windows are saved."""
+
+ENCODER: Any = None
+"""In a worker process: tokenizer, limit and windows."""
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Overlapping windows of at most `max_length` tokens, special tokens included; neighbors share `stride` tokens."""
 
-    # The repr is part of the cache key of token ids: a renamed class or field would tokenize all data again.
     max_length: int
     stride: int
 
 
 def tokenize(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
-) -> Dataset:
-    """Unpadded token ids, truncated to max_length or split into windows, from the cache where they are.
+    texts: Iterator[list[list[str]]], tokenizer: Any, limit: int, windows: Windows | None, workers: int | None = None
+) -> Iterator[pa.Table]:
+    """Unpadded token ids of each chunk of texts (a list for each text column), truncated to `limit` or in windows.
 
-    Columns: input_ids, token_type_ids if the tokenizer makes them, labels, length (tokens of the text), truncated (whether
-    it is too long), and num_windows with windows. Raises UserError when max_length leaves no room for text.
+    Columns: input_ids, token_type_ids if the tokenizer makes them, length (tokens of the text), truncated (whether it is
+    too long), and num_windows with windows. A fast tokenizer uses all cores; the work of another one is shared by
+    `workers` processes. Memory holds a few chunks.
     """
-    limit = min(config.max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
-    if limit < special + len(text_columns):
-        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
+    if tokenizer.is_fast:  # a thread encodes the next chunk while this one is converted
+        with ThreadPoolExecutor(1) as pool:
+            yield from map(tabulate, ahead(pool, functools.partial(encode, tokenizer, limit, windows), texts, 1))
+    elif workers and workers > 1:  # forked processes get the tokenizer as it is
+        with ProcessPoolExecutor(
+            workers, multiprocessing.get_context("fork"), set_encoder, (tokenizer, limit, windows)
+        ) as pool:
+            yield from map(tabulate, ahead(pool, encode_in_worker, texts, 2 * workers))
+    else:
+        yield from (tabulate(encode(tokenizer, limit, windows, chunk)) for chunk in texts)
 
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        # Empty texts are kept: they have special tokens, and without them rows and predictions would not match.
-        texts = [list(rows[column]) for column in text_columns]
-        if windows:
-            split = encode_windows(tokenizer, texts[0], windows)
-            sizes = [sum(map(len, pieces)) for pieces in split["input_ids"]]
-            long = [count > 1 for count in split["num_windows"]]
-            return split | {"labels": rows["labels"], "length": sizes, "truncated": long}
+
+def ahead(pool: Executor, function: Callable[[Any], T], items: Iterable[Any], depth: int) -> Iterator[T]:
+    """`function` of each item, in order; `pool` is at most `depth` items ahead of the one that is waited for."""
+    pending: deque[Future[T]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def set_encoder(*settings: Any) -> None:
+    """Give a worker process the tokenizer, the limit and the windows that it encodes with."""
+    global ENCODER
+    ENCODER = settings
+
+
+def encode_in_worker(texts: list[list[str]]) -> dict[str, list[Any]]:
+    tokenizer, limit, windows = ENCODER
+    return encode(tokenizer, limit, windows, texts)
+
+
+def encode(tokenizer: Any, limit: int, windows: Windows | None, texts: list[list[str]]) -> dict[str, list[Any]]:
+    """The columns of `tokenize` as lists, an item for each text."""
+    # Empty texts are kept: they have special tokens, and without them rows and predictions would not match.
+    encoded: dict[str, list[Any]]
+    if has_plain_call(tokenizer):
+        encoded = call_backend(tokenizer, limit, windows, texts)
+    elif windows:
+        encoded = encode_windows(tokenizer, texts[0], windows)
+    else:
         batch = tokenizer(*texts, truncation=True, max_length=limit)
-        ids = batch["input_ids"]
-        cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else [len(i) >= limit for i in ids]
-        encoded = {"input_ids": ids, "labels": rows["labels"], "length": [len(i) for i in ids], "truncated": cut}
-        if "token_type_ids" in batch:
-            encoded["token_type_ids"] = batch["token_type_ids"]
-        return encoded
+        encoded = {name: batch[name] for name in ("input_ids", "token_type_ids") if name in batch}
+        cut = [bool(e.overflowing) for e in batch.encodings] if batch.encodings else None
+        encoded["truncated"] = cut or [len(ids) >= limit for ids in batch["input_ids"]]
+    if windows:
+        encoded["length"] = [sum(map(len, pieces)) for pieces in encoded["input_ids"]]
+        encoded["truncated"] = [count > 1 for count in encoded["num_windows"]]
+    else:
+        encoded["length"] = list(map(len, encoded["input_ids"]))
+    return encoded
 
-    key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
-    cache = datasets_cache() / "tokens" / f"{key}.arrow"
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        usable = cache.is_file() or os.access(cache.parent, os.W_OK)
-    except OSError:
-        usable = False
-    return dataset.map(
-        encode,
-        batched=True,
-        remove_columns=dataset.column_names,
-        num_proc=config.preprocessing_num_workers,
-        desc="tokenize",
-        new_fingerprint=key,
-        cache_file_name=str(cache) if usable else None,
+
+def has_plain_call(tokenizer: Any) -> bool:
+    """Whether the tokenizer's own call adds nothing to that of its backend."""
+    kind = type(tokenizer)
+    return (
+        isinstance(tokenizer, TokenizersBackend)
+        and kind._encode_plus is TokenizersBackend._encode_plus
+        and kind.__call__ is PreTrainedTokenizerBase.__call__
     )
 
 
-def tokens_key(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], limit: int, windows: Windows | None
-) -> str:
-    """Hash of everything that token ids depend on, the same in every process and run.
+def call_backend(tokenizer: Any, limit: int, windows: Windows | None, texts: list[list[str]]) -> dict[str, list[Any]]:
+    """What the tokenizer's call returns, a third faster: without offsets and masks, which nobody reads."""
+    longest, stride = TruncationStrategy.LONGEST_FIRST, windows.stride if windows else 0
+    tokenizer.set_truncation_and_padding(PaddingStrategy.DO_NOT_PAD, longest, limit, stride, None, None)
+    backend = tokenizer.backend_tokenizer
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    encodings = backend.encode_batch_fast(texts[0] if len(texts) == 1 else list(zip(*texts, strict=True)))
+    names = {"input_ids": "ids"}
+    if "token_type_ids" in tokenizer.model_input_names:
+        names["token_type_ids"] = "type_ids"
+    if windows:
+        pieces = [[first, *first.overflowing] for first in encodings]
+        encoded = {name: [[getattr(p, kind) for p in row] for row in pieces] for name, kind in names.items()}
+        return encoded | {"num_windows": list(map(len, pieces))}
+    encoded = {name: [getattr(encoding, kind) for encoding in encodings] for name, kind in names.items()}
+    rows = zip(encodings, encoded["input_ids"], strict=True)
+    return encoded | {"truncated": [len(ids) >= limit and bool(encoding.overflowing) for encoding, ids in rows]}
 
-    The cache of `datasets` itself does not do: it forgets data that come from memory, and tokenizing a split changes the
-    hash of the tokenizer.
-    """
-    digest = hashlib.sha256(f"{limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode())
-    digest.update(f"{type(tokenizer)} {tokenizer.model_input_names} {dataset.features}".encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        digest.update(Hasher.hash(tokenizer).encode())
-    else:
-        backend.no_truncation()  # left by the previous call; every call sets its own
-        backend.no_padding()
-        digest.update(backend.to_str().encode())
-    for rows in dataset.select_columns([*text_columns, "labels"]).iter(batch_size=10_000):
-        digest.update(repr(rows).encode(errors="surrogatepass"))
-    return digest.hexdigest()[:32]
+
+def tabulate(encoded: dict[str, list[Any]]) -> pa.Table:
+    """The columns of `encode` as an Arrow table."""
+    kinds = {"input_ids": np.int32, "token_type_ids": np.int8}
+    columns = {name: pa.array(values) for name, values in encoded.items() if name not in kinds}
+    tokens = {name: nested(encoded[name], kind) for name, kind in kinds.items() if name in encoded}
+    return pa.table(tokens | columns)
+
+
+def nested(lists: list[Any], dtype: Any) -> pa.ListArray:
+    """Lists of numbers, or lists of such lists, as an Arrow array; through NumPy, not one Python object at a time."""
+    starts, values = np.cumsum([0, *map(len, lists)], dtype=np.int32), itertools.chain.from_iterable(lists)
+    if lists and lists[0] and isinstance(lists[0][0], list):
+        return pa.ListArray.from_arrays(starts, nested(list(values), dtype))
+    return pa.ListArray.from_arrays(starts, np.fromiter(values, dtype, int(starts[-1])))
+
+
+def token_limit(tokenizer: Any, config: DataConfig, num_columns: int) -> int:
+    """The most tokens of a text. Raises UserError when it leaves no room for text."""
+    limit = min(config.max_length, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=num_columns == 2)
+    if limit < special + num_columns:
+        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
+    return int(limit)
 
 
 def truncation_notes(
