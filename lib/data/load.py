@@ -118,12 +118,12 @@ def load_data(
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
     identity, trained = data_identity(config), label_names is not None
+    asked = (splits, label_names, model_problem, trained_on)
     windows = stored_windows(tokenizer) if trained and config.window_stride is None else None
-    facts = (splits, label_names, model_problem, trained_on, windows)
-    key = None if identity is None else prepared_key(identity, config, tokenizer, *facts)
+    key = None if identity is None else prepared_key(identity, config, tokenizer, windows, *asked)
 
     def prepare(folder: Path) -> None:
-        prepare_data(folder, config, tokenizer, splits, label_names, model_problem, trained_on)
+        prepare_data(folder, config, tokenizer, *asked)
         if data_identity(config) != identity:
             raise UserError("the data were changed while they were read; start again when they are complete")
 

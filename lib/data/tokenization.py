@@ -111,7 +111,8 @@ def has_plain_call(tokenizer: Any) -> bool:
 
 def call_backend(tokenizer: Any, limit: int, windows: Windows | None, texts: list[list[str]]) -> dict[str, list[Any]]:
     """What the tokenizer's call returns, a third faster: without offsets and masks, which nobody reads."""
-    longest, stride = TruncationStrategy.LONGEST_FIRST, windows.stride if windows else 0
+    longest = TruncationStrategy.LONGEST_FIRST
+    limit, stride = (windows.max_length, windows.stride) if windows else (limit, 0)
     tokenizer.set_truncation_and_padding(PaddingStrategy.DO_NOT_PAD, longest, limit, stride, None, None)
     backend = tokenizer.backend_tokenizer
     if backend.encode_special_tokens != tokenizer.split_special_tokens:
