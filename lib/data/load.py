@@ -119,8 +119,8 @@ def load_data(
     """
     identity, trained = data_identity(config), label_names is not None
     asked = (splits, label_names, model_problem, trained_on)
-    windows = stored_windows(tokenizer) if trained and config.window_stride is None else None
-    key = None if identity is None else prepared_key(identity, config, tokenizer, windows, *asked)
+    windows = stored_windows(tokenizer) if trained else None
+    key = None if identity is None else prepared_key(identity, config, tokenizer, windows and windows.stride, *asked)
 
     def prepare(folder: Path) -> None:
         prepare_data(folder, config, tokenizer, *asked)
