@@ -41,7 +41,8 @@ def write_data(folder: Path, samples: int | None, eval_samples: int | None) -> d
     limits = DataConfig(max_train_samples=samples, max_eval_samples=eval_samples)
     texts = {}
     for split, dataset in load_movie_reviews("five").items():
-        rows = subsample(dataset, split, limits)
+        chosen = subsample(len(dataset), split, limits)
+        rows = dataset if chosen is None else dataset.select(chosen)
         lines = [json.dumps(row | {"label_text": FIVE_NAMES[row["label"]]}) + "\n" for row in rows]
         (folder / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
         texts[split] = list(rows["text"])

@@ -184,7 +184,7 @@ class DataConfig:
     max_eval_samples: Annotated[int | None, COUNT] = None
     """Use a fixed random subset of n samples of every other split, for a quick try."""
     preprocessing_num_workers: Annotated[int | None, WORKERS] = None
-    """Number of processes for tokenization. [default: 1, since the tokenizer already uses threads]"""
+    """Number of processes for a tokenizer written in Python. [default: 1; fast tokenizers use all cores without it]"""
 
     def __post_init__(self) -> None:
         check_values(self)

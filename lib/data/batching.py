@@ -76,12 +76,15 @@ def padding_share(
 
     A sample of more than `window` tokens takes several rows of at most `window`.
     """
-    if not len(lengths):
+    pieces = [piece for piece in pieces if len(piece)]
+    if not pieces:
         return 0.0
-    counts = count_windows(lengths, window)
-    longest, multiple = np.minimum(lengths, window or lengths), multiple or 1
-    positions = sum(-(-int(longest[i].max()) // multiple) * multiple * int(counts[i].sum()) for i in pieces if len(i))
-    return 1.0 - sum(int(lengths[i].sum()) for i in pieces) / float(positions)
+    order, starts = np.concatenate(pieces), np.cumsum([0, *map(len, pieces[:-1])])
+    taken, multiple = lengths[order], multiple or 1
+    longest = np.maximum.reduceat(np.minimum(taken, window or taken), starts)
+    rows = np.add.reduceat(count_windows(taken, window), starts)
+    positions = int((-(-longest // multiple) * multiple * rows).sum())
+    return 1.0 - int(taken.sum()) / float(positions)
 
 
 def count_windows(lengths: np.ndarray, window: int | None) -> np.ndarray:

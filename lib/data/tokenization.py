@@ -1,83 +1,95 @@
-"""Texts become token ids, cached on disk for later runs and other processes; long texts are cut or read in windows."""
+"""Texts become token ids; long texts are cut or read in windows."""
 
 import dataclasses
-import hashlib
-import os
-from collections.abc import Sequence
-from typing import Any
+import itertools
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
-import tokenizers
-import transformers
+import pyarrow as pa
 from datasets import Dataset
-from datasets.fingerprint import Hasher
 
 from lib.config.sections import DataConfig
-from lib.data.encoding import ENCODING, Encoder, Windows
+from lib.data.encoding import Encoder, Windows
 from lib.errors import UserError
-from lib.hub.endpoint import datasets_cache
 
 WINDOWS_KEY = "windows"
 """The key in tokenizer_config.json under which a trained model's windows are saved."""
 
+ENCODER: Any = None
+"""In a worker process: what it encodes with."""
+
+T = TypeVar("T")
+
 
 def tokenize(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], config: DataConfig, windows: Windows | None
-) -> Dataset:
-    """Unpadded token ids, truncated to max_length or split into windows, from the cache where they are.
+    texts: Iterator[list[list[str]]], tokenizer: Any, limit: int, windows: Windows | None, workers: int | None = None
+) -> Iterator[pa.Table]:
+    """Unpadded token ids of each chunk of texts (a list for each text column), truncated to `limit` or in windows.
 
-    Columns: input_ids, token_type_ids if the tokenizer makes them, labels, length (tokens of the text), truncated (whether
-    it is too long), and num_windows with windows. Raises UserError when max_length leaves no room for text.
+    Columns: input_ids, token_type_ids if the tokenizer makes them, length (tokens of the text), truncated (whether it is
+    too long), and num_windows with windows. A fast tokenizer uses all cores; the work of another one is shared by
+    `workers` processes. Memory holds a few chunks.
     """
-    limit = min(config.max_length, tokenizer.model_max_length)
-    special = tokenizer.num_special_tokens_to_add(pair=len(text_columns) == 2)
-    if limit < special + len(text_columns):
-        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
-
-    def encode(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return encoder([rows[column] for column in text_columns]) | {"labels": rows["labels"]}
-
-    key = tokens_key(dataset, tokenizer, text_columns, limit, windows)
     encoder = Encoder(tokenizer, limit, windows)
-    cache = datasets_cache() / "tokens" / f"{key}.arrow"
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        usable = cache.is_file() or os.access(cache.parent, os.W_OK)
-    except OSError:
-        usable = False
-    return dataset.map(
-        encode,
-        batched=True,
-        remove_columns=dataset.column_names,
-        num_proc=config.preprocessing_num_workers,
-        desc="tokenize",
-        new_fingerprint=key,
-        cache_file_name=str(cache) if usable else None,
-    )
-
-
-def tokens_key(
-    dataset: Dataset, tokenizer: Any, text_columns: Sequence[str], limit: int, windows: Windows | None
-) -> str:
-    """Hash of everything that token ids depend on, the same in every process and run.
-
-    The cache of `datasets` itself does not do: it forgets data that come from memory, and tokenizing a split changes the
-    hash of the tokenizer.
-    """
-    digest = hashlib.sha256(
-        f"{ENCODING} {limit} {windows} {tokenizers.__version__} {transformers.__version__}".encode()
-    )
-    digest.update(f"{type(tokenizer)} {tokenizer.model_input_names} {dataset.features}".encode())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        digest.update(Hasher.hash(tokenizer).encode())
+    if tokenizer.is_fast:  # a thread encodes the next chunk while this one is converted
+        with ThreadPoolExecutor(1) as pool:
+            yield from map(tabulate, ahead(pool, encoder, texts, 1))
+    elif workers and workers > 1:  # forked processes get the tokenizer as it is
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), set_encoder, (encoder,)) as pool:
+            yield from map(tabulate, ahead(pool, encode_in_worker, texts, 2 * workers))
     else:
-        backend.no_truncation()  # left by the previous call; every call sets its own
-        backend.no_padding()
-        digest.update(backend.to_str().encode())
-    for rows in dataset.select_columns([*text_columns, "labels"]).iter(batch_size=10_000):
-        digest.update(repr(rows).encode(errors="surrogatepass"))
-    return digest.hexdigest()[:32]
+        yield from map(tabulate, map(encoder, texts))
+
+
+def ahead(pool: Executor, function: Callable[[Any], T], items: Iterable[Any], depth: int) -> Iterator[T]:
+    """`function` of each item, in order; `pool` is at most `depth` items ahead of the one that is waited for."""
+    pending: deque[Future[T]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def set_encoder(encoder: Encoder) -> None:
+    """Give a worker process what it encodes with."""
+    global ENCODER
+    ENCODER = encoder
+
+
+def encode_in_worker(texts: list[list[str]]) -> dict[str, list[Any]]:
+    encoded: dict[str, list[Any]] = ENCODER(texts)
+    return encoded
+
+
+def tabulate(encoded: dict[str, list[Any]]) -> pa.Table:
+    """The columns of an Encoder as an Arrow table."""
+    kinds = {"input_ids": np.int32, "token_type_ids": np.int8}
+    columns = {name: pa.array(values) for name, values in encoded.items() if name not in kinds}
+    tokens = {name: nested(encoded[name], kind) for name, kind in kinds.items() if name in encoded}
+    return pa.table(tokens | columns)
+
+
+def nested(lists: list[Any], dtype: Any) -> pa.ListArray:
+    """Lists of numbers, or lists of such lists, as an Arrow array; through NumPy, not one Python object at a time."""
+    starts, values = np.cumsum([0, *map(len, lists)], dtype=np.int32), itertools.chain.from_iterable(lists)
+    if lists and lists[0] and isinstance(lists[0][0], list):
+        return pa.ListArray.from_arrays(starts, nested(list(values), dtype))
+    return pa.ListArray.from_arrays(starts, np.fromiter(values, dtype, int(starts[-1])))
+
+
+def token_limit(tokenizer: Any, config: DataConfig, num_columns: int) -> int:
+    """The most tokens of a text. Raises UserError when it leaves no room for text."""
+    limit = min(config.max_length, tokenizer.model_max_length)
+    special = tokenizer.num_special_tokens_to_add(pair=num_columns == 2)
+    if limit < special + num_columns:
+        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
+    return int(limit)
 
 
 def truncation_notes(
@@ -120,9 +132,18 @@ def choose_windows(
 
 
 def stored_windows(tokenizer: Any) -> Windows | None:
-    """The windows that a tokenizer's model was trained with; None: it truncates long texts."""
+    """The windows that a tokenizer's model was trained with; None: it truncates long texts. Raises UserError if damaged."""
     stored = tokenizer.init_kwargs.get(WINDOWS_KEY)
-    return Windows(**stored) if stored else None
+    if not stored:
+        return None
+    try:
+        windows = Windows(int(stored["max_length"]), int(stored["stride"]))
+    except (TypeError, KeyError, ValueError):
+        raise UserError(
+            f"tokenizer_config.json of {tokenizer.name_or_path}: {WINDOWS_KEY} is {stored!r}, not max_length and stride; "
+            "correct or remove it"
+        ) from None
+    return windows
 
 
 def check_windows(tokenizer: Any, windows: Windows, num_columns: int) -> None:

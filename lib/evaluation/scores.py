@@ -70,7 +70,7 @@ def choose_metrics(
         listed = ", ".join(names)
         raise UserError(f"--metric_for_best_model {metric_for_best_model} is not among the metrics: {listed}, loss")
     if "train" in data.tokens and "validation" in data.tokens and best != "loss":
-        check_defined(best, np.asarray(data.tokens["validation"]["labels"][:]), data)
+        check_defined(best, data.labels("validation"), data)
     return Metrics(names, best)
 
 

@@ -31,7 +31,7 @@ def describe_run(
         "data": f"{data.name}: {sizes}",
         "columns": describe_columns(data),
         "length": describe_length(data),
-        "labels": summarize_labels(data.tokens["train"]["labels"][:], data.label_names, data.problem_type),
+        "labels": summarize_labels(data.labels("train"), data.label_names, data.problem_type),
         "metrics": f"{', '.join(settings['run/metrics'])}; the best model by {settings['run/metric_for_best_model']}",
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",

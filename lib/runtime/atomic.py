@@ -1,5 +1,6 @@
 """Folders written whole or not at all: built aside, listed in a manifest with size and sha256, published by one rename."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -7,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,31 @@ def publish_folder(fresh: Path, target: Path) -> None:
         os.rename(fresh, target)
         sync(target.parent)
     shutil.rmtree(target.with_name(f".old-{target.name}"), ignore_errors=True)
+
+
+def remove_unused(folder: Path, limit: float, keep: Path | None = None) -> None:
+    """Keep the most recently used published folders in `folder`, up to `limit` bytes in total, and `keep` in any case.
+
+    The time of use is that of the manifest.
+    """
+    entries = sorted(folder.glob(f"[!.]*/{MANIFEST}"), key=modified, reverse=True)
+    total = 0
+    for manifest in entries:
+        with contextlib.suppress(OSError):  # another process deletes as well
+            total += sum(path.stat().st_size for path in manifest.parent.iterdir())
+            if total > limit and manifest.parent != keep:
+                shutil.rmtree(manifest.parent, ignore_errors=True)
+    for path in folder.glob(".tmp-*"):  # of a run that was killed
+        if time.time() - modified(path) > 86_400:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def modified(path: Path) -> float:
+    """When a file was last written; now, if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return time.time()
 
 
 def exchange(a: Path, b: Path) -> bool:

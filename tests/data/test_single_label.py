@@ -109,7 +109,7 @@ def test_whole_numbers_as_floats_equal_integers() -> None:
 def test_column_named_labels_is_read_before_it_is_replaced() -> None:
     splits = {"train": Dataset.from_dict({"text": ["x", "y", "z"], "labels": ["b", "a", "b"]})}
     targets = encode_classes(splits, "labels")
-    assert (list(targets.attach(splits)["train"]["labels"]), targets.names) == ([1, 0, 1], ["a", "b"])
+    assert (targets.labels["train"].tolist(), targets.names) == ([1, 0, 1], ["a", "b"])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
-"""Targets: the column `labels` that is attached to the labeled splits."""
+"""Targets: encoded labels as Arrow arrays."""
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, List, Value
+from datasets import Features, List, Value
 
-from lib.data.labels.targets import Targets
-
-
-def rows(count: int) -> Dataset:
-    return Dataset.from_dict({"text": [f"text {row}" for row in range(count)], "labels": ["old"] * count})
+from lib.data.labels.targets import as_arrow
 
 
 @pytest.mark.parametrize(
@@ -19,17 +15,7 @@ def rows(count: int) -> Dataset:
         (np.array([[1, 0], [0, 0], [1, 1]], dtype=np.float32), List(Value("float32"))),
     ],
 )
-def test_labels_replace_the_stored_column_in_their_own_type(labels: np.ndarray, feature: object) -> None:
-    attached = Targets({"train": labels}, feature, ["a", "b", "c"]).attach({"train": rows(3), "test": rows(2)})
-    assert list(attached) == ["train"]
-    assert attached["train"]["labels"][:] == labels.tolist()
-    assert attached["train"].features == Features({"text": Value("string"), "labels": feature})
-
-
-def test_other_labels_of_the_same_rows_have_another_fingerprint() -> None:
-    def fingerprint(*labels: int) -> str:
-        targets = Targets({"train": np.array(labels)}, Value("int64"), ["a", "b"])
-        return targets.attach({"train": rows(2)})["train"]._fingerprint
-
-    assert fingerprint(0, 1) == fingerprint(0, 1)
-    assert fingerprint(0, 1) != fingerprint(1, 0)
+def test_labels_become_arrow_arrays_of_their_own_type(labels: np.ndarray, feature: object) -> None:
+    column = as_arrow(labels, feature)
+    assert column.to_pylist() == labels.tolist()
+    assert column.type == Features({"labels": feature}).arrow_schema.field("labels").type

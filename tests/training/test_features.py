@@ -19,9 +19,9 @@ from torch import nn
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
 from lib.run.checkpoint import list_checkpoints
-from lib.runtime.atomic import find_damage
+from lib.runtime.atomic import find_damage, remove_unused
 from lib.training.frozen import features
-from lib.training.frozen.feature_cache import load_features, remove_unused, save_features
+from lib.training.frozen.feature_cache import load_features, save_features
 from lib.training.frozen.features import cache_features
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import TIMING, differences, run_flags, without

@@ -1,13 +1,12 @@
 """Targets: the column `labels` that a model learns, and the checks that all kinds of labels share."""
 
 import dataclasses
-import hashlib
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Features
 
 from lib.data.labels.names import is_blank, quoted
 from lib.data.labels.numerals import INTEGER, WHOLE
@@ -29,21 +28,6 @@ class Targets:
     feature: Any
     names: list[str]
     notes: tuple[str, ...] = ()
-
-    def attach(self, splits: dict[str, Dataset]) -> dict[str, Dataset]:
-        """The labeled splits with their targets as column `labels`."""
-        attached = {}
-        for split, labels in self.labels.items():
-            dataset = splits[split]
-            if "labels" in dataset.column_names:
-                dataset = dataset.remove_columns("labels")
-            # Without a fingerprint of ours, `datasets` would pickle all labels to hash them.
-            digest = hashlib.sha256(f"{dataset._fingerprint} {labels.dtype} {labels.shape}".encode())
-            digest.update(np.ascontiguousarray(labels).data)
-            attached[split] = dataset.add_column(
-                "labels", as_arrow(labels, self.feature), new_fingerprint=digest.hexdigest()[:16], feature=self.feature
-            )
-        return attached
 
 
 def as_arrow(labels: np.ndarray, feature: Any) -> Any:

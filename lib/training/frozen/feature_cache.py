@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 
 from lib.errors import first_line
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, write_manifest
+from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, remove_unused, write_manifest
 
 NAMES_ONLY = ("id2label", "label2id", "problem_type", "_name_or_path", "transformers_version")
 """Settings of a model that do not change what its frozen part computes."""
@@ -92,16 +91,3 @@ def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], 
         shutil.rmtree(fresh, ignore_errors=True)
         return first_line(error)
     return None
-
-
-def remove_unused(folder: Path, limit: float) -> None:
-    """Keep the most recently used features of `folder`, up to `limit` bytes in total."""
-    entries = sorted(folder.glob(f"[!.]*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for manifest in entries:
-        total += sum(path.stat().st_size for path in manifest.parent.iterdir())
-        if total > limit:
-            shutil.rmtree(manifest.parent, ignore_errors=True)
-    for path in folder.glob(".tmp-*"):  # of a run that was killed
-        if time.time() - path.stat().st_mtime > 86_400:
-            shutil.rmtree(path, ignore_errors=True)
