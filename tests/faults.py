@@ -235,7 +235,7 @@ def killed_at_random(lab: Laboratory, processes: int, times: int) -> str:
 def damaged(lab: Laboratory, how: str) -> str:
     """The newest checkpoint is damaged; the run is started again."""
     folder = lab.new()
-    shutil.copytree(lab.reference(1), folder)
+    shutil.copytree(lab.reference(1), folder, ignore=shutil.ignore_patterns("results.json"))
     newest = list_checkpoints(folder / "checkpoints")[0]
     weights = newest / "model.safetensors"
     if how == "truncated":

@@ -30,6 +30,7 @@ OF_OTHER_PROGRAMS = {
     "torchrun, sbatch, ruff": "--max-restarts --signal --requeue --check",
     "every script": "--config --help",
     "the note's script": "--epoch --card_id",
+    "Trainer and its examples": "--fp16 --gradient_accumulation_steps --dev_file --push_to_hub",
 }
 
 

@@ -199,10 +199,11 @@ def test_more_epochs_in_the_same_folder_are_refused_unless_allowed(call, roberta
 # ---------------------------------------------------------------------------------------------------- launching
 
 
-def test_two_processes_that_each_believe_to_be_alone_are_refused(run, roberta, tmp_path):
+def test_two_processes_for_gpus_that_are_not_there_are_refused_with_the_line_for_a_cpu(run, roberta, tmp_path):
     env = {"ACCELERATE_USE_CPU": "false"}
     done = run("train.py", *file_flags(tmp_path, roberta), processes=2, code=1, env=env)
-    assert "believes it is alone" in done.stderr
+    assert "--multi_gpu of the launcher" in done.stderr
+    assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in done.stderr
     assert not (tmp_path / "outputs").exists()
 
 

@@ -80,10 +80,12 @@ def check_devices() -> list[str]:
         )
     local, count = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if not torch.cuda.is_available() and not torch.accelerator.is_available() and (asked := asks_for_gpu()):
+        on_cpu = "accelerate launch --config_file accelerate_configs/cpu.yaml ..."
+        if local > 1:
+            on_cpu = f"ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {local} --main_process_port 0 ..."
         raise UserError(
             f"{asked} of the launcher asks for a GPU, but PyTorch sees none; check nvidia-smi and that this PyTorch "
-            f"({torch.__version__}) is built for CUDA, or train on the CPU: accelerate launch --config_file "
-            "accelerate_configs/cpu.yaml ..."
+            f"({torch.__version__}) is built for CUDA, or train on the CPU: {on_cpu}"
         )
     named = list(
         itertools.takewhile(lambda name: not name.startswith("-"), filter(None, map(str.strip, visible.split(","))))

@@ -122,7 +122,7 @@ def test_fewer_positions_lower_the_longest_input(folder_of: Callable[[str], Path
         ("dtype=float16", ["--mixed_precision"]),
         ("num_attention_heads=5", ["no model can be built", "not a multiple"]),
         ("hidden_act=rulu", ["no model can be built", "rulu"]),
-        ("hidden_dropout_prob=1.5", ["no model can be built", "between 0 and 1"]),
+        ("hidden_dropout_prob=1.5", ["hidden_dropout_prob=1.5", "[0, 1]"]),
     ],
 )
 def test_wrong_changes_are_refused_with_the_reason(

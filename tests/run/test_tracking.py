@@ -369,7 +369,7 @@ def test_run_that_ends_by_an_error_closes_its_tracker_with_the_failure_and_all_l
     train = write_csv(tmp_path / "train.csv", sentences(48))
     flags = ["--model", roberta, "--train_file", train, "--output_dir", "out", "--train_batch_size", 8]
     flags += ["--max_steps", 9]
-    flags += ["--learning_rate", 1e30, "--logging_steps", 1, "--mixed_precision", "no"]
+    flags += ["--learning_rate", 1000, "--weight_decay", 1000, "--logging_steps", 1, "--mixed_precision", "no"]
     monkeypatch.delenv("WANDB_SERVICE", raising=False)  # that of the tests, which outlives the run
     done = run("train.py", *flags, processes=processes, code=1 if processes else 2)
     assert "not finite" in done.stderr
