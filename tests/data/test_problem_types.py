@@ -169,3 +169,13 @@ def test_label_summary_counts_every_class_or_gives_the_range() -> None:
     assert summarize_labels([[1, 0], [1, 1]], ["a", "b"], MULTI_LABEL) == "a 2, b 1 (multi-label)"
     assert summarize_labels([0.5, -1.0, 2.0], ["stars"], REGRESSION) == "stars, from -1 to 2, mean 0.5"
     assert summarize_labels([0, 1, 1], ["x", "y", "z"], CLASSIFICATION) == "x 1, y 2, z 0"
+
+
+def test_splits_may_write_numbers_with_different_decimals() -> None:
+    train = Dataset.from_dict({"text": ["a", "b", "c"], "label": ["0.00", "0.14", "1.50"]})
+    validation = Dataset.from_dict({"text": ["d", "e"], "label": ["0.5", "2.25"]})
+    splits = {"train": train, "validation": validation}
+    assert find_problem(splits, ("label",), "auto", None, ())[0] == REGRESSION
+    codes = {"train": train, "validation": Dataset.from_dict({"text": ["d", "e"], "label": ["1.1", "1.10"]})}
+    with pytest.raises(UserError, match=r"row 2 of the validation split.*1\.10.*--problem_type"):
+        find_problem(codes, ("label",), "auto", None, ())

@@ -28,15 +28,20 @@ def have_fractions(texts: Collection[str]) -> bool:
     return any(not float(text).is_integer() for text in texts)
 
 
+def have_equal_decimals(texts: Collection[str]) -> bool:
+    """Whether plain numbers have no exponent and the same number of digits after the point."""
+    return len({len(text.partition(".")[2]) for text in texts}) == 1 and not any("e" in text.lower() for text in texts)
+
+
 def are_written_alike(texts: Collection[str]) -> bool:
     """Whether plain numbers follow one rule: equal decimals, none that end with 0, or whole numbers with .0 as in Python.
 
     1.1 and 1.10 follow none: they are names of sections rather than numbers.
     """
+    if have_equal_decimals(texts):
+        return True
     mantissas = [re.split("[eE]", text)[0] for text in texts]
     decimals = [mantissa.partition(".")[2] for mantissa in mantissas]
-    if len(set(map(len, decimals))) == 1 and mantissas == list(texts):
-        return True
     shortest = [not places.endswith("0") for places in decimals]
     pointed = all(places or mantissa != text for places, mantissa, text in zip(decimals, mantissas, texts, strict=True))
     return all(shortest) or (

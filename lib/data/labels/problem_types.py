@@ -1,5 +1,6 @@
 """Whether labels make a problem of classification, regression or multi-label classification, and the targets of each."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,14 @@ from datasets import ClassLabel, Dataset, Value
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
 from lib.data.labels.multi_label import encode_label_sets
-from lib.data.labels.numerals import INTEGER, are_integers, are_plain, are_written_alike, have_fractions
+from lib.data.labels.numerals import (
+    INTEGER,
+    are_integers,
+    are_plain,
+    are_written_alike,
+    have_equal_decimals,
+    have_fractions,
+)
 from lib.data.labels.regression import encode_numbers
 from lib.data.labels.single_label import encode_classes
 from lib.data.labels.stored import Stored, read_column
@@ -66,14 +74,17 @@ def find_text_problem(
     if are_plain(texts) and not have_fractions(texts):
         return CLASSIFICATION, (whole_note(column, next(text for text in texts if not INTEGER.fullmatch(text))),)
     fractions = [text for text in texts if are_plain([text]) and have_fractions([text])]
-    every = [str(value) for stored in labeled.values() for value in stored.present]
-    if fractions and are_plain(every) and are_written_alike(every):
+    every = [[str(value) for value in stored.present] for stored in labeled.values()]
+    # Fixed decimals in train, such as 0.50, beside 0.5 elsewhere are numbers; 1.1 in train beside 1.10 may be sections.
+    alike = are_written_alike([*itertools.chain(*every)])
+    alike = alike or (have_equal_decimals(texts) and all(map(are_written_alike, have_equal_decimals, every)))
+    if fractions and alike and all(map(are_plain, every)):
         return REGRESSION, (f"the {column} holds numbers with fractions: regression (set --problem_type to change)",)
     if fractions and (are_plain(texts) or 2 * len(fractions) >= len(texts)):
-        split, row, text = odd_number(labeled, fractions)
+        split, row, text, other = odd_number(labeled, fractions[0])
         raise UserError(
-            f"row {row} of the {split} split has the {column} {text!r}, which is not written like the others, such as "
-            f"{fractions[0]!r}; are they numbers or codes? Give --problem_type regression to read numbers, or "
+            f"row {row} of the {split} split has the {column} {text!r}, which is not written like others, such as "
+            f"{other!r}; are they numbers or codes? Give --problem_type regression to read numbers, or "
             "single_label_classification for classes as they are written"
         )
     lists = [is_written_list(text) for text in texts]
@@ -93,15 +104,17 @@ def find_text_problem(
     return CLASSIFICATION, ()
 
 
-def odd_number(labeled: dict[str, Stored], fractions: list[str]) -> tuple[str, int, str]:
-    """Split, row and text of the first label that is no number, or is written in another way than the others."""
-    odd = [
-        (split, stored.row(place), str(value))
-        for split, stored in labeled.items()
-        for place, value in enumerate(stored.values)
-        if value is not None and not (are_plain([str(value)]) and are_written_alike([fractions[0], str(value)]))
-    ]
-    return min(odd, key=lambda found: (found[0] != "train", found[1])) if odd else ("train", 1, fractions[0])
+def odd_number(labeled: dict[str, Stored], example: str) -> tuple[str, int, str, str]:
+    """Split, row and text of the first label that is no number, or is written in another way than one of its split."""
+    odd = []
+    for split, stored in labeled.items():
+        other = next(
+            (text for text in map(str, stored.present) if are_plain([text]) and have_fractions([text])), example
+        )
+        for place, value in enumerate(stored.values):
+            if value is not None and not (are_plain([str(value)]) and are_written_alike([other, str(value)])):
+                odd.append((split, stored.row(place), str(value), other))
+    return min(odd, key=lambda found: (found[0] != "train", found[1])) if odd else ("train", 1, example, example)
 
 
 def whole_note(column: str, example: str) -> str:
