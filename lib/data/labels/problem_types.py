@@ -76,12 +76,12 @@ def find_text_problem(
     fractions = [text for text in texts if are_plain([text]) and have_fractions([text])]
     every = [[str(value) for value in stored.present] for stored in labeled.values()]
     # Fixed decimals in train, such as 0.50, beside 0.5 elsewhere are numbers; 1.1 in train beside 1.10 may be sections.
-    alike = are_written_alike([*itertools.chain(*every)])
-    alike = alike or (have_equal_decimals(texts) and all(map(are_written_alike, have_equal_decimals, every)))
+    fixed = have_equal_decimals(texts)
+    alike = are_written_alike([*itertools.chain(*every)]) or (fixed and all(map(are_written_alike, every)))
     if fractions and alike and all(map(are_plain, every)):
         return REGRESSION, (f"the {column} holds numbers with fractions: regression (set --problem_type to change)",)
     if fractions and (are_plain(texts) or 2 * len(fractions) >= len(texts)):
-        split, row, text, other = odd_number(labeled, fractions[0])
+        split, row, text, other = odd_number(labeled, fractions[0], fixed)
         raise UserError(
             f"row {row} of the {split} split has the {column} {text!r}, which is not written like others, such as "
             f"{other!r}; are they numbers or codes? Give --problem_type regression to read numbers, or "
@@ -104,13 +104,15 @@ def find_text_problem(
     return CLASSIFICATION, ()
 
 
-def odd_number(labeled: dict[str, Stored], example: str) -> tuple[str, int, str, str]:
-    """Split, row and text of the first label that is no number, or is written in another way than one of its split."""
+def odd_number(labeled: dict[str, Stored], example: str, fixed: bool) -> tuple[str, int, str, str]:
+    """Split, row and text of the first label that is no number or is written in another way, and one that it differs from.
+
+    That is `example` of train or, where train has `fixed` decimals, one of its own split.
+    """
     odd = []
     for split, stored in labeled.items():
-        other = next(
-            (text for text in map(str, stored.present) if are_plain([text]) and have_fractions([text])), example
-        )
+        own = (text for text in map(str, stored.present) if are_plain([text]) and have_fractions([text]))
+        other = next(own, example) if fixed else example
         for place, value in enumerate(stored.values):
             if value is not None and not (are_plain([str(value)]) and are_written_alike([other, str(value)])):
                 odd.append((split, stored.row(place), str(value), other))
