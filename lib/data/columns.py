@@ -208,8 +208,12 @@ def check_columns(splits: dict[str, Dataset], text_columns: Sequence[str], label
                 )
             missing = np.flatnonzero(dataset.select_columns([column]).with_format("arrow")[:][column].is_null())
             if len(missing):
+                first = f"row {missing[0] + 1}"
+                if len(missing) == 1:
+                    raise UserError(f"{first} of the {split} split has no {shown(column)}; fill or remove it")
                 raise UserError(
-                    f"{len(missing)} rows of the {split} split have no {shown(column)}, the first is row {missing[0] + 1}"
+                    f"{len(missing)} rows of the {split} split have no {shown(column)}, the first is {first}; "
+                    "fill or remove them"
                 )
 
 

@@ -21,13 +21,14 @@ def describe_run(
     accelerator, plan, notes = learner.accelerator, learner.plan, settings["run/notes"]
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
+    epochs = "epoch" if plan.num_epochs == 1 else "epochs"
     rows = {
         "run": f"{run_name(config)}  ({run_folder(config)})",
         "devices": "; ".join(describe_devices(accelerator)),
         "processes": describe_processes(accelerator),
         "precision": f"{describe_precision(accelerator.mixed_precision)} (asked for: {config.mixed_precision})",
         "batch": plan.sentence(),
-        "steps": f"{plan.total_steps:,} = {plan.num_epochs} epochs of at most {plan.steps_per_epoch:,}",
+        "steps": f"{plan.total_steps:,} in {plan.num_epochs} {epochs} of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
         "columns": describe_columns(data),
         "length": describe_length(data),

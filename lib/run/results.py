@@ -102,7 +102,7 @@ def report_evaluation(
         **{f"run/{name}": value for name, value in model_record(accelerator, trained.source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
-    notes = [describe_columns(data), describe_length(data), *data.notes]
+    notes = [f"columns: {describe_columns(data)}", f"length: {describe_length(data)}", *data.notes]
     length = trained.trained_on.max_length
     if length not in (None, data.max_length):
         notes.append(f"warning: in its training, the model read at most {length:,} tokens")
