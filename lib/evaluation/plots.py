@@ -56,7 +56,8 @@ def draw(predictions: Predictions, tables: dict[str, Any], names: Sequence[str],
     legend = [f"#{place} is {shorten(names[place], NAME_WIDTH)}" for place in numbered]
     return [
         f"No installed font has the characters of {len(numbered)} of the names in {FILES[problem]}, which shows their "
-        f"numbers: {list_some(legend, NAMES_LISTED)}. Install a font that has them, such as Noto Sans CJK for Chinese, and score again to see them."
+        f"numbers: {list_some(legend, NAMES_LISTED)}. Install a font that has them, "
+        "such as Noto Sans CJK for Chinese, and score again."
     ]
 
 

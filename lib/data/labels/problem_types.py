@@ -60,7 +60,9 @@ def find_problem(
         return find_text_problem(labeled, known, column, set(names))
     floats = [value for value in known.values if isinstance(value, float)]
     if any(not value.is_integer() for value in floats):
-        return REGRESSION, (f"the column {column} holds numbers with fractions: regression (set --problem_type to change)",)
+        return REGRESSION, (
+            f"the column {column} holds numbers with fractions: regression (set --problem_type to change)",
+        )
     return CLASSIFICATION, (whole_note(column, f"{floats[0]}"),) if floats else ()
 
 
@@ -79,7 +81,9 @@ def find_text_problem(
     fixed = have_equal_decimals(texts)
     alike = are_written_alike([*itertools.chain(*every)]) or (fixed and all(map(are_written_alike, every)))
     if fractions and alike and all(map(are_plain, every)):
-        return REGRESSION, (f"the column {column} holds numbers with fractions: regression (set --problem_type to change)",)
+        return REGRESSION, (
+            f"the column {column} holds numbers with fractions: regression (set --problem_type to change)",
+        )
     if fractions and (are_plain(texts) or 2 * len(fractions) >= len(texts)):
         split, row, text, other = odd_number(labeled, fractions[0], fixed)
         raise UserError(
@@ -89,7 +93,9 @@ def find_text_problem(
         )
     lists = [is_written_list(text) for text in texts]
     if all(lists):
-        return MULTI_LABEL, (f"the column {column} holds lists written as text: multi-label (set --problem_type to change)",)
+        return MULTI_LABEL, (
+            f"the column {column} holds lists written as text: multi-label (set --problem_type to change)",
+        )
     separator = suspected_separator(texts)
     if 2 * sum(lists) >= len(lists) or separator:
         example = next(
@@ -120,9 +126,7 @@ def odd_number(labeled: dict[str, Stored], example: str, fixed: bool) -> tuple[s
 
 
 def whole_note(column: str, example: str) -> str:
-    return (
-        f"the column {column} holds whole numbers such as {example}, read as classes; for numbers: --problem_type regression"
-    )
+    return f"the column {column} holds whole numbers such as {example}, read as classes; for numbers: --problem_type regression"
 
 
 def encode_targets(
