@@ -150,6 +150,7 @@ def complaint(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("t.txt", GOOD.encode(), ["t.txt: the name must end in one of .csv, .tsv, .json, .jsonl, .parquet"]),
         ("t.jsonl", b'{"text": 1, "label": "x"}\n', ["--text_columns text: not text but int64 in the train split"]),
         ("t.csv", b"text,label\na,x\n,y\nb,y\n,x\n", ["2 rows of the train split have no text", "row 2"]),
+        ("t.csv", b"text,label\na,x\n,y\nb,y\n", ["row 2 of the train split has no text", "remove it"]),
         ("t.csv", b"text,label\na,x\nb\nc,y\n", ["t.csv: line 3 has 1 value", "the header has 2"]),
         ("t.csv", b"text,label\na,x\nb,x\n", ["--label_column label holds one class only, 'x'"]),
         ("t.csv", b"text,label\na,0.5\nb,\n", ["1 of 2 rows of the train split have no label: rows 2"]),
