@@ -238,9 +238,5 @@ def training_facts(settings: dict[str, Any], results: dict[str, Any]) -> str:
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table; a line break in a cell becomes a space, and a bar is escaped."""
-    plain = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
-    return [f"| {' | '.join(cells)} |" for cells in (plain[0], ["---"] * len(header), *plain[1:])]
-    """A table; a bar within a cell does not end it."""
-    escaped = r"\|"
-    lines = (header, ["---"] * len(header), *rows)
-    return [f"| {' | '.join(cell.replace('|', escaped) for cell in cells)} |" for cells in lines]
+    lines = [[" ".join(cell.split()).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in (lines[0], ["---"] * len(header), *lines[1:])]
