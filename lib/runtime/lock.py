@@ -50,12 +50,11 @@ class FolderLock:
     def take(self, wait: float = 0.0) -> None:
         """Take the lock, after at most `wait` seconds in which another process has it.
 
-        Raises UserError, which names that process, if it does not end in time.
+        Raises UserError, which names that process, if it does not end in time, and if the folder cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + max(wait, 0.5)  # `check_free` of another start has it for a moment
         while self.file is None:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = self.open()
             try:
                 while (locked := self.try_lock(file)) is False and time.monotonic() < deadline:
                     time.sleep(0.05)
@@ -73,6 +72,14 @@ class FolderLock:
                 if self.file is None:
                     os.close(file)
         self.thread.start()
+
+    def open(self) -> int:
+        """Open the file, and create it and the folder where they are missing."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path.parent} cannot be written: {error}") from error
 
     def was_removed(self, file: int) -> bool:
         """Whether the open file is no longer the one in the folder."""
@@ -148,12 +155,18 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raise UserError if another process has the folder, as far as locks tell; writes nothing.
+    """Raise UserError if another process has the folder, as far as locks tell, or if it is no folder; writes nothing.
 
     Not for a process that has the lock: closing the file would drop it.
     """
     lock = FolderLock(folder)
-    with contextlib.suppress(FileNotFoundError, PermissionError), lock.path.open("rb") as file:
+    try:
+        file = lock.path.open("rb")
+    except (FileNotFoundError, PermissionError):
+        return
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} cannot be used: {error}") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:

@@ -22,18 +22,19 @@ import sys
 from pathlib import Path
 from lib.errors import UserError
 from lib.runtime.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
 try:
-    lock = FolderLock(Path(sys.argv[1]))
     lock.take()
     print("taken", flush=True)
 except UserError as error:
     print(error, flush=True)
 sys.stdin.read()
+lock.release()
 """
 
 
 def start(folder: Path) -> subprocess.Popen:
-    """A process that takes the lock of a folder, says so, and holds it until its input ends."""
+    """A process that takes the lock of a folder, says so, and gives it back when its input ends."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], cwd=ROOT, text=True, **pipes)
 
@@ -106,6 +107,14 @@ def test_owner_on_another_machine_is_known_by_its_beat(
     lock.take()
     assert json.loads(file.read_text())["pid"] == os.getpid()
     lock.release()
+
+
+@pytest.mark.parametrize("name", ["file", "file/folder"])
+def test_output_folder_that_is_a_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    for refused in (lambda: FolderLock(tmp_path / name).take(), lambda: check_free(tmp_path / name)):
+        with pytest.raises(UserError, match=f"--output_dir .*{name} cannot"):
+            refused()
 
 
 def test_owner_writes_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
