@@ -73,7 +73,8 @@ def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     Flags win over the YAML file of `--config`, which wins over what `kind.implied_flags(arguments)` returns, if `kind`
     has such a method. Ends the process with code 2 and a message if an option is unknown or has a wrong value.
     """
-    return parse(kind, sys.argv[1:] if argv is None else argv, lambda: tyro.cli(kind, args=["--help"], **TYRO))
+    with ending_on_user_error():
+        return parse(kind, sys.argv[1:] if argv is None else argv, lambda: tyro.cli(kind, args=["--help"], **TYRO))
 
 
 def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> Any:
@@ -94,33 +95,32 @@ def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> A
         close = difflib.get_close_matches(command, kinds, 1)
         hint = f"perhaps you meant {close[0]}" if close else f"the commands are {', '.join(kinds)}"
         require(command in kinds, f"{shorten(command) or 'no command'}: {hint}; see --help")
-    return parse(kinds[command], arguments, show_help)
+        return parse(kinds[command], arguments, show_help)
 
 
-def parse(kind: type[Config], argv: Sequence[str], show_help: Any) -> Config:
-    """Read `argv`; `show_help` prints the help and ends the process."""
+def parse(kind: type[Config], argv: Sequence[str], show_help: Any = None) -> Config:
+    """Read `argv`; `show_help` prints the help and ends the process. Raises UserError for an option that is wrong."""
     hide_secrets()
     options = options_of(kind)
-    with ending_on_user_error():
-        on_command_line = group(argv, options)
-        if any(given.flag in ("-h", "--help") for given in on_command_line):
-            print_help(show_help)
-        found = list(expand_config(on_command_line))
-        for given in found:
-            check_text(given, options)
-        implied: Any = getattr(kind, "implied_flags", lambda _: [])
-        found = [*group(implied([part for given in found for part in (given.flag, *given.values)]), options), *found]
-        values: dict[str, Any] = {}
-        places: dict[str, str] = {}
-        for given in found:
-            option = find_option(given, options)
-            values[option.name] = read_values(given, option)
-            places[option.name] = given.place
-        try:
-            return build(kind, values)
-        except UserError as error:
-            named = [places[name] for name in re.findall(r"--(\w+)", str(error)) if places.get(name)]
-            raise UserError(f"{error} ({'; '.join(dict.fromkeys(named))})" if named else str(error)) from None
+    on_command_line = group(argv, options)
+    if any(given.flag in ("-h", "--help") for given in on_command_line):
+        print_help(show_help)
+    found = list(expand_config(on_command_line))
+    for given in found:
+        check_text(given, options)
+    implied: Any = getattr(kind, "implied_flags", lambda _: [])
+    found = [*group(implied([part for given in found for part in (given.flag, *given.values)]), options), *found]
+    values: dict[str, Any] = {}
+    places: dict[str, str] = {}
+    for given in found:
+        option = find_option(given, options)
+        values[option.name] = read_values(given, option)
+        places[option.name] = given.place
+    try:
+        return build(kind, values)
+    except UserError as error:
+        named = [places[name] for name in re.findall(r"--(\w+)", str(error)) if places.get(name)]
+        raise UserError(f"{error} ({'; '.join(dict.fromkeys(named))})" if named else str(error)) from None
 
 
 @contextlib.contextmanager
@@ -383,5 +383,5 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read what `save_config` wrote."""
-    return parse_cli(kind, ["--config", str(path)])
+    """Read what `save_config` wrote. Raises UserError for an option that this version does not have or take."""
+    return parse(kind, ["--config", str(path)])

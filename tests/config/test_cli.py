@@ -19,6 +19,7 @@ from lib.config.other_names import OTHER_NAMES
 from lib.config.predict import PredictConfig
 from lib.config.sections import DataConfig, ModelConfig, flatten
 from lib.config.train import ObjectiveConfig, OptimConfig, TrackingConfig, TrainConfig, TrainingConfig
+from lib.errors import UserError
 from tests.conftest import ROOT
 
 Capture = pytest.CaptureFixture[str]
@@ -149,6 +150,12 @@ def test_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
 def test_saved_configuration_reads_back_equal(tmp_path: Path, given: object) -> None:
     save_config(given, tmp_path / "config.yaml")
     assert load_config(type(given), tmp_path / "config.yaml") == given
+
+
+def test_saved_option_that_is_no_option_any_more_is_an_error_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 7\nno_such: 1\n")
+    with pytest.raises(UserError, match=r"--no_such .*config\.yaml, line 2"):
+        load_config(TrainConfig, tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(
