@@ -1,42 +1,14 @@
 """Problem types: what the labels look like decides, and what may be of two kinds is refused with the flag that decides."""
 
+import re
 from typing import Any
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.data.labels.problem_types import encode_targets, find_problem, summarize_labels
-from lib.errors import UserError
-
-Encoded = tuple[dict[str, list[Any]], list[str], str, tuple[str, ...]]
-
-
-def split(labels: list[Any], feature: Any = None, **columns: list[Any]) -> Dataset:
-    rows = {"text": [f"text {row}" for row in range(len(labels))], "label": labels, **columns}
-    features = Features({"text": Value("string"), "label": feature}) if feature is not None else None
-    return Dataset.from_dict(rows, features=features)
-
-
-def encode(
-    wanted: str = "auto",
-    columns: tuple[str, ...] = ("label",),
-    names: list[str] | None = None,
-    model: str | None = None,
-    order: tuple[str, ...] = (),
-    **splits: Dataset,
-) -> Encoded:
-    """(labels of each split, names, problem type, notes)"""
-    problem, found = find_problem(splits, columns, wanted, model, names or order)
-    targets = encode_targets(splits, columns, problem, names, order)
-    labels = {split: values.tolist() for split, values in targets.labels.items()}
-    return labels, targets.names, problem, found + targets.notes
-
-
-def refusal(*arguments: Any, **splits: Any) -> str:
-    with pytest.raises(UserError) as refused:
-        encode(*arguments, **splits)
-    return str(refused.value)
+from lib.data.labels.problem_types import summarize_labels
+from tests.data.labels import encode, refusal, split
 
 
 @pytest.mark.parametrize(
@@ -172,10 +144,7 @@ def test_label_summary_counts_every_class_or_gives_the_range() -> None:
 
 
 def test_splits_may_write_numbers_with_different_decimals() -> None:
-    train = Dataset.from_dict({"text": ["a", "b", "c"], "label": ["0.00", "0.14", "1.50"]})
-    validation = Dataset.from_dict({"text": ["d", "e"], "label": ["0.5", "2.25"]})
-    splits = {"train": train, "validation": validation}
-    assert find_problem(splits, ("label",), "auto", None, ())[0] == REGRESSION
-    codes = {"train": train, "validation": Dataset.from_dict({"text": ["d", "e"], "label": ["1.1", "1.10"]})}
-    with pytest.raises(UserError, match=r"row 2 of the validation split.*1\.10.*--problem_type"):
-        find_problem(codes, ("label",), "auto", None, ())
+    train = split(["0.00", "0.14", "1.50"])
+    assert encode(train=train, validation=split(["0.5", "2.25"]))[2] == REGRESSION
+    message = refusal(train=train, validation=split(["1.1", "1.10"]))
+    assert re.search(r"row 2 of the validation split.*1\.10.*--problem_type", message)

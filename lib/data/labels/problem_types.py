@@ -156,13 +156,19 @@ def model_problem(config: Any) -> str | None:
     return config.problem_type or (REGRESSION if config.num_labels == 1 else None)
 
 
+def count_labels(labels: Any, names: list[str], problem: str) -> dict[str, int]:
+    """Rows of each class or label of a split; empty for numbers."""
+    if problem == REGRESSION:
+        return {}
+    values = np.asarray(labels)
+    counts = values.sum(axis=0, dtype=np.int64) if problem == MULTI_LABEL else np.bincount(values, minlength=len(names))
+    return {name: int(count) for name, count in zip(names, counts, strict=True)}
+
+
 def summarize_labels(labels: Any, names: list[str], problem: str) -> str:
     """The labels of a split in one line: rows of each class or label; of numbers range and mean."""
     values = np.asarray(labels)
     if problem == REGRESSION:
         return f"{shorten(names[0], 40)}, from {values.min():g} to {values.max():g}, mean {values.mean():.3g}"
-    counts = (
-        values.sum(axis=0) if problem == MULTI_LABEL else np.bincount(values.astype(np.int64), minlength=len(names))
-    )
-    shown = [f"{shorten(name, 40)} {int(count):,}" for name, count in zip(names, counts, strict=True)]
+    shown = [f"{shorten(name, 40)} {count:,}" for name, count in count_labels(values, names, problem).items()]
     return f"{list_some(shown, 20)}{' (multi-label)' if problem == MULTI_LABEL else ''}"
