@@ -8,14 +8,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 
 from lib.config.limits import OUTPUT_NAME
-from lib.config.sections import MULTI_LABEL, REGRESSION, ModelSource, flatten
+from lib.config.sections import ModelSource, flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
+from lib.data.labels.problem_types import count_labels
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.data.trained_on import TrainedOn
@@ -119,21 +119,11 @@ def describe_data(data: Data, metrics: Metrics) -> dict[str, Any]:
         "pad_to_max_length": data.pad_to_max_length,
         "metrics": list(metrics.names),
         "split_sizes": {split: len(tokens) for split, tokens in data.tokens.items()},
-        "class_counts": {split: count_classes(data, split) for split in data.tokens},
+        "class_counts": {
+            split: count_labels(data.labels(split), data.label_names, data.problem_type) for split in data.tokens
+        },
         "notes": [redact(note) for note in data.notes],
     }
-
-
-def count_classes(data: Data, split: str) -> dict[str, int]:
-    """Rows of each class or label in a split; empty for numbers."""
-    if data.problem_type == REGRESSION:
-        return {}
-    labels = np.asarray(data.tokens[split].with_format("numpy")["labels"][:])
-    if data.problem_type == MULTI_LABEL:
-        counts = labels.sum(axis=0)
-    else:
-        counts = np.bincount(labels.astype(np.int64), minlength=len(data.label_names))
-    return {name: int(count) for name, count in zip(data.label_names, counts, strict=True)}
 
 
 def trained_on(data: Data, metrics: Metrics) -> TrainedOn:
@@ -156,12 +146,11 @@ def model_record(accelerator: Accelerator, source: ModelSource) -> dict[str, str
     return origin | {"model_sha256": " ".join(hashes)}
 
 
-def shorten(value: Any) -> Any:
+def bounded(value: Any) -> Any:
     """`value` for a place that is read as a whole: of a list or mapping with more than 100 entries only their number."""
-    if isinstance(value, dict):
-        entries = {key: shorten(item) for key, item in value.items()}
-        return entries if len(entries) <= LISTED else f"{len(value):,} entries, see record.json"
-    return f"{len(value):,} entries, see record.json" if isinstance(value, list) and len(value) > LISTED else value
+    if isinstance(value, dict | list | tuple) and len(value) > LISTED:
+        return f"{len(value):,} entries, see record.json"
+    return {key: bounded(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def write_record(folder: Path, settings: dict[str, Any], outcome: dict[str, Any]) -> None:

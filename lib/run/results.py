@@ -18,7 +18,7 @@ from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
 from lib.run.finished import TrainedModel, eval_folder
 from lib.run.introduction import describe_columns, describe_length
-from lib.run.record import describe_data, model_record, shorten
+from lib.run.record import bounded, describe_data, model_record
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite
 from lib.training.learner import Learner
@@ -61,8 +61,8 @@ def build_results(
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": settings["run/devices"][0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
-        **{name: shorten(settings[name]) for name in REPEATED if name in settings},
-        **({"run/thresholds": shorten(tuned)} if tuned else {}),
+        **{name: bounded(settings[name]) for name in REPEATED if name in settings},
+        **({"run/thresholds": bounded(tuned)} if tuned else {}),
     }
 
 
@@ -98,7 +98,7 @@ def report_evaluation(
         "run/mixed_precision": accelerator.mixed_precision,
         "run/device": describe_devices(accelerator)[0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
-        **{f"run/{name}": shorten(value) for name, value in describe_data(data, metrics).items()},
+        **{f"run/{name}": bounded(value) for name, value in describe_data(data, metrics).items()},
         **{f"run/{name}": value for name, value in model_record(accelerator, trained.source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"

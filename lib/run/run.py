@@ -26,7 +26,7 @@ from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer
 from lib.run.introduction import describe_run
 from lib.run.progress import Progress
-from lib.run.record import run_folder, run_settings, shorten, trained_on, write_record
+from lib.run.record import run_folder, run_settings, trained_on, write_record
 from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
@@ -100,7 +100,7 @@ class Run:
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
-        self.log.start({name: shorten(value) for name, value in self.settings.items()}, metrics.names)
+        self.log.start(self.settings, metrics.names)
 
     def open(self) -> None:
         self.lock = open_folder(self.config, self.folder)

@@ -21,6 +21,7 @@ from lib.evaluation.report import worst_rows
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.scoring import Scored, prefix
 from lib.evaluation.tables import MOST_CLASSES, confusion_table, label_table
+from lib.run.record import bounded
 from lib.runtime.atomic import finite
 from lib.runtime.startup import when_script_fails
 
@@ -28,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 WANDB_INIT_SECONDS = 20
 WANDB_FINISH_SECONDS = 60
-MOST_ITEMS = 100
-"""Items of a list among the settings that a tracker gets."""
 MOST_POINTS = 10_000
 """Points of a plot and rows of a table: W&B keeps no more."""
 
@@ -66,11 +65,14 @@ class RunLog:
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
 
     def start(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
-        """Start the tracker's run with `settings`, which hold its name under run_name; a failure of the script ends it."""
+        """Start the tracker's run with `settings`, which hold its name under run_name; a failure of the script ends it.
+
+        Of long lists among them the tracker gets the number of entries only.
+        """
         if self.tracker is None:
             return
         when_script_fails(self.close)
-        settings = {key: bounded(value) for key, value in settings.items()}
+        settings = {name: bounded(value) for name, value in settings.items()}
         try:
             if self.tracker == "wandb":
                 self.start_wandb(settings, metrics)
@@ -187,13 +189,6 @@ class RunLog:
             first_line(error),
         )
         self.tracker = None
-
-
-def bounded(value: Any) -> Any:
-    """A setting for the tracker: of a list of thousands, such as the names of classes, the first ones and their number."""
-    if isinstance(value, (list, tuple)) and len(value) > MOST_ITEMS:
-        return [*value[:MOST_ITEMS], f"… and {len(value) - MOST_ITEMS:,} more"]
-    return value
 
 
 def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str, Any]:

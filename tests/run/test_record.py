@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from lib.config.sections import DataConfig, ModelConfig, flatten
 from lib.config.train import TrainConfig, TrainingConfig
-from lib.run.record import LISTED, compare_settings, experiment_hash, run_name, run_record, shorten, version
+from lib.run.record import LISTED, bounded, compare_settings, experiment_hash, run_name, run_record, version
 from lib.run.tracking import RunLog
 from tests.conftest import call_script, results_of, sentences, write_csv
 
@@ -127,9 +127,10 @@ def test_start_block_and_last_lines_tell_what_is_read_and_what_comes_next(finish
 
 def test_long_lists_are_counted_outside_the_record() -> None:
     names = {str(n): n for n in range(LISTED + 1)}
-    assert f"{LISTED + 1}" in shorten(names)
-    assert f"{LISTED + 1}" in shorten({"train": names})["train"]
-    assert shorten({"a": [1], "b": "c" * 1000}) == {"a": [1], "b": "c" * 1000}
+    for entries in (names, list(names), tuple(names)):
+        assert f"{LISTED + 1}" in bounded(entries)
+    assert f"{LISTED + 1}" in bounded({"train": names})["train"]
+    assert bounded({"a": [1], "b": "c" * 1000}) == {"a": [1], "b": "c" * 1000}
 
 
 def test_name_of_a_run_fits_a_folder_and_ends_with_how_it_was_trained():

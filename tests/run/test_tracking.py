@@ -406,14 +406,11 @@ def test_failure_of_a_script_closes_the_tracker_once(
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
-def test_tracker_gets_the_first_names_of_thousands_of_classes(tmp_path: Path) -> None:
+def test_tracker_gets_the_number_of_thousands_of_classes(tmp_path: Path) -> None:
     tracker = FakeTracker()
     log = open_log(tmp_path, tracked(tracker), "tensorboard")
     log.start(SETTINGS | {"run/label_names": [f"class {number}" for number in range(5000)]}, ["accuracy"])
-    names = tracker.calls[1][1]["run/label_names"]
-    assert "class 99" in names
-    assert "4,900 more" in names
-    assert len(names) < 2000
+    assert "5,000 entries" in tracker.calls[1][1]["run/label_names"]
 
 
 @pytest.mark.parametrize(
