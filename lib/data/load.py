@@ -174,9 +174,8 @@ def prepare_data(
         write_table(folder / f"texts-{split}.arrow", rows.dataset.features, rows.texts())
     texts = {split: open_table(folder / f"texts-{split}.arrow") for split in labeled}
     notes += overlap_notes(texts)
-    limit = min(config.max_length, tokenizer.model_max_length)
-    windows = choose_windows(tokenizer, limit, config.window_stride, len(text_columns), label_names is not None)
     limit = token_limit(tokenizer, config, len(text_columns))
+    windows = choose_windows(tokenizer, limit, config.window_stride, len(text_columns), label_names is not None)
     tokens = {}
     with tqdm(total=sum(map(len, texts.values())), desc="tokenize", unit=" texts") as progress:
         for split, rows in labeled.items():

@@ -63,8 +63,6 @@ def prepared_key(identity: str, config: DataConfig, tokenizer: Any, *facts: Any)
 def tokenizer_identity(tokenizer: Any) -> list[Any]:
     """What token ids depend on in a tokenizer: its class, rules and vocabulary, and settings."""
     kind = type(tokenizer)
-    if tokenizer is None:
-        return []
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = Hasher.hash(tokenizer)
