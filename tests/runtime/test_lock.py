@@ -100,7 +100,7 @@ def test_owner_on_another_machine_is_known_by_its_beat(
             number += 1
             file.write_text(json.dumps(owner | {"beat": number}))
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     with pytest.raises(UserError, match="process 7 on elsewhere"):
         FolderLock(tmp_path).take()
