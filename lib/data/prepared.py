@@ -33,7 +33,7 @@ from lib.config.sections import DataConfig
 from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, remove_unused, umask, write_manifest
+from lib.runtime.atomic import MANIFEST, find_damage, make_folder, remove_unused
 
 LIMIT = 20 * 2**30
 """Bytes of prepared data that are kept; beyond it the least recently used go first."""
@@ -108,12 +108,7 @@ def find_or_prepare(
             return found, ()
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=root, ignore_cleanup_errors=True) as name:
-                draft = Path(name)
-                prepare(draft)
-                write_manifest(draft, {})
-                draft.chmod(0o777 & ~umask())
-                publish_folder(draft, folder)
+            make_folder(folder, prepare)
             found = read(folder)
             remove_unused(root, LIMIT, keep=folder)
             return found, tuple(notes)

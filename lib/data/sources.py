@@ -40,7 +40,7 @@ from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
 from lib.hub.cache.publish import merge_folder
 from lib.hub.endpoint import configure_endpoint, datasets_cache
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
-from lib.runtime.atomic import sha256
+from lib.runtime.atomic import sha256, umask
 from lib.runtime.startup import hidden
 
 MAGIC = re.compile(r"[*?\[\]]|::|://")
@@ -192,6 +192,7 @@ def isolate_config(snapshot: Path, need: Need) -> Path:
         head = {"configs": [chosen], "dataset_info": [i for i in infos if i.get("config_name", "default") == name]}
         (draft / "README.md").unlink()
         (draft / "README.md").write_text(f"---\n{json.dumps(head, default=str)}\n---\n", encoding="utf-8")
+        draft.chmod(0o777 & ~umask())
         merge_folder(draft, place)
     return place
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,19 @@ def publish_folder(fresh: Path, target: Path) -> None:
         os.rename(fresh, target)
         sync(target.parent)
     shutil.rmtree(target.with_name(f".old-{target.name}"), ignore_errors=True)
+
+
+def make_folder(target: Path, fill: Callable[[Path], object]) -> None:
+    """Publish what `fill` writes into an empty folder: whole, with a manifest, and open to others as the umask allows.
+
+    The folder of `target` must be there.
+    """
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent, ignore_cleanup_errors=True) as name:
+        draft = Path(name)
+        fill(draft)
+        write_manifest(draft, {})
+        draft.chmod(0o777 & ~umask())
+        publish_folder(draft, target)
 
 
 def remove_unused(folder: Path, limit: float, keep: Path | None = None) -> None:

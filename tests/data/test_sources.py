@@ -18,6 +18,7 @@ from lib.data.files import tables
 from lib.data.sources import data_identity, load_raw
 from lib.errors import UserError
 from lib.hub.endpoint import datasets_cache
+from lib.runtime.atomic import umask
 
 ROWS = "text,label\nNone,0111\nNA,null\n1.10,1E1\n"
 TEXTS, LABELS = ["None", "NA", "1.10"], ["0111", "null", "1E1"]
@@ -165,17 +166,17 @@ def test_tables_are_kept_within_a_limit_and_the_longest_unused_go_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "KEPT_SECONDS", 0.0)
     configs = []
     for number in range(4):
         path = tmp_path / f"{number}.csv"
-        path.write_text(f"text,label\n{'word ' * 100}{number},x\n")
+        path.write_text(f"text,label\n{'word ' * 1000}{number},x\n")
         configs.append(DataConfig(train_file=str(path)))
     for config in (configs[0], configs[1], configs[0], configs[2], configs[0], configs[3]):
         (file,) = load_raw(config)["train"].cache_files
         monkeypatch.setattr(tables, "KEPT_BYTES", int(2.5 * Path(file["filename"]).stat().st_size))
         time.sleep(0.02)
     kept = list((datasets_cache() / "files").iterdir())
+    assert {folder.stat().st_mode & 0o777 for folder in kept} == {0o777 & ~umask()}  # others may share the cache
     assert 1 < len(kept) < 4
     texts = [Dataset.from_file(str(next(folder.glob("*.arrow"))))["text"][0][-1] for folder in kept]
     assert "0" in texts

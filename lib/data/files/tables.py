@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import shutil
-import tempfile
-import time
+import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,13 @@ from lib.data.files.opening import Source, open_unpacked
 from lib.data.files.rows import open_rows, parquet_batches, place_of, spell
 from lib.errors import UserError, first_line, require
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import sha256
+from lib.runtime.atomic import MANIFEST, make_folder, remove_unused, sha256
 
 ROWS, CHARACTERS = 50_000, 1 << 24
 """The most that is held in memory at once, of rows and of characters."""
 MOST_COLUMNS = 10_000
-KEPT_BYTES, KEPT_SECONDS = 20 << 30, 3600.0
-"""Tables on disk beyond this size are removed, the longest unused first, but none used within the last hour."""
+KEPT_BYTES = 20 << 30
+"""Tables on disk beyond this size are removed, the longest unused first."""
 READER = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
 """The version of the reader: what another one has read is not used."""
 
@@ -57,18 +55,12 @@ def load_tables(
     if not place.is_dir():
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            draft = tempfile.mkdtemp(dir=place.parent, prefix="draft-")
+            make_folder(place, Builder(files, features, needed).build)
         except OSError:  # a cache that may not be written
             return {split: table_of(written) for split, written in Builder(files, features, needed).build(None).items()}
-        try:
-            Builder(files, features, needed).build(Path(draft))
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(draft).rename(place)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        remove_unused(place.parent)
+        remove_unused(place.parent, KEPT_BYTES, keep=place)
     with contextlib.suppress(OSError):
-        (place / "used").touch()
+        os.utime(place / MANIFEST)  # used now: others go first
     return {
         split: map_table(place / f"{number}.arrow", f"{key[:24]}{number:08d}") for number, split in enumerate(files)
     }
@@ -96,22 +88,6 @@ def map_table(path: Path, fingerprint: str) -> Dataset:
 
 def table_of(buffer: pa.Buffer) -> Dataset:
     return Dataset(pa.ipc.open_stream(buffer).read_all())
-
-
-def remove_unused(folder: Path) -> None:
-    """Remove the tables that were not used for longest, beyond KEPT_BYTES, and drafts of killed processes."""
-    now, total = time.time(), 0
-    with contextlib.suppress(OSError):
-        dated = sorted(((last_use(path), path) for path in folder.iterdir() if path.is_dir()), reverse=True)
-        for used, path in dated:
-            total += sum(file.stat().st_size for file in path.iterdir())
-            if now - used > KEPT_SECONDS and (total > KEPT_BYTES or path.name.startswith("draft-")):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def last_use(path: Path) -> float:
-    mark = path / "used"
-    return (mark if mark.exists() else path).stat().st_mtime
 
 
 class FaultyColumn(UserError):
