@@ -13,7 +13,8 @@ CHILD = "from lib.runtime.launcher import *; print(threads_are_chosen(), asks_fo
 LAUNCHER = """
 import os, subprocess, sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+if "ALONE" not in os.environ:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 between = ["sh", "-c", '"$@"; true', "sh"] if os.environ.get("BETWEEN") else []
 subprocess.run([*between, sys.executable, "-c", os.environ["CHILD"]], check=True)
 """
@@ -55,6 +56,7 @@ def test_threads_that_the_user_set_are_a_choice(launch) -> None:
 
 def test_variable_of_a_launcher_without_one_is_the_users(launch) -> None:
     assert launch(name="script.py") == "True None"
+    assert launch(name="accelerate", ALONE="1") == "True None"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,8 @@ def test_configuration_that_asks_for_gpus_is_found(launch, file: str, found: boo
     path = str(ROOT / "accelerate_configs" / f"{file}.yaml")
     answer = f"--config_file {file}.yaml" if found else "None"
     assert launch("launch", "--config_file", path) == f"False {answer}"
+    assert launch("launch", "--config_file", f"accelerate_configs/{file}.yaml", PWD=str(ROOT)) == f"False {answer}"
+    assert launch("launch", "--config_file", path, "--cpu") == "False None"
 
 
 def test_flags_that_ask_for_gpus_are_found(launch) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_owner_that_waits_gets_the_folder_of_one_that_removed_its_file(tmp_path:
     with start(tmp_path) as owner:
         assert said(owner) == "taken"
         assert owner.stdin is not None
-        threading.Timer(0.3, owner.stdin.close).start()
+        threading.Timer(1.0, owner.stdin.close).start()
         lock = FolderLock(tmp_path)
         lock.take(wait=20)
     assert not lock.was_removed(lock.file or -1)
@@ -118,6 +119,27 @@ def test_output_folder_that_is_a_file_is_refused(tmp_path: Path, name: str) -> N
     for refused in (lambda: FolderLock(tmp_path / name).take(), lambda: check_free(tmp_path / name)):
         with pytest.raises(UserError, match=f"--output_dir .*{name} cannot"):
             refused()
+
+
+def test_of_starts_at_the_same_moment_one_wins_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.5)
+    starts = [FolderLock(tmp_path), FolderLock(tmp_path)]
+
+    def take(lock: FolderLock) -> bool:
+        try:
+            lock.take()
+        except UserError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(take, starts)) == [False, True]
+    for lock in starts:
+        lock.release()
 
 
 def test_owner_writes_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from lib.runtime.screen import align, list_some, printable, shorten
     [
         ("a\tb\nc\rd", r"a\tb\nc\rd"),
         ("\x1b[31mred\x9b", r"\x1b[31mred\x9b"),
-        ("a\u202eb\u2028c\ufeff", r"a\u202eb\u2028c\ufeff"),
+        ("a\u202eb\u2028c\u2029\ufeff", r"a\u202eb\u2028c\u2029\ufeff"),
         ("\ud800", r"\ud800"),
         ("\U000e0041", r"\U000e0041"),
         *(
