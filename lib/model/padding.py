@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from lib.model.forward import Inputs, compute_logits
@@ -47,7 +46,7 @@ def in_full_precision(model: Any) -> Iterator[None]:
     """Within, the unwrapped `model` runs in eval mode and float32, uncompiled; random numbers are those of before after it."""
     training = {module: module.training for module in model.modules()}
     forward, plain = vars(model).get("forward"), vars(model).get("_original_forward")
-    numbers, precision = np.random.get_state(), torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -63,7 +62,6 @@ def in_full_precision(model: Any) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(precision)
-            np.random.set_state(numbers)
             if forward is not None and plain is not None:
                 model.forward = forward
             for module, mode in training.items():

@@ -47,21 +47,22 @@ def test_picture_of_many_classes_with_long_names_is_bounded(tmp_path: Path, make
 def test_picture_of_many_classes_shows_those_with_the_most_mistakes(tmp_path: Path, drawn: list[str]) -> None:
     classes = np.repeat(np.arange(100), 2)
     predicted = classes.copy()
-    predicted[150:170] = 7
+    predicted[150:170] = 50
     predictions = Predictions(np.eye(100, dtype=np.float32)[predicted] * 9, classes, np.zeros(200, np.float32))
     draw_names(tmp_path, predictions, [f"class {number}" for number in range(100)])
     shown = {text for text in drawn if text.startswith("class ")}
-    assert {"class 7", *(f"class {number}" for number in range(75, 85))} <= shown
+    assert {"class 50", *(f"class {number}" for number in range(75, 85))} <= shown
     assert len(shown) == 40
     assert any("40 of 100" in text for text in drawn)
 
 
-@pytest.mark.parametrize("names", [["$5-$10", "a$b", "_"], ["a\tb", "c\nd", "\x1b[1m"], ["\\alpha", "{", "%#&"]])
+@pytest.mark.parametrize("names", [["$5-$10", "a$b", "_"], ["a\tb", "c\nd", "\x1b[1m"], ["\\alpha", "{", "$\\nosuch$"]])
 @pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
 def test_name_is_drawn_as_it_is_and_no_formula(tmp_path: Path, make: Any, names: list[str], drawn: list[str]) -> None:
     assert draw_names(tmp_path, make(60), names) == []
     shown = "\n".join(drawn)
     assert all(name.encode("unicode_escape").decode().replace("\\\\", "\\") in shown for name in names)
+    assert len({text for text in drawn if "AP = " in text}) == (3 if make is label_predictions else 0)
 
 
 @pytest.mark.parametrize("make", [class_predictions, label_predictions, number_predictions])
@@ -84,15 +85,17 @@ def entry(name: str, **settings: Any) -> matplotlib.font_manager.FontEntry:
 
 def test_installed_fonts_that_have_the_characters_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upright ones of normal weight first, and the fewest."""
-    has = {"Bold.ttf": "正面好", "Some.ttf": "正", "Most.ttf": "正面", "Emoji.ttf": "👍", "Broken.ttf": "评"}
+    has = {"Bold.ttf": "正面好", "Some.ttf": "正", "Most.ttf": "正面", "Emoji.ttf": "👍", "Broken.ttf": "评差"}
+    has |= {"Plain.ttf": "评", "LastResort.ttf": "正面好评差👍"}
     monkeypatch.setattr(fonts, "characters_of", lambda path: set(map(ord, has.get(path, "abc"))))
     monkeypatch.setattr(fonts, "drawn_by", lambda family, _: family != "Broken")
-    entries = [entry("Bold", weight=700), *map(entry, ("Some", "Most", "Emoji", "Broken"))]
+    entries = [entry("Bold", weight=700), *map(entry, ("Some", "Most", "Emoji", "Broken", "Plain", "LastResort"))]
     monkeypatch.setattr(matplotlib.font_manager.fontManager, "ttflist", entries)
     monkeypatch.setattr(matplotlib.font_manager, "findSystemFonts", lambda: [])
     assert find_fonts(["abc"]) == ([DEFAULT], set())
     assert find_fonts(["正面", "a👍\ufe0f"]) == ([DEFAULT, "Most", "Emoji"], set())
-    assert find_fonts(["正评"]) == ([DEFAULT, "Most"], {"评"})
+    assert find_fonts(["评"]) == ([DEFAULT, "Plain"], set())
+    assert find_fonts(["正差"]) == ([DEFAULT, "Most"], {"差"})
 
 
 def test_font_installed_after_the_list_of_fonts_was_written_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,7 @@ def test_report_of_hundreds_of_classes_is_short_and_its_file_whole(tmp_path: Pat
     record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert len(text) < 10_000
     assert "20 of 300" in text
+    assert "20 largest probabilities" in text
     assert str(tmp_path / "report.json") in text
     assert [row["class"] for row in record["classes"]] == names
     assert sum(row["samples"] for row in record["confusions"]) == (predictions.labels != predictions.predicted).sum()
