@@ -31,6 +31,11 @@ def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, 
     write_predictions(folder / "predictions.jsonl", predictions, data.texts[split], names)
     tables = build_tables(predictions, names)
     notes = draw(predictions, tables, names, f"{split}, {size} samples", folder)
+    if broken := int(np.isnan(predictions.logits).any(axis=1).sum()):
+        notes.append(
+            f"The outputs for {broken:,} of {size:,} samples are NaN, and what is predicted for them means nothing: the "
+            "weights of the model are damaged, or too large for the precision (--mixed_precision no)."
+        )
     if len(names) > MOST_PROBABILITIES:
         notes.append(f"predictions.jsonl has the {MOST_ROWS} largest probabilities of each sample.")
     record = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
@@ -53,6 +58,8 @@ def expected_calibration_error(predictions: Predictions) -> float:
     """Mean gap between confidence and accuracy over 15 equal bins of the highest probability (Guo et al., ICML 2017)."""
     confidence = np.concatenate([block.probabilities.max(axis=1) for block in predictions.blocks()])
     correct = predictions.predicted == predictions.labels
+    if np.isnan(confidence).any():
+        return float("nan")
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, weights=confidence - correct, minlength=BINS)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -13,7 +13,7 @@ from lib.errors import UserError
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
 from lib.model.folder import check_vocabulary
-from lib.model.load import load_classifier, load_tokenizer, load_trained, set_padding
+from lib.model.load import load_classifier, load_tokenizer, load_trained
 from lib.run.finished import TrainedModel
 
 MODELS = {
@@ -61,14 +61,15 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
         raise UserError(f"--task {config.task}: {config.model.model} is an adapter of a text classifier")
     else:
         kind = getattr(transformers, MODELS[config.task])
-        model = load_trained(trained.source, kind, f"model for {config.task}")
-        set_padding(model.config, tokenizer)
+        model = load_trained(trained.source, kind, f"model for {config.task}", tokenizer)
     check_vocabulary(trained.source, model, tokenizer)
     if config.task not in MODELS or config.max_length or trained.trained_on.max_length:
         tokenizer.model_max_length = input_length(config.max_length, trained.trained_on, tokenizer)
     special = tokenizer.num_special_tokens_to_add()
     if tokenizer.model_max_length <= special:
-        raise UserError(f"--max_length {config.max_length} leaves no room for text besides {special} special tokens")
+        raise UserError(
+            f"--max_length {tokenizer.model_max_length} leaves no room for text besides {special} special tokens"
+        )
     columns = text_columns(config, trained.trained_on)
     known = trained.trained_on if config.task == "sentiment-analysis" else UNKNOWN
     return Task(config, model.to(device).eval(), tokenizer, columns, known)

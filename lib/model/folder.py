@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig
 
-from lib.config.sections import ModelSource
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelSource
 from lib.errors import UserError
 from lib.hub.cache.contents import file_damage
 from lib.hub.cache.files import SHARD, TOKENIZER_FILES, missing_shards, weight_files
@@ -24,6 +24,8 @@ MOST_LABELS = 1_000_000
 
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 """Settings of config.json that are at least 1 in every model that has them."""
+
+PROBLEMS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 LABEL_SETTINGS = ("id2label", "label2id", "num_labels")
 
@@ -159,6 +161,25 @@ def stored_labels(source: ModelSource, content: dict[str, Any], file: Path) -> l
     return ordered
 
 
+def check_outputs(source: ModelSource, hf_config: Any, file: Path) -> None:
+    """Raise UserError for a problem type or thresholds in a trained model's config.json that give its outputs no meaning."""
+    problem, thresholds = getattr(hf_config, "problem_type", None), getattr(hf_config, "thresholds", None)
+    if problem is not None and problem not in PROBLEMS:
+        raise unusable(source, f"problem_type in {file} is {problem!r}; correct it: one of {', '.join(PROBLEMS)}")
+    if thresholds is None:
+        return
+    count = hf_config.num_labels
+    known = isinstance(thresholds, list) and all(
+        type(value) in (int, float) and 0 <= value <= 1 for value in thresholds
+    )
+    if not known or len(thresholds) != count:
+        raise unusable(
+            source,
+            f"thresholds in {file} is {str(thresholds)[:80]}; it holds {count} numbers from 0 to 1, one for each label: "
+            "correct it, or remove it for 0.5",
+        )
+
+
 def check_settings(source: ModelSource, hf_config: Any) -> None:
     """Raise UserError for settings that no model has, or that need a GPU, before anything is built from them."""
     where = f"config.json of --model {source.model}"
@@ -231,7 +252,7 @@ def limited_memory(source: ModelSource, folder: Path, changed: bool) -> Iterator
 def check_tokenizer(source: ModelSource, tokenizer: Any, folder: Path) -> None:
     """Raise UserError for a tokenizer that transformers made up, since the folder has no vocabulary, and for a wrong length."""
     length = tokenizer.model_max_length
-    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1 or length % 1:
         raise unusable(
             source, f"model_max_length in {folder}/tokenizer_config.json is {length!r}, not a number of tokens"
         )

@@ -71,10 +71,16 @@ def load_tokenizer(source: ModelSource, virtual_tokens: int = 0) -> Any:
         )
     if hf_config is None:
         return tokenizer  # a folder of a tokenizer alone
+    set_padding(hf_config, tokenizer)
     # XLNet reads the last position, which padding must not take; in other models padding on the left moves a text.
     tokenizer.padding_side = "left" if getattr(hf_config, "summary_type", None) == "last" else "right"
     positions = longest_input(hf_config)
     if positions is not None and positions <= virtual_tokens:
+        if not virtual_tokens:
+            raise UserError(
+                f"config.json of --model {source.model}: pad_token_id {hf_config.pad_token_id} and max_position_embeddings "
+                f"{hf_config.max_position_embeddings} leave no position for text, since positions are counted from padding"
+            )
         raise UserError(
             f"{virtual_tokens} virtual tokens leave no room for text in the {positions} positions of the model"
         )
@@ -178,22 +184,26 @@ def load_classifier(source: ModelSource, tokenizer: Any = None) -> Any:
     """
     folder = adapter_folder(source)
     if folder is None:
-        model: Any = load_trained(source, AutoModelForSequenceClassification, "classifier")
+        model: Any = load_trained(source, AutoModelForSequenceClassification, "classifier", tokenizer)
     else:
         model = attend_by_length(load_adapter(folder))
-    if tokenizer is not None:
-        set_padding(model.config, tokenizer)
+        if tokenizer is not None:
+            set_padding(model.config, tokenizer)
     return model
 
 
-def load_trained(source: ModelSource, kind: Any, name: str) -> PreTrainedModel:
+def load_trained(source: ModelSource, kind: Any, name: str, tokenizer: Any = None) -> PreTrainedModel:
     """A trained model of one of the Auto classes in float32 as it is; `name` is what messages call it.
 
+    One that does not know its padding token learns it from `tokenizer`, before it is built: RoBERTa counts from there.
     Raises UserError if it cannot be loaded or its checkpoint lacks weights. A pooler may be missing from a model
     without a head, which does not use it.
     """
     labeled = kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification)
-    model, info = load_pretrained(source, kind, load_hf_config(source, labels=labeled))
+    hf_config = load_hf_config(source, labels=labeled)
+    if tokenizer is not None:
+        set_padding(hf_config, tokenizer)
+    model, info = load_pretrained(source, kind, hf_config)
     missing = [weight for weight in info.new if not (kind is AutoModel and "pooler" in weight)]
     if missing:
         names = ", ".join(missing[:4])

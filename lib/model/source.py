@@ -25,6 +25,7 @@ from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
 from lib.model.folder import (
     LABEL_SETTINGS,
+    check_outputs,
     check_settings,
     check_stored_types,
     check_tokenizer,
@@ -123,6 +124,8 @@ def load_hf_config(source: ModelSource, labels: bool = False) -> Any:
     if names:
         hf_config.id2label = dict(enumerate(names))
         hf_config.label2id = {name: number for number, name in enumerate(names)}
+    if labels:
+        check_outputs(source, hf_config, folder / "config.json")
     return hf_config
 
 
@@ -136,6 +139,7 @@ def read_tokenizer(source: ModelSource) -> Any:
     with loading_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **loader_arguments(source), **more)
     check_tokenizer(source, tokenizer, folder)
+    tokenizer.model_max_length = int(tokenizer.model_max_length)  # 512.0 in some files
     return tokenizer
 
 

@@ -54,6 +54,12 @@ def test_report_file_holds_scores_intervals_and_matrix(tmp_path: Path, three: Pr
     assert (record["split"], record["samples"]) == ("test", 3)
 
 
+def test_report_says_that_outputs_are_not_numbers(tmp_path: Path, three: Predictions) -> None:
+    three.logits[1] = np.nan
+    assert "1 of 3 samples are NaN" in report(tmp_path, three, METRICS, text=["x", "y", "z"])
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["scores"]["calibration_error"] == "NaN"
+
+
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
 def test_report_file_with_an_undefined_score_is_strict_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:

@@ -148,6 +148,7 @@ def test_damaged_files_and_settings_are_refused_by_name(copy: Path, damage: Dama
         (text("tokenizer_config.json", "null"), "tokenizer_config.json holds null"),
         (settings("tokenizer_config.json", tokenizer_class=3), "could not be loaded"),
         (settings("tokenizer_config.json", model_max_length="many"), "model_max_length"),
+        (settings("tokenizer_config.json", model_max_length=2.5), "model_max_length"),
         (settings("tokenizer_config.json", pad_token=3), "pad_token"),
         (lambda folder: [(folder / f"tokenizer{name}.json").unlink() for name in ("", "_config")], "no vocabulary"),
     ],
@@ -255,3 +256,35 @@ def test_label_names_without_a_clear_meaning_are_refused_by_file(copy: Path, sto
     assert word in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "id2label" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"problem_type": "nope"},
+        {"problem_type": 3},
+        {"thresholds": "x"},
+        {"thresholds": [0.5]},
+        {"thresholds": [None] * 3},
+    ],
+)
+def test_outputs_without_a_clear_meaning_are_refused_by_file(copy: Path, stored: dict[str, Any]) -> None:
+    settings(**stored)(copy)
+    with pytest.raises(UserError, match=f"{next(iter(stored))} in .*config.json"):
+        load_classifier(ModelConfig(str(copy)))
+
+
+def test_roberta_without_a_padding_token_counts_positions_from_that_of_its_tokenizer(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folder_of("roberta"), tmp_path / "copy"))
+
+    def logits() -> torch.Tensor:
+        source = ModelConfig(str(folder))
+        tokenizer = load_tokenizer(source)
+        model = load_classifier(source, tokenizer).eval()
+        return model(**tokenizer("a b c", return_tensors="pt")).logits
+
+    whole = logits()
+    settings(pad_token_id=None)(folder)
+    torch.testing.assert_close(logits(), whole)
