@@ -34,7 +34,8 @@ SECRET = re.compile(
             rf"{START}{NAMED}[\"']?\s*[:=]\s*[\"']?(?=[\w.~+/-]*\d)[\w.~+/-]{{16,}}=*",
             START + r"(?i:[\w-]{0,40}(?:passw(?:or)?d|secret|pwd)[\"']?\s*[:=]\s*)[^\s,;]+",
             START + r"(?:hf_|api_org_)[A-Za-z0-9]{20,}",
-            START + r"(?:gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl[a-z]{2,4}-[\w-]{16,})",
+            START
+            + r"(?:gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|oas|soat|ffct)-[\w-]{16,})",
             START + r"(?:wandb_v\d_[\w-]{16,}|xox[a-z]-[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})",
             START + r"(?:A[A-Z]IA[A-Z0-9]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,})(?![A-Za-z0-9])",
             START + r"sk-(?:[A-Za-z0-9]{20,}|(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,})",

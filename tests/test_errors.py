@@ -51,6 +51,11 @@ ORDINARY = [
         "mailto:a@b.com",
     ),
     *("https://example.com/@user", "https://example.com:8080/@user", "http://localhost:8080", "https://hf-mirror.com"),
+    *(
+        "task-glue-sst2-long-name-with-many-words-2024",
+        "glue-mrpc-bert-base-uncased-seed-1",
+        "sk-learn-baseline-for-glue",
+    ),
     *("see https://example.com:443 failed, ask admin@x.org", "https://h.org/a?b=c@d", "git@github.com:user/repo"),
     *("roberta-base", "user/name", "sk-roberta-base-finetuned-sst2", "token classification", "bearer of bad news"),
     *(

@@ -159,13 +159,18 @@ def group(arguments: Sequence[str], options: dict[str, Option]) -> list[Given]:
     while waiting:
         argument = waiting.pop()
         if argument == "--":
+            if waiting and not positional:
+                raise UserError(f"{shorten(waiting[-1])!r} after --: expected a flag, such as --seed 7")
             strays.values.extend(waiting[::-1])
             break
         if argument in ("-h", "--help"):
             return [Given(argument, [])]
         if not is_flag(argument):
-            misspelt = f"-{argument.partition('=')[0]}".replace("-", "_").replace("__", "--", 1)
-            if not positional or (misspelt in options and argument.startswith("-")):
+            name = re.sub(
+                r"^[-\u2010-\u2015\u2212\uff0d]+|=.*", "", argument
+            )  # after -, or the dash that an editor made of --
+            misspelt = f"--{name.replace('-', '_')}"
+            if not positional or (misspelt in options and not argument.startswith(name)):
                 hint = f"; perhaps you meant {misspelt}" if misspelt in options else ""
                 place = f" after {found[-1].flag}" if found else ""
                 raise UserError(f"{shorten(argument)!r}{place}: expected a flag, such as --seed 7{hint}")
@@ -228,7 +233,10 @@ def find_option(given: Given, options: dict[str, Option]) -> Option:
         raise UserError(f"{given.flag}{where} is no option here, and is not needed: {other.removeprefix('nothing: ')}")
     if other:
         raise UserError(f"{given.flag}{where} is no option here; use {other}")
-    close = difflib.get_close_matches(given.flag, [flag for flag in options if flag.startswith("--")], 3, 0.6)
+    negated = options.get(f"--{name.removeprefix('no_')}")
+    if negated and negated.kind is bool:
+        raise UserError(f"{given.flag}{where} is no option here; use --{negated.name} False")
+    close = difflib.get_close_matches(given.flag.lower(), [flag for flag in options if flag.startswith("--")], 3, 0.6)
     hint = f"Perhaps you meant: {', '.join(close)}" if close else "--help lists the options"
     raise UserError(f"{shorten(given.flag)}{where} is no option here. {hint}")
 
@@ -335,6 +343,7 @@ def as_flags(options: dict[str, list[str]]) -> list[str]:
 
 def read_entries(file: str) -> Iterator[Given]:
     """The options of a YAML file with the lines that they stand in. Raises UserError as `read_yaml` does."""
+    INPUT_NAME.check("--config", file)
     for name, (line, values) in read_lines(Path(file)).items():
         yield Given(f"--{name}", values, f"{file}, line {line}")
 
@@ -349,11 +358,16 @@ def read_yaml(path: Path) -> dict[str, list[str]]:
 
 def read_lines(path: Path) -> dict[str, tuple[int, list[str]]]:
     """As `read_yaml`, each option with the number of its line."""
-    INPUT_NAME.check("--config", str(path))
     require(path.is_file(), f"--config {path}: no such file")
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.MarkedYAMLError as error:  # its text shows the line, which may hold a secret
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{place} is not YAML: {error.problem or error.context}") from None
+    except RecursionError:
+        raise UserError(f"--config {path} is nested too deeply; write lines of `option: value`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not YAML: {error}") from None
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}") from None

@@ -137,7 +137,10 @@ class AdapterConfig:
         ):
             for name in names if self.adapter not in methods else ():
                 untouched = getattr(self, name) == getattr(AdapterConfig, name)
-                require(untouched, f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter}")
+                require(
+                    untouched,
+                    f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter or 'a run without it'}",
+                )
 
     @property
     def virtual_tokens(self) -> int:
@@ -202,7 +205,7 @@ class DataConfig:
         )
         several = self.label_columns
         require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
-        require(several is None or len(several) > 1, "--label_columns takes two or more columns")
+        require(several is None or len(several) > 1, "--label_columns takes two or more columns, separated by spaces")
         for name in ("text_columns", "label_columns", "label_order"):
             given = getattr(self, name) or ()
             twice = next((value for value in given if given.count(value) > 1), None)
@@ -212,7 +215,10 @@ class DataConfig:
             require(
                 both is None, f"--text_columns {both} is also --{name}: a model would read the answer; name another"
             )
-        require(self.label_order is None or len(self.label_order) > 1, "--label_order takes two or more labels")
+        require(
+            self.label_order is None or len(self.label_order) > 1,
+            "--label_order takes two or more labels, separated by spaces",
+        )
         numbers = self.problem_type == REGRESSION
         require(not (self.label_order and numbers), "--label_order is for classes, not for --problem_type regression")
 
@@ -232,6 +238,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        require(self.hub_endpoint != "", "--hub_endpoint is empty; leave it out, or give an address")
 
 
 def literal(text: str) -> Any:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.config.train import TrackingConfig
 from lib.data.load import Data
-from lib.errors import UserError, first_line
+from lib.errors import UserError, first_line, redact
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import worst_rows
 from lib.evaluation.scores import LOWER_IS_BETTER
@@ -23,6 +24,7 @@ from lib.evaluation.scoring import Scored, prefix
 from lib.evaluation.tables import MOST_CLASSES, confusion_table, label_table
 from lib.run.record import bounded
 from lib.runtime.atomic import finite
+from lib.runtime.git import git
 from lib.runtime.startup import when_script_fails
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class RunLog:
                 save_code=False,
                 quiet=True,  # online, the addresses of the run remain
                 silent=mode == "offline",  # the line below says how to upload the run
+                **git_address(self.folder),
             ),
         }
         try:
@@ -238,6 +241,16 @@ def wandb_mode() -> str:
         return settings.mode
     logged_in = settings.api_key or settings.identity_token_file or get_netrc_auth(settings.base_url)
     return "online" if logged_in else "offline"
+
+
+def git_address(folder: Path) -> dict[str, str]:
+    """W&B's setting for the address of the git remote, where that holds a token or a password: without it.
+
+    W&B itself removes the password alone, and a token may stand before it.
+    """
+    remote = os.environ.get("WANDB_GIT_REMOTE", "origin")
+    address = os.environ.get("WANDB_GIT_REMOTE_URL") or git(folder, "config", "--get", f"remote.{remote}.url") or ""
+    return {} if redact(address) == address else {"git_remote_url": redact(address)}
 
 
 def group_name(run_name: str) -> str:

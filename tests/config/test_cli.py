@@ -417,3 +417,39 @@ def test_value_may_begin_with_hyphens_where_it_is_attached_or_in_a_file(tmp_path
     recipe = write(tmp_path / "recipe.yaml", "notes: --fp16\ntags: [--a, -b]\n")
     tracking = parse_cli(TrainConfig, ["--config", recipe]).tracking
     assert (tracking.notes, tracking.tags) == ("--fp16", ("--a", "-b"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["–lr", "1e-3"], "--lr"),
+        (["—learning-rate", "1e-3"], "--learning_rate"),
+        (["−seed=7"], "--seed"),
+        (["learning_rate=1e-3"], "--learning_rate"),
+        (["--LEARNING_RATE", "1e-3"], "--learning_rate"),
+        (["--no-compile"], "--compile False"),
+        (["--", "text"], "'text'"),
+        (["--config", ""], "empty"),
+        (["--hub_endpoint", ""], "empty"),
+    ],
+)
+def test_what_was_meant_is_said(arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(TrainConfig, arguments)
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_dashes_of_editors_in_a_text_stay_a_text() -> None:
+    for text in ("– a film", "«model»", "-good film", "…seed"):
+        assert parse_cli(PredictConfig, [text]).inputs.texts == (text,)
+
+
+def test_broken_yaml_is_named_by_line_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "r.yaml").write_text("seed: 7\ntoken: hunter2: x\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse_cli(TrainConfig, ["--config", str(tmp_path / "r.yaml")])
+    message = capsys.readouterr().err
+    assert "line 2" in message
+    assert "hunter2" not in message
+    assert message.count("\n") == 1

@@ -343,7 +343,7 @@ def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     ("flags", "message"),
     [
         ("--adapter lora --freeze backbone", "leave --freeze out"),
-        ("--lora_rank 4", "--lora_rank is for --adapter lora or dora, not for None"),
+        ("--lora_rank 4", "--lora_rank is for --adapter lora or dora, not for a run without it"),
         ("--adapter lora --adapter_placement houlsby", "--adapter_placement is for --adapter bottleneck, not for lora"),
         ("--adapter prefix --num_virtual_tokens 0", "--num_virtual_tokens must be above 0"),
         ("--adapter ia3 --num_virtual_tokens 3", "--num_virtual_tokens is for --adapter prefix or prompt"),

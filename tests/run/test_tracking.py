@@ -23,7 +23,7 @@ from lib.config.train import TrackingConfig
 from lib.data.load import Data
 from lib.errors import UserError, first_line
 from lib.evaluation.predictions import Predictions
-from lib.run.tracking import RunLog, check_tracker, group_name, truncate_log, wandb_mode, wandb_picture
+from lib.run.tracking import RunLog, check_tracker, git_address, group_name, truncate_log, wandb_mode, wandb_picture
 from lib.runtime import startup
 from tests.conftest import ROOT, Command, read_lines, sentences, write_csv
 from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
@@ -252,6 +252,15 @@ def test_wandb_is_online_with_a_login_and_offline_without(alone: Callable[..., s
 
 def test_wandb_mode_of_the_environment_wins() -> None:
     assert wandb_mode() == os.environ["WANDB_MODE"] == "offline"
+
+
+@pytest.mark.parametrize("login", ["ghp_" + "a1" * 12, "Tok3n:x-oauth-basic", "user:pass/word"])
+def test_wandb_gets_the_address_of_the_git_remote_without_a_login(login: str, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "-q", tmp_path], check=True, timeout=60)
+    assert git_address(tmp_path) == {}
+    for remote, kept in (("https://host.org/a/b", {}), (f"https://{login}@host.org/a/b", "https://***@host.org/a/b")):
+        subprocess.run(["git", "-C", tmp_path, "config", "remote.origin.url", remote], check=True, timeout=60)
+        assert git_address(tmp_path) == ({"git_remote_url": kept} if kept else {})
 
 
 FALL_BACK = """
