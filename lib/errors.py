@@ -21,14 +21,14 @@ SECRET = re.compile(
         (
             # The user, the password or both before the host of an address; passwords may hold / @ # ? and spaces.
             r"(?<=://)[^\s/?#]+(?=@)",
-            r"(?<=://)(?!\[)[^\s/?#:@]*:(?!\d{1,5}(?:[/?#\s]|$))(?!\s)[^\n\"'<>]*(?=@)",
+            r"(?<=//)(?!\[)[^\s/?#:@]*:(?!\d{1,5}(?:[/?#\s]|$))(?!\s)[^\n\"'<>]*(?=@)",
             r"(?<=://)[^\s/?#:@.]*:\d[^\n\"'<>]*(?=@[\w-]+\.\w)",
             # The same without a scheme. `C:/` and `C:\` begin paths, and mailto: an address of mail.
-            r"(?<![\w/:@.-])(?!mailto:)[\w.+%~-]+:(?![/\\])[^\s\"'<>]+(?=@[\w\[])",
+            r"(?<![\w/:@.-])(?!git@|(?:mailto|cc|bcc|to|from|by):)(?:[\w.+%~-]+@)?[\w.+%~-]+:(?![/\\])[^\s\"'<>]+(?=@[\w\[])",
             # Fields of a query and of headers.
-            rf"(?<=[?&;#])(?:{NAMED}|code|credential)=[^&\s#\"']+",
+            rf"(?<=[?&;#])(?:{NAMED}|code|credential|jwt|session)=[^&\s#\"']+",
             r"(?i:\bbearer\s+)(?=\S*\d)[\w.~+/=-]{8,}",
-            r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?)(?i:basic\s+)?[\w.~+/=-]{8,}",
+            r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?)(?i:(?:basic|bearer|token)\s+)?[\w.~+/=-]{8,}",
             # Keys by their names, then by their forms.
             rf"{START}{NAMED}[\"']?(?:\s*[:=]\s*[\"']?|\s+)(?:[0-9a-fA-F]{{40}}|[0-9a-fA-F]{{32}})(?![0-9a-fA-F])",
             rf"{START}{NAMED}[\"']?\s*[:=]\s*[\"']?(?=[\w.~+/-]*\d)[\w.~+/-]{{16,}}=*",
@@ -37,6 +37,8 @@ SECRET = re.compile(
             START
             + r"(?:gh[a-z]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gl(?:pat|dt|rt|cbt|ptt|ft|imt|agent|oas|soat|ffct)-[\w-]{16,})",
             START + r"(?:wandb_v\d_[\w-]{16,}|xox[a-z]-[\w-]{10,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{30,})",
+            START + r"(?:gsk|r8|dckr_pat|dop_v1|lsv2_pt|lsv2_sk)_[A-Za-z0-9]{20,}",
+            START + r"(?:ya29\.[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,})",
             START + r"(?:A[A-Z]IA[A-Z0-9]{16}|AIza[\w-]{30,}|nvapi-[\w-]{20,})(?![A-Za-z0-9])",
             START + r"sk-(?:[A-Za-z0-9]{20,}|(?:proj|ant|or|svcacct|admin|None)-[\w-]{16,})",
             r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*",

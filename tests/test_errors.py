@@ -37,6 +37,8 @@ SECRETS = [
         f'"token": "{KEY}"',
         f"password: {KEY}",
     ),
+    *(f"//u:{KEY}@host.org/x", f"me@corp.org:{KEY}@host.org", f"https://h/?jwt={KEY}", f"authorization: token {KEY}"),
+    *(f"gsk_{KEY}", f"dckr_pat_{KEY}", f"ya29.{KEY}", f"SG.{KEY}.{KEY}"),
     *(f"Bearer {KEY}", f"Authorization: Basic {KEY}=="),
 ]
 ORDINARY = [
@@ -56,7 +58,12 @@ ORDINARY = [
         "glue-mrpc-bert-base-uncased-seed-1",
         "sk-learn-baseline-for-glue",
     ),
-    *("see https://example.com:443 failed, ask admin@x.org", "https://h.org/a?b=c@d", "git@github.com:user/repo"),
+    *(
+        "see https://example.com:443 failed, ask admin@x.org",
+        "https://h.org/a?b=c@d",
+        "git@github.com:user/repo",
+        "git@github.com:user/repo.git@v1",
+    ),
     *("roberta-base", "user/name", "sk-roberta-base-finetuned-sst2", "token classification", "bearer of bad news"),
     *(
         "lr=1e-3 is-new",
