@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Sequence
@@ -243,13 +242,15 @@ def wandb_mode() -> str:
     return "online" if logged_in else "offline"
 
 
-def git_address(folder: Path) -> dict[str, str]:
+def git_address(folder: Path) -> dict[str, Any]:
     """W&B's setting for the address of the git remote, where that holds a token or a password: without it.
 
     W&B itself removes the password alone, and a token may stand before it.
     """
-    remote = os.environ.get("WANDB_GIT_REMOTE", "origin")
-    address = os.environ.get("WANDB_GIT_REMOTE_URL") or git(folder, "config", "--get", f"remote.{remote}.url") or ""
+    import wandb
+
+    settings = wandb.setup().settings
+    address = settings.git_remote_url or git(folder, "config", "--get", f"remote.{settings.git_remote}.url") or ""
     return {} if redact(address) == address else {"git_remote_url": redact(address)}
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lib.errors import UserError, redact
+from lib.runtime.screen import printable
 from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped
 
 UNUSED = ("peft", "scipy")
@@ -96,7 +97,8 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
         raise
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the reader of a pipe may be gone
-            print(redact(message), file=sys.stderr, flush=True)
+            lines = (printable(line) for line in redact(message).split("\n"))  # names of classes may hold escapes
+            print("\n".join(lines), file=sys.stderr, flush=True)
     if failure is not None:
         act_on_failure(failure)
     # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.

@@ -110,3 +110,19 @@ def test_bug_keeps_its_trace() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_script(main, ModelConfig())
+
+
+def test_message_with_names_of_users_moves_no_cursor(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(_: ModelConfig) -> None:
+        raise UserError("classes: a\tb, \x1b[31mred, 正面\n  next line")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        run_script(main, ModelConfig())
+    assert capsys.readouterr().err == "error: classes: a\\tb, \\x1b[31mred, 正面\n  next line\n"
