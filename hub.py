@@ -38,7 +38,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
             print("\n".join(faults) if faults else f"{repo}: sound", flush=True)
             if not faults and has_no_ref(repo):
                 print("  but no branch names it: only a run with its commit finds it, and `hf cache prune` deletes it")
-        print(f"{len(repos)} in the cache, {damaged} damaged" if repos else "the cache is empty")
+        print(f"{len(repos)} checked, {damaged} damaged or missing" if repos else "the cache is empty")
         return 1 if damaged else 0
 
     model = ModelSource(config.model or "minilm", config.model_revision)

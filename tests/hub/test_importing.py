@@ -154,7 +154,7 @@ def test_import_command_loads_in_a_fresh_process_and_hf_cache_keeps_the_entry(ro
     assert "Nothing to prune" in call(hf, "cache", "prune", "--yes").stdout + call(hf, "cache", "prune", "--yes").stderr
     done = call(*hub, "verify")
     assert done.returncode == 0
-    assert done.stdout.splitlines() == ["user/tiny: sound", "1 in the cache, 0 damaged"]
+    assert done.stdout.splitlines() == ["user/tiny: sound", "1 checked, 0 damaged or missing"]
 
     blob = next(path for path in (tmp_path / "hf/hub/models--user--tiny/blobs").iterdir() if len(path.name) == 64)
     data = blob.read_bytes()
