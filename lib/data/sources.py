@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
 import tempfile
@@ -26,7 +28,7 @@ from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import cached_assets_path
 
-from lib.config.sections import DataConfig
+from lib.config.sections import FILE_FORMATS, DataConfig
 from lib.data.catalog import DEFAULT, ROLES, catalog_entry, data_needs, own_files
 from lib.data.columns import find_columns
 from lib.data.files.opening import Source, open_unpacked
@@ -41,7 +43,10 @@ from lib.hub.cache.publish import merge_folder
 from lib.hub.endpoint import configure_endpoint, datasets_cache
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
 from lib.runtime.atomic import sha256, umask
+from lib.runtime.screen import list_some
 from lib.runtime.startup import hidden
+
+logger = logging.getLogger(__name__)
 
 MAGIC = re.compile(r"[*?\[\]]|::|://")
 """What `datasets` takes for a pattern or an address in the name of a folder."""
@@ -218,6 +223,9 @@ def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig
     `name` comes before the names of files in messages.
     """
     builder, found = find_files(path, hub_config)
+    if hub_config is None and not read_card(Path(path) / "README.md").get("configs"):
+        found = separate_eval(found)
+        name_unread(path, name, found)
     options = reading_options(builder, config.encoding)
     if options is None:
         identity = json.dumps(
@@ -245,6 +253,30 @@ def find_files(path: str, hub_config: str | None) -> tuple[Any, dict[str, list[s
         return builder, {
             split: [os.path.join(path, os.path.relpath(item, base)) for item in items] for split, items in found.items()
         }
+
+
+def separate_eval(found: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The files of each split, with those named eval or evaluation in a split of their own: `datasets` calls them test."""
+    words = {item: set(re.split(r"[^a-z]+", os.path.basename(item).lower())) for item in found.get("test", [])}
+    named = [item for item in words if words[item] & {"eval", "evaluation"} and not words[item] & {"test", "testing"}]
+    rest = [item for item in words if item not in named]
+    splits = {split: items for split, items in found.items() if split != "test"}
+    return splits | ({"test": rest} if rest else {}) | ({"eval": named} if named else {})
+
+
+def name_unread(path: str, name: str, found: dict[str, list[str]]) -> None:
+    """Warn of data files in a folder that belong to no split."""
+    read = set(itertools.chain(*found.values()))
+    unread = [
+        os.path.relpath(item, path)
+        for item in map(str, sorted(Path(path).rglob("*")))
+        if item not in read
+        and item.lower().endswith(tuple(f".{kind}" for kind in FILE_FORMATS if kind != "txt"))
+        and os.path.isfile(item)
+    ]
+    if unread:
+        some = list_some(unread, 5)
+        logger.warning("%s%s: in no split and not read; files are called train, validation or test", name, some)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,20 @@ def test_folder_is_read_as_its_files_are(tmp_path: Path, name: str) -> None:
     assert (splits["train"]["text"][:], splits["test"]["label"][:]) == (TEXTS, LABELS)
 
 
+def test_file_named_eval_in_a_folder_is_not_the_test_split(tmp_path: Path) -> None:
+    other = ROWS.replace("text,label", "text,label\nonly here,x")
+    folder = folder_of(tmp_path, train__csv=ROWS, eval__csv=other, test__csv=ROWS)
+    splits = load_raw(DataConfig(dataset=str(folder)))
+    assert sorted(splits) == ["eval", "test", "train"]
+    assert splits["test"]["text"][:] == TEXTS
+    assert splits["eval"]["text"][0] == "only here"
+
+
+def test_file_of_a_folder_that_belongs_to_no_split_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_raw(DataConfig(dataset=str(folder_of(tmp_path, train__csv=ROWS, extra__csv=ROWS))))
+    assert "extra.csv" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
