@@ -103,7 +103,10 @@ def difference(baseline: Sequence[Scored], other: Sequence[Scored], metric: str,
         return multi_bootstrap(before, after, len(baseline[0].texts), config.resamples, config.seed)
     a, b = (np.stack([sample_scores(run, metric) for run in group]) for group in (baseline, other))
     if len(a) > 1:
-        return two_way(a, b)
+        found = two_way(a, b)
+        if metric == "accuracy":  # the t distribution knows no limits
+            found = dataclasses.replace(found, low=max(found.low, -1.0), high=min(found.high, 1.0))
+        return found
     found = paired_bootstrap(a[0], b[0], seed=config.seed)
     if metric != "accuracy":
         return found

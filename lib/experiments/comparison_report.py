@@ -81,7 +81,9 @@ def conclusions(metric: MetricComparison, letters: Sequence[str]) -> list[str]:
             line = f"{metric.metric}: {letter} is {'better' if (found.value < 0) == lower else 'worse'} than A (p {p_value(p)})."
         else:
             line = f"{metric.metric}: no difference between {letter} and A is shown (p {p_value(p)})."
-        if not math.isnan(found.detectable) and found.detectable > 0:
+        if metric.metric == "accuracy" and found.detectable > 1:
+            line += " So few seeds and samples cannot show any difference."
+        elif not math.isnan(found.detectable) and found.detectable > 0:
             line += f" A true difference of {found.detectable:.4f} would be found in 80 % of such comparisons."
         if "one seed" in found.method:
             line += " With one seed each this holds for these two models, not for the recipes: train 3 to 5 seeds."

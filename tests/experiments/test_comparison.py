@@ -200,3 +200,13 @@ def test_predictions_of_many_classes_are_read_though_only_the_largest_probabilit
     if make is label_predictions:
         with pytest.raises(UserError, match=r"--metrics average_precision .*f1_micro"):
             weighted_score(read, "average_precision")
+
+
+def test_interval_of_an_accuracy_stays_within_its_limits_with_two_seeds_and_few_samples(tmp_path, call):
+    for name, lr, skills in (("slow", 2e-5, (-9, 9)), ("fast", 1e-4, (9, 8))):
+        for seed, skill in enumerate(skills):
+            write_run(tmp_path / name / f"s{seed}", class_rows(6, skill, seed), seed, lr)
+    groups = load_groups([str(tmp_path / "slow"), str(tmp_path / "fast")], "test")
+    (metric,) = compare_groups(groups, CompareConfig(("",), metrics=("accuracy",), resamples=50))
+    assert -1 <= metric.differences[0].low <= metric.differences[0].high <= 1
+    assert "cannot show any difference" in call("compare.py", "slow", "fast", "--metrics", "accuracy").stdout
