@@ -37,8 +37,9 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
         return run_model(folder, "--model", precision)
     if is_lost_folder(source.model):
         raise UserError(f"--model {source.model}: no such folder")
-    if folder.resolve().name == "model" and is_run(str(folder.resolve().parent)):
-        precision = run_precision(folder.resolve().parent, precision)
+    home = folder.resolve().parent
+    if folder.resolve().name == "model" and is_run(str(home)):
+        return TrainedModel(source, run_trained_on(home), run_precision(home, precision))
     return TrainedModel(source, read_trained_on(Path(resolve_model(source)) / "config.json"), precision)
 
 
@@ -53,6 +54,11 @@ def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
     """The model of a run, named by `flag`. Raises UserError if there is none yet."""
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{flag} {folder} has no model folder yet; let train.py reach its first evaluation")
+    return TrainedModel(ModelSource(str(folder / "model")), run_trained_on(folder), run_precision(folder, precision))
+
+
+def run_trained_on(folder: Path) -> TrainedOn:
+    """What the model of the run in `folder` was trained on."""
     trained_on = read_trained_on(folder / "model" / "config.json")
     if trained_on == UNKNOWN:  # the best model is from before the run was resumed with this version
         trained_on = read_trained_on(folder / "record.json", None)
@@ -60,15 +66,17 @@ def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
         data = load_config(TrainConfig, folder / "config.yaml").data
         labels = data.label_columns or ((data.label_column,) if data.label_column else ())
         trained_on = TrainedOn(None, data.text_columns or (), labels, data.max_length, (), data.pad_to_max_length)
-    return TrainedModel(ModelSource(str(folder / "model")), trained_on, run_precision(folder, precision))
+    return trained_on
 
 
 def run_precision(folder: Path, asked: str) -> str:
     """The precision that was asked for; `auto` is that of the run in `folder`, if this machine has it."""
-    results = folder / "results.json"
-    if asked != "auto" or not results.is_file():
+    if asked != "auto":
         return asked
-    precision: str = json.loads(results.read_text(encoding="utf-8"))["run/mixed_precision"]
+    try:
+        precision: str = json.loads((folder / "results.json").read_text(encoding="utf-8"))["run/mixed_precision"]
+    except (OSError, ValueError, LookupError, TypeError):  # not finished, or damaged
+        return asked
     return asked if precision == "fp16" and not uses_gpu() else precision
 
 

@@ -20,7 +20,7 @@ from lib.run.finished import TrainedModel, eval_folder
 from lib.run.introduction import describe_columns, describe_length
 from lib.run.record import bounded, describe_data, model_record
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
-from lib.runtime.atomic import finite
+from lib.runtime.atomic import finite, write_atomically
 from lib.training.learner import Learner
 
 REPEATED = (
@@ -78,7 +78,7 @@ def next_commands(folder: Path) -> str:
 def write_results(folder: Path, results: dict[str, Any]) -> str:
     """Save results.json; returns its content as one line of JSON."""
     results = finite(results)
-    (folder / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return json.dumps(results, ensure_ascii=False)
 
 

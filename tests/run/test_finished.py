@@ -195,6 +195,15 @@ def test_precision_is_that_of_the_run_if_the_machine_has_it(
             assert find_model(ModelSource(str(model)), "no").precision == "no"
 
 
+@pytest.mark.parametrize("content", ["", '{"test/loss": 0.', "[]", "{}"])
+def test_damaged_results_of_a_run_stop_nobody_who_uses_its_model(
+    single_label: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(single_label, tmp_path / "run")
+    (folder / "results.json").write_text(content)
+    assert find_model(ModelSource(str(folder)), "auto").precision == "auto"
+
+
 def test_metrics_are_those_of_the_run_unless_named(files: Path, single_label: Path, tmp_path: Path) -> None:
     run = train(files, "metrics", *KINDS["single_label"], "--metrics", "matthews_correlation")
     test = ["--model", run / "model", "--test_file", files / "test.csv"]
@@ -218,6 +227,9 @@ def test_run_of_an_earlier_version_is_scored_as_before(
         (run / "record.json").unlink()
     before = read_lines(single_label / "eval-test" / "predictions.jsonl")
     assert score("--run", run, "--test_file", files / "test.csv", cwd=tmp_path)[1] == before
+    inner, outer = (find_model(ModelSource(str(model)), "no") for model in (run / "model", run))
+    assert inner.trained_on == outer.trained_on
+    assert inner.trained_on.max_length == 6
 
 
 # ---------------------------------------------------------------------------------------------------- folders
