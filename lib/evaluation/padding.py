@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from lib.data.encoding import Encoder, model_inputs
 from lib.data.loader import Batches, Collator, to_device
-from lib.model.padding import NOTES, find_leak
+from lib.model.padding import NOTES, UNPADDED, find_leak
 from lib.runtime.processes import any_process
 
 LONGEST = 128
@@ -21,14 +21,11 @@ def check_padding(accelerator: Accelerator, model: Any, batches: Batches, tokeni
     """
     data = batches.data
     leak = try_padding(accelerator.unwrap_model(model), tokenizer, batches.collator, data.max_length)
-    if any_process(accelerator, leak == "batch"):
-        leak = "batch"
-    elif any_process(accelerator, leak is not None):
-        leak = "padding"
+    leak = next((kind for kind in NOTES if any_process(accelerator, leak == kind)), None)
     if leak is None:
         return batches
     data = dataclasses.replace(data, notes=(*data.notes, NOTES[leak]))
-    return dataclasses.replace(batches, data=data, unpadded=True)
+    return dataclasses.replace(batches, data=data, unpadded=leak in UNPADDED)
 
 
 def try_padding(model: Any, tokenizer: Any, collator: Collator, limit: int) -> str | None:

@@ -21,7 +21,7 @@ from lib.inference.load import Task
 from lib.inference.stream import Predict, Prediction
 from lib.model.forward import compute_logits, pool_logits
 from lib.model.load import label_names
-from lib.model.padding import NOTES
+from lib.model.padding import NOTES, UNPADDED
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def build_classification(task: Task) -> Predict:
         logits = []
         for start in range(0, len(rows), config.per_device_eval_batch_size):
             batch = to_device(collator(rows[start : start + config.per_device_eval_batch_size]), model.device)
-            logits.append(compute_logits(model, batch, unpadded=leak is not None))
+            logits.append(compute_logits(model, batch, unpadded=leak in UNPADDED))
         return [to_prediction(row) for row in pool_logits(torch.cat(logits), counts).cpu().numpy()]
 
     def to_prediction(logits: np.ndarray) -> Prediction:

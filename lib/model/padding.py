@@ -12,11 +12,19 @@ from lib.model.forward import Inputs, compute_logits
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between logits, relative to the largest logit, that counts as rounding."""
 
-NOTES = {
-    "padding": "padding changes the logits of this model: evaluation and prediction run texts of one length together, "
-    "without padding; in training, a text still depends on the longest of its batch",
+FAILURES = (RuntimeError, ValueError, IndexError)
+"""What models raise for a length that they do not take."""
+
+UNPADDED = ("padding", "batch")
+"""What is found in models that run texts of one length together, without padding."""
+
+NOTES = {  # the worst first
+    "length": "warning: this model takes no short text without padding, and may see the padding: scores and predictions "
+    "change with --per_device_eval_batch_size; --pad_to_max_length in training and evaluation gives all texts one length",
     "batch": "warning: the logits of this model depend on the other texts of a batch, without padding too: scores and "
     "predictions change with --per_device_eval_batch_size",
+    "padding": "padding changes the logits of this model: evaluation and prediction run texts of one length together, "
+    "without padding; in training, a text still depends on the longest of its batch",
 }
 
 
@@ -29,16 +37,21 @@ def find_leak(model: Any, alone: Inputs, twice: Inputs, padded: Inputs) -> str |
     """What changes a text's logits: "padding", "batch" (the other texts too), or nothing that is more than rounding.
 
     The text is the first row of each batch: `alone`, in `twice` with another text of its length, in `padded` with a longer
-    one. Computed in float32 and eval mode, without drawing random numbers.
+    one. "length" is a model that computes it in `padded` only. Computed in float32 and eval mode, without drawing random
+    numbers.
     """
     with in_full_precision(model):
         try:
+            long = compute_logits(model, padded)[:1]
+        except FAILURES:
+            return None  # made for one fixed length: evaluation ends in the same error
+        try:
             first = compute_logits(model, alone)
-            if same_logits(first, compute_logits(model, padded)[:1]):
-                return None
-            return "padding" if same_logits(first, compute_logits(model, twice)[:1]) else "batch"
-        except (RuntimeError, ValueError, IndexError):
-            return None  # made for one fixed length, such as Nystromformer
+        except FAILURES:
+            return "length"  # such as Canine, which pools four characters
+        if same_logits(first, long):
+            return None
+        return "padding" if same_logits(first, compute_logits(model, twice)[:1]) else "batch"
 
 
 @contextlib.contextmanager

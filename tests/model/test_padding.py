@@ -87,3 +87,20 @@ def test_short_texts_do_not_change_how_big_bird_reads_long_ones(tmp_path: Path) 
         again = model(input_ids=long).logits
     assert torch.equal(first, again)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_model_that_takes_no_short_text_alone_is_named() -> None:
+    class Pooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return SimpleNamespace(logits=nn.functional.max_pool1d(self.weight * input_ids, 4)[:, :1])
+
+    short, long = torch.tensor([[5, 6]]), torch.tensor([[5, 6, 0, 0, 0], [1, 2, 3, 4, 5]])
+    alone, twice, padded = (
+        {"input_ids": ids, "attention_mask": (ids > 0).long()} for ids in (short, short.repeat(2, 1), long)
+    )
+    assert find_leak(Pooling(), alone, twice, padded) == "length"
+    assert find_leak(Pooling(), alone, twice, twice) is None
