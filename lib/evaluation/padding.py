@@ -29,12 +29,12 @@ def check_padding(accelerator: Accelerator, model: Any, batches: Batches, tokeni
 
 
 def try_padding(model: Any, tokenizer: Any, collator: Collator, limit: int) -> str | None:
-    """`find_leak` on a short text of `tokenizer`, another one, and one of up to `limit` tokens."""
+    """`find_leak` on the shortest text of `tokenizer`, another one, and one of up to `limit` tokens."""
     settings, longest = model.config.get_text_config(), LONGEST
     if getattr(settings, "attention_type", None) == "block_sparse":  # BigBird attends to all of a shorter text
         longest = (6 + 2 * settings.num_random_blocks) * settings.block_size
     longest = min(longest, limit)
-    texts = ["a film", "film a", "the film was good and the plot was not " * longest]
+    texts = ["a", "I", "the film was good and the plot was not " * longest]
     encoded = Encoder(tokenizer, longest)([texts])
     short, other, long = model_inputs(encoded)
     if len(other["input_ids"]) != len(short["input_ids"]):

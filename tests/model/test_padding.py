@@ -14,7 +14,7 @@ from lib.evaluation.padding import try_padding
 from lib.model.forward import compute_logits
 from lib.model.load import load_classifier, load_tokenizer
 from lib.model.padding import find_leak
-from tests.tiny_models import trainable
+from tests.tiny_models import any_classifier, trainable
 
 LEAKY = ("big_bird", "convbert", "fnet")
 CPU = torch.device("cpu")
@@ -104,3 +104,11 @@ def test_a_model_that_takes_no_short_text_alone_is_named() -> None:
     )
     assert find_leak(Pooling(), alone, twice, padded) == "length"
     assert find_leak(Pooling(), alone, twice, twice) is None
+
+
+def test_canine_whose_numbers_depend_on_padding_is_named(tmp_path: Path) -> None:
+    """It pools four characters, so that padding changes nothing where their number is a multiple of four."""
+    source = ModelSource(str(any_classifier("canine", tmp_path)))
+    tokenizer = load_tokenizer(source)
+    model, collator = load_classifier(source, tokenizer), build_collator(tokenizer, "no", CPU)
+    assert try_padding(model, tokenizer, collator, tokenizer.model_max_length) == "length"
