@@ -468,3 +468,19 @@ def test_unknown_encoding_and_empty_name_are_refused_at_once(build: Any) -> None
     with pytest.raises(UserError, match=f"--{field}.* empty"):
         build(**{field: ""})
     assert build(encoding="GB18030").encoding == "GB18030"
+
+
+def test_parquet_with_views_of_text_is_read_as_text(tmp_path: Path) -> None:
+    table = pa.table({"text": pa.array(["a", "b"], pa.string_view()), "label": pa.array(["x", "y"], pa.string_view())})
+    pq.write_table(table, tmp_path / "train.parquet")
+    read = load_raw(DataConfig(train_file=str(tmp_path / "train.parquet")))["train"]
+    assert (read["text"][:], read["label"][:]) == (["a", "b"], ["x", "y"])
+    assert len(read.select([1]).with_format("arrow")[:].take([0])) == 1
+
+
+def test_same_bytes_under_another_ending_are_read_as_that_ending_says(tmp_path: Path) -> None:
+    for name in ("train.csv", "train.tsv"):
+        (tmp_path / name).write_text("text,label\na,x\nb,y\n")
+    assert load_raw(DataConfig(train_file=str(tmp_path / "train.csv")))["train"].column_names == ["text", "label"]
+    with pytest.raises(UserError, match="by tabs"):
+        load_raw(DataConfig(train_file=str(tmp_path / "train.tsv")))

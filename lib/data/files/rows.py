@@ -73,12 +73,26 @@ def parquet_batches(source: Source, size: int) -> Iterator[Any]:
             names = [field.name for field in schema if is_plain(field.type)]
             twice = next((name for name in names if names.count(name) > 1), None)
             require(twice is None, f"{source.name} has two columns named {twice!r}; rename one of them")
-            yield schema.empty_table().select(names).schema
+            fields = [schema.field(name).with_type(without_views(schema.field(name).type)) for name in names]
+            kept = pyarrow.schema(fields, metadata=schema.metadata)
+            yield kept
             for batch in stored.iter_batches(size, columns=names):
                 batch.validate(full=True)  # text that is not UTF-8, too
-                yield batch
+                yield batch.cast(kept)
         except (pyarrow.ArrowException, ValueError, MemoryError, *UNPACK_ERRORS) as error:
             raise UserError(f"{source.name} is not parquet, or damaged: {first_line(error)}") from error
+
+
+def without_views(kind: Any) -> Any:
+    """The type that holds the same values where Arrow can compute with it: it cannot with views."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_list(kind) and types.is_string_view(kind.value_type):
+        return pyarrow.list_(pyarrow.large_string())
+    return {pyarrow.string_view(): pyarrow.large_string(), pyarrow.binary_view(): pyarrow.large_binary()}.get(
+        kind, kind
+    )
 
 
 def is_plain(kind: Any) -> bool:

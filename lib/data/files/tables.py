@@ -77,9 +77,9 @@ def tables_key(files: dict[str, list[Source]], features: dict[str, Features], ne
 
 
 def file_identity(source: Source) -> list[Any]:
-    with open_unpacked(source):
+    with open_unpacked(source) as (_, kind):
         path = Path(source.path)
-        return [path.stat().st_size, sha256(path)]
+        return [kind, path.stat().st_size, sha256(path)]
 
 
 def map_table(path: Path, fingerprint: str) -> Dataset:
