@@ -112,6 +112,7 @@ def path_identity(path: str, hub_config: str | None = None) -> list[list[Any]]:
     if is_saved(file):
         read = [item for item in sorted(file.rglob("*")) if item.is_file()]
     else:
+        check_inside(path, "--dataset")  # before `datasets` asks the addresses there
         _, found = find_files(path, hub_config)
         read = [Path(item) for split in sorted(found) for item in found[split]]
         read += [
@@ -208,6 +209,7 @@ def load_folder(path: str, flag: str, config: DataConfig) -> dict[str, Dataset]:
         if is_saved(Path(path)):
             saved = load_from_disk(path)
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+        check_inside(path, flag)
         return read_folder(path, f"{flag} {path.rstrip('/')}/", None, config)
     except EmptyDatasetError as error:
         raise UserError(f"{flag} {path}: the folder holds no data files") from error
@@ -215,6 +217,26 @@ def load_folder(path: str, flag: str, config: DataConfig) -> dict[str, Dataset]:
         raise UserError(f"{flag} {path}: a split saved there is empty") from error
     except (DatasetGenerationError, FileNotFoundError, ValueError, OSError, pyarrow.ArrowException) as error:
         raise UserError(f"{flag} {path} could not be loaded: {root_cause(error)}") from error
+
+
+def check_inside(path: str, flag: str) -> None:
+    """Raise UserError if the README of a folder names data outside the folder: a local folder reads its own files only."""
+    configs = read_card(Path(path) / "README.md").get("configs")
+    stated = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
+    for item in strings_in([[config.get("data_files"), config.get("data_dir")] for config in stated]):
+        if "://" in item or os.path.isabs(item) or ".." in Path(item).parts:
+            raise UserError(
+                f"{flag} {path}: its README.md names {item}, which is not in the folder; give that data by name"
+            )
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """All texts in lists and mappings, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(item)
 
 
 def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig) -> dict[str, Dataset]:

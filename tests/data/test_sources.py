@@ -48,6 +48,22 @@ def test_folder_is_read_as_its_files_are(tmp_path: Path, name: str) -> None:
     assert (splits["train"]["text"][:], splits["test"]["label"][:]) == (TEXTS, LABELS)
 
 
+@pytest.mark.parametrize(
+    "place", ["../secret.csv", "ABSOLUTE", "https://example.invalid/a.csv", "hf://datasets/a/b.csv"]
+)
+@pytest.mark.parametrize(
+    "form", ["data_files: PLACE", "data_files:\n  - split: train\n    path: PLACE", "data_dir: PLACE"]
+)
+def test_readme_of_a_folder_cannot_name_data_outside_it(tmp_path: Path, place: str, form: str) -> None:
+    (tmp_path / "secret.csv").write_text(ROWS)
+    stated = form.replace("PLACE", place.replace("ABSOLUTE", str(tmp_path / "secret.csv")))
+    folder = folder_of(tmp_path / "data", train__csv=ROWS)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {stated}\n---\n")
+    with pytest.raises(UserError, match="README"):
+        load_raw(DataConfig(dataset=str(folder)))
+    assert data_identity(DataConfig(dataset=str(folder))) is None
+
+
 def test_file_named_eval_in_a_folder_is_not_the_test_split(tmp_path: Path) -> None:
     other = ROWS.replace("text,label", "text,label\nonly here,x")
     folder = folder_of(tmp_path, train__csv=ROWS, eval__csv=other, test__csv=ROWS)
