@@ -67,7 +67,6 @@ class InputConfig:
         require(both, "--question and --context belong together; give both")
         columns = self.text_columns
         require(columns is None or len(columns) in (1, 2), f"--text_columns takes one or two columns, got {columns}")
-        require(self.input != "", "--input is empty; give a file, or - for standard input")
         check_encoding(self.encoding)
         if self.input not in (None, "-") and self.input_format is None:
             known = named_format(str(self.input)) or str(self.input).lower().endswith(".zip")

@@ -101,6 +101,16 @@ class Data:
         return digest.hexdigest()[:16]
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a program asks of a data set, see `load_data`; it is part of the key of prepared data."""
+
+    splits: Sequence[str]
+    label_names: list[str] | None
+    model_problem: str | None
+    trained_on: TrainedOn
+
+
 def load_data(
     config: DataConfig,
     tokenizer: Any,
@@ -119,12 +129,12 @@ def load_data(
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
     identity, trained = data_identity(config), label_names is not None
-    asked = (splits, label_names, model_problem, trained_on)
+    asked = Asked(tuple(splits), label_names, model_problem, trained_on)
     windows = stored_windows(tokenizer) if trained else None
-    key = None if identity is None else prepared_key(identity, config, tokenizer, windows and windows.stride, *asked)
+    key = None if identity is None else prepared_key(identity, config, tokenizer, windows and windows.stride, asked)
 
     def prepare(folder: Path) -> None:
-        prepare_data(folder, config, tokenizer, *asked)
+        prepare_data(folder, config, tokenizer, asked)
         if data_identity(config) != identity:
             raise UserError("the data were changed while they were read; start again when they are complete")
 
@@ -134,26 +144,18 @@ def load_data(
     return dataclasses.replace(data, notes=(*data.notes, *notes)) if notes else data
 
 
-def prepare_data(
-    folder: Path,
-    config: DataConfig,
-    tokenizer: Any,
-    splits: Sequence[str],
-    label_names: list[str] | None,
-    model_problem: str | None,
-    trained_on: TrainedOn,
-) -> None:
+def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked) -> None:
     """Read, check and tokenize a data set as `load_data` promises, and write into `folder` what `read_data` reads."""
-    raw = load_raw(config)
-    text_columns, label_columns, notes = find_columns(raw, config, trained_on)
+    raw, splits, label_names = load_raw(config), asked.splits, asked.label_names
+    text_columns, label_columns, notes = find_columns(raw, config, asked.trained_on)
     entry = catalog_entry(config)
-    if entry and tuple(splits) == ROLES:
+    if entry and splits == ROLES:
         splits = (*splits, *entry.further_validation)
     raw, unused = choose_splits(raw, config, splits)
     notes += unused
     check_columns(raw, text_columns, label_columns)
     order = config.label_order or ()
-    problem, found = find_problem(raw, label_columns, config.problem_type, model_problem, label_names or order)
+    problem, found = find_problem(raw, label_columns, config.problem_type, asked.model_problem, label_names or order)
     targets = encode_targets(raw, label_columns, problem, label_names, order)
     labeled = {
         split: Rows(raw[split].select_columns(list(text_columns)).with_format("arrow"), labels)

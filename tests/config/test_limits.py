@@ -12,6 +12,7 @@ from lib.config.compare import CompareConfig
 from lib.config.eval import EvalConfig
 from lib.config.limits import FileName, Within
 from lib.config.predict import PredictConfig
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig
 
 KINDS = (TrainConfig, EvalConfig, PredictConfig, CompareConfig)
@@ -91,7 +92,7 @@ def test_value_that_cannot_work_is_refused(
     ],
 )
 def test_unusual_value_that_works_is_taken(flag: str, value: str) -> None:
-    parse_cli(TrainConfig, [flag, value])
+    assert float(value) in flatten(parse_cli(TrainConfig, [flag, value])).values()
 
 
 def test_number_of_a_yaml_file_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
