@@ -31,7 +31,7 @@ from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.lock import FolderLock, check_free
-from lib.runtime.processes import finish
+from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.signals import Stopped, deferring_signals
 from lib.runtime.watchdog import watching
 from lib.training.learner import Learner
@@ -44,10 +44,14 @@ class Run:
     """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        """Writes nothing. Raises UserError if the tracker asked for is not installed, or another process has the folder."""
+        """Writes nothing. Raises UserError if the tracker asked for is not installed, or another process has the folder.
+
+        Raises Stopped if a launcher started the run again after the end of `--max_minutes`.
+        """
         check_tracker(config.tracking.report_to)
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
         self.lock: FolderLock | None = None
+        check_time(accelerator, config.training.max_minutes)
         self.on_first(lambda: check_free(self.folder))
 
     def on_first(self, work: Callable[[], Result]) -> Result:
@@ -89,7 +93,7 @@ class Run:
         self.metrics = metrics
         self.settings = run_settings(config, learner, batches, metrics, weights)
         store_trained_on(learner.inner_model.config, trained_on(batches.data, metrics))
-        self.on_first(self.open)
+        check_shared(accelerator, folder, self.on_first(self.open))
         if accelerator.is_main_process:
             # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
             shutil.rmtree(folder / "heartbeats", ignore_errors=True)
@@ -102,8 +106,9 @@ class Run:
         self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
         self.log.start(self.settings, metrics.names)
 
-    def open(self) -> None:
+    def open(self) -> str:
         self.lock = open_folder(self.config, self.folder)
+        return str(self.lock.owner["token"])
 
     @contextlib.contextmanager
     def guard(self, learner: Learner) -> Iterator[None]:

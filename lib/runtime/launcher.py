@@ -1,7 +1,7 @@
-"""The program that launched this process, `accelerate launch` or torchrun, and what it was told by the user.
+"""The program that launched this process, such as `accelerate launch` or torchrun, and what it was told by the user.
 
-A launcher exports what it was told and what it made up in the same variables. What the user told it stands in the
-environment and the command that it was itself started with.
+A launcher is known by the variables that it sets, whatever its name. It exports what it was told and what it made up in the
+same variables. What the user told it stands in the environment and the command that it was itself started with.
 """
 
 import dataclasses
@@ -9,14 +9,21 @@ import os
 import re
 from pathlib import Path
 
-MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
-"""Variables that every process of a launcher has."""
+from lib.errors import UserError
+
+MARKS = ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID")
+"""Variables that `accelerate launch` and torchrun always set, and users do not: ACCELERATE_MIXED_PRECISION may be their own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """The command and the environment that a launcher was started with."""
+    """The command and the environment that a launcher was started with.
 
+    `is_parent`: it started this process itself; else there is a shell or a script between.
+    """
+
+    pid: int
+    is_parent: bool
     command: list[str]
     environment: dict[str, str]
 
@@ -38,25 +45,39 @@ def is_launched() -> bool:
 
 
 def find_launcher(processes: Path = Path("/proc")) -> Launcher | None:
-    """The launcher of this process: the nearest one above it without the variables that a launcher sets.
+    """The launcher of this process: the nearest one above it that set its marks, because they were not in its environment.
 
     None without a launcher, and where the system does not tell.
     """
+    marks = {mark: os.environ[mark] for mark in MARKS if mark in os.environ}
     try:
-        pid = os.getppid()
-        while is_launched() and pid > 0:
+        pid = parent = os.getppid()
+        while marks and pid > 0:
             block = (processes / str(pid) / "environ").read_bytes().decode(errors="replace")
             environment = dict(entry.split("=", 1) for entry in block.split("\0") if "=" in entry)
-            if not any(mark in environment for mark in MARKS):
+            if any(environment.get(mark) != value for mark, value in marks.items()):
                 command = (processes / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                known = any(
-                    name in part for part in command for name in ("accelerate", "torchrun", "torch.distributed")
-                )
-                return Launcher(command, environment) if known else None
+                return Launcher(pid, pid == parent, command, environment)
             pid = int((processes / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def cpu_is_chosen() -> bool:
+    """Whether ACCELERATE_USE_CPU chooses the CPU, read as Accelerate reads it: true, t, yes, y, on or 1.
+
+    Raises UserError if it says neither yes nor no.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    try:
+        return parse_flag_from_env("ACCELERATE_USE_CPU")
+    except ValueError:
+        value = os.environ["ACCELERATE_USE_CPU"]
+        raise UserError(
+            f"ACCELERATE_USE_CPU={value} says neither yes nor no; set it to true or false, or unset it"
+        ) from None
 
 
 def threads_are_chosen() -> bool:

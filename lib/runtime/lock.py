@@ -131,6 +131,8 @@ class FolderLock:
             count += 1
             with contextlib.suppress(OSError):  # a full disk, or a server that is away: the run goes on
                 self.write(self.file, count)
+                if self.is_exclusive:
+                    self.try_lock(self.file)  # whoever reads the whole folder in this process drops the lock
 
     def release(self) -> None:
         """Give the lock back, if it was taken, and remove its file."""
@@ -183,6 +185,24 @@ def locked_folder(folder: Path, wait: float) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_locked_by(folder: Path, token: str) -> bool:
+    """Whether `folder`, as this machine sees it, is the one that the process whose lock has this `token` has locked.
+
+    Not for that process: closing the file would drop its lock.
+    """
+    for path in (*reversed(folder.absolute().parents), folder):  # opened, a folder of NFS is looked at afresh
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_RDONLY))
+    try:
+        file = os.open(folder / NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return (read_owner(file) or {}).get("token") == token
+    finally:
+        os.close(file)
 
 
 def read_owner(file: int) -> dict[str, Any] | None:

@@ -1,9 +1,13 @@
 """What the processes of a run do together: agree on a flag, sum gradients, stop, end."""
 
 import functools
+import os
 import secrets
+import socket
+import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +17,14 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
-from lib.runtime.signals import check_stop
+from lib.errors import UserError
+from lib.runtime.lock import is_locked_by
+from lib.runtime.signals import REQUEST, Stopped, check_stop
 
 PROCESS_TIMEOUT = timedelta(days=1)
 """Timeout of collectives: the first process may tokenize for hours while others wait. Training has the watchdog."""
+NFS_SECONDS = 30.0
+"""How long a machine may take to see what another one wrote to a shared disk: NFS looks at a folder every now and then."""
 BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of at most this size, as in DDP."""
 
@@ -78,6 +86,42 @@ def describe_processes(accelerator: Accelerator) -> str:
 def agree_to_stop(accelerator: Accelerator) -> None:
     """Raise Stopped on every process if one was asked to stop; every process must call this at the same place."""
     check_stop(functools.partial(any_process, accelerator))
+
+
+def check_time(accelerator: Accelerator, max_minutes: float | None) -> None:
+    """Count `--max_minutes` from the first start of the run under a launcher that restarts it (`torchrun --max-restarts`).
+
+    Raises Stopped on every process if the time is over.
+    """
+    if max_minutes is None or is_alone() or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
+        return
+    store = _get_default_store()
+    while isinstance(store, torch.distributed.PrefixStore):  # those of an attempt
+        store = store.underlying_store
+    start = time.time() - (time.monotonic() - REQUEST.started)
+    first = float(store.compare_set("start", "", str(start)))  # of the first process that says it, on any machine
+    REQUEST.started -= max(0.0, start - first)
+    if any_process(accelerator, time.monotonic() - REQUEST.started > 60 * max_minutes):
+        raise Stopped(f"--max_minutes {max_minutes:g} are over, counted from the first start by this launcher")
+
+
+def check_shared(accelerator: Accelerator, folder: Path, token: str) -> None:
+    """Raise UserError on every process if a machine does not see the folder that process 0 has locked with `token`."""
+    if accelerator.num_processes == int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+        return
+    deadline = time.monotonic() + NFS_SECONDS
+    sees = accelerator.is_main_process
+    while not (sees := sees or is_locked_by(folder, token)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    seen: list[Any] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(seen, (sees, f"{socket.gethostname()}:{folder.absolute()}"))
+    blind = sorted({place for sees, place in seen if not sees})
+    if blind:
+        raise UserError(
+            f"--output_dir {folder} is not one folder for all machines: what process 0 wrote to {seen[0][1]} is not in "
+            f"{', '.join(blind)}. Every process reads the checkpoint and the best model there; choose an --output_dir on a "
+            "disk that all machines share"
+        )
 
 
 def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:

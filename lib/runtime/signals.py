@@ -14,11 +14,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from lib.runtime.launcher import find_launcher
+
 EXIT_RESUME = 75
 """Exit code of a run that was stopped and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""What asks a run to stop: a person or a scheduler, a terminal that is gone, the limits of Slurm, SGE and LSF."""
+URGENT = (signal.SIGTERM, signal.SIGINT)
+"""What a person sends again who will not wait; the others are sent again by the system."""
 ECHO_SECONDS = 1.0
-"""A launcher forwards signals that its process group got already: a second one within this time is the first one again."""
+"""A launcher forwards signals that its process group got already: the same one within this time is the first one again."""
+
+
+LAUNCHER = find_launcher()
+"""Looked for at the import: it may die while this process starts."""
 
 
 class Stopped(Exception):
@@ -41,15 +50,16 @@ REQUEST = Request()
 
 
 def watch_signals() -> None:
-    """Handle SIGTERM, SIGINT and SIGUSR1: they ask the run to stop within `deferring_signals`, elsewhere they end the process.
+    """Handle SIGNALS: they ask the run to stop within `deferring_signals`, elsewhere they end the process.
 
     A thread reads them from a pipe, since Python runs handlers only between bytecodes, hence not while a process waits for
-    others. Slurm sends SIGUSR1 before the time limit; this process also gets it when its launcher dies.
+    others. SIGHUP stays ignored where it is at the start, as under nohup. This process gets SIGUSR1 when its launcher dies.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in SIGNALS:
-        signal.signal(number, lambda *_: None)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     # A forked process would write its signals into the pipe of this one.
     os.register_at_fork(after_in_child=forget_signals)
@@ -58,15 +68,16 @@ def watch_signals() -> None:
 
 
 def forget_signals() -> None:
-    """Restore the default handlers, in a forked process."""
+    """Restore the default handlers, in a forked process; what is ignored stays so."""
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def listen(reader: int) -> None:
-    """Read signals from the pipe: the first one asks the run to stop, the second one ends the process."""
-    first = math.inf
+    """Read signals from the pipe: the first one asks the run to stop, the same one of URGENT again ends the process."""
+    first: dict[int, float] = {}
     while True:
         for number in os.read(reader, 64):
             if number not in SIGNALS:
@@ -76,41 +87,44 @@ def listen(reader: int) -> None:
             name, now = signal.Signals(number).name, time.monotonic()
             if not REQUEST.deferred:
                 leave(f"{name}: stopped", EXIT_RESUME)
-            elif first == math.inf:
-                first, REQUEST.reason = now, name
-                say(f"{name}: saving after this step; the same signal again ends the process at once")
-            elif number != signal.SIGUSR1 and now - first > ECHO_SECONDS:
+            elif not first:
+                REQUEST.reason = name
+                again = "; the same signal again ends the process at once" if number in URGENT else ""
+                say(f"{name}: saving after this step{again}")
+            elif number in URGENT and now - first.get(number, now) > ECHO_SECONDS:
                 leave(f"{name}: stopped without saving", 128 + number)
+            first.setdefault(number, now)
 
 
 def follow_launcher() -> None:
-    """Have the system send SIGUSR1 to this process when its launcher dies; else it would run on without it."""
-    import psutil
+    """Have the system send SIGUSR1 to this process when its launcher dies; else it would run on without it.
 
-    parent = psutil.Process().parent()
-    with contextlib.suppress(psutil.Error):
-        words = " ".join(parent.cmdline()) if parent else ""
-        if sys.platform == "linux" and any(name in words for name in ("accelerate", "torchrun", "torch.distributed")):
-            end_with_parent(signal.SIGUSR1)
+    Only its launcher: a process that a shell or a script started goes on when that ends.
+    """
+    if LAUNCHER is not None and LAUNCHER.is_parent:
+        end_with_parent(signal.SIGUSR1, LAUNCHER.pid)
 
 
-def end_with_parent(number: int) -> None:
-    """Have Linux send signal `number` to this process when its parent dies."""
+def end_with_parent(number: int, parent: int) -> None:
+    """Have Linux send signal `number` to this process when its parent, process `parent`, dies or has died already."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def quiet_worker(_: int) -> None:
     """In a worker of a data loader: ignore signals, which the training process handles, and end with that process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        end_with_parent(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if sys.platform == "linux" and parent is not None and parent.pid is not None:
+        end_with_parent(signal.SIGKILL, parent.pid)
 
 
 @contextlib.contextmanager
 def deferring_signals(max_minutes: float | None = None) -> Iterator[None]:
-    """Within, a signal or the time limit (counted from the start of the process) takes effect at the next `check_stop`."""
+    """Within, a signal or the time limit (counted from `REQUEST.started`) takes effect at the next `check_stop`."""
     REQUEST.deadline = REQUEST.started + 60 * max_minutes if max_minutes else math.inf
     REQUEST.deferred = True
     try:
