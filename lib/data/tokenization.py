@@ -15,6 +15,7 @@ from datasets import Dataset
 from lib.config.sections import DataConfig
 from lib.data.encoding import Encoder, Windows
 from lib.errors import UserError
+from lib.runtime.signals import end_as_worker
 
 WINDOWS_KEY = "windows"
 """The key in tokenizer_config.json under which a trained model's windows are saved."""
@@ -57,9 +58,10 @@ def ahead(pool: Executor, function: Callable[[Any], T], items: Iterable[Any], de
 
 
 def set_encoder(encoder: Encoder) -> None:
-    """Give a worker process what it encodes with."""
+    """Give a worker process what it encodes with; it ends with the process that started it."""
     global ENCODER
     ENCODER = encoder
+    end_as_worker()
 
 
 def encode_in_worker(texts: list[list[str]]) -> dict[str, list[Any]]:

@@ -9,23 +9,21 @@ import os
 import re
 from pathlib import Path
 
-from lib.errors import UserError
-
 MARKS = ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "TORCHELASTIC_RUN_ID")
 """Variables that `accelerate launch` and torchrun always set, and users do not: ACCELERATE_MIXED_PRECISION may be their own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """The command and the environment that a launcher was started with.
+    """The command and the environment that a launcher was started with, and its process.
 
     `is_parent`: it started this process itself; else there is a shell or a script between.
     """
 
-    pid: int
-    is_parent: bool
     command: list[str]
     environment: dict[str, str]
+    pid: int = 0
+    is_parent: bool = False
 
     @property
     def text(self) -> str:
@@ -57,27 +55,11 @@ def find_launcher(processes: Path = Path("/proc")) -> Launcher | None:
             environment = dict(entry.split("=", 1) for entry in block.split("\0") if "=" in entry)
             if any(environment.get(mark) != value for mark, value in marks.items()):
                 command = (processes / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                return Launcher(pid, pid == parent, command, environment)
+                return Launcher(command, environment, pid, pid == parent)
             pid = int((processes / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         pass
     return None
-
-
-def cpu_is_chosen() -> bool:
-    """Whether ACCELERATE_USE_CPU chooses the CPU, read as Accelerate reads it: true, t, yes, y, on or 1.
-
-    Raises UserError if it says neither yes nor no.
-    """
-    from accelerate.utils import parse_flag_from_env
-
-    try:
-        return parse_flag_from_env("ACCELERATE_USE_CPU")
-    except ValueError:
-        value = os.environ["ACCELERATE_USE_CPU"]
-        raise UserError(
-            f"ACCELERATE_USE_CPU={value} says neither yes nor no; set it to true or false, or unset it"
-        ) from None
 
 
 def threads_are_chosen() -> bool:

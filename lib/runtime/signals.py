@@ -117,6 +117,11 @@ def quiet_worker(_: int) -> None:
     """In a worker of a data loader: ignore signals, which the training process handles, and end with that process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    end_as_worker()
+
+
+def end_as_worker() -> None:
+    """In a worker of a pool or a data loader: end with the process that started it, however that ends."""
     parent = multiprocessing.parent_process()
     if sys.platform == "linux" and parent is not None and parent.pid is not None:
         end_with_parent(signal.SIGKILL, parent.pid)
