@@ -44,7 +44,7 @@ def check_trainable(config: TrainConfig, processes: int) -> None:
         )
     dropping = [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]
     if processes > 1 and dropping:
-        changes = " ".join(f"{name}=0" for name in dropping)
+        changes = " ".join(f"{name}=0.0" for name in dropping)
         raise UserError(
             f"--model {source.model} drops whole layers in training ({', '.join(dropping)} in its config.json), which works on "
             f"one process, not on {processes}: each would drop others\nThis works: --config_overrides "

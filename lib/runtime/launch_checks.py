@@ -56,26 +56,17 @@ class Setting:
 
 
 WHOLE = "here every process holds the whole model"
-TPU = "it is not tested on TPUs"
+PARALLEL = "tensor, context or sequence parallelism"
+TPU = "it is not tested there"
 
 REFUSED = (
     Setting("DeepSpeed", WHOLE, "ACCELERATE_USE_DEEPSPEED", "use_deepspeed", "distributed_type: DEEPSPEED"),
     Setting("FSDP", WHOLE, "ACCELERATE_USE_FSDP", "use_fsdp", "distributed_type: FSDP"),
     Setting("Megatron-LM", WHOLE, "ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "distributed_type: MEGATRON_LM"),
+    Setting(PARALLEL, WHOLE, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
+    Setting(PARALLEL, WHOLE, "ACCELERATE_ALLOW_CP_STANDALONE"),
     *(
-        Setting("tensor, context or sequence parallelism", WHOLE, variable, flag, "parallelism_config")
-        for variable, flag in (
-            ("ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config"),
-            ("ACCELERATE_ALLOW_CP_STANDALONE", ""),
-        )
-    ),
-    *(
-        Setting(
-            "tensor, context or sequence parallelism",
-            WHOLE,
-            f"PARALLELISM_CONFIG_{axis}_SIZE",
-            asks=lambda value: value not in ("", "1"),
-        )
+        Setting(PARALLEL, WHOLE, f"PARALLELISM_CONFIG_{axis}_SIZE", asks=lambda value: value not in ("", "1"))
         for axis in ("TP", "CP", "SP", "DP_SHARD", "DP_REPLICATE")
     ),
     Setting(
@@ -95,7 +86,7 @@ REFUSED = (
     ),
     Setting("mpirun", "processes are connected by the launcher itself", "", "mpirun_hostfile", "mpirun_config"),
     Setting("TPUs", TPU, "ACCELERATE_IN_TPU_POD", "tpu", "distributed_type: XLA"),
-    Setting("bf16 in place of float32", TPU, "ACCELERATE_DOWNCAST_BF16", "downcast_bf16", "downcast_bf16"),
+    Setting("bf16 in place of float32 on TPUs", TPU, "ACCELERATE_DOWNCAST_BF16", "downcast_bf16", "downcast_bf16"),
     Setting("Amazon SageMaker", "it is not tested there", "ACCELERATE_USE_SAGEMAKER"),
     Setting("Intel's extension for PyTorch", "Accelerate no longer uses it", "ACCELERATE_USE_IPEX"),
     Setting(
@@ -158,10 +149,8 @@ def launch_arguments(command: list[str]) -> list[str] | None:
         name = Path(part).name
         if name in ("accelerate-launch", "accelerate.commands.launch"):
             return command[index + 1 :]
-        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[index + 1 : index + 2] == [
-            "launch"
-        ]:
-            return command[index + 2 :]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli"):
+            return command[index + 2 :] if command[index + 1 : index + 2] == ["launch"] else None
     return None
 
 
@@ -180,7 +169,7 @@ def check_launch() -> list[str]:
         check_setting(setting, launch, outside)
     check_gpus(launch, outside)
     check_processes(launch)
-    return list(unused_settings(launch))
+    return unused_settings(launch, outside)
 
 
 def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, str]) -> None:
@@ -230,9 +219,14 @@ def check_processes(launch: Launch | None) -> None:
             )
 
 
-def unused_settings(launch: Launch | None) -> list[str]:
-    """What the user asked of gradient accumulation and clipping, which are settings of train.py, one line each."""
+def unused_settings(launch: Launch | None, outside: dict[str, str]) -> list[str]:
+    """What the user asked for that changes nothing, one line each: accumulation, clipping, a variable that is overwritten."""
     notes = []
+    mine, launchers = (environment.get("ACCELERATE_MIXED_PRECISION", "no") for environment in (outside, os.environ))
+    if mine not in ("no", launchers):
+        notes.append(
+            f"ACCELERATE_MIXED_PRECISION={mine} is not used: accelerate launch overwrites it with its own --mixed_precision"
+        )
     for flag, nothing, instead in (
         (
             "gradient_accumulation_steps",

@@ -29,9 +29,9 @@ def test_layer_drop_on_several_processes_is_refused_and_turned_off_by_the_line(
 ) -> None:
     hf_config.save_pretrained(tmp_path)
     check_trainable(config_of(tmp_path), 1)
-    with pytest.raises(UserError, match=rf"{name}(.|\n)*not on 2(.|\n)*--config_overrides {name}=0"):
+    with pytest.raises(UserError, match=rf"{name}(.|\n)*not on 2(.|\n)*--config_overrides {name}=0.0"):
         check_trainable(config_of(tmp_path), 2)
-    check_trainable(config_of(tmp_path, f"{name}=0"), 2)
+    check_trainable(config_of(tmp_path, f"{name}=0.0"), 2)
 
 
 def quantized(roberta: Path, folder: Path) -> Path:

@@ -282,6 +282,12 @@ def test_precision_of_the_launcher_that_is_not_used_is_said(
     assert "not used" not in capsys.readouterr().err
 
 
+def test_precision_in_a_variable_that_the_launcher_overwrites_is_said(told: Told) -> None:
+    (note,) = told(outside={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert "ACCELERATE_MIXED_PRECISION=bf16 is not used" in note
+    assert told(outside={"ACCELERATE_MIXED_PRECISION": "no"}) == []
+
+
 @pytest.mark.usefixtures("on_cpu")
 def test_devices_that_are_not_tested_are_an_error() -> None:
     accelerator = build_accelerator("no")
@@ -416,7 +422,7 @@ def test_default_file_of_the_user_is_named_and_the_line_in_the_error_works(
 @pytest.mark.parametrize(
     ("script", "keys", "words"),
     [
-        ("train.py", KEYS["distributed_type: FSDP"], "distributed_type: FSDP in"),
+        ("train.py", KEYS["distributed_type: FSDP"] | {"num_processes": 1}, "distributed_type: FSDP in"),
         ("predict.py", KEYS["dynamo_config: dynamo_backend: INDUCTOR"], "dynamo_backend: INDUCTOR in"),
     ],
 )
