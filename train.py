@@ -28,7 +28,7 @@ from lib.data.load import load_data
 from lib.data.loader import Batches, MicroBatch, StepBatch, build_collator
 from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
-from lib.model.build import build_classifier
+from lib.model.build import build_classifier, check_trainable
 from lib.model.forward import compute_logits
 from lib.model.load import load_tokenizer
 from lib.run.record import run_folder
@@ -50,6 +50,7 @@ def main(config: TrainConfig) -> None:
         config.mixed_precision, config.tracking.report_to, run_folder(config), config.training.cpu_kernels
     )
     run = Run(config, accelerator)
+    check_trainable(config, accelerator.num_processes)
 
     # Data: the first process tokenizes, the others read its cache.
     tokenizer = load_tokenizer(config.model, config.adapter.virtual_tokens)

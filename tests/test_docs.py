@@ -25,7 +25,8 @@ SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "predict.py": Predict
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FOLDERS = "lib|tests|benchmarks|recipes|accelerate_configs|docs"
 OF_OTHER_PROGRAMS = {
-    "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet",
+    "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet --cpu --num_machines",
+    "accelerate launch, refused": "--use_fsdp --use_deepspeed --use_megatron_lm --dynamo_backend --mpirun_hostfile --tpu",
     "hf": "--local-dir --repo-type --yes",
     "torchrun, sbatch, ruff": "--max-restarts --signal --requeue --check",
     "every script": "--config --help",

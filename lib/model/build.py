@@ -6,10 +6,12 @@ import torch
 
 from lib.config.train import TrainConfig
 from lib.data.load import Data
-from lib.model.adapters.adapt import adapt
+from lib.errors import UserError
+from lib.model.adapters.adapt import adapt, adapter_folder
 from lib.model.compilation import compile_layers
 from lib.model.load import build_model
-from lib.model.source import LoadingInfo
+from lib.model.overrides import override
+from lib.model.source import LoadingInfo, load_hf_config
 
 
 def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: torch.device) -> tuple[Any, LoadingInfo]:
@@ -20,3 +22,31 @@ def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: to
     model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     model = adapt(model, config.adapter, config.model, weights.new)
     return compile_layers(model, config.training.compile, device), weights
+
+
+def check_trainable(config: TrainConfig, processes: int) -> None:
+    """Raise UserError for a model that cannot be trained as it is launched, before data is loaded.
+
+    Quantized weights do not learn, so they need an adapter. With LayerDrop processes would drop different layers, and a
+    layer without a gradient on one of them has another gradient, or none, on each.
+    """
+    source = config.model
+    if adapter_folder(source) is not None:
+        return  # refused when the model is built
+    hf_config = load_hf_config(source)
+    override(hf_config, source.config_overrides)
+    quantization = getattr(hf_config, "quantization_config", None)
+    if quantization and config.adapter.adapter is None:
+        method = quantization.get("quant_method", "no method") if isinstance(quantization, dict) else quantization
+        raise UserError(
+            f"--model {source.model}: its weights are quantized (quantization_config in config.json: {method}), and quantized "
+            "weights do not learn; train an adapter, --adapter lora, or use the model's original"
+        )
+    dropping = [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]
+    if processes > 1 and dropping:
+        changes = " ".join(f"{name}=0.0" for name in dropping)
+        raise UserError(
+            f"--model {source.model} drops whole layers in training ({', '.join(dropping)} in its config.json), which works on "
+            f"one process, not on {processes}: each would drop others\nThis works: --config_overrides "
+            f"{' '.join([*source.config_overrides, changes])}"
+        )

@@ -18,7 +18,8 @@ def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.M
     programs, and the attention masks, whose code reads tensor values, are made outside. Frozen layers are left alone,
     since their outputs may be cached.
 
-    Raises UserError if there is no compiler for the device, or the model does not show its layers or trains none.
+    Raises UserError if there is no compiler for the device or it is turned off, or the model does not show its layers or
+    trains none.
     """
     if not wanted:
         return model
@@ -29,6 +30,8 @@ def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.M
     import torch._inductor.config
     from torch.fx.experimental import _config as symbols
 
+    if torch._dynamo.config.disable:
+        raise UserError("TORCH_COMPILE_DISABLE=1 turns --compile off: unset it, or leave --compile out")
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # `sum_gradients` adds up gradients, not DDP
     torch._inductor.config.fallback_random = True  # dropout with the random numbers of an uncompiled run

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from lib.errors import UserError
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import tune_cpu
+from lib.runtime.launch_checks import check_device, check_launch, truth
 from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join_again
@@ -28,20 +29,29 @@ def build_accelerator(
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
     `log_with` is the tracker and `folder` the place for its files; `cpu_kernels` is for training, see `use_cpu_kernels`.
-    Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError if GPUs
-    were asked for and none is visible, if processes outnumber GPUs, or if each process believes it is alone.
+    Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError if the
+    launcher was told what is not followed here, if GPUs were asked for and none is visible, if processes outnumber GPUs, or
+    if each process believes it is alone.
     """
     follow_launcher()
-    notes = check_devices()
+    notes = check_launch()
+    notes_of_one = check_devices()
     tune_cpu()
+    precision, launchers = resolve_precision(mixed_precision), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launchers not in ("no", precision):
+        notes.append(
+            f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
+        )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
         join_again(attempt, "nccl" if uses_gpu() else "gloo")
     accelerator = Accelerator(
-        mixed_precision=resolve_precision(mixed_precision),
+        mixed_precision=precision,
         project_dir=folder,
         log_with=None if log_with == "none" else log_with,
         step_scheduler_with_optimizer=False,
+        # Else a number in the environment would divide the gradients.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             # Encoders' buffers are constants: no need to broadcast them before every forward.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
@@ -49,7 +59,8 @@ def build_accelerator(
         ],
     )
     show_log(accelerator)
-    for note in notes if accelerator.num_processes == 1 else ():
+    notes += check_device(accelerator)
+    for note in notes + (notes_of_one if accelerator.num_processes == 1 else []):
         logger.info(note)
     quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
@@ -71,7 +82,7 @@ def check_devices() -> list[str]:
     Raises UserError if environment or launcher ask for GPUs that PyTorch does not see, or for more processes than GPUs.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if truth("ACCELERATE_USE_CPU"):
         return []
     if visible not in ("", "-1", "NoDevFiles") and not torch.cuda.is_available():
         raise UserError(

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.runtime.launch_checks import truth
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def uses_gpu() -> bool:
     """Whether a GPU is visible and ACCELERATE_USE_CPU does not forbid it."""
-    return torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true")
+    return torch.cuda.is_available() and not truth("ACCELERATE_USE_CPU")
 
 
 def resolve_precision(choice: str) -> str:

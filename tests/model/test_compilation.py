@@ -87,13 +87,23 @@ def test_missing_compiler_stops_the_run_before_it_starts(run, roberta, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    model, _ = build_from(roberta)
+    with pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
+        compile_layers(model, True, torch.device("cpu"))
+
+
 @pytest.mark.slow
-def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_path, processes):
     for compiled in ([], ["--compile"]):
         name = "compiled" if compiled else "plain"
-        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], 1)
-    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], 1)
-    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a new process compiles again
+        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], processes)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], processes)
+    play(
+        run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], processes
+    )  # a new process compiles again
     assert not differences(tmp_path / "compiled", tmp_path / "resumed")
     plain, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()

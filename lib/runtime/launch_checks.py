@@ -1,0 +1,280 @@
+"""Whether what the user asked of the launcher is what runs: what no script here follows is refused by name.
+
+The user asks with flags of `accelerate launch`, keys of its YAML file (`--config_file`, or the default_config.yaml that
+`accelerate config` writes), or variables. The launcher passes most of them on as variables, and drops the others.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.environment import str_to_bool
+
+from lib.errors import UserError
+from lib.runtime.launcher import Launcher, find_launcher
+
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which MPI tells how many processes it started."""
+
+
+def truth(name: str) -> bool:
+    """Whether a variable of accelerate is on, read as accelerate reads it. Raises UserError if it is neither on nor off."""
+    try:
+        return bool(str_to_bool(os.environ.get(name, "false")))
+    except ValueError:
+        value = os.environ[name]
+        raise UserError(f"{name}={value!r} is neither true nor false: set it to true or false, or unset it") from None
+
+
+def is_on(value: str) -> bool:
+    """Whether a setting asks for something."""
+    return value.lower() not in ("", "0", "f", "false", "n", "no", "none", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A setting of the launcher that is refused, under its three names."""
+
+    what: str
+    why: str
+    variable: str
+    flag: str = ""
+    """Without the dashes: also the launcher's name for the value, wherever it is from."""
+    key: str = ""
+    """In the YAML file."""
+    asks: Callable[[str], bool] = is_on
+
+
+WHOLE = "here every process holds the whole model"
+PARALLEL = "tensor, context or sequence parallelism"
+TPU = "it is not tested there"
+
+REFUSED = (
+    Setting("DeepSpeed", WHOLE, "ACCELERATE_USE_DEEPSPEED", "use_deepspeed", "distributed_type: DEEPSPEED"),
+    Setting("FSDP", WHOLE, "ACCELERATE_USE_FSDP", "use_fsdp", "distributed_type: FSDP"),
+    Setting("Megatron-LM", WHOLE, "ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "distributed_type: MEGATRON_LM"),
+    Setting(PARALLEL, WHOLE, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
+    Setting(PARALLEL, WHOLE, "ACCELERATE_ALLOW_CP_STANDALONE"),
+    *(
+        Setting(PARALLEL, WHOLE, f"PARALLELISM_CONFIG_{axis}_SIZE", asks=lambda value: value not in ("", "1"))
+        for axis in ("TP", "CP", "SP", "DP_SHARD", "DP_REPLICATE")
+    ),
+    Setting(
+        "TorchDynamo around the whole model",
+        "a checkpoint of it would have other names of weights; `train.py --compile True` compiles the trained layers instead",
+        "ACCELERATE_DYNAMO_BACKEND",
+        "dynamo_backend",
+        "dynamo_config: dynamo_backend",
+    ),
+    Setting(
+        "fp8",
+        "it computes in bf16, fp16 or float32",
+        "ACCELERATE_MIXED_PRECISION",
+        "mixed_precision",
+        "mixed_precision",
+        lambda value: value.lower() not in ("", "no", "fp16", "bf16"),
+    ),
+    Setting("mpirun", "processes are connected by the launcher itself", "", "mpirun_hostfile", "mpirun_config"),
+    Setting("TPUs", TPU, "ACCELERATE_IN_TPU_POD", "tpu", "distributed_type: XLA"),
+    Setting("bf16 in place of float32 on TPUs", TPU, "ACCELERATE_DOWNCAST_BF16", "downcast_bf16", "downcast_bf16"),
+    Setting("Amazon SageMaker", "it is not tested there", "ACCELERATE_USE_SAGEMAKER"),
+    Setting("Intel's extension for PyTorch", "Accelerate no longer uses it", "ACCELERATE_USE_IPEX"),
+    Setting(
+        "one device by its name",
+        "all processes would share it; choose GPUs with CUDA_VISIBLE_DEVICES, the CPU with ACCELERATE_USE_CPU=true",
+        "ACCELERATE_TORCH_DEVICE",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What `accelerate launch` was told, by its own reading of its flags and its YAML file."""
+
+    launcher: Launcher
+    settings: argparse.Namespace
+    """After the file was read: flags first."""
+    flags: frozenset[str]
+    """Names of the flags that were given."""
+    file: str | None
+    """The YAML file that was read."""
+    keys: dict[str, Any]
+    """Its content."""
+
+    def origin(self, flag: str, key: str, value: Any) -> str | None:
+        """The flag or the key with which `value` was asked for; None if neither was given."""
+        if flag in self.flags:
+            return f"--{flag}" if value is True else f"--{flag} {value}"
+        if self.file is None:
+            return None
+        return f"{key} in {self.file}" if value is True else f"{key}: {value} in {self.file}"
+
+    def processes(self) -> int:
+        """How many processes the user asked for; 0 if that was left to the launcher."""
+        return int(
+            (self.settings.num_processes if "num_processes" in self.flags else self.keys.get("num_processes")) or 0
+        )
+
+
+def read_launch() -> Launch | None:
+    """What the `accelerate launch` above this process was told; None without one, and where the system does not tell."""
+    launcher = find_launcher()
+    arguments = launch_arguments(launcher.command) if launcher else None
+    if launcher is None or arguments is None:
+        return None
+    logging.getLogger("accelerate.commands.launch").disabled = True  # it has said already what it chose itself
+    with contextlib.suppress(SystemExit, Exception):  # then the launcher would not have come as far as this
+        settings = launch_command_parser().parse_args(arguments)
+        flags = frozenset(settings.nondefault)
+        settings, content, _ = _validate_launch_command(settings)
+        file = None if content is None else str(settings.config_file or default_config_file)
+        return Launch(launcher, settings, flags, file, {} if content is None else dict(vars(content)))
+    return None
+
+
+def launch_arguments(command: list[str]) -> list[str] | None:
+    """The arguments of `accelerate launch` in a command; None if it is another one."""
+    command = command[:-1] if command[-1:] == [""] else command  # what /proc puts at the end
+    for index, part in enumerate(command):
+        name = Path(part).name
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
+            return command[index + 1 :]
+        if name in ("accelerate", "accelerate.commands.accelerate_cli"):
+            return command[index + 2 :] if command[index + 1 : index + 2] == ["launch"] else None
+    return None
+
+
+def check_launch() -> list[str]:
+    """What a user should know about settings of the launcher that change nothing here, one line each.
+
+    Raises UserError for a setting that is not followed, under the name that the user gave it, with the line that works.
+    """
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"):
+        truth(name)
+    launch = read_launch()
+    outside = launch.launcher.environment if launch else {}
+    if is_on(outside.get("ACCELERATE_USE_CPU", "")):
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` overwrites it for one process
+    for setting in REFUSED:
+        check_setting(setting, launch, outside)
+    check_gpus(launch, outside)
+    check_processes(launch)
+    return unused_settings(launch, outside)
+
+
+def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, str]) -> None:
+    """Raise UserError if flag, YAML file or variable ask for `setting`; `outside` is the launcher's environment."""
+    reason = f"asks for {setting.what}, which {script()} does not follow: {setting.why}"
+    if launch and setting.flag:
+        told = getattr(launch.settings, setting.flag) or launch.keys.get(setting.flag)
+        if setting.asks(str(told or "")) and (origin := launch.origin(setting.flag, setting.key, told)):
+            raise UserError(f"{origin} of accelerate launch {reason}\nThis works: {working_line(launch)}")
+    for environment in (os.environ, outside):
+        value = environment.get(setting.variable, "")
+        if setting.asks(value):
+            raise UserError(
+                f"{setting.variable}={value} {reason}\nThis works: unset {setting.variable}, then the same command"
+            )
+
+
+def check_gpus(launch: Launch | None, outside: dict[str, str]) -> None:
+    """Raise UserError if the launcher's choice of GPUs replaced that of the user's CUDA_VISIBLE_DEVICES."""
+    variable, chosen = outside.get("CUDA_VISIBLE_DEVICES"), launch.settings.gpu_ids if launch else None
+    if launch is None or chosen in (None, "all") or variable is None or truth("ACCELERATE_USE_CPU"):
+        return
+    if [part.strip() for part in variable.split(",")] != [part.strip() for part in str(chosen).split(",")]:
+        raise UserError(
+            f"{launch.origin('gpu_ids', 'gpu_ids', chosen)} of accelerate launch overrides CUDA_VISIBLE_DEVICES={variable}; "
+            f"give one of them\nThis works: CUDA_VISIBLE_DEVICES={variable} accelerate launch --gpu_ids all {script()} ..."
+        )
+
+
+def check_processes(launch: Launch | None) -> None:
+    """Raise UserError if fewer processes run than were asked for, or MPI started them, each believing it is alone."""
+    running = int(os.environ.get("WORLD_SIZE", "1"))
+    if launch and (asked := launch.processes()) > running:
+        origin = launch.origin("num_processes", "num_processes", asked)
+        cause = (
+            "one, whatever the number, without --multi_gpu" if running == 1 else f"{running}, as many on each machine"
+        )
+        raise UserError(
+            f"{origin} of accelerate launch asks for {asked} processes, and it started {cause}\n"
+            f"This works: {working_line(launch)}"
+        )
+    for name in MPI_SIZES if "WORLD_SIZE" not in os.environ else ():
+        if (size := os.environ.get(name, "")).isdecimal() and int(size) > 1:
+            raise UserError(
+                f"{name}={size}: MPI started {size} processes, and they would not know of each other; let the launcher "
+                f"start them\nThis works: {working_line(None, int(size))}"
+            )
+
+
+def unused_settings(launch: Launch | None, outside: dict[str, str]) -> list[str]:
+    """What the user asked for that changes nothing, one line each: accumulation, clipping, a variable that is overwritten."""
+    notes = []
+    mine, launchers = (environment.get("ACCELERATE_MIXED_PRECISION", "no") for environment in (outside, os.environ))
+    if mine not in ("no", launchers):
+        notes.append(
+            f"ACCELERATE_MIXED_PRECISION={mine} is not used: accelerate launch overwrites it with its own --mixed_precision"
+        )
+    for flag, nothing, instead in (
+        (
+            "gradient_accumulation_steps",
+            ("None", "", "1"),
+            "--train_batch_size is the batch of a step, in as many micro-batches as it takes",
+        ),
+        ("gradient_clipping", ("None", ""), "--max_grad_norm of train.py clips"),
+    ):
+        asked, variable = getattr(launch.settings, flag) if launch else None, f"ACCELERATE_{flag.upper()}"
+        if launch and str(asked) not in nothing:
+            notes.append(
+                f"{launch.origin(flag, f'deepspeed_config: {flag}', asked)} of the launcher is not used: {instead}"
+            )
+        elif (value := os.environ.get(variable, "")) not in nothing:
+            notes.append(f"{variable}={value} of the launcher is not used: {instead}")
+    return notes
+
+
+def check_device(accelerator: Accelerator) -> list[str]:
+    """Raise UserError if the processes run on devices, or in a way, that is not tested; a note for Apple's GPUs."""
+    ways = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    kind = accelerator.device.type
+    if kind not in ("cpu", "cuda", "mps") or accelerator.distributed_type not in ways:
+        raise UserError(
+            f"the launch gave {accelerator.distributed_type.value} on the device {kind}, where {script()} is not tested; it runs "
+            f"on NVIDIA's and AMD's GPUs and on CPUs\nThis works: {working_line(None, cpu=True)}"
+        )
+    if kind == "mps":
+        return ["Apple's GPU (mps) is used, on which no test runs; ACCELERATE_USE_CPU=true is the CPU"]
+    return []
+
+
+def script() -> str:
+    """The name of the script that runs."""
+    return Path(sys.argv[0]).name
+
+
+def working_line(launch: Launch | None, processes: int | None = None, cpu: bool = False) -> str:
+    """A command that runs as many processes as were asked for, by a file of this project instead of the user's."""
+    settings = launch.settings if launch else None
+    count = processes or max(int(os.environ.get("WORLD_SIZE", "1")), launch.processes() if launch else 1)
+    cpu = cpu or truth("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if count == 1:
+        return (
+            f"accelerate launch --config_file accelerate_configs/{'cpu' if cpu else 'single_gpu'}.yaml {script()} ..."
+        )
+    line = f"accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes {count}"
+    if settings and settings.num_machines and settings.num_machines > 1:
+        line += f" --num_machines {settings.num_machines} --machine_rank {settings.machine_rank}"
+        line += f" --main_process_ip {settings.main_process_ip} --main_process_port {settings.main_process_port}"
+    return f"{'ACCELERATE_USE_CPU=true ' if cpu else ''}{line} {script()} ..."
