@@ -44,11 +44,18 @@ class Run:
     """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        """Writes nothing. Raises UserError if the tracker asked for is not installed, or another process has the folder."""
-        check_tracker(config.tracking.report_to)
+        """Writes nothing.
+
+        Raises UserError if the tracker asked for is not installed or has a wrong setting in the environment, or another
+        process has the folder.
+        """
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
         self.lock: FolderLock | None = None
-        self.on_first(lambda: check_free(self.folder))
+        self.on_first(self.check)
+
+    def check(self) -> None:
+        check_tracker(self.config.tracking.report_to)
+        check_free(self.folder)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main process, on every process. Raises its UserError on every process too."""
@@ -99,7 +106,8 @@ class Run:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
-        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
+        anew = config.training.resume_from_checkpoint == "never"
+        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id, anew)
         self.log.start(self.settings, metrics.names)
 
     def open(self) -> None:
@@ -135,6 +143,7 @@ class Run:
                     f"{self.metrics.best} is not defined for these predictions: where it is not, the loss chooses the model"
                 )
         self.log.log(state.step, state.samples_seen, values)
+        state.logged += 1
 
     def save_checkpoint(self) -> None:
         self.checkpointer.save(self.log.run_id)
