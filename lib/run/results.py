@@ -16,9 +16,10 @@ from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
+from lib.model.source import model_origin
 from lib.run.finished import TrainedModel, eval_folder
 from lib.run.introduction import describe_columns, describe_length
-from lib.run.record import bounded, describe_data, model_record
+from lib.run.record import bounded, describe_data
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite, write_atomically
 from lib.training.learner import Learner
@@ -99,7 +100,7 @@ def report_evaluation(
         "run/device": describe_devices(accelerator)[0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         **{f"run/{name}": bounded(value) for name, value in describe_data(data, metrics).items()},
-        **{f"run/{name}": value for name, value in model_record(accelerator, trained.source).items()},
+        **{f"run/{name}": value for name, value in model_origin(trained.source).items()},
     }
     written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
     notes = [f"columns: {describe_columns(data)}", f"length: {describe_length(data)}", *data.notes]

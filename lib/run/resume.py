@@ -13,8 +13,10 @@ from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.load import Data
 from lib.errors import UserError
+from lib.model.source import model_identity
 from lib.run.checkpoint import list_checkpoints, read_record
-from lib.run.record import LENGTH, compare_settings
+from lib.run.record import IDENTITY, LENGTH, compare_settings, read_identity
+from lib.run.tracking import logged_steps
 from lib.runtime.atomic import MANIFEST, find_damage
 from lib.runtime.lock import FolderLock
 
@@ -47,7 +49,10 @@ def check_settings(config: TrainConfig, folder: Path) -> None:
     saved = folder / "config.yaml"
     if not saved.exists() or config.training.allow_changes:
         return
-    changed = compare_settings(flatten(load_config(TrainConfig, saved)), flatten(config))
+    before, now = flatten(load_config(TrainConfig, saved)), flatten(config)
+    # With the files of the model only where settings changed: another place of the same model is no change.
+    changed = compare_settings(before, now)
+    changed = changed and compare_settings(before | read_identity(folder), now | identity_of(config))
     if changed:
         lines = "\n".join(changed)
         raise UserError(
@@ -60,7 +65,8 @@ def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any
     """The results of the finished run in the folder; None if there is none, or if it is to be trained again or for longer.
 
     A run is finished when it has its results and its model; it needs no checkpoint for that. Raises UserError if it has
-    other settings or data: `--allow_changes` cannot change what was trained, only go on for longer.
+    other settings or data, or began from another model: `--allow_changes` cannot change what was trained, only go on for
+    longer.
     """
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -71,7 +77,7 @@ def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any
     if not has_model or config.training.resume_from_checkpoint not in ("auto", "must"):
         return None
     check_settings(config, folder)
-    now, key = flatten(config), "run/data_fingerprint"
+    before, now, key = before | read_identity(folder), flatten(config) | identity_of(config), "run/data_fingerprint"
     if key in results:
         before, now = before | {key: results[key]}, now | {key: data.fingerprint()}
     changed = compare_settings(before, now)
@@ -85,6 +91,11 @@ def find_results(config: TrainConfig, folder: Path, data: Data) -> dict[str, Any
         f"{folder} holds a finished run with other settings, and {why}:\n{lines}\nChoose another --output_dir or --run_name "
         f"(to train on from its model: --model {folder}/model), or delete the folder."
     )
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """What the result depends on in the files of the model, as in the settings of a run."""
+    return {key: value for name, value in model_identity(config.model).items() if (key := f"run/{name}") in IDENTITY}
 
 
 def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -115,7 +126,7 @@ def choose_checkpoint(
                     "--output_dir or --run_name, or continue with the new settings: --allow_changes."
                 )
             step = record["state"]["step"]
-            promise = describe_promise(record["settings"], settings, changed)
+            promise = describe_promise(record["settings"], settings, changed, describe_lost(folder, record["state"]))
             print(f"resumed from {chosen[0]}, step {step}: {promise}", flush=True)
     return broadcast_object_list(chosen)[0]
 
@@ -147,8 +158,15 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
     return None
 
 
-def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[str]) -> str:
-    """What a run promises that resumes under `now` what was trained under `before`."""
+def describe_lost(folder: Path, state: dict[str, Any]) -> str:
+    """How many steps metrics.jsonl lacks of those logged up to the checkpoint with this state; empty if it lacks none."""
+    logged, step = state.get("logged", 0), state["step"] - state["pending"]
+    lost = logged - len({number for number in logged_steps(folder / "metrics.jsonl") if number <= step})
+    return f"metrics.jsonl lacks {lost:,} of the {logged:,} steps logged up to step {step:,}" if lost > 0 else ""
+
+
+def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[str], lost: str = "") -> str:
+    """What a run promises that resumes under `now` what was trained under `before`, and what its log has `lost`."""
     if changed:
         return "with other settings, so the result belongs to neither:\n" + "\n".join(changed)
     keys = [
@@ -163,6 +181,15 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
     keys += [key for key in now if key.startswith("run/version_")]
     before, now = flatten(TrainConfig()) | before, flatten(TrainConfig()) | json.loads(json.dumps(now))
     other = [f"{k.removeprefix('run/')} {before.get(k)} -> {now.get(k)}" for k in keys if before.get(k) != now.get(k)]
-    if not other:
-        return "continues as if it had never stopped, bit by bit"
-    return "same samples and schedule; numbers may differ by rounding and dropout: " + ", ".join(other)
+    if other:
+        promise = "same samples and schedule; numbers may differ by rounding and dropout: " + ", ".join(other)
+    elif lost:
+        promise = "the same weights, samples and schedule from here on"
+    elif [key for key in IDENTITY if key in now and key not in before]:
+        promise = (
+            "continues as if it had never stopped, bit by bit, if the files of --model are as they were (an earlier version "
+            "did not record them)"
+        )
+    else:
+        promise = "continues as if it had never stopped, bit by bit"
+    return f"{promise}; but {lost}" if lost else promise

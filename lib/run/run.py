@@ -44,15 +44,19 @@ class Run:
     """One experiment on disk and on the screen; only the main process writes, and every process calls every method."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
-        """Writes nothing. Raises UserError if the tracker asked for is not installed, or another process has the folder.
+        """Writes nothing.
 
-        Raises Stopped if a launcher started the run again after the end of `--max_minutes`.
+        Raises UserError if the tracker asked for is not installed or has a wrong setting in the environment, or another
+        process has the folder; Stopped if a launcher started the run again after the end of `--max_minutes`.
         """
-        check_tracker(config.tracking.report_to)
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
         self.lock: FolderLock | None = None
         check_time(accelerator, config.training.max_minutes)
-        self.on_first(lambda: check_free(self.folder))
+        self.on_first(self.check)
+
+    def check(self) -> None:
+        check_tracker(self.config.tracking.report_to)
+        check_free(self.folder)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """What `work` returns on the main process, on every process. Raises its UserError on every process too."""
@@ -103,7 +107,8 @@ class Run:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
-        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id)
+        anew = config.training.resume_from_checkpoint == "never"
+        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id, anew)
         self.log.start(self.settings, metrics.names)
 
     def open(self) -> str:
@@ -140,6 +145,7 @@ class Run:
                     f"{self.metrics.best} is not defined for these predictions: where it is not, the loss chooses the model"
                 )
         self.log.log(state.step, state.samples_seen, values)
+        state.logged += 1
 
     def save_checkpoint(self) -> None:
         self.checkpointer.save(self.log.run_id)

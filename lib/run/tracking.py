@@ -1,8 +1,10 @@
 """metrics.jsonl, and a tracker (W&B, TensorBoard, Trackio) that gets a copy and never stops the run."""
 
+import contextlib
 import importlib.util
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -22,23 +24,47 @@ from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.scoring import Scored, prefix
 from lib.evaluation.tables import MOST_CLASSES, confusion_table, label_table
 from lib.run.record import bounded
-from lib.runtime.atomic import finite
+from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
 from lib.runtime.startup import when_script_fails
+from lib.runtime.variables import variables
 
 logger = logging.getLogger(__name__)
 
 WANDB_INIT_SECONDS = 20
 WANDB_FINISH_SECONDS = 60
+TRACKED = "tracker.json"
+"""The file in the folder of a run that names the tracker's run, also before there is a checkpoint."""
 MOST_POINTS = 10_000
 """Points of a plot and rows of a table: W&B keeps no more."""
 
 
 def check_tracker(name: str) -> None:
-    """Raise UserError if the tracker is not installed; Accelerate would ignore it silently."""
+    """Raise UserError if the tracker is not installed, which Accelerate would ignore, or W&B does not take its variables."""
     package = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"--report_to {name}: not installed; run: pip install {package}, or use --report_to none")
+    if name == "wandb" and (given := variables("WANDB_")):
+        check_wandb_variables(given)
+
+
+def check_wandb_variables(given: dict[str, str]) -> None:
+    """Raise UserError for an environment variable whose value W&B does not take, such as WANDB_MODE=ofline."""
+    import wandb
+    from pydantic import ValidationError
+
+    try:
+        wandb.Settings().update_from_env_vars(given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        setting, value = str((problem["loc"] or ("",))[0]), problem["input"]
+        name = "WANDB_" + re.sub("^x_", "_", setting).upper()
+        shown = "***" if "key" in setting or "token" in setting else redact(repr(value))
+        expected = problem.get("ctx", {}).get("expected")
+        reason = f"W&B takes {expected}" if expected else problem["msg"]
+        raise UserError(
+            f"{name}={shown}: {reason}; correct the variable or unset it, or use --report_to none"
+        ) from error
 
 
 class RunLog:
@@ -55,12 +81,19 @@ class RunLog:
         config: TrackingConfig,
         last_step: int = 0,
         run_id: str | None = None,
+        anew: bool = False,
     ) -> None:
-        """Deletes the lines after `last_step`; the tracker's run `run_id` is resumed."""
+        """Deletes the lines after `last_step`.
+
+        The tracker's run `run_id` is resumed, else the one that this experiment began in the folder, unless it starts `anew`.
+        """
         self.accelerator, self.folder, self.config, self.run_id = accelerator, folder, config, run_id
         self.file: TextIO | None = None
-        self.tracked_step = 0
+        self.tracked_step = self.logged_step = 0
         if accelerator.is_main_process:
+            if anew:
+                (folder / TRACKED).unlink(missing_ok=True)
+            self.logged_step = max(logged_steps(folder / "metrics.jsonl"), default=0)
             self.tracked_step = truncate_log(folder / "metrics.jsonl", last_step)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
@@ -80,7 +113,11 @@ class RunLog:
             else:
                 plain = {k: v if isinstance(v, (int, float, bool)) else str(v) for k, v in settings.items()}
                 name = settings["run_name"]
-                kwargs = {"trackio": {"name": name, "group": group_name(name)}} if self.tracker == "trackio" else {}
+                kwargs: dict[str, Any] = {}
+                if self.tracker == "trackio":
+                    _, resumed = self.name_run(settings, name)  # by name alone it would begin a second one
+                    resume = "allow" if resumed else "never"
+                    kwargs = {"trackio": {"name": name, "group": group_name(name), "resume": resume}}
                 self.accelerator.init_trackers(self.config.project, config=plain, init_kwargs=kwargs)
         except Exception as error:  # a tracker must never stop a run
             self.give_up("start", error)
@@ -89,10 +126,9 @@ class RunLog:
         import wandb
 
         mode = wandb_mode()
-        resume = {"resume": "allow"} if self.run_id else {}
         # Named by us, so that it stays one run when it cannot start online.
-        self.run_id = self.run_id or secrets.token_hex(4)
-        kwargs: dict[str, Any] = resume | {
+        self.run_id, resumed = self.name_run(settings, self.run_id or secrets.token_hex(4), known=bool(self.run_id))
+        kwargs: dict[str, Any] = ({"resume": "allow"} if resumed else {}) | {
             "id": self.run_id,
             "name": settings["run_name"],
             "group": group_name(settings["run_name"]),
@@ -129,6 +165,24 @@ class RunLog:
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
             logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
+
+    def name_run(self, settings: dict[str, Any], wanted: str, known: bool = False) -> tuple[str, bool]:
+        """The id of the tracker's run, and whether an earlier start began it; the id is on disk before the tracker has it.
+
+        An id that is `known`, from a checkpoint, is kept; else that of the same experiment in this folder is found again:
+        it was killed before its first checkpoint. Steps that it logged are not sent again.
+        """
+        file, marks = self.folder / TRACKED, {"tracker": self.tracker, "experiment": settings.get("run/experiment")}
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            found = begun.get("run_id") if marks.items() <= begun.items() else None
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if not known and isinstance(found, str):
+            self.tracked_step = max(self.tracked_step, self.logged_step)
+            return found, True
+        write_atomically(file, json.dumps(marks | {"run_id": wanted}) + "\n")
+        return wanted, known
 
     def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Add a line; steps must not go back. Steps that the tracker got before an interruption are not sent again."""
@@ -214,6 +268,16 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
         return {"labels": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])}
     matrix = wandb.plot.confusion_matrix(y_true=gold, preds=predicted, class_names=label_names)
     return {"confusion_matrix": matrix}
+
+
+def logged_steps(path: Path) -> list[int]:
+    """The steps in a metrics.jsonl, in its order; lines that hold none are left out."""
+    steps = []
+    with contextlib.suppress(OSError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError):
+                steps.append(int(json.loads(line)["step"]))
+    return steps
 
 
 def truncate_log(path: Path, last_step: int) -> int:

@@ -12,6 +12,8 @@ class State:
 
     step: int = 0
     samples_seen: int = 0
+    logged: int = 0
+    """Lines of metrics.jsonl up to here."""
     pending: bool = False
     """True between a step and its logging, evaluation and saving; a resumed run does those first."""
     learning_rate: float = 0.0

@@ -1,12 +1,17 @@
 """A resumed run equals an uninterrupted one; damaged checkpoints are found and not used."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lib.config.sections import HubConfig, flatten
 from lib.config.train import TrainConfig
@@ -15,7 +20,7 @@ from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
 from lib.run.resume import describe_promise, find_checkpoint
-from tests.conftest import ROOT, WORKER_ENV, read_lines, results_of, sentences, write_csv
+from tests.conftest import ROOT, WORKER_ENV, call_script, read_lines, results_of, sentences, tiny_roberta, write_csv
 from tests.resuming import differences, make_checkpoints, play
 
 LAST = 10
@@ -170,3 +175,150 @@ def test_start_in_a_folder_in_use_is_refused_and_writes_nothing(call, roberta, t
             assert f"in use by process {owner.pid} " in call("train.py", *flags, code=2).stderr
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
         owner.kill()
+
+
+# ---------------------------------------------------------------------------------------------------- what a run began with
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the model, the data and the finished run of an adapter, whose base is in none of its checkpoints."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny_roberta(folder / "model")
+    for seed, split in enumerate(("train", "validation", "test")):
+        write_csv(folder / f"{split}.csv", sentences(24, seed))
+    call_script("train.py", *LORA, cwd=folder)
+    return folder
+
+
+LORA = [
+    "--model",
+    "model",
+    "--adapter",
+    "lora",
+    "--output_dir",
+    "run",
+    "--report_to",
+    "none",
+    "--mixed_precision",
+    "no",
+]
+LORA += ["--train_file", "train.csv", "--validation_file", "validation.csv", "--test_file", "test.csv"]
+LORA += ["--bs", "8", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1"]
+
+
+def copy_of(finished: Path, place: Path, stopped: bool = True) -> Path:
+    """A folder in `place` with the run, its model and its data; if it was `stopped`, it has checkpoints and no results."""
+    folder = shutil.copytree(finished, place / ("stopped" if stopped else "finished"))
+    if stopped:
+        (folder / "run" / "results.json").unlink()
+    return folder
+
+
+def rewrite(path: Path, change: Callable[[Path], Any]) -> None:
+    """Change a file and put its time of modification back; its size stays the same too."""
+    before = path.stat()
+    change(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def change_weights(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["embeddings.word_embeddings.weight"][9] += 1
+    save_file(tensors, path, {"format": "pt"})
+
+
+def change_text(before: bytes, after: bytes) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(path.read_bytes().replace(before, after, 1))
+
+
+def swap_labels(path: Path) -> None:
+    """Give the first row the label of the second one, and the other way round."""
+    head, first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    (one, comma, a), (two, _, b) = (line.rpartition(b",") for line in (first, second))
+    path.write_bytes(b"".join([head, one + comma + b, two + comma + a, *rest]))
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], Any], list[str]]] = {
+    "weights": ("model/model.safetensors", change_weights, ["the weights of --model model"]),
+    "dropout": (
+        "model/config.json",
+        change_text(b'prob": 0.1', b'prob": 0.3'),
+        ["dropout_prob in config.json", "0.1", "0.3"],
+    ),
+    # A word that is in no text: the token ids stay the same, but the tokenizer is saved with the model.
+    "tokenizer": (
+        "model/tokenizer.json",
+        change_text(b'"63"', b'"sx"'),
+        ["the tokenizer of --model model", "tokenizer.json"],
+    ),
+    "labels": ("test.csv", swap_labels, ["data_fingerprint"]),
+}
+"""By name: a file, how it is changed, and what a refusal says."""
+
+
+def test_run_whose_base_weights_dropout_tokenizer_and_labels_changed_under_old_dates_does_not_resume(
+    run, finished, tmp_path
+):
+    folder = copy_of(finished, tmp_path)
+    for name, change, _ in CHANGES.values():
+        rewrite(folder / name, change)
+    refused = run("train.py", *LORA, code=2, cwd=folder).stderr
+    for _, _, words in CHANGES.values():
+        assert all(word in refused for word in words), words
+    assert "--allow_changes" in refused
+    assert "Traceback" not in refused
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_each_change_of_what_a_run_began_with_is_named_whether_it_was_stopped_or_finished(
+    call, finished, tmp_path, what
+):
+    name, change, words = CHANGES[what]
+    for stopped in (True, False):
+        folder = copy_of(finished, tmp_path, stopped)
+        rewrite(folder / name, change)
+        refused = call("train.py", *LORA, code=2, cwd=folder).stderr
+        assert all(word in refused for word in words), refused
+        others = [word for other, (_, _, (word, *_)) in CHANGES.items() if other != what]
+        assert not any(word in refused for word in others), refused
+
+
+def test_resume_does_not_promise_all_where_lines_of_the_log_are_gone(run, finished, tmp_path):
+    folder = copy_of(finished, tmp_path)
+    log = folder / "run" / "metrics.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([lines[0], *lines[3:]]))
+    printed = run("train.py", *LORA, cwd=folder).stdout
+    assert "metrics.jsonl lacks 2 of the 4 steps" in printed
+    assert "bit by bit" not in printed
+
+
+def test_run_goes_on_bit_by_bit_with_its_model_in_another_place(call, finished, tmp_path):
+    moved = ["--model", "elsewhere", *LORA[2:]]
+    for stopped in (True, False):
+        folder = copy_of(finished, tmp_path, stopped)
+        (folder / "model").rename(folder / "elsewhere")
+        assert ("bit by bit" if stopped else "finished") in call("train.py", *moved, cwd=folder).stdout
+    change_text(b"0.1", b"0.2")(folder / "elsewhere" / "config.json")
+    refused = call("train.py", *moved, code=2, cwd=folder).stderr
+    assert "model: model there, elsewhere now" in refused
+    assert "dropout" in refused
+
+
+def test_checkpoint_that_does_not_know_the_files_of_its_model_resumes_and_claims_less():
+    now = flatten(TrainConfig()) | {f"run/{name}": {} for name in ("model_config", "tokenizer_sha256")}
+    now |= {"run/model_sha256": "a1"}
+    assert compare_settings(flatten(TrainConfig()), now) == []
+    assert "bit by bit, if" in describe_promise(flatten(TrainConfig()), now, [])
+    assert "bit by bit, if" not in describe_promise(now, now, [])
+
+
+def test_moved_branch_of_a_model_is_refused_with_its_commits_only_where_the_weights_are_others():
+    before = flatten(TrainConfig()) | {f"run/{name}": {} for name in ("model_config", "tokenizer_sha256")}
+    before |= {"model": "user/tiny", "run/model_sha256": "a1 b2", "run/model_commit": "1" * 40}
+    now = before | {"run/model_commit": "2" * 40}
+    assert compare_settings(before, now) == []
+    (line,) = compare_settings(before, now | {"run/model_sha256": "a1 c3"})
+    assert all(word in line for word in ("1" * 40, "2" * 40, f"--model_revision {'1' * 40}", "user/tiny"))

@@ -4,11 +4,14 @@ HF_DATASETS_CACHE/features/KEY/    manifest.json  features.safetensors
 """
 
 import hashlib
+import inspect
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,15 +37,22 @@ def cache_folder() -> Path:
 def model_digest(model: Any, *facts: Any) -> str:
     """sha256 of everything but the data that the frozen output depends on.
 
-    These are weights, configuration, class, versions of the libraries, and `facts`.
+    These are weights, configuration, class, versions of the libraries, remote code, and `facts`.
     """
     settings = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY}
     program = [type(model).__module__, type(model).__qualname__, torch.__version__, transformers.__version__]
+    program += [inspect.getsource(module) for module in remote_modules(model)]
     digest = hashlib.sha256(json.dumps([settings, program, facts], sort_keys=True, default=str).encode())
     for name, tensor in frozen_tensors(model):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def remote_modules(model: nn.Module) -> list[ModuleType]:
+    """The Python modules of a model's classes that came with the model: their names do not tell what is in them."""
+    names = {type(part).__module__ for part in model.modules()}
+    return [sys.modules[name] for name in sorted(names) if name.startswith("transformers_modules.")]
 
 
 def frozen_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
