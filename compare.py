@@ -18,18 +18,22 @@ from lib.runtime.startup import run_script  # imports the heavy libraries, witho
 
 # isort: split
 from lib.experiments.comparison import compare_groups
-from lib.experiments.comparison_report import format_comparison, write_comparison
+from lib.experiments.comparison_report import check_comparison_folder, format_comparison, write_comparison
 from lib.experiments.groups import load_groups
+from lib.runtime.atomic import explaining
 
 
 def main(config: CompareConfig) -> None:
     """Print the comparison; with --output_dir write it as text, numbers and a picture, too."""
+    if config.output_dir:
+        check_comparison_folder(Path(config.output_dir))
     groups = load_groups(config.runs, config.split)
     metrics = compare_groups(groups, config)
     text = format_comparison(groups, metrics, config)
     print(text)
     if config.output_dir:
-        write_comparison(Path(config.output_dir), text, groups, metrics)
+        with explaining(Path(config.output_dir), "when there is room, run the same command again"):
+            write_comparison(Path(config.output_dir), text, groups, metrics)
         print(f"\nwritten to {config.output_dir}: comparison.md, comparison.json, comparison.png")
 
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from lib.config.cli import save_config
+from lib.config.cli import dump_config
 from lib.config.sections import DataConfig
 from lib.config.train import OptimConfig, TrackingConfig, TrainConfig
 from lib.data.load import load_data
@@ -98,7 +98,7 @@ def test_folder_of_another_run(refused: Refusal, roberta: Path, train_file: Path
         optim=OptimConfig(learning_rate=1e-3),
         tracking=TrackingConfig(report_to="none", notes="an earlier try"),
     )
-    save_config(before, folder / "config.yaml")
+    (folder / "config.yaml").write_text(dump_config(before), encoding="utf-8")
     saved = (folder / "config.yaml").read_bytes()
     message = refused("--train_file", train_file, "--output_dir", folder, "--lr=1e-4")
     assert f"{folder} holds a run with other settings" in message

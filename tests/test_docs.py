@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import bench
-from lib.config.cli import parse_cli, parse_command, save_config
+from lib.config.cli import dump_config, parse_cli, parse_command
 from lib.config.compare import CompareConfig
 from lib.config.eval import EvalConfig
 from lib.config.hub import COMMANDS as HUB_COMMANDS
@@ -142,7 +142,7 @@ def test_every_command_is_understood(command, tmp_path, monkeypatch):
         folder = {"--run": Path(value), "--config": Path(value).parent}.get(flag)
         if folder and folder.parts[0] == "outputs":
             (tmp_path / folder).mkdir(parents=True)
-            save_config(TrainConfig(), tmp_path / folder / "config.yaml")
+            (tmp_path / folder / "config.yaml").write_text(dump_config(TrainConfig()), encoding="utf-8")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     if script == "hub.py":

@@ -390,12 +390,22 @@ def read_lines(path: Path) -> dict[str, tuple[int, list[str]]]:
     return options
 
 
-def save_config(config: Any, path: Path) -> None:
-    """Write all options as flat YAML that `load_config` reads back to an equal configuration."""
+def dump_config(config: Any) -> str:
+    """All options as flat YAML that `load_config` reads back to an equal configuration."""
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def is_saved_config(path: Path) -> bool:
+    """Whether a file holds all options of a run, as `dump_config` writes them; a few written by hand do not count."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    always = {"model", "train_batch_size", "save_total_limit", "resume_from_checkpoint"}
+    return isinstance(found, dict) and always <= found.keys()
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
-    """Read what `save_config` wrote. Raises UserError for an option that this version does not have or take."""
+    """Read what `dump_config` wrote. Raises UserError for an option that this version does not have or take."""
     return parse(kind, ["--config", str(path)])

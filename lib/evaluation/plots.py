@@ -11,6 +11,7 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.evaluation.fonts import find_fonts, plain_text
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.tables import MOST_CLASSES, MOST_COLUMNS, confusion_matrix, most_mistaken
+from lib.runtime.atomic import replacing
 from lib.runtime.screen import list_some, shorten
 
 FILES = {CLASSIFICATION: "confusion_matrix.png", REGRESSION: "scatter.png", MULTI_LABEL: "precision_recall.png"}
@@ -50,7 +51,8 @@ def draw(predictions: Predictions, tables: dict[str, Any], names: Sequence[str],
         else:
             draw_curves(axes, predictions, tables["labels"], labels)
         axes.set_title(title)
-        figure.savefig(folder / FILES[problem], dpi=120)
+        with replacing(folder / FILES[problem]) as file:
+            figure.savefig(file, dpi=120)
     if not numbered:
         return []
     legend = [f"#{place} is {shorten(names[place], NAME_WIDTH)}" for place in numbered]

@@ -11,12 +11,14 @@ from datasets import Dataset
 from lib.config.sections import CLASSIFICATION, REGRESSION
 from lib.data.load import Data
 from lib.evaluation.intervals import Interval
-from lib.evaluation.plots import draw
+from lib.evaluation.plots import FILES, draw
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import Scored
 from lib.evaluation.tables import MOST_PROBABILITIES, MOST_ROWS, build_tables, format_table, format_tables
-from lib.runtime.atomic import finite
+from lib.runtime.atomic import finite, remove_drafts, replacing, write_atomically
 
+FILE_NAMES = ("report.json", "predictions.jsonl", *FILES.values())
+"""The files of a report."""
 BINS = 15
 DIGITS = 6
 
@@ -24,6 +26,7 @@ DIGITS = 6
 def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, Interval], data: Data) -> str:
     """Write `report.json`, `predictions.jsonl` and the picture to `folder`; return the report as text of bounded size."""
     folder.mkdir(parents=True, exist_ok=True)
+    remove_drafts(folder, FILE_NAMES)
     (scores, predictions), names = scored, data.label_names
     size = len(predictions.labels)
     if predictions.problem_type == CLASSIFICATION:
@@ -40,7 +43,7 @@ def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, 
         notes.append(f"predictions.jsonl has the {MOST_ROWS} largest probabilities of each sample.")
     record = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
     text = json.dumps(finite(record | tables), indent=2, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    write_atomically(folder / "report.json", text + "\n")
     shown = format_tables(tables, predictions, names, str(folder / "report.json"))
     return format_report(split, Scored(scores, predictions), intervals, [*shown, *notes])
 
@@ -71,9 +74,10 @@ def write_predictions(path: Path, predictions: Predictions, texts: Dataset, name
     Of more than MOST_PROBABILITIES probabilities the MOST_ROWS largest are written, the largest first.
     """
     rows = zip(row_texts(texts), named_rows(predictions, names), strict=True)
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with replacing(path) as file:
         for index, (text, row) in enumerate(rows):
-            file.write(json.dumps(finite({"index": index, "text": text} | row), ensure_ascii=False) + "\n")
+            line = json.dumps(finite({"index": index, "text": text} | row), ensure_ascii=False) + "\n"
+            file.write(line.encode(errors="backslashreplace"))
 
 
 def worst_rows(

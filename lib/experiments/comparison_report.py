@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from lib.evaluation.tables import format_table
 from lib.experiments.comparison import GroupScore, MetricComparison, changed_answers
 from lib.experiments.groups import Group
 from lib.experiments.significance import LEVEL
-from lib.runtime.atomic import finite
+from lib.run.ownership import holds, refuse
+from lib.runtime.atomic import finite, replacing, write_atomically
 
 LONGEST_TEXT = 80
 
@@ -118,14 +120,22 @@ def short(text: str) -> str:
     return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 3]}..."
 
 
+FILES = ("comparison.json", "comparison.md", "comparison.png")
+
+
+def check_comparison_folder(folder: Path) -> None:
+    """Raise UserError if a comparison in `folder` would replace files of somebody else."""
+    found = [name for name in FILES if os.path.lexists(folder / name)]
+    if found and not holds(folder / FILES[0], "groups", "metrics"):
+        refuse(folder, found, "a comparison", "--output_dir")
+
+
 def write_comparison(folder: Path, text: str, groups: Sequence[Group], metrics: Sequence[MetricComparison]) -> None:
     """Write comparison.md (the text), comparison.json (every number) and comparison.png to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "comparison.md").write_text(f"```\n{text}\n```\n", encoding="utf-8")
     record = {"groups": [group_record(group) for group in groups], "metrics": [metric_record(m) for m in metrics]}
-    (folder / "comparison.json").write_text(
-        json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    write_atomically(folder / "comparison.json", json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "comparison.md", f"```\n{text}\n```\n")
     draw_comparison(folder / "comparison.png", groups, metrics)
 
 
@@ -163,4 +173,5 @@ def draw_comparison(path: Path, groups: Sequence[Group], metrics: Sequence[Metri
             )
         right.axvline(0, color="0.3", linewidth=1, linestyle="--")
         right.set(yticks=[], ylim=(len(names) - 0.5, -0.5), title=f"{metric.metric}: difference to {groups[0].name}")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
+from lib.runtime.atomic import umask
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -38,10 +40,11 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
         raise UserError(f"--export_onnx: not installed: {', '.join(missing)}; run: pip install {' '.join(PACKAGES)}")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"--export_onnx {folder}: the folder is not empty; name another")
-    fresh = folder.with_name(folder.name + ".part")
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = None
     try:
-        fresh.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+        fresh.chmod(0o777 & ~umask())
         write_graph(model, tokenizer, fresh / "model.onnx")
         difference = compare(model, tokenizer, fresh / "model.onnx")
         if difference > TOLERANCE:
@@ -57,7 +60,8 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     except OSError as error:
         raise UserError(f"--export_onnx {folder} cannot be written: {error}") from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
     return difference
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.hub.packaged import VADER, VADER_VERSION
+from lib.runtime.atomic import write_atomically
 from lib.runtime.screen import list_some, printable, shorten
 
 SPLITS = {"eval": "validation"}
@@ -98,7 +99,7 @@ def write_model_card(
         training_facts(settings, results),
     ]
     metadata = card_metadata(dataset, settings, base_id, scores)
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / "README.md", f"---\n{metadata}\n---\n\n" + "\n".join(lines) + "\n")
 
 
 def card_metadata(

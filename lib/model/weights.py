@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Write a model to a new folder as transformers' `save_pretrained` does; an adapter with its head and settings."""
+    """Write a model to an empty folder as transformers' `save_pretrained` does; an adapter with its head and settings."""
     if adapter_info(model) is None:
         model.save_pretrained(folder)
     else:

@@ -2,14 +2,17 @@
 
     OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/
 
-A checkpoint is complete: `best` is the best model at that step, as hard links. Frozen parameters are in
-frozen.safetensors, which a process writes once and hard-links into its later checkpoints.
+A checkpoint is complete: `best` is the best model at that step. Its weights, and the frozen parameters in
+frozen.safetensors, are written once by a process, and hard-linked into its later checkpoints.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,24 @@ from torch import nn
 
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
-from lib.model.weights import FROZEN, frozen_names, load_weights, save_weights
-from lib.runtime.atomic import WRITE_ERRORS, explain, link_file, link_tree, publish_folder, write_manifest
+from lib.model.weights import FROZEN, WEIGHTS, frozen_names, load_weights, save_weights
+from lib.run.best_model import BEST, best_files, copy_model, find_best
+from lib.runtime.atomic import (
+    MANIFEST,
+    WRITE_ERRORS,
+    Entries,
+    copy_files,
+    drafting,
+    explain,
+    find_difference,
+    is_ours,
+    link_file,
+    listed_files,
+    publish_folder,
+    remove_drafts,
+    remove_folder,
+    write_manifest,
+)
 from lib.runtime.processes import any_process
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
@@ -28,14 +47,16 @@ from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
 """The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
+CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, "state.json", "optimizer.pt"}
+"""What a checkpoint holds; frozen.safetensors and best are not always there."""
 
 
 @dataclasses.dataclass
 class Checkpointer:
     """Saves and restores a learner; `settings` are the settings of the run, compared when it resumes.
 
-    `last` is the last checkpoint that this process wrote. Only its files are hard-linked, so that damage to files of an
-    earlier process does not spread.
+    `last` is the last checkpoint that this process wrote, `last_best` the step of the best model in it. Only its files
+    are hard-linked, so that damage to files of an earlier process does not spread.
     """
 
     folder: Path
@@ -43,6 +64,18 @@ class Checkpointer:
     settings: dict[str, Any]
     learner: Learner
     last: Path | None = None
+    last_best: int = 0
+
+    def __post_init__(self) -> None:
+        self.place = identity(self.folder)
+
+    def check_folder(self) -> None:
+        """Raise UserError if the folder of the run is no longer the one it was: it was deleted, or renamed."""
+        if identity(self.folder) != self.place:
+            raise UserError(
+                f"{self.folder} is gone: it was deleted or renamed while the run was using it, and nothing more is saved. "
+                "If it was renamed, give it back its name, and run the same command again: it resumes from the last checkpoint"
+            )
 
     def save(self, run_id: str | None) -> None:
         """Publish a checkpoint of this step, then delete old ones; every process must call this.
@@ -56,6 +89,7 @@ class Checkpointer:
         problem = ""
         if accelerator.is_main_process:
             try:
+                self.check_folder()
                 self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id})
             except (*WRITE_ERRORS, UserError) as error:
                 problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
@@ -70,39 +104,64 @@ class Checkpointer:
         name = f"step-{state.step}" + ("-pending" if state.pending else "")
         check_finite(model)
         checkpoints.mkdir(exist_ok=True)
-        fresh = checkpoints / f".tmp-{name}"
-        shutil.rmtree(fresh, ignore_errors=True)
+        target = checkpoints / name
         tensors = {"optimizer": learner.optimizer.state_dict(), "scheduler": learner.scheduler.state_dict()}
         if scaler is not None:
             tensors["scaler"] = scaler.state_dict()
-        try:
-            fresh.mkdir()
+        with drafting(target) as fresh:
             if self.last is not None:
                 link_file(self.last / FROZEN, fresh / FROZEN)
             check_space(fresh, model)
             save_weights(model, fresh)
-            torch.save(tensors, fresh / "optimizer.pt")
+            with (fresh / "optimizer.pt").open("wb") as file:  # by its path, errors of the disk would lose their cause
+                torch.save(tensors, file)
             text = json.dumps(record | {"settings": self.settings}, indent=2)
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
-            if state.best_scores:
-                link_tree(self.folder / "model", fresh / "best")
-            write_manifest(fresh, manifest_head(state, self.settings), self.last)
-            publish_folder(fresh, checkpoints / name)
-        except (*WRITE_ERRORS, UserError):
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        self.last = checkpoints / name
+            best = self.keep_best(fresh / BEST) if state.best_scores else {}
+            known = {f"{BEST}/{name}": entry for name, entry in best.items()}
+            write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
+            if os.path.lexists(target) and not is_ours(target):
+                remove_checkpoint(target)
+            publish_folder(fresh, target)
+        self.last, self.last_best = target, state.best_step
         rotate(checkpoints, state.step, self.config.save_total_limit)
+
+    def keep_best(self, folder: Path) -> Entries:
+        """Put the best model into the new `folder`, and restore model/ if it is gone; returns its files.
+
+        Raises UserError if no undamaged copy is left: a checkpoint is not published without its best model.
+        """
+        model, step = self.folder / "model", self.learner.state.best_step
+        if self.last is not None and self.last_best == step and (files := best_files(self.last)):
+            with contextlib.suppress(FileNotFoundError):  # deleted by somebody: another copy is looked for below
+                copy_files(self.last / BEST, folder, files, link=True)
+                if not model.exists() and find_best(files, [folder]):
+                    copy_model(folder, files, model)
+                    print(f"warning: {model} was gone; it was restored from {self.last}", flush=True)
+                return files
+        files = listed_files(model)
+        for place in [model, *best_folders(self.folder)] if files else []:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                copy_files(place, folder, files)
+                if find_difference(folder, files) is None:
+                    return files
+        damage = find_difference(model, files) if files else "the folder or its manifest is gone"
+        raise UserError(
+            f"the best model, of step {step}, is damaged: {model}: {damage}; no checkpoint has a copy of it, and none is "
+            "saved without it. The same command resumes from the checkpoint before"
+        )
 
     def load(self, checkpoint: Path) -> str | None:
         """Restore everything from a valid checkpoint; returns the id of the tracker's run. Every process must call this.
 
-        Hyper-parameters stay those of the settings.
+        Hyper-parameters stay those of the settings. If its best model is damaged, an undamaged copy of it is taken; if
+        there is none, the next evaluation makes a new one. Raises UserError if there will be none.
         """
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
         load_weights(learner.inner_model, checkpoint)
-        self.last = None  # other parameters may be frozen there
+        self.last, self.last_best = None, 0  # other parameters may be frozen there
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
@@ -113,13 +172,69 @@ class Checkpointer:
             if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:
                 setattr(learner.state, name, value)
         learner.meter.restore(record["interval"])
-        if accelerator.is_main_process and (checkpoint / "best").is_dir():
-            fresh = self.folder / ".tmp-model"
-            shutil.rmtree(fresh, ignore_errors=True)
-            link_tree(checkpoint / "best", fresh)
-            publish_folder(fresh, self.folder / "model")
-        accelerator.wait_for_everyone()
+        lost = problem = ""
+        if accelerator.is_main_process:
+            try:
+                lost = self.restore_best(checkpoint)
+            except (*WRITE_ERRORS, UserError) as error:
+                problem = (
+                    f"the best model could not be restored to {self.folder / 'model'}: {explain(error, self.folder)}"
+                )
+        if any_process(accelerator, bool(problem)):
+            raise UserError(problem or "the first process could not restore the best model")
+        if any_process(accelerator, bool(lost)):
+            if learner.plan.is_finished(learner.state):
+                raise UserError(
+                    f"{lost or 'the best model is lost'}, and training is over, so that no evaluation would make another. Train "
+                    "on from an older checkpoint: --resume_from_checkpoint FOLDER; or again: --resume_from_checkpoint never"
+                )
+            learner.state.forget_best()
+            if accelerator.is_main_process:
+                print(
+                    f"warning: {lost}. Training goes on from step {learner.state.step}; the best model is chosen among the "
+                    "evaluations from here on, so that the result may differ from that of an uninterrupted run",
+                    flush=True,
+                )
         return record["run_id"]
+
+    def restore_best(self, checkpoint: Path) -> str:
+        """Make the best model of a checkpoint that of the run; returns what is wrong, in words, if all copies are damaged."""
+        model, state = self.folder / "model", self.learner.state
+        if not state.best_scores:
+            return ""
+        place, damage = find_best_of(checkpoint, self.folder)
+        if place is None:
+            return f"the best model so far, of step {state.best_step}, is lost: {checkpoint / BEST}: {damage}"
+        if damage:
+            print(
+                f"warning: the best model in {checkpoint / BEST} is damaged, and that in {place} is used: {damage}",
+                flush=True,
+            )
+        copy_model(place, best_files(checkpoint), model)
+        return ""
+
+
+def best_folders(folder: Path) -> list[Path]:
+    """The folders in the checkpoints of a run that may hold a best model, the newest first."""
+    return [checkpoint / BEST for checkpoint in list_checkpoints(folder / "checkpoints")]
+
+
+def find_best_of(checkpoint: Path, folder: Path) -> tuple[Path | None, str | None]:
+    """Where the best model of a checkpoint is undamaged, in it or in the folder of the run; and what is wrong with its own."""
+    files = best_files(checkpoint)
+    damage = find_difference(checkpoint / BEST, files) if files else "there is none"
+    if damage is None:
+        return checkpoint / BEST, None
+    return find_best(files, [folder / "model", *best_folders(folder)]), damage
+
+
+def identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of the same name; None if there is none."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def manifest_head(state: State, settings: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +256,13 @@ def read_record(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
+def read_best_steps(checkpoints: Path) -> Iterator[tuple[Path, int]]:
+    """The checkpoints, newest first, each with the step of its best model; one that cannot be read is left out."""
+    for checkpoint in list_checkpoints(checkpoints):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            yield checkpoint, int(read_record(checkpoint)["state"]["best_step"])
+
+
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Checkpoint folders by name, newest first; other files are ignored."""
     found = [(match, path) for path in checkpoints.glob("*") if (match := NAME.fullmatch(path.name)) and path.is_dir()]
@@ -149,12 +271,31 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return [path for _, path in found]
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder was written as a checkpoint; it may be damaged, or half deleted."""
+    return is_ours(folder) or (not folder.is_symlink() and {path.name for path in folder.iterdir()} <= CONTENTS)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, also one that lost its manifest; what is none stays."""
+    if not remove_folder(folder) and is_checkpoint(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_checkpoints(checkpoints: Path, keep: Sequence[Path] = ()) -> None:
+    """Remove all checkpoints but `keep`, and what is left of saves that were killed; the folder too, if nothing remains."""
+    for path in set(list_checkpoints(checkpoints)) - set(keep):
+        remove_checkpoint(path)
+    remove_drafts(checkpoints)
+    with contextlib.suppress(OSError):
+        checkpoints.rmdir()
+
+
 def rotate(checkpoints: Path, step: int, limit: int) -> None:
     """Keep the newest `limit` checkpoints up to `step`, at least one; later ones are of an abandoned continuation."""
-    paths = list_checkpoints(checkpoints)
-    keep = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step][: max(limit, 1)]  # type: ignore[index]
-    for path in {*paths, *checkpoints.glob(".tmp-*"), *checkpoints.glob(".old-*")} - set(keep):
-        shutil.rmtree(path, ignore_errors=True)
+    paths = [path for path in list_checkpoints(checkpoints) if is_checkpoint(path)]
+    past = [path for path in paths if int(NAME.fullmatch(path.name)[1]) <= step]  # type: ignore[index]
+    remove_checkpoints(checkpoints, keep=past[: max(limit, 1)])
 
 
 def check_finite(model: nn.Module) -> None:

@@ -1,53 +1,70 @@
 """The output folder, the checkpoint to resume from, and what a resumed run promises."""
 
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lib.config.cli import load_config, save_config
+from lib.config.cli import dump_config, load_config
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.model.source import model_identity
-from lib.run.checkpoint import list_checkpoints, read_record
+from lib.run.best_model import BEST, KIND
+from lib.run.checkpoint import find_best_of, list_checkpoints, read_record, remove_checkpoints
+from lib.run.ownership import CONFIG, HEARTBEATS, MODEL, RESULTS, RUN_FILES, check_run_folder, is_cut_config
 from lib.run.record import IDENTITY, LENGTH, compare_settings, read_identity
 from lib.run.tracking import logged_steps
-from lib.runtime.atomic import MANIFEST, find_damage
+from lib.runtime.atomic import MANIFEST, explain, find_damage, is_ours, remove_drafts, write_atomically, write_manifest
 from lib.runtime.lock import FolderLock
 
 
 def open_folder(config: TrainConfig, folder: Path) -> FolderLock:
     """Create the folder of a run, lock it, and save the configuration there; the lock ends with the process.
 
-    Raises UserError if another process has the folder, or if it holds a run with other settings, and lists them, unless
-    `--allow_changes` is given.
+    Raises UserError if another process has the folder, if something in the way is not of a run, or if it holds a run with
+    other settings, and lists them, unless `--allow_changes` is given.
     """
     lock = FolderLock(folder)
     check_settings(config, folder)  # before the lock too, which leaves a file
     try:
         lock.take()
         check_settings(config, folder)
-        save_config(config, folder / "config.yaml")
+        check_run_folder(config, folder)
+        write_atomically(folder / CONFIG, dump_config(config))
         # Of an earlier run that was given up: with it the folder would look finished.
-        (folder / "results.json").unlink(missing_ok=True)
+        (folder / RESULTS).unlink(missing_ok=True)
+        clean_up(folder)
     except OSError as error:
         lock.release()
-        raise UserError(f"--output_dir {folder} cannot be written: {error}") from error
+        raise UserError(f"--output_dir {folder} cannot be written: {explain(error, folder)}") from error
     except UserError:
         lock.release()
         raise
     return lock
 
 
+def clean_up(folder: Path) -> None:
+    """Remove what a killed run left, and give a model that an earlier version saved the manifest it lacks.
+
+    The folder must be known as that of a run, and locked.
+    """
+    remove_drafts(folder, RUN_FILES)
+    for path in (folder / HEARTBEATS).glob("*"):
+        if re.fullmatch(r"\.?\d+", path.name):
+            path.unlink(missing_ok=True)
+    if (folder / MODEL).is_dir() and not is_ours(folder / MODEL):
+        write_manifest(folder / MODEL, KIND)
+
+
 def check_settings(config: TrainConfig, folder: Path) -> None:
     """Raise UserError if the folder holds a run with other settings, unless `--allow_changes` is given."""
     saved = folder / "config.yaml"
-    if not saved.exists() or config.training.allow_changes:
+    if not saved.exists() or config.training.allow_changes or is_cut_config(config, saved):
         return
     before, now = flatten(load_config(TrainConfig, saved)), flatten(config)
     # With the files of the model only where settings changed: another place of the same model is no change.
@@ -127,6 +144,8 @@ def choose_checkpoint(
                 )
             step = record["state"]["step"]
             promise = describe_promise(record["settings"], settings, changed, describe_lost(folder, record["state"]))
+            if record["state"]["best_scores"] and find_best_of(chosen[0], folder)[0] is None:
+                promise = "training continues, but its best model is lost"
             print(f"resumed from {chosen[0]}, step {step}: {promise}", flush=True)
     return broadcast_object_list(chosen)[0]
 
@@ -134,22 +153,23 @@ def choose_checkpoint(
 def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
     """The newest valid checkpoint for `auto`, `must`, `never` or a path; damaged ones are named and skipped.
 
+    Its best model may be damaged: that costs the best model, not the training.
     `never` removes all checkpoints, so that no later start resumes from them. Raises UserError if `must` or a path finds
     none.
     """
     if wanted == "never":
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_checkpoints(checkpoints)
         return None
     if wanted not in ("auto", "must"):
         path = Path(wanted)
         if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
-            damage = find_damage(path)
+            damage = find_damage(path, leaving_out=(f"{BEST}/",))
             if damage:
                 raise UserError(f"--resume_from_checkpoint {wanted}: no valid checkpoint there: {damage}")
             return path
         checkpoints = path / "checkpoints"
     for path in list_checkpoints(checkpoints):
-        damage = find_damage(path)
+        damage = find_damage(path, leaving_out=(f"{BEST}/",))
         if damage is None:
             return path
         print(f"warning: {path} is damaged and is not used: {damage}", flush=True)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -23,13 +22,15 @@ from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
 from lib.model.source import LoadingInfo
 from lib.run.best_model import publish_model, restore_model
-from lib.run.checkpoint import Checkpointer
+from lib.run.checkpoint import Checkpointer, read_best_steps, remove_checkpoints
 from lib.run.introduction import describe_run
+from lib.run.ownership import check_run_folder
 from lib.run.progress import Progress
 from lib.run.record import run_folder, run_settings, trained_on, write_record
 from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
+from lib.runtime.atomic import explain
 from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.signals import Stopped, deferring_signals
@@ -46,8 +47,9 @@ class Run:
     def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
         """Writes nothing.
 
-        Raises UserError if the tracker asked for is not installed or has a wrong setting in the environment, or another
-        process has the folder; Stopped if a launcher started the run again after the end of `--max_minutes`.
+        Raises UserError if the tracker asked for is not installed or has a wrong setting in the environment, another process
+        has the folder, or the run would replace files of somebody else in it; Stopped if a launcher started the run again
+        after the end of `--max_minutes`.
         """
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
         self.lock: FolderLock | None = None
@@ -57,15 +59,18 @@ class Run:
     def check(self) -> None:
         check_tracker(self.config.tracking.report_to)
         check_free(self.folder)
+        check_run_folder(self.config, self.folder)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the main process, on every process. Raises its UserError on every process too."""
+        """What `work` returns on the main process, on every process; so are its UserError, and errors of the disk as one."""
         outcome: list[Any] = [None, None]
         if self.accelerator.is_main_process:
             try:
                 outcome = [work(), None]
             except UserError as error:
                 outcome = [None, str(error)]
+            except OSError as error:
+                outcome = [None, f"{self.folder} cannot be used: {explain(error, self.folder)}"]
         result, problem = broadcast_object_list(outcome)
         if problem is not None:
             raise UserError(problem)
@@ -98,12 +103,9 @@ class Run:
         self.settings = run_settings(config, learner, batches, metrics, weights)
         store_trained_on(learner.inner_model.config, trained_on(batches.data, metrics))
         check_shared(accelerator, folder, self.on_first(self.open))
-        if accelerator.is_main_process:
-            # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
-            shutil.rmtree(folder / "heartbeats", ignore_errors=True)
         checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
+        self.on_first(lambda: write_record(folder, self.settings, {}))
         if accelerator.is_main_process:
-            write_record(folder, self.settings, {})
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
@@ -148,32 +150,43 @@ class Run:
         state.logged += 1
 
     def save_checkpoint(self) -> None:
+        self.log.sync()
         self.checkpointer.save(self.log.run_id)
 
     def save_best(self, learner: Learner, tokenizer: Any) -> None:
         """Export the model of this step to `model/`, replacing the best one so far."""
+        self.on_first(self.checkpointer.check_folder)
         publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
 
     def load_best(self, learner: Learner) -> None:
         """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation had a finite loss."""
-        restore_model(self.accelerator, learner.model, self.folder / "model", learner.state)
+        self.on_first(self.checkpointer.check_folder)
+        checkpoints = read_best_steps(self.folder / "checkpoints")
+        restore_model(self.accelerator, learner.model, self.folder / "model", learner.state, checkpoints)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
         """Write reports, model card and results.json, which is also the last line on stdout; end the process group."""
         results = build_results(self.config, self.settings, learner, scored)
         self.log.finish(results, scored, data)
-        if self.accelerator.is_main_process:
-            for split, result in scored.items():
-                intervals = bootstrap_intervals(result.predictions, self.metrics.names)
-                print(write_report(self.folder / f"eval-{split}", split, result, intervals, data), flush=True)
-            thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
-            write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
-            named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
-            write_record(self.folder, self.settings, {"thresholds": named, "best_step": learner.state.best_step})
-            print(next_commands(self.folder), flush=True)
-            print(write_results(self.folder, results), flush=True)
-            if self.config.training.save_total_limit == 0:
-                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        for text in self.on_first(lambda: self.write(results, scored, data, learner.state.best_step)):
+            if self.accelerator.is_main_process:
+                print(text, flush=True)
         if self.lock:
             self.lock.release()
         finish(self.accelerator, learner.model, learner.optimizer)
+
+    def write(self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int) -> list[str]:
+        """Write what ends a run, results.json last; returns what is printed of it."""
+        self.checkpointer.check_folder()
+        texts = []
+        for split, result in scored.items():
+            intervals = bootstrap_intervals(result.predictions, self.metrics.names)
+            texts.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
+        thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
+        write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
+        named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
+        write_record(self.folder, self.settings, {"thresholds": named, "best_step": best_step})
+        texts += [next_commands(self.folder), write_results(self.folder, results)]
+        if self.config.training.save_total_limit == 0:
+            remove_checkpoints(self.folder / "checkpoints")
+        return texts

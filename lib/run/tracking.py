@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import re
 import secrets
 import time
@@ -197,6 +198,14 @@ class RunLog:
             except Exception as error:
                 self.give_up("log", error)
 
+    def sync(self) -> None:
+        """Flush metrics.jsonl to the disk, before a checkpoint counts on its lines."""
+        if self.file is not None and not self.file.closed:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                logger.warning("metrics.jsonl may lack lines after a power failure: %s", first_line(error))
+
     def finish(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
         """Send results, a plot and the worst errors to W&B; end the tracker's run in bounded time."""
         if self.tracker == "wandb":
@@ -272,26 +281,47 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
 
 def logged_steps(path: Path) -> list[int]:
     """The steps in a metrics.jsonl, in its order; lines that hold none are left out."""
-    steps = []
     with contextlib.suppress(OSError):
-        for line in path.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, LookupError, TypeError, OverflowError):
-                steps.append(int(json.loads(line)["step"]))
-    return steps
+        return [step for line in path.read_bytes().splitlines() if (step := logged_step(line)) is not None]
+    return []
 
 
 def truncate_log(path: Path, last_step: int) -> int:
-    """Delete the lines after `last_step` and an incomplete last line; returns the last step that was there before."""
-    seen = end = 0
-    if last_step and path.exists():
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            seen = json.loads(line)["step"]
-            end += len(line) if seen <= last_step else 0
-    with path.open("ab") as file:
-        file.truncate(end)
+    """Delete the lines after `last_step` and what is no line of a log; returns the last step that was there before.
+
+    Blank, torn and foreign lines are deleted and told; the lines behind them stay.
+    """
+    if not path.exists():
+        return 0
+    content = path.read_bytes() if last_step else b""
+    seen, kept, broken = 0, [], []
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        step = None if number == len(lines) else logged_step(line)  # without its end, the last one is torn
+        if step is None:
+            broken += [number] if line or number < len(lines) else []
+            continue
+        seen = step
+        kept += [line + b"\n"] if step <= last_step else []
+    if broken:
+        named = f"lines {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''}"
+        print(f"warning: {path}: {len(broken)} blank, torn or foreign lines were deleted ({named})", flush=True)
+    rest = b"".join(kept)
+    if content.startswith(rest):  # needs no room on the disk
+        os.truncate(path, len(rest))
+    else:
+        write_atomically(path, rest)
     return seen
+
+
+def logged_step(line: bytes) -> int | None:
+    """The step of a line of metrics.jsonl; None if it is none."""
+    try:
+        found = json.loads(line)
+        step, samples = found["step"], found["samples_seen"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if type(step) is type(samples) is int else None
 
 
 def wandb_mode() -> str:

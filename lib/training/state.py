@@ -34,6 +34,10 @@ class State:
         """The last step whose line in metrics.jsonl is kept when a run resumes here."""
         return self.step - 1 if self.pending else self.step
 
+    def forget_best(self) -> None:
+        """As if no evaluation had been made yet: the next one makes the best model."""
+        self.best_metric, self.best_step, self.best_scores, self.evals_since_best = None, 0, {}, 0
+
     def update_best(self, scores: dict[str, float], metric: str) -> bool:
         """Note an evaluation; True if it is the best so far by `metric`.
 

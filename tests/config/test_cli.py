@@ -13,7 +13,7 @@ import pytest
 from lib.config import eval as eval_config
 from lib.config import sections as config
 from lib.config import train as train_config
-from lib.config.cli import load_config, options_of, parse_cli, save_config
+from lib.config.cli import dump_config, load_config, options_of, parse_cli
 from lib.config.eval import EvalConfig, EvalDataConfig, EvalModel
 from lib.config.other_names import OTHER_NAMES
 from lib.config.predict import PredictConfig
@@ -148,7 +148,7 @@ def test_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
     ],
 )
 def test_saved_configuration_reads_back_equal(tmp_path: Path, given: object) -> None:
-    save_config(given, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_config(given), encoding="utf-8")
     assert load_config(type(given), tmp_path / "config.yaml") == given
 
 
@@ -320,7 +320,7 @@ def test_help_imports_nothing_heavy(script: str) -> None:
 
 @pytest.mark.parametrize("arguments", [[], ["--run=a", "--model=b"]])
 def test_eval_needs_a_run_or_a_model(capsys: Capture, tmp_path: Path, arguments: list[str]) -> None:
-    save_config(TrainConfig(), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_config(TrainConfig()), encoding="utf-8")
     arguments = [argument.replace("--run=a", f"--run={tmp_path}") for argument in arguments]
     assert "give either --run FOLDER or --model ID_OR_FOLDER" in refusal(capsys, *arguments, kind=EvalConfig)
 
@@ -335,7 +335,9 @@ def finished(tmp_path: Path) -> Path:
     """A run on two files, with settings that scoring shares and settings that it does not know."""
     data = DataConfig(train_file="t.csv", test_file="e.csv", text_columns=("a", "b"), label_column="y", max_length=77)
     training = TrainingConfig(seed=5, train_batch_size=3)
-    save_config(TrainConfig(data=data, training=training, metrics=("f1",)), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(
+        dump_config(TrainConfig(data=data, training=training, metrics=("f1",))), encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -359,7 +361,7 @@ def test_other_data_replaces_all_data_of_the_run(finished: Path, flag: str) -> N
 
 def test_last_run_given_is_scored(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     other = tmp_path_factory.mktemp("other")
-    save_config(TrainConfig(data=DataConfig(dataset="mrpc")), other / "config.yaml")
+    (other / "config.yaml").write_text(dump_config(TrainConfig(data=DataConfig(dataset="mrpc"))), encoding="utf-8")
     recipe = write(other / "eval.yaml", f"run: {finished}\nsplit: validation\n")
     parsed = parse_cli(EvalConfig, ["--config", recipe, "--run", str(other)])
     assert (parsed.run, parsed.data.dataset, parsed.split) == (str(other), "mrpc", "validation")

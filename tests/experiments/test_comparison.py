@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from sklearn import metrics as sk
 
-from lib.config.cli import save_config
+from lib.config.cli import dump_config
 from lib.config.compare import CompareConfig
 from lib.config.sections import DataConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
@@ -43,7 +43,7 @@ def write_run(folder, rows, seed, lr=2e-5, scores=("accuracy", "f1_macro"), **mo
         training=TrainingConfig(seed=seed),
         optim=OptimConfig(learning_rate=lr),
     )
-    save_config(config, folder / "config.yaml")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     results = {f"test/{name}": 0.5 for name in ("loss", *scores)} | {"run/data_fingerprint": "1"} | more
     (folder / "results.json").write_text(json.dumps(results))
     lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import predict
-from lib.config.cli import parse_cli, save_config
+from lib.config.cli import dump_config, parse_cli
 from lib.config.eval import EvalConfig
 from lib.config.predict import PredictConfig
 from lib.config.sections import DataConfig
@@ -27,7 +27,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "outputs" / "run"
     tiny_models.classifier(folder / "model")
     train = write_csv(folder.parent / "train.csv", sentences(12))
-    save_config(TrainConfig(data=DataConfig(train_file=str(train), max_length=12)), folder / "config.yaml")
+    (folder / "config.yaml").write_text(
+        dump_config(TrainConfig(data=DataConfig(train_file=str(train), max_length=12))), encoding="utf-8"
+    )
     (folder / "results.json").write_text(json.dumps({"run/mixed_precision": "no"}))
     return folder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig, pipeline
 
-from lib.config.cli import save_config
+from lib.config.cli import dump_config
 from lib.config.predict import GenerateConfig
 from lib.config.sections import DataConfig
 from lib.config.train import TrainConfig
@@ -105,9 +105,8 @@ def test_run_sets_max_length_and_text_columns(tmp_path):
     """Otherwise the probabilities would not be those of eval.py."""
     run = tmp_path / "outputs" / "run"
     tiny_models.classifier(run / "model")
-    save_config(
-        TrainConfig(data=DataConfig(train_file="t.csv", text_columns=("story",), max_length=5)), run / "config.yaml"
-    )
+    options = DataConfig(train_file="t.csv", text_columns=("story",), max_length=5)
+    (run / "config.yaml").write_text(dump_config(TrainConfig(data=options)), encoding="utf-8")
     rows = [(text, "the film was dull") for text in TEXTS]
     file = write_csv(tmp_path / "t.csv", rows, ("story", "text"))
     found = answers("--input", file, "--model", run)
@@ -341,7 +340,7 @@ def test_fill_mask_needs_a_mask_token(tmp_path):
 
 
 def test_run_without_a_model_is_a_user_error(tmp_path):
-    save_config(TrainConfig(), tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(dump_config(TrainConfig()), encoding="utf-8")
     with pytest.raises(UserError, match="no model folder yet"):
         answers("a", "--model", tmp_path)
 

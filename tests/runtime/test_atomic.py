@@ -1,13 +1,35 @@
-"""Folders are written whole or not at all, and what was changed in them is named."""
+"""Files and folders are written whole or not at all, what was changed in them is named, and what is not ours stays."""
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from lib.errors import UserError
 from lib.runtime import atomic
-from lib.runtime.atomic import explain, find_damage, finite, link_tree, publish_folder, write_manifest
+from lib.runtime.atomic import (
+    MANIFEST,
+    NotOurs,
+    copy_files,
+    explain,
+    explaining,
+    file_names,
+    find_damage,
+    finite,
+    is_ours,
+    make_folder,
+    publish_folder,
+    remove_drafts,
+    remove_folder,
+    remove_unused,
+    replacing,
+    write_atomically,
+    write_manifest,
+)
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -58,16 +80,99 @@ def test_publishing_replaces_the_folder_of_that_name(folder, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
-def test_weights_are_linked_and_other_files_copied(folder, tmp_path):
-    link_tree(folder, tmp_path / "copy")
-    assert (tmp_path / "copy" / "model.safetensors").samefile(folder / "model.safetensors")
-    assert not (tmp_path / "copy" / "best" / "config.json").samefile(folder / "best" / "config.json")
-    assert find_damage(tmp_path / "copy") is None
+def test_folder_of_somebody_else_is_neither_replaced_nor_removed(folder, tmp_path):
+    foreign = tmp_path / "model"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("ten years")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "file").write_text("a file")
+    manifest = tmp_path / "app"
+    manifest.mkdir()
+    (manifest / MANIFEST).write_text('{"name": "app", "files": ["index.html"]}')
+    for target in (foreign, tmp_path / "link", tmp_path / "file", manifest):
+        with pytest.raises(NotOurs, match=target.name):
+            make_folder(target, lambda draft: (draft / "a").write_text("a"))
+        assert not remove_folder(target)
+    remove_unused(tmp_path, 0, keep=folder)
+    assert (foreign / "thesis.txt").read_text() == "ten years"
+    assert (manifest / MANIFEST).exists()
+    assert find_damage(tmp_path / "link") is None
+    assert (tmp_path / "file").read_text() == "a file"
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_folder_stays_ours_when_its_manifest_is_damaged_and_until_its_last_file_is_removed(folder, monkeypatch):
+    whole = (folder / MANIFEST).read_bytes()
+    (folder / MANIFEST).write_bytes(whole[: len(whole) * 2 // 3])
+    assert is_ours(folder)
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path, **given: (removed.append(is_ours(folder)), unlink(path, **given)))
+    assert remove_folder(folder)
+    assert removed
+    assert all(removed)
+    assert not folder.exists()
+
+
+def test_drafts_of_a_killed_process_are_removed_and_those_of_others_stay(tmp_path):
+    child = "import os; from pathlib import Path; from lib.runtime.atomic import *\n"
+    child += "with drafting(Path('model')) as draft, replacing(Path('record.json')) as file:\n"
+    child += "    (draft / 'weights').write_text('half'); file.write(b'half'); file.flush(); os._exit(9)"
+    done = subprocess.run(
+        [sys.executable, "-c", child], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == 9
+    assert len(list(tmp_path.glob(".tmp-*"))) == 2
+    (tmp_path / ".tmp-mine").mkdir()
+    (tmp_path / ".tmp-mine" / "notes").write_text("notes")
+    (tmp_path / ".tmp-notes.txt-abcdefgh").write_text("notes")
+    remove_drafts(tmp_path, ["record.json"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-mine", ".tmp-notes.txt-abcdefgh"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_file_is_written_whole_or_stays_as_it_was(tmp_path, error):
+    path = tmp_path / "config.yaml"
+    write_atomically(path, "before")
+    with pytest.raises(type(error)), replacing(path) as file:
+        file.write(b"half")
+        raise error
+    assert path.read_text() == "before"
+    assert file_names(tmp_path) == ["config.yaml"]
+    write_atomically(path, "after \udcff")
+    assert path.read_text() == "after \\udcff"
+
+
+def test_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda *a: (calls.append("fsync"), fsync(*a)))
+    monkeypatch.setattr(os, "replace", lambda *a: (calls.append("replace"), replace(*a)))
+    write_atomically(tmp_path / "a", "content")
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_file_with_the_same_content_is_not_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "config.yaml"
+    write_atomically(path, "content")
+    before = path.stat()
+    with replacing(path) as file:
+        file.write(b"content")
+    monkeypatch.setattr(atomic.tempfile, "mkstemp", lambda **_: pytest.fail("written again"))
+    write_atomically(path, "content")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_weights_are_linked_on_request_and_other_files_copied(folder, tmp_path):
+    copy_files(folder, tmp_path / "linked", file_names(folder), link=True)
+    copy_files(folder, tmp_path / "copy", file_names(folder))
+    assert (tmp_path / "linked" / "model.safetensors").samefile(folder / "model.safetensors")
+    assert not (tmp_path / "linked" / "best" / "config.json").samefile(folder / "best" / "config.json")
+    assert not (tmp_path / "copy" / "model.safetensors").samefile(folder / "model.safetensors")
 
 
 def test_hard_linked_file_keeps_the_hash_it_was_written_with(folder, tmp_path):
     """A bit that flips on the disk after that is noticed in the new folder as well."""
-    link_tree(folder, tmp_path / "next")
+    copy_files(folder, tmp_path / "next", file_names(folder), link=True)
     with (folder / "model.safetensors").open("r+b") as file:
         file.write(b"\xff")
     write_manifest(tmp_path / "next", {}, before=folder)
@@ -78,6 +183,15 @@ def test_hard_linked_file_keeps_the_hash_it_was_written_with(folder, tmp_path):
 def test_failed_write_is_explained_by_the_free_space(error, tmp_path):
     assert "MiB are free at" in explain(error, tmp_path)
     assert explain(UserError("as it is"), tmp_path) == "as it is"
+
+
+def test_quota_limit_of_file_size_and_deleted_folder_are_named(tmp_path, monkeypatch):
+    assert "quota" in explain(OSError(errno.EDQUOT, "Disk quota exceeded"), tmp_path)
+    assert "quota" in explain(RuntimeError("I/O error: Disk quota exceeded (os error 122)"), tmp_path)
+    assert "is gone" in explain(FileNotFoundError(2, "No such file"), tmp_path / "run")
+    monkeypatch.setattr(atomic.resource, "getrlimit", lambda _: (4096, 4096))
+    with pytest.raises(UserError, match=r"4 KiB.*ulimit -f unlimited.*; once more"), explaining(tmp_path, "once more"):
+        raise OSError(errno.EFBIG, "File too large")
 
 
 def test_numbers_that_are_not_finite_become_text_for_json():

@@ -77,9 +77,9 @@ def head_modules(model: PreTrainedModel, new_weights: list[str]) -> list[str]:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write adapter, head and configuration to a new folder, in the files of AdapterHub or of peft."""
+    """Write adapter, head and configuration to an empty folder, in the files of AdapterHub or of peft."""
     info: AdapterInfo = model.adapter_info
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     model.config.save_pretrained(folder)
     if info.bottleneck is None:
         model.save_pretrained(folder, save_embedding_layers=False)

@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import nn
 
 from lib.errors import first_line
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, find_damage, publish_folder, remove_unused, write_manifest
+from lib.runtime.atomic import MANIFEST, drafting, find_damage, publish_folder, remove_unused, write_manifest
 
 NAMES_ONLY = ("id2label", "label2id", "problem_type", "_name_or_path", "transformers_version")
 """Settings of a model that do not change what its frozen part computes."""
@@ -90,14 +89,13 @@ def check_features(folder: Path) -> str | None:
 
 def save_features(folder: Path, features: torch.Tensor, record: dict[str, Any], limit: float) -> str | None:
     """Publish features, then delete the least recently used ones beyond `limit` bytes; returns None, or why it failed."""
-    fresh = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
-        fresh.mkdir(parents=True)
-        save_file({"features": features.cpu().contiguous()}, fresh / "features.safetensors")
-        write_manifest(fresh, record)
-        publish_folder(fresh, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with drafting(folder) as fresh:
+            save_file({"features": features.cpu().contiguous()}, fresh / "features.safetensors")
+            write_manifest(fresh, record)
+            publish_folder(fresh, folder)
         remove_unused(folder.parent, limit)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
         return first_line(error)
     return None
