@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config.limits import COUNT, INPUT_NAME, NUMBER, OUTPUT_NAME, SEED, Within, check_settings, check_values
+from lib.config.limits import COUNT, INPUT_PATH, NUMBER, OUTPUT_PATH, SEED, Within, check_settings, check_values
 from lib.config.sections import (
     FILE_FORMATS,
     HubConfig,
@@ -42,7 +42,7 @@ class InputConfig:
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Input texts."""
-    input: Annotated[str | None, INPUT_NAME] = None
+    input: Annotated[str | None, INPUT_PATH] = None
     """File of texts (csv, tsv, json, jsonl, txt or parquet, of any size), or - for standard input."""
     input_format: Literal["csv", "tsv", "json", "jsonl", "txt", "parquet"] | None = None
     """Format of the input. [default: by the ending of the file; txt for standard input]"""
@@ -152,7 +152,7 @@ class GenerateConfig:
 class PredictModel(ModelSource):
     """Model."""
 
-    model: Annotated[str, alias("--model_name_or_path", "--run"), INPUT_NAME] = "minilm"
+    model: Annotated[str, alias("--model_name_or_path", "--run"), INPUT_PATH] = "minilm"
     """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
 
 
@@ -169,7 +169,7 @@ class PredictConfig:
     """Task to do; sentiment-analysis works with every text classifier."""
     model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    output: Annotated[str | None, OUTPUT_NAME] = None
+    output: Annotated[str | None, OUTPUT_PATH] = None
     """Output file: jsonl or csv; npy or parquet for embeddings. [default: jsonl on standard output]"""
     top_k: Annotated[int | None, COUNT] = None
     """Number of answers, the likeliest first. [default: 5 for fill-mask, all labels of a classifier, else 1]"""
@@ -189,7 +189,7 @@ class PredictConfig:
     """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
     explain_tokens: tuple[str, ...] = ()
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
-    export_onnx: Annotated[str | None, OUTPUT_NAME] = None
+    export_onnx: Annotated[str | None, OUTPUT_PATH] = None
     """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
 
     def __post_init__(self) -> None:

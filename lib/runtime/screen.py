@@ -1,5 +1,6 @@
 """Text of users on one line of a terminal, a picture or a page: nothing that moves the cursor, columns by display width."""
 
+import os
 import unicodedata
 from collections.abc import Sequence
 
@@ -7,6 +8,11 @@ from rich.cells import cell_len, set_cell_size
 
 JOINERS = "\u200c\u200d"
 """Zero-width characters that belong to words of some scripts and to emoji."""
+
+
+def speaks() -> bool:
+    """Whether this process prints what is printed once for all processes: that of rank 0."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def printable(text: str) -> str:
