@@ -1,6 +1,8 @@
 """Every option of predict.py: its name, type, default, help line and check."""
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,6 +36,22 @@ GENERATING = ("summarization", "text-generation", "translation")
 """Tasks whose models call `generate`."""
 
 OUTPUT_FORMATS = (".jsonl", ".csv", ".npy", ".parquet")
+
+
+NPY_IDS = ".ids.jsonl"
+"""Ending of the file of ids beside an npy file, which has no place for them."""
+
+
+def check_new(output: str, given: str | None) -> None:
+    """Raise UserError if the output is a folder, or is the input: by another name, through a link, or as standard input."""
+    names = [output, *([str(Path(output).with_suffix(NPY_IDS))] if output.lower().endswith(".npy") else [])]
+    for name in names:
+        require(not os.path.isdir(name), f"--output {name} is a folder; name a file in it")
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist, or cannot be looked at
+            same = os.path.samestat(os.stat(name), os.fstat(0) if given in (None, "-") else os.stat(given))
+            is_file = os.path.isfile(name)
+            source = "the standard input" if given in (None, "-") else f"--input {given}"
+            require(not (same and is_file), f"--output {name} is {source}, which it would replace; name another file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +218,7 @@ class PredictConfig:
             suffix = Path(self.output).suffix.lower()
             endings = ", ".join(OUTPUT_FORMATS)
             require(suffix in OUTPUT_FORMATS, f"--output {self.output}: the name must end in one of {endings}")
+            check_new(self.output, self.inputs.input)
             fits = suffix in (".jsonl", ".csv") or task == "feature-extraction"
             require(fits, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
 

@@ -1,8 +1,10 @@
 """Text of users on one line of a terminal, a picture or a page: nothing that moves the cursor, columns by display width."""
 
+import json
 import os
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
@@ -19,12 +21,20 @@ def printable(text: str) -> str:
     """`text` with escapes for tabs, line breaks, control and direction characters, as Python writes them: `\\t`, `\\x1b`."""
     if text.isprintable():
         return text
-    return "".join(escaped(character) for character in text)
+    return "".join(c.encode("unicode_escape").decode() if is_hidden(c) else c for c in text)
 
 
-def escaped(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
-    return character.encode("unicode_escape").decode() if hidden else character
+def is_hidden(character: str) -> bool:
+    """Whether a terminal does something else than to show the character."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
+
+
+def json_line(value: Any) -> str:
+    """`value` as JSON on one line, for screens too: what `printable` escapes is `\\u001b`, which readers of JSON undo."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if text.isprintable():
+        return text
+    return "".join(json.dumps(c)[1:-1] if is_hidden(c) else c for c in text)
 
 
 def shorten(text: str, limit: int) -> str:
