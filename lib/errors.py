@@ -1,10 +1,11 @@
-"""Mistakes that a user can fix, and text without secrets."""
+"""Mistakes that a user can fix, and text that may be shown: without secrets, and without signs that move the cursor."""
 
 import contextlib
 import logging
 import re
 import sys
 import traceback
+import unicodedata
 from typing import Any
 
 # The names of options, variables and fields that hold secrets, such as --wandb_api_key.
@@ -48,6 +49,10 @@ SECRET = re.compile(
 """Tokens, keys, and what comes before the host of an address. It may take too much of a text, rather than too little."""
 
 
+JOINERS = "\u200c\u200d"
+"""Zero-width characters that belong to words of some scripts and to emoji."""
+
+
 class UserError(Exception):
     """A mistake the user can fix: the message names the flag or file, what was found, and what to type instead."""
 
@@ -63,6 +68,27 @@ def redact(text: str) -> str:
     return SECRET.sub("***", text)
 
 
+def printable(text: str) -> str:
+    """`text` with escapes for tabs, line breaks, control and direction characters, as Python writes them: `\\t`, `\\x1b`."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if is_hidden(c) else c for c in text)
+
+
+def is_hidden(character: str) -> bool:
+    """Whether a terminal does something else than to show the character."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
+
+
+def one_message(text: str) -> str:
+    """`text` as it is printed: each line `printable`, those after the first indented.
+
+    A line break in a name of the user's data cannot begin what looks like another message.
+    """
+    first, *others = map(printable, text.split("\n"))
+    return "\n".join([first, *(line if not line or line.startswith("  ") else f"  {line}" for line in others)])
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without secrets; the name of its type where the message is empty."""
     lines = str(error).strip().splitlines()
@@ -70,19 +96,20 @@ def first_line(error: BaseException) -> str:
 
 
 def hide_secrets() -> None:
-    """From here on, log lines and traces of this process are printed without secrets, also those of libraries."""
+    """From here on, log lines and traces of this process have no secrets and no control characters, also of libraries."""
     make_record = logging.getLogRecordFactory()
 
     def make_redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
         record = make_record(*arguments, **named)
         with contextlib.suppress(TypeError, ValueError, KeyError):  # arguments that do not fit are logging's to report
             message = record.getMessage()
-            if SECRET.search(message):
-                record.msg, record.args = redact(message), ()
+            if SECRET.search(message) or not message.isprintable():
+                record.msg, record.args = one_message(redact(message)), ()
         return record
 
     def print_redacted(kind: Any, error: Any, trace: Any) -> None:
-        print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+        text = redact("".join(traceback.format_exception(kind, error, trace)))
+        print("\n".join(map(printable, text.split("\n"))), end="", file=sys.stderr)
 
     if sys.excepthook is sys.__excepthook__:  # once
         logging.setLogRecordFactory(make_redacted)

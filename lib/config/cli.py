@@ -23,8 +23,8 @@ import yaml
 from lib.config.limits import INPUT_NAME, FileName, expand_home, shorten, strip_annotations
 from lib.config.other_names import OTHER_NAMES
 from lib.config.sections import flatten
-from lib.errors import SECRET, SECRET_FLAG, UserError, first_line, hide_secrets, redact, require
-from lib.runtime.screen import printable, speaks
+from lib.errors import SECRET, SECRET_FLAG, UserError, first_line, hide_secrets, printable, redact, require
+from lib.runtime.screen import speaks
 
 Config = TypeVar("Config")
 

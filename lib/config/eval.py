@@ -7,8 +7,7 @@ from typing import Annotated, Any
 from lib.config.cli import Given, read_yaml
 from lib.config.limits import COUNT, INPUT_PATH, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values
 from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias
-from lib.errors import require
-from lib.runtime.screen import printable
+from lib.errors import printable, require
 
 
 @dataclasses.dataclass(frozen=True)

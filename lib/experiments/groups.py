@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ def load_run(folder: Path, split: str) -> FinishedRun:
     if not predictions.is_file():
         raise UserError(
             f"{folder} has no predictions of the {split} split ({predictions}); "
-            f"make them with: accelerate launch eval.py --run {folder} --split {split}, or compare another --split"
+            f"make them with: accelerate launch eval.py --run {shlex.quote(str(folder))} --split {shlex.quote(split)}, or "
+            "compare another --split"
         )
     found = json.loads(results.read_text(encoding="utf-8"))
     settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")))

@@ -16,11 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.config.predict import NPY_IDS
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.inference.inputs import Example
 from lib.inference.stream import Prediction
 from lib.runtime.atomic import finite, sync, umask
-from lib.runtime.screen import json_line, printable
+from lib.runtime.screen import json_line
 
 DIGITS = 6
 """Digits after the point of a float in jsonl and csv."""

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.errors import printable
 from lib.hub.packaged import VADER, VADER_VERSION
-from lib.runtime.screen import list_some, printable, shorten
+from lib.runtime.screen import list_some, shorten
 
 SPLITS = {"eval": "validation"}
 """Names of splits that differ from the prefix of their metrics."""
@@ -105,7 +106,7 @@ def card_metadata(
     dataset: str, settings: dict[str, Any], base_id: str | None, scores: Sequence[tuple[str, str, float]]
 ) -> str:
     """The metadata as YAML: base model, data set, and each score (split, metric, value) as the Hub's model-index."""
-    data_id = hub_id(settings.get("dataset"))
+    data_id, dataset = hub_id(settings.get("dataset")), printable(dataset)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -123,7 +124,7 @@ def card_metadata(
         base_model=base_id,
         datasets=[data_id] if data_id else None,
         metrics=sorted({metric for _, metric, _ in scores if metric != "loss"}) or None,
-        model_name=settings["run_name"],
+        model_name=printable(settings["run_name"]),
         eval_results=results or None,
     ).to_yaml()
 

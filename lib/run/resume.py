@@ -12,7 +12,7 @@ from lib.config.cli import load_config, save_config
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.load import Data
-from lib.errors import UserError
+from lib.errors import UserError, one_message
 from lib.run.checkpoint import list_checkpoints, read_record
 from lib.run.record import LENGTH, compare_settings
 from lib.runtime.atomic import MANIFEST, find_damage
@@ -116,7 +116,7 @@ def choose_checkpoint(
                 )
             step = record["state"]["step"]
             promise = describe_promise(record["settings"], settings, changed)
-            print(f"resumed from {chosen[0]}, step {step}: {promise}", flush=True)
+            print(one_message(f"resumed from {chosen[0]}, step {step}: {promise}"), flush=True)
     return broadcast_object_list(chosen)[0]
 
 
@@ -141,7 +141,7 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        print(f"warning: {path} is damaged and is not used: {damage}", flush=True)
+        print(one_message(f"warning: {path} is damaged and is not used: {damage}"), flush=True)
     if wanted != "auto":
         raise UserError(f"--resume_from_checkpoint {wanted}: no valid checkpoint in {checkpoints}")
     return None

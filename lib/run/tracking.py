@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,7 +129,9 @@ class RunLog:
             best = "min" if name in LOWER_IS_BETTER else "max"
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
-            logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
+            logger.info(
+                "W&B is offline; to upload this run later: wandb sync %s", shlex.quote(str(Path(run.dir).parent))
+            )
 
     def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
         """Add a line; steps must not go back. Steps that the tracker got before an interruption are not sent again."""

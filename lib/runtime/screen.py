@@ -2,31 +2,17 @@
 
 import json
 import os
-import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-JOINERS = "\u200c\u200d"
-"""Zero-width characters that belong to words of some scripts and to emoji."""
+from lib.errors import is_hidden, printable
 
 
 def speaks() -> bool:
     """Whether this process prints what is printed once for all processes: that of rank 0."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def printable(text: str) -> str:
-    """`text` with escapes for tabs, line breaks, control and direction characters, as Python writes them: `\\t`, `\\x1b`."""
-    if text.isprintable():
-        return text
-    return "".join(c.encode("unicode_escape").decode() if is_hidden(c) else c for c in text)
-
-
-def is_hidden(character: str) -> bool:
-    """Whether a terminal does something else than to show the character."""
-    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
 
 
 def json_line(value: Any) -> str:

@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.inference.inputs import Example
 from lib.inference.outputs import to_record, write_predictions
-from lib.runtime.screen import printable
 from tests.conftest import read_lines
 
 EXAMPLES = [Example(0, 0, ("a film",)), Example(1, 1, ("dull, 电影",))]
