@@ -44,7 +44,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
     model = ModelSource(config.model or "minilm", config.model_revision)
     data = DataConfig(config.dataset, config.dataset_config, config.revision)
     page, healthy = diagnose(config, model_needs(model) + data_needs(data))
-    print(redact(page))
+    print("\n".join(map(printable, redact(page).split("\n"))))
     return 0 if healthy else 1
 
 

@@ -4,8 +4,10 @@ import contextlib
 import logging
 import re
 import sys
+import threading
 import traceback
 import unicodedata
+import warnings
 from typing import Any
 
 # The names of options, variables and fields that hold secrets, such as --wandb_api_key.
@@ -13,6 +15,9 @@ WORDS = r"(?:api|access|auth|account|private)?(?:key|token|secret|passw(?:or)?d|
 NAMED = rf"(?i:(?:[\w.-]{{0,40}}[_.-])?{WORDS})"
 
 START = r"(?<![A-Za-z0-9])"
+
+AT_HOST = r"(?=@(?!(?:\d+(?:\.\d+)?%?|k)(?![\w:/@-]|\.\w))[\w\[])"
+"""Before the host of a login. `label:pos@0.5` and `docs:recall@k` are measures, not logins; an address has more parts."""
 
 SECRET_FLAG = re.compile(f"--{NAMED}")
 """A flag that takes a secret, in full."""
@@ -22,10 +27,11 @@ SECRET = re.compile(
         (
             # The user, the password or both before the host of an address; passwords may hold / @ # ? and spaces.
             r"(?<=://)[^\s/?#]+(?=@)",
-            r"(?<=//)(?!\[)[^\s/?#:@]*:(?!\d{1,5}(?:[/?#\s]|$))(?!\s)[^\n\"'<>]*(?=@)",
-            r"(?<=://)[^\s/?#:@.]*:\d[^\n\"'<>]*(?=@[\w-]+\.\w)",
+            r"(?<=//)(?!\[)[^\s/?#:@]*:(?!\d{1,5}(?:[/?#\s]|$))(?!\s)[^\n\"'<>]{0,2000}(?=@)",
+            r"(?<=://)[^\s/?#:@.]*:\d[^\n\"'<>]{0,2000}(?=@[\w-]+\.\w)" + AT_HOST,
             # The same without a scheme. `C:/` and `C:\` begin paths, and mailto: an address of mail.
-            r"(?<![\w/:@.-])(?!git@|(?:mailto|cc|bcc|to|from|by):)(?:[\w.+%~-]+@)?[\w.+%~-]+:(?![/\\])[^\s\"'<>]+(?=@[\w\[])",
+            r"(?<![\w/:@.-])(?!git@|(?:mailto|cc|bcc|to|from|by):)(?:[\w.+%~-]+@)?[\w.+%~-]+:(?![/\\])[^\s\"'<>]+"
+            + AT_HOST,
             # Fields of a query and of headers.
             rf"(?<=[?&;#])(?:{NAMED}|code|credential|jwt|session)=[^&\s#\"']+",
             r"(?i:\bbearer\s+)(?=\S*\d)[\w.~+/=-]{8,}",
@@ -86,7 +92,7 @@ def one_message(text: str) -> str:
     A line break in a name of the user's data cannot begin what looks like another message.
     """
     first, *others = map(printable, text.split("\n"))
-    return "\n".join([first, *(line if not line or line.startswith("  ") else f"  {line}" for line in others)])
+    return "\n".join([first, *(line and f"  {line}" for line in others)])
 
 
 def first_line(error: BaseException) -> str:
@@ -96,7 +102,7 @@ def first_line(error: BaseException) -> str:
 
 
 def hide_secrets() -> None:
-    """From here on, log lines and traces of this process have no secrets and no control characters, also of libraries."""
+    """From here on, log lines, warnings and traces, also of libraries, have no secrets and no control characters."""
     make_record = logging.getLogRecordFactory()
 
     def make_redacted(*arguments: Any, **named: Any) -> logging.LogRecord:
@@ -111,6 +117,17 @@ def hide_secrets() -> None:
         text = redact("".join(traceback.format_exception(kind, error, trace)))
         print("\n".join(map(printable, text.split("\n"))), end="", file=sys.stderr)
 
+    def print_redacted_of_thread(ended: Any) -> None:
+        if not issubclass(ended.exc_type, SystemExit):
+            print_redacted(ended.exc_type, ended.exc_value, ended.exc_traceback)
+
+    format_warning = warnings.formatwarning
+
+    def format_redacted(*arguments: Any, **named: Any) -> str:
+        return one_message(redact(format_warning(*arguments, **named)))
+
     if sys.excepthook is sys.__excepthook__:  # once
         logging.setLogRecordFactory(make_redacted)
         sys.excepthook = print_redacted
+        threading.excepthook = print_redacted_of_thread
+        warnings.formatwarning = format_redacted

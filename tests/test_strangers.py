@@ -92,3 +92,10 @@ def test_hostile_names_are_text_wherever_they_are_printed_or_written(
     check_screen(written.stdout + written.stderr)
     rows = list(csv.reader((tmp_path / f"out{FILE}.csv").open(encoding="utf-8", newline="")))
     assert [cell for row in rows for cell in row if cell[:1] in ("=", "@", "+") or cell.startswith("--")] == []
+
+
+def test_hostile_names_in_a_refusal_are_text(run: Command, roberta: Path, hostile: list[str]) -> None:
+    flags = hostile[: hostile.index(TEXT)]
+    done = run("train.py", *flags, f"no{TEXT}", "--model", roberta, "--report_to", "none", code=2)
+    check_screen(done.stdout + done.stderr)
+    assert "\\x1b]0;x\\x07" in done.stderr

@@ -48,7 +48,7 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
     if faults:
         raise UserError(f"{need} --source modelscope: {'; '.join(faults)}. See {folder}")
     record = {
-        "source": modelscope_endpoint(),
+        "source": redact(modelscope_endpoint()),
         "model": need.repo.repo_id,
         "revision": need.revision,
         "folder": str(folder),
