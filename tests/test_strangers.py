@@ -11,7 +11,7 @@ import yaml
 from lib.errors import printable
 from tests.conftest import Command, read_lines, sentences
 
-HOSTILE = "\x1b]0;x\x07<script>alert(1)</script>\r\n- forged |`$x$\u202e"
+HOSTILE = "\x1b]0;x\x07<script>alert(1)</script>\r\n- forged |`$\\frac$\u202e"
 LABELS = (f"=cmd|' /C calc'!A0{HOSTILE}", f"@good{HOSTILE}", f"--- {HOSTILE}")
 TEXT, LABEL = f"te{HOSTILE}xt", f"la{HOSTILE}bel"
 FILE = "re\x1b]0;x\x07\r\n- forged <script> |`$x$\u202eviews"
@@ -31,6 +31,10 @@ def check_screen(text: str, progress: bool = False) -> None:
     for line in text.split("\n"):
         assert printable(line) == line, ascii(line)
         assert not line.lstrip().startswith("- forged"), text
+
+
+def check_picture(path: Path) -> None:
+    assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def check_card(path: Path) -> None:
@@ -71,7 +75,8 @@ def test_hostile_names_are_text_wherever_they_are_printed_or_written(
 ) -> None:
     runs = [f"run{seed}\x1b[2J\n- forged" for seed in (1, 2)]
     for run, rate in zip(runs, ("1e-3", "1e-2"), strict=True):
-        notes = ["--notes", HOSTILE, "--tags", "=1\n- forged"]
+        rate, *more = (rate, "--class_weights", f"{LABELS[0]}=2") if run == runs[1] else (rate,)
+        notes = [*more, "--notes", HOSTILE, "--tags", "=1\n- forged"]
         done = call("train.py", "--model", roberta, *hostile, "--output_dir", run, "--lr", rate, *notes)
         check_screen(done.stdout + done.stderr)
     run = tmp_path / runs[0]
@@ -84,6 +89,7 @@ def test_hostile_names_are_text_wherever_they_are_printed_or_written(
     page = (tmp_path / "compared\x1b[2J\n- forged" / "comparison.md").read_text(encoding="utf-8")
     check_screen(page)
     assert page.count("```") == 2
+    check_picture(tmp_path / "compared\x1b[2J\n- forged" / "comparison.png")
     data = ["--input", str(tmp_path / f"{FILE}1.csv"), "--id_column", "id"]
     printed = call("predict.py", "--model", run, *data)
     check_screen(printed.stdout + printed.stderr)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.config.compare import CompareConfig
+from lib.evaluation.fonts import find_fonts, plain_text
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.tables import format_table
 from lib.experiments.comparison import GroupScore, MetricComparison, changed_answers
@@ -126,7 +127,9 @@ def write_comparison(folder: Path, text: str, groups: Sequence[Group], metrics: 
     (folder / "comparison.json").write_text(
         json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    draw_comparison(folder / "comparison.png", groups, metrics)
+    families, _ = find_fonts(group.name for group in groups)
+    with plain_text(families):
+        draw_comparison(folder / "comparison.png", groups, metrics)
 
 
 def group_record(group: Group) -> dict[str, Any]:

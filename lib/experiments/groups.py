@@ -14,7 +14,7 @@ import numpy as np
 from lib.config.cli import load_config
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, flatten
 from lib.config.train import TrainConfig
-from lib.errors import UserError, require
+from lib.errors import UserError, printable, require
 from lib.run.record import experiment
 
 SHOWN = 4
@@ -199,4 +199,4 @@ def differences(baseline: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(" ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -90,7 +90,7 @@ def write_model_card(
         "",
         f"One run with seed {settings['seed']}: the best model on validation{chosen_by}, after "
         f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
-        *("", "## Use", "", *usage_lines(settings.get("adapter"), base_name), ""),
+        *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name)), ""),
         *output_lines(problem, names, thresholds),
         *data_lines(settings),
         *("", "## Training", ""),
@@ -177,8 +177,8 @@ def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]
 
 
 def plain(text: str) -> str:
-    """Text on one line in Markdown that is no HTML."""
-    return html.escape(printable(text), quote=False)
+    """Text on one line in Markdown that is no HTML, link, picture or code."""
+    return html.escape(re.sub(r"[\\`\[\]]", r"\\\g<0>", printable(text)), quote=False)
 
 
 def code(name: str) -> str:
