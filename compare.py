@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lib.config.cli import parse_cli
 from lib.config.compare import CompareConfig
+from lib.errors import printable
 
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
     CONFIG = parse_cli(CompareConfig)
@@ -34,7 +35,7 @@ def main(config: CompareConfig) -> None:
     if config.output_dir:
         with explaining(Path(config.output_dir), "when there is room, run the same command again"):
             write_comparison(Path(config.output_dir), text, groups, metrics)
-        print(f"\nwritten to {config.output_dir}: comparison.md, comparison.json, comparison.png")
+        print(f"\nwritten to {printable(config.output_dir)}: comparison.md, comparison.json, comparison.png")
 
 
 if __name__ == "__main__":

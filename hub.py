@@ -9,7 +9,7 @@ import sys
 
 from lib.config.cli import parse_command
 from lib.config.hub import COMMANDS, DoctorConfig, ImportConfig, VerifyConfig
-from lib.errors import UserError, redact
+from lib.errors import UserError, one_message, printable, redact
 
 if __name__ == "__main__":  # before the other imports: --help answers at once
     CONFIG = parse_command(COMMANDS)
@@ -35,7 +35,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
         for repo in repos:
             faults = list(verify_repo(repo))
             damaged += bool(faults)
-            print("\n".join(faults) if faults else f"{repo}: sound", flush=True)
+            print("\n".join(map(printable, faults)) if faults else f"{repo}: sound", flush=True)
             if not faults and has_no_ref(repo):
                 print("  but no branch names it: only a run with its commit finds it, and `hf cache prune` deletes it")
         print(f"{len(repos)} checked, {damaged} damaged or missing" if repos else "the cache is empty")
@@ -44,7 +44,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
     model = ModelSource(config.model or "minilm", config.model_revision)
     data = DataConfig(config.dataset, config.dataset_config, config.revision)
     page, healthy = diagnose(config, model_needs(model) + data_needs(data))
-    print(redact(page))
+    print("\n".join(map(printable, redact(page).split("\n"))))
     return 0 if healthy else 1
 
 
@@ -52,6 +52,6 @@ if __name__ == "__main__":
     try:
         CODE = main(CONFIG)
     except (UserError, OSError) as error:
-        print(redact(f"error: {error}"), file=sys.stderr)
+        print(one_message(redact(f"error: {error}")), file=sys.stderr)
         CODE = 2
     sys.exit(CODE)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
+from lib.errors import printable
 from lib.hub.fetch import fetch
 from lib.hub.needs import is_lost_folder, model_needs
 
@@ -46,7 +47,7 @@ def main(config: PredictConfig) -> None:
     if config.export_onnx:
         if accelerator.is_main_process:
             difference = export_onnx(task.model, task.tokenizer, Path(config.export_onnx))
-            print(f"written to {config.export_onnx}; largest difference from PyTorch: {difference:.1e}")
+            print(f"written to {printable(config.export_onnx)}; largest difference from PyTorch: {difference:.1e}")
         finish(accelerator, task.model)
         return
 
@@ -68,7 +69,7 @@ def write(task: Task, predictions: Iterator[tuple[Example, Prediction]]) -> None
     count = write_predictions(config.output, truncation.watch(predictions), total)
     if config.output:
         seconds = time.perf_counter() - started
-        print(f"{count:,} rows in {seconds:.1f} s, written to {config.output}", file=sys.stderr)
+        print(f"{count:,} rows in {seconds:.1f} s, written to {printable(config.output)}", file=sys.stderr)
     if truncation.truncated:
         print(truncation, file=sys.stderr)
 

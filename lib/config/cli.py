@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from lib.config.limits import INPUT_NAME, shorten, strip_annotations
+from lib.config.limits import INPUT_NAME, FileName, expand_home, shorten, strip_annotations
 from lib.config.other_names import OTHER_NAMES
 from lib.config.sections import flatten
-from lib.errors import SECRET, SECRET_FLAG, UserError, hide_secrets, redact, require
+from lib.errors import SECRET, SECRET_FLAG, UserError, first_line, hide_secrets, printable, redact, require
+from lib.runtime.screen import speaks
 
 Config = TypeVar("Config")
 
@@ -37,18 +38,27 @@ TYRO: dict[str, Any] = {
 YAML_SPELLING = {"null": "None", "~": "None", "": "None", "true": "True", "false": "False"}
 """Unquoted YAML scalars that flags spell in another way."""
 
+TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq")}
+"""YAML's own types; what a value means is decided by its option."""
+MOST_BYTES = 2**24
+"""Of a YAML file."""
+
+TRUSTED = ("hub_endpoint", "send_token_to_mirror", "trust_remote_code", "allow_pickle")
+"""Options that let others read the user's token, or run code: that a file turns them on is said."""
+
 TEXTS = ("texts", "question", "context", "explain_tokens", "candidate_labels")
 """Options of predict.py that hold data, whatever it looks like."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option of a script: the name of its field, its type, and whether it may be None."""
+    """An option of a script: the name of its field, its type, whether it may be None, and whether it is a path."""
 
     name: str
     kind: Any
     nullable: bool = False
     positional: bool = False
+    is_path: bool = False
 
     @property
     def takes_many(self) -> bool:
@@ -70,8 +80,8 @@ class Given:
 def parse_cli(kind: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read the options of the dataclass `kind` from `argv` (default: the command line).
 
-    Flags win over the YAML file of `--config`, which wins over what `kind.implied_flags(arguments)` returns, if `kind`
-    has such a method. Ends the process with code 2 and a message if an option is unknown or has a wrong value.
+    Flags win over the YAML file of `--config`, which wins over what `kind.implied(values)` returns, if `kind` has such a
+    method. Ends the process with code 2 and a message if an option is unknown or has a wrong value.
     """
     with ending_on_user_error():
         return parse(kind, sys.argv[1:] if argv is None else argv, lambda: tyro.cli(kind, args=["--help"], **TYRO))
@@ -105,22 +115,52 @@ def parse(kind: type[Config], argv: Sequence[str], show_help: Any = None) -> Con
     on_command_line = group(argv, options)
     if any(given.flag in ("-h", "--help") for given in on_command_line):
         print_help(show_help)
-    found = list(expand_config(on_command_line))
-    for given in found:
-        check_text(given, options)
-    implied: Any = getattr(kind, "implied_flags", lambda _: [])
-    found = [*group(implied([part for given in found for part in (given.flag, *given.values)]), options), *found]
+    config = configure(kind, list(expand_config(on_command_line)))
+    if files := [given.values[0] for given in on_command_line if given.flag == "--config"]:
+        tell_trusted(config, files[0], on_command_line)
+    return config
+
+
+def configure(kind: type[Config], found: Sequence[Given]) -> Config:
+    """The dataclass `kind` with the options that were found; later ones win. A value is never read as a flag.
+
+    Raises UserError for an option that is unknown or has a wrong value.
+    """
+    options = options_of(kind)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for given in found:
+
+    def take(given: Given) -> None:
+        check_text(given, options)
         option = find_option(given, options)
+        before = places.get(option.name)
+        require(
+            not (before and given.place),
+            f"--{option.name} stands in {before}, and in {given.place}; remove one of them",
+        )
         values[option.name] = read_values(given, option)
         places[option.name] = given.place
+
     try:
+        for given in found:
+            take(given)
+        chosen = dict(values)
+        for given in getattr(kind, "implied", lambda _: ())(chosen):
+            if options[given.flag].name not in chosen:
+                take(given)
         return build(kind, values)
     except UserError as error:
         named = [places[name] for name in re.findall(r"--(\w+)", str(error)) if places.get(name)]
-        raise UserError(f"{error} ({'; '.join(dict.fromkeys(named))})" if named else str(error)) from None
+        new = [place for place in dict.fromkeys(named) if place not in str(error)]
+        raise UserError(printable(f"{error} ({'; '.join(new)})" if new else str(error))) from None
+
+
+def tell_trusted(config: Any, file: str, on_command_line: Sequence[Given]) -> None:
+    """Say on stderr which of the TRUSTED options a YAML file has turned on, once for all processes."""
+    flags = {given.flag for given in on_command_line}
+    chosen = [name for name in TRUSTED if flatten(config).get(name) and f"--{name}" not in flags]
+    if chosen and speaks():
+        print(f"--config {printable(file)} sets {', '.join(chosen)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -129,7 +169,7 @@ def ending_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {redact(str(error))}".encode(errors="replace").decode(), file=sys.stderr)
+        print(f"error: {printable(redact(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -141,7 +181,8 @@ def options_of(kind: Any) -> dict[str, Option]:
             options |= options_of(field.default_factory)
             continue
         beside = getattr(field.type, "__metadata__", ())
-        option = Option(field.name, *strip_annotations(field.type), tyro.conf.Positional in beside)
+        is_path = any(isinstance(item, FileName) and item.is_path for item in beside)
+        option = Option(field.name, *strip_annotations(field.type), tyro.conf.Positional in beside, is_path)
         names = [f"--{field.name}", *itertools.chain(*(getattr(item, "aliases", None) or () for item in beside))]
         options |= dict.fromkeys([field.name.upper()] if option.positional else names, option)
     return options
@@ -245,6 +286,8 @@ def read_values(given: Given, option: Option) -> Any:
     """The value of an option from its text. Raises UserError for text that is not of the option's type."""
     flag = option.name.upper() if option.positional else f"--{option.name}"
     values, kind = given.values, option.kind
+    if option.is_path:
+        values = [expand_home(flag, value) for value in values]
     if option.nullable and values == ["None"]:
         return None
     if option.takes_many:
@@ -278,12 +321,6 @@ def build(kind: type[Config], values: dict[str, Any]) -> Config:
 
 def in_place(given: Given) -> str:
     return f" ({given.place})" if given.place else ""
-
-
-def last_value(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of the last `flag` among the arguments; None if it is absent or None."""
-    values = [value for name, value in itertools.pairwise(arguments) if name == flag]
-    return values[-1] if values and values[-1] != "None" else None
 
 
 # ---------------------------------------------------------------------------------------------------- help
@@ -333,60 +370,71 @@ def expand_config(found: list[Given]) -> Iterator[Given]:
     require(len(files) <= 1, "--config is given twice; it takes one YAML file")
     if files:
         require(len(files[0]) == 1, "--config takes the path of a YAML file")
-        yield from read_entries(files[0][0])
+        yield from read_yaml(files[0][0])
     yield from (given for given in found if given.flag != "--config")
 
 
-def as_flags(options: dict[str, list[str]]) -> list[str]:
-    return [part for name, values in options.items() for part in (f"--{name}", *values)]
+class FlatLoader(yaml.BaseLoader):
+    """Reads every scalar as text, and stops where options are nested: no depth of nesting costs time, or Python's stack."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > 4:
+            problem = "it is nested too deeply; write lines of `option: value`"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
 
 
-def read_entries(file: str) -> Iterator[Given]:
-    """The options of a YAML file with the lines that they stand in. Raises UserError as `read_yaml` does."""
-    INPUT_NAME.check("--config", file)
-    for name, (line, values) in read_lines(Path(file)).items():
-        yield Given(f"--{name}", values, f"{file}, line {line}")
+def read_yaml(file: str, flag: str = "--config") -> list[Given]:
+    """The options of a YAML file, which `flag` names: values as text, so that files and flags have the same types.
 
-
-def read_yaml(path: Path) -> dict[str, list[str]]:
-    """The options of a YAML file and their values as text, so that both sources of options have the same types.
-
-    Raises UserError if the file is missing, is not YAML, is not a flat mapping, or has an option twice.
+    Raises UserError, with the line, if the file is missing, is not YAML, is not a flat mapping, or has an option twice.
     """
-    return {name: values for name, (_, values) in read_lines(path).items()}
-
-
-def read_lines(path: Path) -> dict[str, tuple[int, list[str]]]:
-    """As `read_yaml`, each option with the number of its line."""
-    require(path.is_file(), f"--config {path}: no such file")
+    INPUT_NAME.check(flag, file)
+    file = expand_home(flag, file)
+    path, name = Path(file), f"{flag} {printable(file)}"
+    require(path.is_file(), f"{name}: no such file")
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        require(
+            path.stat().st_size <= MOST_BYTES, f"{name} has more than {MOST_BYTES:,} bytes, and is no file of options"
+        )
+        node = yaml.compose(path.read_text(encoding="utf-8"), FlatLoader)
     except yaml.MarkedYAMLError as error:  # its text shows the line, which may hold a secret
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{place} is not YAML: {error.problem or error.context}") from None
-    except RecursionError:
-        raise UserError(f"--config {path} is nested too deeply; write lines of `option: value`") from None
+        raise UserError(f"{name}{place} is not YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not YAML: {error}") from None
+        raise UserError(f"{name} is not YAML: {first_line(error)}") from None
     except OSError as error:
-        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
-    require(isinstance(node, yaml.MappingNode | None), f"--config {path}: expected lines of `option: value`")
-    options: dict[str, tuple[int, list[str]]] = {}
+        raise UserError(f"{name} cannot be read: {error.strerror}") from None
+    require(isinstance(node, yaml.MappingNode | None), f"{name}: expected lines of `option: value`")
+    options: list[Given] = []
+    lines: dict[str, int] = {}
     for key, value in node.value if node else ():
         line = key.start_mark.line + 1
-        require(isinstance(key, yaml.ScalarNode), f"--config {path}, line {line}: expected `option: value`")
+        require(isinstance(key, yaml.ScalarNode), f"{name}, line {line}: expected `option: value`")
+        shown = printable(shorten(key.value))
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         flat = all(isinstance(part, yaml.ScalarNode) for part in items)
-        shown = shorten(key.value)
-        require(flat, f"--config {path}, line {line}: {shown} holds nested options; write them flat, unindented")
-        name = key.value.removeprefix("--").replace("-", "_")
-        first = options.get(name, (line,))[0]
-        require(first == line, f"--config {path}: {shown} stands in lines {first} and {line}; remove one of them")
-        options[name] = (
-            line,
-            [item.value if item.style else YAML_SPELLING.get(item.value.lower(), item.value) for item in items],
+        require(flat, f"{name}, line {line}: {shown} holds nested options; write them flat, unindented")
+        tag = next((part.tag for part in (key, value, *items) if part.tag not in TAGS), None)
+        require(
+            tag is None,
+            f"{name}, line {line}: {shown} has the tag {tag}; options are plain text, numbers, lists",
         )
+        key_flag = f"--{key.value.removeprefix('--').replace('-', '_')}"
+        require(
+            key_flag not in lines,
+            f"{name}: {shown} stands in lines {lines.get(key_flag)} and {line}; remove one of them",
+        )
+        lines[key_flag] = line
+        values = [item.value if item.style else YAML_SPELLING.get(item.value.lower(), item.value) for item in items]
+        options.append(Given(key_flag, values, f"{printable(file)}, line {line}"))
     return options
 
 
@@ -408,4 +456,4 @@ def is_saved_config(path: Path) -> bool:
 
 def load_config(kind: type[Config], path: Path) -> Config:
     """Read what `dump_config` wrote. Raises UserError for an option that this version does not have or take."""
-    return parse(kind, ["--config", str(path)])
+    return configure(kind, read_yaml(str(path)))

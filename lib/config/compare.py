@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from lib.config.limits import NUMBER, OUTPUT_NAME, SEED, Within, check_values
+from lib.config.limits import INPUT_PATH, NUMBER, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values
 from lib.errors import require
 
 
@@ -16,7 +16,7 @@ class CompareConfig:
     Runs with equal settings but for the seed form one group. The group of the first run is the baseline.
     """
 
-    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], INPUT_PATH]] = ()
     """Folders of runs, folders that hold runs, or quoted patterns such as 'outputs/minilm-*'."""
     split: Annotated[str, tyro.conf.arg(metavar="STR"), OUTPUT_NAME] = "test"
     """Split whose predictions are compared; `eval.py --run RUN --split SPLIT` makes those that are missing."""
@@ -28,7 +28,7 @@ class CompareConfig:
     """Random seed of the bootstrap."""
     examples: Annotated[int, NUMBER] = 10
     """How many of the samples whose answers changed most are listed."""
-    output_dir: Annotated[str | None, OUTPUT_NAME] = None
+    output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Folder for comparison.json, comparison.md and comparison.png. [default: nothing is written]"""
 
     def __post_init__(self) -> None:

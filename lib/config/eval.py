@@ -1,21 +1,20 @@
 """Options of eval.py."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from lib.config.cli import as_flags, last_value, read_yaml
-from lib.config.limits import COUNT, INPUT_NAME, OUTPUT_NAME, SEED, Within, check_values
+from lib.config.cli import Given, read_yaml
+from lib.config.limits import COUNT, INPUT_PATH, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values
 from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias
-from lib.errors import require
+from lib.errors import printable, require
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalModel(ModelSource):
     """Model."""
 
-    model: Annotated[str | None, alias("--model_name_or_path"), INPUT_NAME] = None  # type: ignore[assignment]  # or --run
+    model: Annotated[str | None, alias("--model_name_or_path"), INPUT_PATH] = None  # type: ignore[assignment]  # or --run
     """Classifier to score: a folder or a Hub id."""
 
 
@@ -37,7 +36,7 @@ class EvalConfig:
 
     data: EvalDataConfig = dataclasses.field(default_factory=EvalDataConfig)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    run: Annotated[str | None, INPUT_NAME] = None
+    run: Annotated[str | None, INPUT_PATH] = None
     """Folder of the finished run to score."""
     model: EvalModel = dataclasses.field(default_factory=EvalModel)
     split: Annotated[str, OUTPUT_NAME] = "test"
@@ -50,7 +49,7 @@ class EvalConfig:
     """Bootstrap resamples behind each 95 % confidence interval."""
     seed: Annotated[int, SEED] = 42
     """Random seed of the bootstrap."""
-    output_dir: Annotated[str | None, OUTPUT_NAME] = None
+    output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
     mixed_precision: Precision = "auto"
     """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
@@ -71,30 +70,32 @@ class EvalConfig:
         return Path(folder) if self.run or is_run(folder) else None
 
     @staticmethod
-    def implied_flags(arguments: Sequence[str]) -> list[str]:
-        """Options of the run in `--run` as flags: its data and metrics, so that it is scored as it was trained.
+    def implied(values: dict[str, Any]) -> list[Given]:
+        """Options of the run in `--run`: its data and metrics, so that it is scored as it was trained.
 
-        If the arguments name other data, only the options that are not about the data are taken from the run; the columns of
-        its training are kept with its model. Raises UserError if the folder holds no run.
+        The folder may be a stranger's: no other option is taken from it, such as where reports go, which server is asked,
+        who gets the token, and whether code in a repository or in pickled weights runs. If `values`, the options that were
+        given, name other data, only options that are not about the data are taken; the columns of the training are kept
+        with the model. Raises UserError if the folder holds no run.
         """
-        for flag in ("--run", "--model", "--model_name_or_path"):
-            INPUT_NAME.check(flag, last_value(arguments, flag) or "-")
-        models = [last_value(arguments, flag) for flag in ("--model", "--model_name_or_path")]
-        run = last_value(arguments, "--run") or next((model for model in models if model and is_run(model)), None)
+        for name in ("run", "model"):
+            INPUT_PATH.check(f"--{name}", values.get(name) or "-")
+        model = values.get("model")
+        run = values.get("run") or (model if model and is_run(model) else None)
         if run is None:
             return []
         path = Path(run) / "config.yaml"
-        require(path.is_file(), f"--run {run}: no config.yaml there, so it is not the folder of a run")
+        require(path.is_file(), f"--run {printable(run)}: no config.yaml there, so it is not the folder of a run")
         shared = {"metrics", "encoding", "max_length", "window_stride", "preprocessing_num_workers"}
-        if not NAMES_DATA & set(arguments):
+        if not NAMES_DATA & set(values):
             shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
         for one, other in (("label_column", "label_columns"), ("label_columns", "label_column")):
-            shared -= {other} if f"--{one}" in arguments else set()
-        return as_flags({name: values for name, values in read_yaml(path).items() if name in shared})
+            shared -= {other} if one in values else set()
+        return [given for given in read_yaml(str(path), "--run") if given.flag.removeprefix("--") in shared]
 
 
-NAMES_DATA = {"--dataset", "--train_file", "--validation_file", "--test_file"}
-"""Flags that name other data than those of the run."""
+NAMES_DATA = {"dataset", "train_file", "validation_file", "test_file"}
+"""Options that name other data than those of the run."""
 
 
 def is_run(folder: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from lib.config.limits import INPUT_NAME, check_values
+from lib.config.limits import INPUT_NAME, INPUT_PATH, check_values
 from lib.config.sections import HubConfig
 
 RepoType = Literal["model", "dataset"]
@@ -15,7 +15,7 @@ RepoType = Literal["model", "dataset"]
 class ImportConfig:
     """Put a downloaded folder, .zip or .tar into the cache as a model or data set, after checking and loading it."""
 
-    source: Positional[Annotated[str, INPUT_NAME]]
+    source: Positional[Annotated[str, INPUT_PATH]]
     """Folder from a browser, ModelScope, network disk, `git clone`, `hf download --local-dir` or a cache; or an archive."""
     repo_id: Annotated[str, INPUT_NAME]
     """Name under which it is loaded, such as roberta-base or user/name."""
@@ -25,7 +25,7 @@ class ImportConfig:
     """Branch or tag under which it is loaded."""
     commit: Annotated[str | None, INPUT_NAME] = None
     """The commit on the Hub, where you know it and the folder does not record it."""
-    sha256: Annotated[str | None, INPUT_NAME] = None
+    sha256: Annotated[str | None, INPUT_PATH] = None
     """List of hashes, as sha256sum prints it, that the files must have."""
     allow_pickle: bool = False
     """Accept a model that has pickled weights (.bin) only."""
@@ -50,11 +50,11 @@ class VerifyConfig:
 class DoctorConfig:
     """Find what prevents a run: cache, endpoint, name server, proxy, token, disk; with the commands that fix it."""
 
-    model: Annotated[str | None, INPUT_NAME] = None
+    model: Annotated[str | None, INPUT_PATH] = None
     """The model of the run. [default: minilm]"""
     model_revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of it."""
-    dataset: Annotated[str | None, INPUT_NAME] = None
+    dataset: Annotated[str | None, INPUT_PATH] = None
     """The data set of the run. [default: movie_reviews]"""
     dataset_config: Annotated[str | None, INPUT_NAME] = None
     """Configuration of it."""

@@ -35,9 +35,10 @@ class Within:
 
 @dataclasses.dataclass(frozen=True)
 class FileName:
-    """A path: not empty, and no part of it longer than `limit` bytes."""
+    """A name or, with `is_path`, a path: not empty, and no part of it longer than `limit` bytes."""
 
     limit: int = 255
+    is_path: bool = False
 
     def check(self, flag: str, value: str) -> None:
         """Raise UserError unless a file can have this name."""
@@ -59,8 +60,26 @@ WORKERS = Within("[1, 512]")
 SEED = Within("[0, 4294967295]")
 """Seeds of NumPy."""
 INPUT_NAME = FileName()
+INPUT_PATH = FileName(is_path=True)
+"""A file or folder, or a name that stands for one."""
 OUTPUT_NAME = FileName(200)
 """A name that other names are made of, such as those of unfinished files."""
+OUTPUT_PATH = FileName(200, is_path=True)
+
+
+def expand_home(flag: str, path: str) -> str:
+    """`path` with the home folder for a leading ~ or ~user, as shells write it where they see it.
+
+    Raises UserError where there is no such user, and no file of this name.
+    """
+    found = os.path.expanduser(path)
+    known = not found.startswith("~") or os.path.lexists(path)
+    user = path.partition("/")[0]
+    require(
+        known,
+        f"{flag} {shorten(path)}: there is no user {user[1:]}; a file or folder of that name is ./{shorten(path)}",
+    )
+    return found
 
 
 def check_values(config: Any) -> None:
@@ -69,7 +88,8 @@ def check_values(config: Any) -> None:
         value = getattr(config, field.name)
         for limit in getattr(field.type, "__metadata__", ()):
             if isinstance(limit, Within | FileName) and value is not None:
-                limit.check(f"--{field.name}", value)
+                for item in value if isinstance(value, tuple) else (value,):
+                    limit.check(f"--{field.name}", item)
 
 
 def check_settings(flag: str, items: tuple[str, ...]) -> None:

@@ -1,12 +1,14 @@
 """Every option of predict.py: its name, type, default, help line and check."""
 
+import contextlib
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from lib.config.limits import COUNT, INPUT_NAME, NUMBER, OUTPUT_NAME, SEED, Within, check_settings, check_values
+from lib.config.limits import COUNT, INPUT_PATH, NUMBER, OUTPUT_PATH, SEED, Within, check_settings, check_values
 from lib.config.sections import (
     FILE_FORMATS,
     HubConfig,
@@ -36,13 +38,29 @@ GENERATING = ("summarization", "text-generation", "translation")
 OUTPUT_FORMATS = (".jsonl", ".csv", ".npy", ".parquet")
 
 
+NPY_IDS = ".ids.jsonl"
+"""Ending of the file of ids beside an npy file, which has no place for them."""
+
+
+def check_new(output: str, given: str | None) -> None:
+    """Raise UserError if the output is a folder, or is the input: by another name, through a link, or as standard input."""
+    names = [output, *([str(Path(output).with_suffix(NPY_IDS))] if output.lower().endswith(".npy") else [])]
+    for name in names:
+        require(not os.path.isdir(name), f"--output {name} is a folder; name a file in it")
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist, or cannot be looked at
+            same = os.path.samestat(os.stat(name), os.fstat(0) if given in (None, "-") else os.stat(given))
+            is_file = os.path.isfile(name)
+            source = "the standard input" if given in (None, "-") else f"--input {given}"
+            require(not (same and is_file), f"--output {name} is {source}, which it would replace; name another file")
+
+
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
     """Input: texts as arguments, a file, or standard input with one text per line."""
 
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Input texts."""
-    input: Annotated[str | None, INPUT_NAME] = None
+    input: Annotated[str | None, INPUT_PATH] = None
     """File of texts (csv, tsv, json, jsonl, txt or parquet, of any size), or - for standard input."""
     input_format: Literal["csv", "tsv", "json", "jsonl", "txt", "parquet"] | None = None
     """Format of the input. [default: by the ending of the file; txt for standard input]"""
@@ -152,7 +170,7 @@ class GenerateConfig:
 class PredictModel(ModelSource):
     """Model."""
 
-    model: Annotated[str, alias("--model_name_or_path", "--run"), INPUT_NAME] = "minilm"
+    model: Annotated[str, alias("--model_name_or_path", "--run"), INPUT_PATH] = "minilm"
     """Folder of a finished run, folder of a model, Hub id, or `minilm` (for embeddings)."""
 
 
@@ -169,7 +187,7 @@ class PredictConfig:
     """Task to do; sentiment-analysis works with every text classifier."""
     model: PredictModel = dataclasses.field(default_factory=PredictModel)
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
-    output: Annotated[str | None, OUTPUT_NAME] = None
+    output: Annotated[str | None, OUTPUT_PATH] = None
     """Output file: jsonl or csv; npy or parquet for embeddings. [default: jsonl on standard output]"""
     top_k: Annotated[int | None, COUNT] = None
     """Number of answers, the likeliest first. [default: 5 for fill-mask, all labels of a classifier, else 1]"""
@@ -189,7 +207,7 @@ class PredictConfig:
     """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
     explain_tokens: tuple[str, ...] = ()
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
-    export_onnx: Annotated[str | None, OUTPUT_NAME] = None
+    export_onnx: Annotated[str | None, OUTPUT_PATH] = None
     """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
 
     def __post_init__(self) -> None:
@@ -200,6 +218,7 @@ class PredictConfig:
             suffix = Path(self.output).suffix.lower()
             endings = ", ".join(OUTPUT_FORMATS)
             require(suffix in OUTPUT_FORMATS, f"--output {self.output}: the name must end in one of {endings}")
+            check_new(self.output, self.inputs.input)
             fits = suffix in (".jsonl", ".csv") or task == "feature-extraction"
             require(fits, f"--output {self.output}: {suffix} holds embeddings only; use .jsonl or .csv")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lib.config.limits import COUNT, INPUT_NAME, NUMBER, WORKERS, Within, check_settings, check_values
+from lib.config.limits import COUNT, INPUT_NAME, INPUT_PATH, NUMBER, WORKERS, Within, check_settings, check_values
 from lib.errors import require
 
 CLASSIFICATION = "single_label_classification"
@@ -61,7 +61,7 @@ def alias(*names: str) -> Any:
 class ModelSource:
     """Model."""
 
-    model: Annotated[str, alias("--model_name_or_path"), INPUT_NAME] = "minilm"
+    model: Annotated[str, alias("--model_name_or_path"), INPUT_PATH] = "minilm"
     """`minilm` (installed with this project), a folder, or a Hub id such as roberta-base."""
     model_revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of the model on the Hub."""
@@ -152,17 +152,17 @@ class AdapterConfig:
 class DataConfig:
     """Data."""
 
-    dataset: Annotated[str | None, INPUT_NAME] = None
+    dataset: Annotated[str | None, INPUT_PATH] = None
     """A short name (movie_reviews, sst5, sst2, mrpc, ...), a Hub id `user/name`, or a folder. [default: movie_reviews]"""
     dataset_config: Annotated[str | None, INPUT_NAME] = None
     """Configuration of a Hub data set; for movie_reviews: `five`, `binary` or `rating`."""
     revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of a Hub data set."""
-    train_file: Annotated[str | None, INPUT_NAME] = None
+    train_file: Annotated[str | None, INPUT_PATH] = None
     """Your own training data: csv, tsv, json, jsonl, parquet, or a folder saved by `datasets`."""
-    validation_file: Annotated[str | None, INPUT_NAME] = None
+    validation_file: Annotated[str | None, INPUT_PATH] = None
     """Your own validation data. [default: a stratified tenth of the training data]"""
-    test_file: Annotated[str | None, INPUT_NAME] = None
+    test_file: Annotated[str | None, INPUT_PATH] = None
     """Your own test data."""
     encoding: str | None = None
     """Encoding of your files, such as gb18030. [default: by the byte order mark, else UTF-8]"""

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 from lib.config.limits import (
     COUNT,
     FLOAT32_TINY,
-    INPUT_NAME,
+    INPUT_PATH,
     NUMBER,
     OUTPUT_NAME,
+    OUTPUT_PATH,
     SEED,
     Within,
     check_settings,
@@ -131,7 +132,7 @@ class TrainingConfig:
     """Save a checkpoint every n steps. [default: after each evaluation]"""
     save_total_limit: Annotated[int, NUMBER] = 2
     """Number of checkpoints to keep; each also holds the best model so far. 0: one, and none once the run is finished."""
-    resume_from_checkpoint: Annotated[str, INPUT_NAME] = "auto"
+    resume_from_checkpoint: Annotated[str, INPUT_PATH] = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
     `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""
     allow_changes: bool = False
@@ -162,7 +163,7 @@ class TrainingConfig:
 class TrackingConfig:
     """Output and tracking."""
 
-    output_dir: Annotated[str | None, OUTPUT_NAME] = None
+    output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Output folder of the run. [default: outputs/{run_name}]"""
     run_name: Annotated[str | None, OUTPUT_NAME] = None
     """Name of the run. [default: {model}-{dataset}-lr..-bs..-s{seed}]"""

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lib.runtime.screen import JOINERS
+from lib.errors import JOINERS
 
 DEFAULT = "DejaVu Sans"
 """Comes with matplotlib."""

@@ -10,9 +10,8 @@ import numpy as np
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataConfig, words
 from lib.data.catalog import catalog_entry
 from lib.data.load import Data
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.evaluation.predictions import Predictions
-from lib.runtime.screen import printable
 
 FOLDER = Path(__file__).parent / "metrics"
 """The metrics: `evaluate` modules, one per file, loaded by path."""

@@ -7,6 +7,7 @@ import numpy as np
 from rich.cells import cell_len
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
+from lib.errors import printable
 from lib.evaluation.predictions import DEFAULT_THRESHOLD, Predictions
 from lib.runtime.screen import align, shorten
 
@@ -57,7 +58,7 @@ def format_tables(
         return [*blocks, format_table([["gold \\ predicted", *shown], *rows])]
     if tables["confusions"]:
         rows, total = tables["confusions"][:MOST_ROWS], len(tables["confusions"])
-        note = f"{len(rows)} of {total:,} pairs of confused classes, the most frequent; confusions in {file} has all."
+        note = f"{len(rows)} of {total:,} pairs of confused classes, the most frequent; confusions in {printable(file)} has all."
         blocks += [format_rows(rows, "{:.3f}"), note]
     return blocks
 
@@ -67,7 +68,7 @@ def format_outputs(rows: Sequence[Row], what: str, predictions: Predictions, fil
     if len(rows) <= MOST_CLASSES:
         return [format_rows(rows, "{:.3f}")]
     chosen = [rows[place] for place in most_mistaken(predictions, MOST_ROWS)]
-    note = f"{len(chosen)} of {len(rows):,} {what}, those with the most mistakes; {what} in {file} has all."
+    note = f"{len(chosen)} of {len(rows):,} {what}, those with the most mistakes; {what} in {printable(file)} has all."
     return [format_rows(chosen, "{:.3f}"), note]
 
 
@@ -167,5 +168,6 @@ def format_rows(rows: Sequence[Row], number: str) -> str:
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as aligned columns: the first to the left, the others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([align(row[0], widths[0], left=True), *map(align, row[1:], widths[1:])]) for row in rows)

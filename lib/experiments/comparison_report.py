@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.config.compare import CompareConfig
+from lib.evaluation.fonts import find_fonts, plain_text
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.tables import format_table
 from lib.experiments.comparison import GroupScore, MetricComparison, changed_answers
@@ -136,7 +137,9 @@ def write_comparison(folder: Path, text: str, groups: Sequence[Group], metrics: 
     record = {"groups": [group_record(group) for group in groups], "metrics": [metric_record(m) for m in metrics]}
     write_atomically(folder / "comparison.json", json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
     write_atomically(folder / "comparison.md", f"```\n{text}\n```\n")
-    draw_comparison(folder / "comparison.png", groups, metrics)
+    families, _ = find_fonts(group.name for group in groups)
+    with plain_text(families):
+        draw_comparison(folder / "comparison.png", groups, metrics)
 
 
 def group_record(group: Group) -> dict[str, Any]:

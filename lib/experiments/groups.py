@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from lib.config.cli import load_config
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, flatten
 from lib.config.train import TrainConfig
-from lib.errors import UserError, require
+from lib.errors import UserError, printable, require
 from lib.run.record import experiment
 
 SHOWN = 4
@@ -108,7 +109,8 @@ def load_run(folder: Path, split: str) -> FinishedRun:
     if not predictions.is_file():
         raise UserError(
             f"{folder} has no predictions of the {split} split ({predictions}); "
-            f"make them with: accelerate launch eval.py --run {folder} --split {split}, or compare another --split"
+            f"make them with: accelerate launch eval.py --run {shlex.quote(str(folder))} --split {shlex.quote(split)}, or "
+            "compare another --split"
         )
     found = json.loads(results.read_text(encoding="utf-8"))
     settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")))
@@ -197,4 +199,4 @@ def differences(baseline: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def shown_value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(" ".join(map(str, value)) if isinstance(value, list) else str(value))

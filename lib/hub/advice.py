@@ -1,5 +1,7 @@
 """The message about a missing repository, with the commands that bring it to a machine that cannot reach the Hub."""
 
+import shlex
+
 from lib.errors import redact
 from lib.hub.cache.layout import Repo, cached_repos
 from lib.hub.endpoint import OFFICIAL, is_official, shorten
@@ -36,7 +38,7 @@ def namesakes(repo: Repo) -> list[str]:
 def advice(need: Need, endpoint: str, kind: str = "") -> list[str]:
     """Commands that bring a missing repository, the likeliest first; `kind` is that of the fault."""
     repo, is_model = need.repo, need.repo.repo_type == "model"
-    revision = f" --revision {need.revision}" if need.revision != "main" else ""
+    revision = f" --revision {shlex.quote(need.revision)}" if need.revision != "main" else ""
     hf_type, our_type = ("", "") if is_model else (" --repo-type dataset", " --repo_type dataset")
     lines = remedies(need, endpoint, kind)
     if is_model:

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lib.config.hub import DoctorConfig
-from lib.errors import UserError, redact
+from lib.errors import UserError, printable, redact
 from lib.hub import packaged
 from lib.hub.advice import MIRRORS, advice
 from lib.hub.cache.files import data_files, model_files
@@ -65,7 +65,7 @@ def diagnose(config: DoctorConfig, needs: Sequence[Need]) -> tuple[str, bool]:
 
 def report(config: DoctorConfig, findings: list[Finding]) -> str:
     """The findings as text: one line each, then the commands, first those for what prevents a run."""
-    run = f"--model {config.model or 'minilm'} --dataset {config.dataset or 'movie_reviews'}"
+    run = printable(f"--model {config.model or 'minilm'} --dataset {config.dataset or 'movie_reviews'}")
     width = max(len(finding.topic) for finding in findings)
     lines = [f"doctor for {run}", ""]
     for finding in findings:

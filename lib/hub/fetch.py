@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lib.config.sections import HubConfig
-from lib.errors import UserError, redact
+from lib.errors import UserError, one_message, redact
 from lib.hub.advice import missing_report
 from lib.hub.cache.contents import matches_hash
 from lib.hub.cache.files import missing_parts
@@ -65,7 +65,7 @@ def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
             ensure_cached(bases, hub, endpoint)
         go_offline()
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        print(one_message(f"error: {redact(str(error))}"), file=sys.stderr, flush=True)
         os._exit(2)  # at once: a request may still hang in its thread
 
 
@@ -110,7 +110,11 @@ def use_cache(faults: dict[Need, Fault], endpoint: str) -> None:
         snapshot = find_snapshot(need.repo, need.revision)
         copy = f"commit {snapshot.name[:12]}" if snapshot else "the tables that `datasets` made"
         if fault.kind != "offline":
-            print(f"warning: {fault.text}; {need} is read from the cache ({copy})", file=sys.stderr, flush=True)
+            print(
+                one_message(f"warning: {fault.text}; {need} is read from the cache ({copy})"),
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def update_cache(need: Need, listing: Listing, hub: HubConfig, endpoint: str) -> None:
@@ -156,7 +160,11 @@ def download_to_cache(need: Need, listing: Listing, hub: HubConfig, endpoint: st
         check_usable(need, wanted, listing, endpoint)
         size = sum(listing.tree[name]["size"] for name in wanted)
         place = f"from {redact(endpoint)} into {shorten(cache_root())}"
-        print(f"fetching {need}: {len(wanted)} files, {size / 1e6:,.1f} MB, {place}", file=sys.stderr, flush=True)
+        print(
+            one_message(f"fetching {need}: {len(wanted)} files, {size / 1e6:,.1f} MB, {place}"),
+            file=sys.stderr,
+            flush=True,
+        )
         check_space(size, folder)
         download(need.repo, listing, wanted, folder, endpoint, hub.send_token_to_mirror)
         names = {name: blob_name(entry) for name, entry in listing.tree.items()}
@@ -245,7 +253,7 @@ def compare_with_official(need: Need, listing: Listing, hub: HubConfig) -> None:
         )
     if isinstance(answer, Fault):
         text = f"{need}: hashes are compared with those of the mirror alone, since {answer.text}"
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(one_message(f"warning: {text}"), file=sys.stderr, flush=True)
         return
     other = sorted(name for name, entry in listing.tree.items() if entry != answer.tree.get(name))
     if other or set(listing.tree) != set(answer.tree):

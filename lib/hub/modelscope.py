@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from lib.errors import UserError, first_line
+from lib.errors import UserError, first_line, one_message, redact
 from lib.hub.cache.contents import file_damage
 from lib.hub.cache.files import missing_parts, missing_shards, model_files
 from lib.hub.client import call_with_timeout
@@ -38,7 +38,7 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
     if find_spec("modelscope") is None:
         raise UserError('--source modelscope needs its package; run: pip install -e ".[modelscope]"')
     names = request_file_names(need, limit)  # before the package is imported, which takes seconds
-    print(f"fetching {need} from {modelscope_endpoint()}", file=sys.stderr, flush=True)
+    print(one_message(redact(f"fetching {need} from {modelscope_endpoint()}")), file=sys.stderr, flush=True)
     folder = download_snapshot(need, model_files(names, need.allow_pickle, need.code))
     files = list_files(folder, folder.resolve())
     used = {name: files[name] for name in model_files(files, need.allow_pickle, need.code)}
@@ -48,7 +48,7 @@ def fetch_modelscope(need: Need, limit: float, verify: bool = False) -> None:
     if faults:
         raise UserError(f"{need} --source modelscope: {'; '.join(faults)}. See {folder}")
     record = {
-        "source": modelscope_endpoint(),
+        "source": redact(modelscope_endpoint()),
         "model": need.repo.repo_id,
         "revision": need.revision,
         "folder": str(folder),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from lib.errors import printable
 from lib.evaluation.tables import format_table
 
 ROLES = ("bos", "eos", "unk", "pad", "mask", "sep", "cls")
@@ -30,7 +31,7 @@ def explain_tokens(tokenizer: Any, texts: Sequence[str]) -> str:
             "5  decode": repr(tokenizer.decode(without_padding)),
         }
         width = max(map(len, steps))
-        blocks.append("\n".join(f"{name:<{width}}  {value}" for name, value in steps.items()))
+        blocks.append("\n".join(f"{name:<{width}}  {printable(value)}" for name, value in steps.items()))
         rows = [
             [token, str(id_), str(attended), role_of.get(id_, "") if attended else "padding"]
             for token, id_, attended in zip(tokenizer.convert_ids_to_tokens(ids), ids, mask, strict=True)

@@ -11,7 +11,7 @@ from lib.config.sections import named_format
 from lib.data.files.opening import UNPACK_ERRORS, Source, open_unpacked
 from lib.data.files.rows import parquet_batches, parse, place_of, spell
 from lib.data.trained_on import UNKNOWN, TrainedOn, columns_note
-from lib.errors import UserError, require
+from lib.errors import UserError, printable, require
 
 Columns = tuple[str, ...]
 Record = tuple[str, dict[str, Any]]
@@ -52,7 +52,7 @@ def read_examples(
             columns = choose_columns(list(record), config, guesses)
             note = columns_note(columns, trained_on, config.text_columns is not None, source_name(config))
             if note and (format_of(config) != "txt" or len(columns) != len(trained_on.text_columns)):
-                print(note, file=sys.stderr)
+                print(printable(note), file=sys.stderr)
         texts = tuple(text_of(record, column, place) for column in columns)
         has_id = config.id_column is None or record.get(config.id_column) is not None
         require(has_id, f"{place} has no value in column {config.id_column}")

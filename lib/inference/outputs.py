@@ -2,23 +2,32 @@
 
 import contextlib
 import csv
+import fcntl
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from lib.errors import UserError
+from lib.config.predict import NPY_IDS
+from lib.errors import UserError, printable
 from lib.inference.inputs import Example
 from lib.inference.stream import Prediction
-from lib.runtime.atomic import finite
+from lib.runtime.atomic import finite, sync, umask
+from lib.runtime.screen import json_line
 
 DIGITS = 6
 """Digits after the point of a float in jsonl and csv."""
+
+FORMULA = re.compile("'*[=+@\t\r\n\uff0b\uff1d\uff20\uff0d-]")
+"""How a text begins that Excel, LibreOffice or Google Sheets runs."""
+NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
 
 ROW_GROUP = 4096
 """Rows of a parquet file that are written together."""
@@ -34,23 +43,41 @@ def write_predictions(
     bar = tqdm(predictions, total=total, unit="row", dynamic_ncols=True, disable=not sys.stderr.isatty())
     if path is None:
         return write_all(JsonLines(None), bar)
-    target = Path(path)
-    kind = target.suffix.lower()
-    # An npy file has no place for the ids.
-    files = [target, target.with_suffix(".ids.jsonl")] if kind == ".npy" else [target]
-    parts = [file.with_name(file.name + ".part") for file in files]
+    kind, target = Path(path).suffix.lower(), Path(os.path.realpath(path))  # a link stays a link, to the new file
+    files = [target, target.with_suffix(NPY_IDS)] if kind == ".npy" else [target]
+    parts: list[Path] = []
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_file():  # a named pipe is written as it is read
+            return write_all(WRITERS[kind](*files), bar)
+        for file in files:
+            # A name of its own: two processes with one output would write into each other's file.
+            handle, part = tempfile.mkstemp(prefix=f"{file.name}.", suffix=".part", dir=file.parent)
+            os.close(handle)
+            parts.append(Path(part))
         count = write_all(WRITERS[kind](*parts), bar)
+        publish(parts, files)
+    except OSError as error:
+        raise UserError(f"--output {printable(path)} cannot be written: {error.strerror or error}") from error
+    finally:
+        for leftover in parts:
+            leftover.unlink(missing_ok=True)
+    return count
+
+
+def publish(parts: Sequence[Path], files: Sequence[Path]) -> None:
+    """Give complete files their names, those of one process together: of two that end at once the last has all of them."""
+    for part in parts:
+        sync(part)
+        part.chmod(0o666 & ~umask())
+    folder = os.open(files[0].parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
         for part, file in zip(parts, files, strict=True):
             os.replace(part, file)
-    except OSError as error:
-        raise UserError(f"--output {path} cannot be written: {error}") from error
     finally:
-        for part in parts:
-            with contextlib.suppress(OSError):
-                part.unlink()
-    return count
+        os.close(folder)
 
 
 class Writer(Protocol):
@@ -95,7 +122,7 @@ class JsonLines:
         self.file = path.open("w", encoding="utf-8") if path else sys.stdout
 
     def write(self, example: Example, prediction: Prediction) -> None:
-        self.file.write(json.dumps(to_record(example, prediction), ensure_ascii=False, default=str) + "\n")
+        self.file.write(json_line(to_record(example, prediction)) + "\n")
 
     def close(self) -> None:
         if self.path:
@@ -105,7 +132,7 @@ class JsonLines:
 
 
 class Csv:
-    """csv: a column for each class's probability; lists as JSON."""
+    """csv: a column for each class's probability; lists as JSON; text that a spreadsheet would run as `as_text` writes it."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("w", newline="", encoding="utf-8")
@@ -121,11 +148,20 @@ class Csv:
                 cells[key] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
         if not self.header:
             self.header = list(cells)
-            self.writer.writerow(self.header)
-        self.writer.writerow([cells.get(name) for name in self.header])
+            self.writer.writerow(map(as_text, self.header))
+        self.writer.writerow([as_text(cells.get(name)) for name in self.header])
 
     def close(self) -> None:
         self.file.close()
+
+
+def as_text(cell: Any) -> Any:
+    """`cell` with an apostrophe before a text that a spreadsheet would take for a formula; numbers stay numbers.
+
+    Of what begins with apostrophes and then like a formula, a reader takes one off to have the text again.
+    """
+    formula = isinstance(cell, str) and FORMULA.match(cell) and not NUMBER.fullmatch(cell)
+    return f"'{cell}" if formula else cell
 
 
 class Npy:
@@ -140,7 +176,7 @@ class Npy:
             self.size = len(prediction["embedding"])
             self.write_header()
         self.file.write(prediction["embedding"].astype("<f4").tobytes())
-        self.ids.write(json.dumps(example.id, ensure_ascii=False, default=str) + "\n")
+        self.ids.write(json_line(example.id) + "\n")
         self.rows += 1
 
     def write_header(self) -> None:

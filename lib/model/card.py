@@ -9,9 +9,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.errors import printable
 from lib.hub.packaged import VADER, VADER_VERSION
 from lib.runtime.atomic import write_atomically
-from lib.runtime.screen import list_some, printable, shorten
+from lib.runtime.screen import list_some, shorten
 
 SPLITS = {"eval": "validation"}
 """Names of splits that differ from the prefix of their metrics."""
@@ -90,7 +91,7 @@ def write_model_card(
         "",
         f"One run with seed {settings['seed']}: the best model on validation{chosen_by}, after "
         f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
-        *("", "## Use", "", *usage_lines(settings.get("adapter"), base_name), ""),
+        *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name)), ""),
         *output_lines(problem, names, thresholds),
         *data_lines(settings),
         *("", "## Training", ""),
@@ -106,7 +107,7 @@ def card_metadata(
     dataset: str, settings: dict[str, Any], base_id: str | None, scores: Sequence[tuple[str, str, float]]
 ) -> str:
     """The metadata as YAML: base model, data set, and each score (split, metric, value) as the Hub's model-index."""
-    data_id = hub_id(settings.get("dataset"))
+    data_id, dataset = hub_id(settings.get("dataset")), printable(dataset)
     results = [
         EvalResult(
             task_type="text-classification",
@@ -124,7 +125,7 @@ def card_metadata(
         base_model=base_id,
         datasets=[data_id] if data_id else None,
         metrics=sorted({metric for _, metric, _ in scores if metric != "loss"}) or None,
-        model_name=settings["run_name"],
+        model_name=printable(settings["run_name"]),
         eval_results=results or None,
     ).to_yaml()
 
@@ -177,8 +178,8 @@ def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]
 
 
 def plain(text: str) -> str:
-    """Text on one line in Markdown that is no HTML."""
-    return html.escape(printable(text), quote=False)
+    """Text on one line in Markdown that is no HTML, link, picture or code."""
+    return html.escape(re.sub(r"[\\`\[\]]", r"\\\g<0>", printable(text)), quote=False)
 
 
 def code(name: str) -> str:

@@ -12,7 +12,7 @@ from lib.config.sections import DataConfig, ModelSource, flatten
 from lib.config.train import TrainConfig
 from lib.data.catalog import DEFAULT, dataset_name, own_files
 from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
-from lib.errors import UserError
+from lib.errors import UserError, require
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
 from lib.runtime.precision import uses_gpu
@@ -44,7 +44,11 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
 
 
 def find_scored_model(config: EvalConfig) -> TrainedModel:
-    """The model to score: that of `--run`, or `--model`. Raises UserError if the run has no model yet."""
+    """The model to score: that of `--run`, or `--model`.
+
+    Raises UserError if the run has no model yet, or leads the report out of its folder.
+    """
+    eval_folder(config)
     if config.run is None:
         return find_model(config.model, config.mixed_precision)
     return run_model(Path(config.run), "--run", config.mixed_precision)
@@ -77,18 +81,28 @@ def run_precision(folder: Path, asked: str) -> str:
         precision: str = json.loads((folder / "results.json").read_text(encoding="utf-8"))["run/mixed_precision"]
     except (OSError, ValueError, LookupError, TypeError):  # not finished, or damaged
         return asked
-    return asked if precision == "fp16" and not uses_gpu() else precision
+    usable = precision in ("no", "bf16") or (precision == "fp16" and uses_gpu())
+    return precision if usable else asked
 
 
 def eval_folder(config: EvalConfig) -> Path:
-    """The folder of eval.py's report: another one for each model and each data set."""
+    """The folder of eval.py's report: another one for each model and each data set.
+
+    Raises UserError for a link in the folder of a run, which may be a stranger's: it could name any file of the user's.
+    """
     if config.output_dir:
         return Path(config.output_dir)
     named = f"{data_label(config.data, config.split)}-{config.split}"
     if config.run_folder is None:
         return Path("outputs") / f"eval-{model_label(config.source.model)}-{named}"
     own = own_data(config.data, load_config(TrainConfig, config.run_folder / "config.yaml").data)
-    return config.run_folder / f"eval-{config.split if own else named}"
+    folder = config.run_folder / f"eval-{config.split if own else named}"
+    link = next((path for path in (folder, *folder.glob("*")) if path.is_symlink()), None)
+    require(
+        link is None,
+        f"{link} is a link, and a report there would be written elsewhere; remove it, or give --output_dir",
+    )
+    return folder
 
 
 def own_data(data: DataConfig, run: DataConfig) -> bool:

@@ -5,6 +5,7 @@ from typing import Any
 from lib.config.train import TrainConfig
 from lib.data.labels.problem_types import summarize_labels
 from lib.data.load import Data
+from lib.errors import printable
 from lib.model.load import summarize_weight_names
 from lib.model.source import LoadingInfo
 from lib.run.record import run_folder, run_name
@@ -46,7 +47,8 @@ def describe_run(
     if weights.unused:
         rows["left out"] = f"{summarize_weight_names(weights.unused)} (in the checkpoint, no part of this model)"
     width = max(map(len, rows))
-    return "\n".join([*(f"{name:<{width}}  {text}" for name, text in rows.items()), *(f"- {note}" for note in notes)])
+    lines = [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"- {note}" for note in notes]
+    return "\n".join(map(printable, lines))
 
 
 def describe_columns(data: Data) -> str:

@@ -19,7 +19,7 @@ from lib.data.labels.problem_types import count_labels
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.data.trained_on import TrainedOn
-from lib.errors import redact
+from lib.errors import is_hidden, redact
 from lib.evaluation.scores import Metrics
 from lib.model.layers import count_parameters
 from lib.model.load import summarize_weight_names
@@ -70,7 +70,7 @@ def run_name(config: TrainConfig) -> str:
     parts += [config.objective.loss] if config.objective.loss != "cross_entropy" else []
     parts += ["weighted"] if config.objective.class_weights else []
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
-    name = "-".join(parts)
+    name = "".join("_" if is_hidden(character) else character for character in "-".join(parts))
     if len(name.encode()) <= OUTPUT_NAME.limit:
         return name
     # Too long for a folder: the end, which says how it was trained, is kept, and a hash stands for the rest.

@@ -11,6 +11,7 @@ from lib.config.eval import EvalConfig
 from lib.config.train import TrainConfig
 from lib.data.catalog import ROLES, catalog_entry, own_files
 from lib.data.load import Data
+from lib.errors import printable
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.plots import FILES
 from lib.evaluation.report import write_report
@@ -22,6 +23,7 @@ from lib.run.introduction import describe_columns, describe_length
 from lib.run.record import bounded, describe_data
 from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite, write_atomically
+from lib.runtime.screen import json_line
 from lib.training.learner import Learner
 
 REPEATED = (
@@ -69,7 +71,7 @@ def build_results(
 
 def next_commands(folder: Path) -> str:
     """The commands that score a finished run on other data and use it on new texts."""
-    run = shlex.quote(str(folder))
+    run = printable(shlex.quote(str(folder)))
     return (
         f"score it on other data:  python eval.py --run {run} --test_file FILE\n"
         f"use it on new texts:     python predict.py --model {run} --input FILE"
@@ -80,7 +82,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> str:
     """Save results.json; returns its content as one line of JSON."""
     results = finite(results)
     write_atomically(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    return json.dumps(results, ensure_ascii=False)
+    return json_line(results)
 
 
 def report_evaluation(
@@ -102,7 +104,7 @@ def report_evaluation(
         **{f"run/{name}": bounded(value) for name, value in describe_data(data, metrics).items()},
         **{f"run/{name}": value for name, value in model_origin(trained.source).items()},
     }
-    written = f"\nwritten to {folder}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
+    written = f"\nwritten to {printable(str(folder))}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
     notes = [f"columns: {describe_columns(data)}", f"length: {describe_length(data)}", *data.notes]
     length = trained.trained_on.max_length
     if length not in (None, data.max_length):
@@ -112,4 +114,4 @@ def report_evaluation(
         notes.append(
             f"warning: no data is named, so {data.name} is scored; the model was trained on {trained.trained_on.dataset}"
         )
-    return "\n".join([*(f"- {note}" for note in notes), report, written, write_results(folder, results)])
+    return "\n".join([*(f"- {printable(note)}" for note in notes), report, written, write_results(folder, results)])

@@ -12,7 +12,7 @@ from lib.config.cli import dump_config, load_config
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.load import Data
-from lib.errors import UserError
+from lib.errors import UserError, one_message
 from lib.model.source import model_identity
 from lib.run.best_model import BEST, KIND
 from lib.run.checkpoint import find_best_of, list_checkpoints, read_record, remove_checkpoints
@@ -146,7 +146,7 @@ def choose_checkpoint(
             promise = describe_promise(record["settings"], settings, changed, describe_lost(folder, record["state"]))
             if record["state"]["best_scores"] and find_best_of(chosen[0], folder)[0] is None:
                 promise = "training continues, but its best model is lost"
-            print(f"resumed from {chosen[0]}, step {step}: {promise}", flush=True)
+            print(one_message(f"resumed from {chosen[0]}, step {step}: {promise}"), flush=True)
     return broadcast_object_list(chosen)[0]
 
 
@@ -172,7 +172,7 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
         damage = find_damage(path, leaving_out=(f"{BEST}/",))
         if damage is None:
             return path
-        print(f"warning: {path} is damaged and is not used: {damage}", flush=True)
+        print(one_message(f"warning: {path} is damaged and is not used: {damage}"), flush=True)
     if wanted != "auto":
         raise UserError(f"--resume_from_checkpoint {wanted}: no valid checkpoint in {checkpoints}")
     return None

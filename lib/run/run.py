@@ -1,7 +1,6 @@
 """A run as one object: folder, settings, log, checkpoints, best model, progress, results."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.data.trained_on import store_trained_on
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -33,6 +32,7 @@ from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.atomic import explain
 from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import check_shared, check_time, finish
+from lib.runtime.screen import json_line
 from lib.runtime.signals import Stopped, deferring_signals
 from lib.runtime.watchdog import watching
 from lib.training.learner import Learner
@@ -85,10 +85,9 @@ class Run:
         if results is None:
             return False
         if self.accelerator.is_main_process:
-            print(
-                f"{self.folder} holds this run, finished; to train again: --resume_from_checkpoint never, or another --output_dir"
-            )
-            print(json.dumps(results, ensure_ascii=False), flush=True)
+            again = "to train again: --resume_from_checkpoint never, or another --output_dir"
+            print(f"{printable(str(self.folder))} holds this run, finished; {again}")
+            print(json_line(results), flush=True)
         finish(self.accelerator)
         return True
 

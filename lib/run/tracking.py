@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -165,7 +166,9 @@ class RunLog:
             best = "min" if name in LOWER_IS_BETTER else "max"
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
-            logger.info("W&B is offline; to upload this run later: wandb sync %s", Path(run.dir).parent)
+            logger.info(
+                "W&B is offline; to upload this run later: wandb sync %s", shlex.quote(str(Path(run.dir).parent))
+            )
 
     def name_run(self, settings: dict[str, Any], wanted: str, known: bool = False) -> tuple[str, bool]:
         """The id of the tracker's run, and whether an earlier start began it; the id is on disk before the tracker has it.

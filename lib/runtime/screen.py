@@ -1,24 +1,26 @@
 """Text of users on one line of a terminal, a picture or a page: nothing that moves the cursor, columns by display width."""
 
-import unicodedata
+import json
+import os
 from collections.abc import Sequence
+from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-JOINERS = "\u200c\u200d"
-"""Zero-width characters that belong to words of some scripts and to emoji."""
+from lib.errors import is_hidden, printable
 
 
-def printable(text: str) -> str:
-    """`text` with escapes for tabs, line breaks, control and direction characters, as Python writes them: `\\t`, `\\x1b`."""
+def speaks() -> bool:
+    """Whether this process prints what is printed once for all processes: that of rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def json_line(value: Any) -> str:
+    """`value` as JSON on one line, for screens too: what `printable` escapes is `\\u001b`, which readers of JSON undo."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
     if text.isprintable():
         return text
-    return "".join(escaped(character) for character in text)
-
-
-def escaped(character: str) -> str:
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
-    return character.encode("unicode_escape").decode() if hidden else character
+    return "".join(json.dumps(c)[1:-1] if is_hidden(c) else c for c in text)
 
 
 def shorten(text: str, limit: int) -> str:

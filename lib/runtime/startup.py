@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lib.errors import UserError, redact
-from lib.runtime.screen import printable
+from lib.errors import UserError, one_message, redact
 from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped
 
 UNUSED = ("peft", "scipy")
@@ -97,8 +96,7 @@ def run_script(main: Callable[[Any], None], config: Any) -> None:
         raise
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # the reader of a pipe may be gone
-            lines = (printable(line) for line in redact(message).split("\n"))  # names of classes may hold escapes
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            print(one_message(redact(message)), file=sys.stderr, flush=True)
     if failure is not None:
         act_on_failure(failure)
     # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.

@@ -139,7 +139,7 @@ def test_empty_yaml_file_changes_nothing(tmp_path: Path) -> None:
         TrainConfig(data=DataConfig(train_file="a b.csv", text_columns=("premise", "hypothesis"), label_column="true")),
         TrainConfig(model=ModelConfig(freeze="4"), metrics=("accuracy", "f1"), mixed_precision="no"),
         TrainConfig(tracking=TrackingConfig(report_to="none", tags=("1", "x: y", "null", "ü"), run_name="1e5")),
-        TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="~")),
+        TrainConfig(tracking=TrackingConfig(notes="null", project="~", output_dir="./~")),
         TrainConfig(tracking=TrackingConfig(notes="- first\n- second # not a comment\n", tags=("true", "False"))),
         TrainConfig(training=TrainingConfig(num_train_epochs=0.1, max_steps=10, metric_for_best_model="loss")),
         EvalConfig(model=EvalModel("roberta-base"), metrics=("f1",), data=EvalDataConfig(dataset="sst2")),

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import os
+import pwd
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,54 @@ def test_names_that_no_file_can_have_are_refused(kind: Any, capsys: pytest.Captu
 @pytest.mark.parametrize("name", [".", "..", "a/b", "x" * 129, "文" * 67])
 def test_run_name_that_names_no_folder_of_its_own_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--run_name" in refusal(capsys, TrainConfig, "--run_name", name)
+
+
+PATHS = {
+    TrainConfig: (
+        "model",
+        "dataset",
+        "train_file",
+        "validation_file",
+        "test_file",
+        "output_dir",
+        "resume_from_checkpoint",
+    ),
+    EvalConfig: ("run", "dataset", "train_file", "validation_file", "test_file", "output_dir"),
+    PredictConfig: ("model", "input", "output", "export_onnx"),
+    CompareConfig: ("output_dir",),
+}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_tilde_is_the_home_folder_in_every_path(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("train_file: ~/theirs.csv\nlabel_column: ~/y\n", encoding="utf-8")
+    needed = {EvalConfig: ["--run", "~/run"], CompareConfig: ["~/run", "~/other*"]}.get(kind, [])
+    for name in PATHS[kind]:
+        path = "~/run" if name == "run" else "~/x.jsonl"
+        (tmp_path / "options.yaml").write_text(f"{name}: {path}\n", encoding="utf-8")
+        for arguments in ([f"--{name}", path], [f"--{name}={path}"], ["--config", "~/options.yaml"]):
+            found = flatten(parse_cli(kind, [*needed, *arguments]))
+            assert found[name] == path.replace("~", str(tmp_path))
+    if kind is EvalConfig:
+        found = flatten(parse_cli(kind, needed))
+        assert (found["train_file"], found["label_column"]) == (f"{tmp_path}/theirs.csv", "~/y")
+    if kind is CompareConfig:
+        assert parse_cli(kind, needed).runs == (str(run), f"{tmp_path}/other*")
+
+
+def test_tilde_of_a_user_is_that_of_the_user_and_else_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    user = pwd.getpwuid(os.getuid())
+    found = parse_cli(TrainConfig, ["--output_dir", f"~{user.pw_name}/runs", "--notes", "~/x", "--run_name", "a"])
+    assert (found.tracking.output_dir, found.tracking.notes) == (f"{user.pw_dir}/runs", "~/x")
+    with pytest.raises(SystemExit):
+        parse_cli(TrainConfig, ["--output_dir", "~nobody_here/runs"])
+    assert "./~nobody_here/runs" in capsys.readouterr().err
+    (tmp_path / "~old.csv").touch()
+    assert parse_cli(TrainConfig, ["--train_file", "~old.csv"]).data.train_file == "~old.csv"
+    assert parse_cli(TrainConfig, ["--train_file", "./~x.csv"]).data.train_file == "./~x.csv"

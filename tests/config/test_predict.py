@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 
 import pytest
 
@@ -64,3 +65,31 @@ def test_every_option_has_a_help_line():
             for field, help_line in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith(("Config", "Model")):
                     assert isinstance(help_line, ast.Expr), ast.unparse(field)
+
+
+def test_output_over_the_input_is_refused_by_whatever_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("texts.jsonl", "texts.ids.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (tmp_path / "link.jsonl").symlink_to("texts.jsonl")
+    (tmp_path / "hard.jsonl").hardlink_to("texts.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    for output in ("texts.jsonl", "./texts.jsonl", str(tmp_path / "texts.jsonl"), "link.jsonl", "hard.jsonl"):
+        for given in ("texts.jsonl", "link.jsonl"):
+            message = refusal(capsys, "--input", given, "--output", output)
+            assert f"--output {output}" in message
+            assert "another file" in message
+    vectors = ["--task", "feature-extraction", "--output", "texts.npy"]
+    assert "texts.ids.jsonl" in refusal(capsys, "--input", "texts.ids.jsonl", *vectors)
+    assert "is a folder" in refusal(capsys, "--input", "texts.jsonl", "--output", "folder.jsonl")
+    assert parse_cli(PredictConfig, ["--input", "texts.jsonl", "--output", "new.jsonl"]).output == "new.jsonl"
+    assert parse_cli(PredictConfig, ["--input", "texts.jsonl", "--output", "texts.csv"]).output == "texts.csv"
+    with open("texts.jsonl", "rb") as file:
+        before = os.dup(0)
+        os.dup2(file.fileno(), 0)
+        try:
+            assert "the standard input" in refusal(capsys, "--output", "hard.jsonl", "--input_format", "jsonl")
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
+    assert (tmp_path / "texts.jsonl").read_text() == '{"text": "a"}\n'

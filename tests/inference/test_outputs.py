@@ -3,13 +3,17 @@
 import csv
 import io
 import json
+import math
+import os
+import re
 import sys
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.inference.inputs import Example
 from lib.inference.outputs import to_record, write_predictions
 from tests.conftest import read_lines
@@ -97,3 +101,86 @@ def test_progress_bar_is_for_terminals_only(tmp_path, monkeypatch, terminal):
     write_predictions(str(tmp_path / "out.jsonl"), zip(EXAMPLES, PREDICTIONS, strict=True), total=2)
     assert ("2/2" in error.getvalue()) == terminal
     assert terminal or error.getvalue() == ""
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.npy", "out.parquet"])
+def test_of_two_that_write_one_output_the_last_wins_whole(tmp_path, name):
+    def rows(start, between):
+        for number in range(start, start + 5):
+            yield Example(number, number, ("",)), {"embedding": np.full(3, number, np.float32)}
+            if number == start + 2:
+                between()
+
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".part"}
+
+    write_predictions(str(tmp_path / name), rows(0, lambda: None))
+    alone = files()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    seen = []
+
+    def other_run():
+        write_predictions(str(tmp_path / name), rows(50, lambda: None))
+        seen.append(files())
+
+    write_predictions(str(tmp_path / name), rows(0, other_run))
+    assert files() == alone
+    assert {path.name for path in tmp_path.iterdir()} == set(alone)
+    write_predictions(str(tmp_path / name), rows(50, lambda: None))
+    assert seen == [files()]
+
+
+def test_output_has_the_permissions_of_a_new_file_and_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.jsonl").symlink_to(tmp_path / "elsewhere" / "labels.jsonl")
+    write_predictions(str(tmp_path / "out.jsonl"), zip(EXAMPLES, PREDICTIONS, strict=True))
+    assert (tmp_path / "out.jsonl").is_symlink()
+    assert len(read_lines(tmp_path / "elsewhere" / "labels.jsonl")) == 2
+    (tmp_path / "new").touch()
+    assert (tmp_path / "out.jsonl").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_named_pipe_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "out.jsonl")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "out.jsonl").read_text()), daemon=True)
+    reader.start()
+    write_predictions(str(tmp_path / "out.jsonl"), zip(EXAMPLES, PREDICTIONS, strict=True))
+    reader.join(30)
+    assert (tmp_path / "out.jsonl").is_fifo()
+    assert [json.loads(line)["id"] for line in read[0].splitlines()] == [0, 1]
+
+
+FORMULAS = ["=cmd|' /C calc'!A0", "+1+cmd", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1", "'=1", "''-x"]
+TEXTS = [*FORMULAS, "a=b", "'tis", "", " x", "-1", "+1", "-0.5", "1e-5", "--", "0=1"]
+
+
+def test_csv_has_no_formula_and_every_text_can_be_read_back(tmp_path):
+    rows = [(Example(i, text, (text,)), {"label": text, "=score": -0.5}) for i, text in enumerate(TEXTS)]
+    write_predictions(str(tmp_path / "out.csv"), rows)
+    found = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8", newline="")))
+    cells = [cell for row in found for cell in (*row, *row.values())]
+    assert [cell for cell in cells if cell[:1] in "=@\t\r\n＝" and cell] == []
+    assert [cell for cell in cells if cell[:1] in "+-" and cell and not is_number(cell)] == []
+    back = [re.sub(r"^'(?='*[=+@\t\r\n＝-])", "", row["label"]) for row in found]
+    assert back == TEXTS
+    assert [row["label"] for row in found[-4:]][:2] == ["-0.5", "1e-5"]
+    assert [row["'=score"] for row in found] == ["-0.5"] * len(TEXTS)
+
+
+def is_number(cell):
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
+def test_jsonl_shows_no_escape_sequence_and_is_read_back_equal(monkeypatch):
+    texts = ["\x1b]0;x\x07", "a\r\n- forged", "\x9b31m", "\u202egpj.exe", "\u2028", "電影 👨\u200d👩", "\U000e0041"]
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    write_predictions(None, [(Example(i, i, (text,)), {"label": text}) for i, text in enumerate(texts)])
+    lines = out.getvalue().split("\n")
+    assert [json.loads(line)["label"] for line in lines[:-1]] == texts
+    assert all(printable(line) == line for line in lines)

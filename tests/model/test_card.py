@@ -1,10 +1,13 @@
 """The model card: scores as the run has them, metadata that the Hub reads, and no path of the machine."""
 
+import re
+
 import pytest
 from huggingface_hub import ModelCard
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, DataConfig, ModelConfig, flatten
 from lib.config.train import TrackingConfig, TrainConfig
+from lib.errors import printable
 from lib.model.card import write_model_card
 
 RECORD = {
@@ -135,3 +138,17 @@ def test_card_of_thousands_of_labels_is_short_and_says_how_many_there_are(tmp_pa
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert len(text) < 20_000
     assert "4,900 more" in text
+
+
+def test_text_of_others_on_the_card_is_no_link_picture_html_or_metadata(tmp_path):
+    name = "![x](http://evil/x.png) [a](b) `c` <b> | d\n---\nlicense: mit"
+    options = settings() | {"run_name": name, "class_weights": (f"{name}=2",), "run/label_names": [name, "good"]}
+    write_model_card(tmp_path, name, options, RESULTS)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    loaded = ModelCard.load(tmp_path / "README.md")
+    assert loaded.data.license is None
+    assert loaded.data.model_name == printable(name)
+    body = text.split("\n---\n", 1)[1]
+    assert "license: mit\n" not in body
+    without_code = re.sub(r"(?<!\\)(`+)(?!`).+?(?<!`)\1(?!`)", "", body)
+    assert not re.search(r"(?<!\\)[\[\]]|<", without_code)

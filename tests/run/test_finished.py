@@ -195,7 +195,9 @@ def test_precision_is_that_of_the_run_if_the_machine_has_it(
             assert find_model(ModelSource(str(model)), "no").precision == "no"
 
 
-@pytest.mark.parametrize("content", ["", '{"test/loss": 0.', "[]", "{}"])
+@pytest.mark.parametrize(
+    "content", ["", '{"test/loss": 0.', "[]", "{}", '{"run/mixed_precision": "fp8"}', '{"run/mixed_precision": {}}']
+)
 def test_damaged_results_of_a_run_stop_nobody_who_uses_its_model(
     single_label: Path, tmp_path: Path, content: str
 ) -> None:
@@ -250,3 +252,18 @@ def test_reports_of_different_models_and_data_are_in_different_folders(single_la
     assert len(set(found)) == len(found)
     assert report_folder("--run", single_label) == single_label / "eval-test"
     assert report_folder("--model", models[0], *tests[0]) == report_folder("--model", models[0], *tests[0])
+
+
+@pytest.mark.parametrize("link", ["eval-test", "eval-test/report.json", "eval-test/.lock"])
+def test_report_follows_no_link_out_of_the_folder_of_a_run(single_label: Path, tmp_path: Path, link: str) -> None:
+    folder, mine = shutil.copytree(single_label, tmp_path / "run"), tmp_path / "mine"
+    shutil.rmtree(folder / "eval-test")
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    (folder / link).parent.mkdir(exist_ok=True)
+    (folder / link).symlink_to(mine if link == "eval-test" else mine / "notes.txt")
+    refused = call_script("eval.py", "--run", folder, cwd=tmp_path, code=2).stderr
+    assert f"{link} is a link" in refused
+    assert "--output_dir" in refused
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    assert (mine / "notes.txt").read_text() == "mine"

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from lib.config.hub import ImportConfig
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.hub.cache.contents import POINTER, file_damage, git_hash, is_lfs, matches_hash
 from lib.hub.cache.files import OPTIONAL_FILES, TOKENIZER_FILES, is_adapter, missing_parts, missing_shards
 from lib.hub.cache.layout import COMMIT, Repo, parse_repo
@@ -61,7 +61,7 @@ class Imported:
         script = 'predict.py "a text"' if self.base else "train.py"
         loaded = "   # loaded once offline" if self.loaded else ""
         rows["use"] = f"python {script} {flag} {self.repo.repo_id}{revision}{loaded}"
-        return "\n".join(f"{name:<10} {text}" for name, text in rows.items())
+        return "\n".join(f"{name:<10} {printable(text)}" for name, text in rows.items())
 
 
 def few(names: tuple[str, ...]) -> str:
