@@ -1,6 +1,7 @@
 # make train   set up, then train and score the default model on the default data
 # make test    set up, then run the tests           make test-slow   the long ones as well
 # make faults  break runs in every way, print a table
+# make kills   a thousand times SIGKILL and a new start, about twenty minutes; ARGS=--help for what it takes
 # make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make start   seconds to the first step with 1,000 and 1,000,000 rows, about ten minutes
 # make lint    ruff and mypy                        make clean       remove the environment
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format faults seeds start bench clean
+.PHONY: train test test-slow lint format faults kills seeds start bench clean
 
 # All of the launcher's values are named: it warns of those it has to choose. train.py --mixed_precision chooses bf16 itself.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -35,6 +36,9 @@ format: $(READY)
 
 faults: $(READY)
 	$(BIN)/python -m tests.faults $(ARGS)
+
+kills: $(READY)
+	$(BIN)/python -m tests.kills $(ARGS)
 
 seeds: $(READY)
 	$(BIN)/python benchmarks/seeds.py $(ARGS)

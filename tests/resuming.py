@@ -136,6 +136,7 @@ def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list
         without(line, TIMING) for line in read_lines(b / "metrics.jsonl")
     ]:
         found.append("metrics.jsonl")
-    if (a / "model" / "model.safetensors").read_bytes() != (b / "model" / "model.safetensors").read_bytes():
+    models = [{file.name: file.read_bytes() for file in (run / "model").glob("*.safetensors")} for run in (a, b)]
+    if not models[0] or models[0] != models[1]:
         found.append("model")
     return found

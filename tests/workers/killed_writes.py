@@ -6,6 +6,7 @@ Prints one JSON object: the number of kills, and for how many of them no checkpo
 With `broken` the old checkpoint is removed before the new one is written.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -36,34 +37,21 @@ from lib.training.learner import Learner
 from lib.training.objective import Objective
 from lib.training.plan import Plan
 from lib.training.state import State
+from tests.writes import WRITES, watch_writes
 
-WRITES = [
-    *((os, name) for name in ("fsync", "rename", "link", "unlink", "rmdir", "mkdir")),
-    *((best_model, "save_model"), (checkpoint, "write_manifest")),
-    *((torch, "save"), (shutil, "copyfile"), (atomic, "exchange"), (Path, "write_text")),
-]
+OWN = [(best_model, "save_model"), (checkpoint, "write_manifest"), (atomic, "exchange")]
+"""What a save writes with, besides the functions of the libraries."""
 
 
 def kill_at(number: int) -> None:
     """Kill this process at the given one of the moments right before and right after a write."""
-    count = 0
+    moments = itertools.count(1)
 
-    def counted(function: Any) -> Any:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments, **options)
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+    def note(_: str) -> None:
+        if next(moments) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        return call
-
-    for owner, name in WRITES:
-        setattr(owner, name, counted(getattr(owner, name)))
+    watch_writes(note, WRITES + OWN)
 
 
 def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:

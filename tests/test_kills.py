@@ -1,0 +1,20 @@
+"""Training that is killed at random moments and started again equals an undisturbed run; the whole number: make kills."""
+
+import pytest
+
+from tests.conftest import WORKER_ENV
+
+
+def kill(run, *flags, code=0, timeout=150):
+    return run("tests/kills.py", "--jobs", 1, *flags, env=WORKER_ENV, code=code, timeout=timeout).stdout
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_run_killed_again_and_again_ends_as_if_nothing_had_happened(run, kills):
+    shown = kill(run, "--kills", kills, timeout=900)
+    assert f"{kills} kills" in shown
+    assert "lost 0, unequal 0, hanging 0, failed 0" in shown
+
+
+def test_kills_would_notice_a_save_that_removes_the_old_checkpoint_first(run):
+    assert "lost: " in kill(run, "--kills", 6, "--broken", code=1)
