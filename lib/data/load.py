@@ -16,7 +16,7 @@ from datasets.utils import tqdm
 
 from lib.config.sections import CLASSIFICATION, REGRESSION, DataConfig
 from lib.data.batching import count_windows, permutation
-from lib.data.catalog import ROLES, catalog_entry, dataset_name
+from lib.data.catalog import ROLES, catalog_entry, dataset_name, own_files
 from lib.data.columns import check_columns, choose_splits, find_columns
 from lib.data.labels.problem_types import encode_targets, find_problem
 from lib.data.labels.targets import as_arrow
@@ -128,6 +128,8 @@ def load_data(
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
+    if "test" not in splits and own_files(config).keys() > {"test"}:
+        config = dataclasses.replace(config, test_file=None)  # not read at all
     identity, trained = data_identity(config), label_names is not None
     asked = Asked(tuple(splits), label_names, model_problem, trained_on)
     windows = stored_windows(tokenizer) if trained else None
