@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
         for config in {recipe.config(0) for recipe in build_recipes(CONFIG)} if not CONFIG.list else ():
             fetch(model_needs(config.model) + data_needs(config.data), config.hub)
 
-from lib.runtime.startup import run_script  # imports the heavy libraries, without what is not used
+from lib.runtime.startup import quiet_libraries, run_script  # imports the heavy libraries, without what is not used
 
 # isort: split
 from lib.experiments.sweep import Sweep
@@ -29,8 +29,8 @@ from lib.runtime.slots import find_slots
 
 def main(config: SweepConfig) -> None:
     """Run what is not finished yet, then print the table; the last line on stdout is results.json."""
-    recipes = build_recipes(config)
-    sweep = Sweep(config, recipes)
+    quiet_libraries()
+    sweep = Sweep(config, build_recipes(config))
     if config.list:
         sweep.print_commands()
         return

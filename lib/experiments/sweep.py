@@ -204,7 +204,10 @@ class Sweep:
         return [Job(run) for run in runs]
 
     def pauses(self, trials: int, finalists: int) -> list[tuple[int, float]]:
-        """For each pause, how many runs go on after it and the share of the steps at which it is (Jamieson and Talwalkar, 2016)."""
+        """For each pause, how many runs go on after it, and at which share of the steps it is.
+
+        Successive halving (Jamieson and Talwalkar, 2016).
+        """
         every, kept = self.config.halving, [trials]
         while every and kept[-1] > finalists:
             kept.append(max(finalists, -(-kept[-1] // every)))
@@ -258,6 +261,8 @@ class Sweep:
         Raises Stopped once its runs have saved, if a signal came.
         """
         waiting = [job for job in jobs if not job.is_done and job.run not in self.failed]
+        if not waiting:
+            return
         running: list[Running] = []
         looked = -ELSEWHERE_SECONDS
         with Bar(self, jobs) as bar, interruptible() as stop:
@@ -400,7 +405,8 @@ def sweep_name(config: SweepConfig, recipes: Sequence[Recipe]) -> str:
     digits = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:6]
     varied = [name for name, _ in recipes[0].varied] or ["seeds"]
     name = "-".join([model_name(first.model.model), dataset_name(first.data), *varied])
-    return f"{re.sub(r'[^\w.-]+', '_', name)[:80]}-{digits}"
+    plain = re.sub(r"[^\w.-]+", "_", name)
+    return f"{plain[:80]}-{digits}"
 
 
 def last_line(log: Path) -> str:

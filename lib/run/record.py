@@ -52,7 +52,7 @@ LENGTH = {"num_train_epochs", "max_steps"}
 
 
 def run_name(config: TrainConfig) -> str:
-    """`--run_name`, by default made of model, data, method, what differs from the defaults, learning rate, batch size, epochs, seed."""
+    """`--run_name`, by default made of model, data, method, other settings that are not at their defaults, and the seed."""
     if config.tracking.run_name:
         return config.tracking.run_name
     training = config.training

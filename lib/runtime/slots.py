@@ -14,8 +14,8 @@ from lib.errors import UserError, first_line
 from lib.runtime.cpu.tuning import allowed_cores
 from lib.runtime.launcher import threads_are_chosen
 
-LOCKS = Path("/tmp")  # noqa: S108 - the same folder for all users, whatever their TMPDIR
-"""Where the locks of GPUs are: `gpu-UUID.lock`."""
+LOCKS = Path("/tmp")
+"""Where the locks of GPUs are, `gpu-UUID.lock`: the same folder for all users, whatever their TMPDIR."""
 
 OWN_MIB = 1024
 """MiB on a GPU that its driver and its screen may take; with more, another program computes there."""
