@@ -362,10 +362,11 @@ def test_sweep_of_real_runs_killed_at_random_equals_one_that_was_not(run, robert
         *flags[:lr],
         *flags[lr + 2 :],
     ]
-    run("sweep.py", "--name", "whole", *sweep, timeout=300)
+    threads = {"OMP_NUM_THREADS": "1"}  # the same ones for every run: sums differ by rounding with their number
+    run("sweep.py", "--name", "whole", *sweep, timeout=300, env=threads)
     (tmp_path / "outputs").rename(tmp_path / "undisturbed")
     command = [sys.executable, str(ROOT / "sweep.py"), "--name", "killed", *map(str, sweep)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | threads
     for number, sent in enumerate((signal.SIGKILL, signal.SIGTERM) * 4):
         process = subprocess.Popen(
             command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -373,7 +374,7 @@ def test_sweep_of_real_runs_killed_at_random_equals_one_that_was_not(run, robert
         time.sleep(6 + 3 * number)
         process.send_signal(sent)
         process.wait(120)
-    run("sweep.py", "--name", "killed", *sweep, timeout=300)
+    run("sweep.py", "--name", "killed", *sweep, timeout=300, env=threads)
     names = {path.name for path in (tmp_path / "undisturbed").iterdir()}
     assert names == {path.name for path in (tmp_path / "outputs").iterdir()}
     finished = [name for name in names if (tmp_path / "undisturbed" / name / "results.json").exists()]
