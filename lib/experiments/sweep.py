@@ -264,7 +264,7 @@ class Sweep:
         if not waiting:
             return
         running: list[Running] = []
-        looked = -ELSEWHERE_SECONDS
+        next_look = 0.0
         with Bar(self, jobs) as bar, interruptible() as stop:
             bar.show(len(jobs) - len(waiting))
             while waiting or running:
@@ -272,18 +272,22 @@ class Sweep:
                     running.remove(ended)
                     slots.give_back(ended.slot)
                     ended.claim.release()
-                    self.note(ended, waiting, bar, bool(stop.is_set()))
+                    self.note(ended, waiting, bar)
+                    next_look = 0.0
                 if stop.is_set():
-                    for one in running:
-                        one.stop()
                     if not running:
                         raise Stopped("the sweep was stopped, its runs are")
-                elif waiting and time.monotonic() - looked > (ELSEWHERE_SECONDS if running or bar.idle else 0):
-                    started = self.start_some(waiting, running, slots, bar)
-                    looked = -ELSEWHERE_SECONDS if started else time.monotonic()
-                stop.wait(POLL_SECONDS) if not stop.is_set() else time.sleep(POLL_SECONDS)
+                    for one in running:
+                        one.stop()
+                    time.sleep(POLL_SECONDS)
+                    continue
+                if waiting and time.monotonic() >= next_look and not self.start_one(waiting, running, slots, bar):
+                    next_look = time.monotonic() + ELSEWHERE_SECONDS
+                    if not running:
+                        bar.waits()
+                stop.wait(POLL_SECONDS)
 
-    def start_some(self, waiting: list[Job], running: list["Running"], slots: Slots, bar: "Bar") -> bool:
+    def start_one(self, waiting: list[Job], running: list["Running"], slots: Slots, bar: "Bar") -> bool:
         """Start the first waiting job that nobody has, if there is a place for it; whether one was started or found done."""
         for job in list(waiting):
             if job.is_done:  # by another machine
@@ -312,14 +316,14 @@ class Sweep:
             return None
         return lock
 
-    def note(self, ended: "Running", waiting: list[Job], bar: "Bar", stopping: bool) -> None:
+    def note(self, ended: "Running", waiting: list[Job], bar: "Bar") -> None:
         """Note how a run ended: done, stopped, taken over by another machine, or failed."""
         job, code = ended.job, ended.process.returncode
         if job.is_done:
             bar.done(job)
-        elif not stopping and code == EXIT_RESUME and not ended.stopped:
-            waiting.append(job)  # somebody else stopped it
-        elif not stopping and not ended.stopped:
+        elif ended.stopped or code == EXIT_RESUME:
+            waiting.append(job)  # by this sweep, or by somebody else
+        else:
             with contextlib.suppress(UserError):
                 check_free(job.run.folder)
                 self.failed[job.run] = last_line(self.log_of(job.run)) or f"exit code {code}"
@@ -362,7 +366,7 @@ class Bar:
     """Progress over the runs of a stage, with the best so far: a bar on a terminal, a line for each run elsewhere."""
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
-        self.sweep, self.jobs, self.idle = sweep, jobs, False
+        self.sweep, self.jobs, self.said = sweep, jobs, False
         self.bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Bar":
@@ -387,6 +391,12 @@ class Bar:
     def failed(self, job: Job, why: str) -> None:
         self.bar.update()
         self.write(f"[{self.count()}/{len(self.jobs)}] {job.run} failed: {why}; see {self.sweep.log_of(job.run)}")
+
+    def waits(self) -> None:
+        """Say once that there is no place for a run now, or that another machine has what is left."""
+        if not self.said:
+            self.write("waiting: every GPU is in use, or other machines train what is left")
+        self.said = True
 
     def count(self) -> int:
         return sum(job.is_done or job.run in self.sweep.failed for job in self.jobs)
