@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
 from lib.runtime.startup import quiet_libraries, run_script  # imports the heavy libraries, without what is not used
 
 # isort: split
+from lib.experiments.out_of_fold import write_out_of_fold
 from lib.experiments.sweep import Sweep
 from lib.experiments.sweep_report import write_report
 from lib.runtime.slots import find_slots
@@ -39,6 +40,8 @@ def main(config: SweepConfig) -> None:
     for stage in sweep.stages():
         sweep.run(stage, slots)
         write_report(sweep)
+    for line in write_out_of_fold(sweep):
+        print(line)
     print(write_report(sweep))
 
 

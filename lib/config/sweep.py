@@ -20,6 +20,7 @@ OWN_FLAGS = {
     "--run_name": "nothing: each run has a name of its own",
     "--pause_at_step": "--halving",
     "--score_test": "--finalists",
+    "--fold": "--folds",
 }
 """Flags of train.py that a sweep sets itself, and what to give instead."""
 
@@ -44,6 +45,9 @@ class SweepConfig:
     """Number of recipes that --search draws."""
     search_seed: Annotated[int, SEED] = 0
     """Seed of the recipes that --search draws. More --trials keep those that were drawn before."""
+    folds: Annotated[int | None, Within("[2, 1000]")] = None
+    """Cross-validation of one recipe: n runs, each of which leaves out another n-th of the training data and predicts it.
+    The predictions of all rows are collected, with the labels that they contradict."""
     halving: Annotated[int | None, Within("[2, 100]")] = None
     """With --search or --finalists: pause the runs early, and go on with the best 1/n of them only, time and again."""
     finalists: Annotated[int | None, COUNT] = None
@@ -71,6 +75,9 @@ class SweepConfig:
                 require(
                     bool(re.fullmatch(r"\w[\w-]*=\S.*", item)), f"{flag} takes option=values, got {shorten(item)!r}"
                 )
+        require(
+            not (self.folds and (self.grid or self.search)), "--folds is for one recipe; leave --grid and --search out"
+        )
         chosen = self.search or (self.finalists and self.grid)
         require(
             self.halving is None or bool(chosen),
@@ -96,14 +103,14 @@ class Recipe:
     shared: tuple[str, ...]
     varied: tuple[tuple[str, str], ...] = ()
 
-    def flags(self, seed: int, score_test: bool = True) -> list[str]:
-        """The flags of train.py for a run of this recipe."""
+    def flags(self, seed: int, *more: str) -> list[str]:
+        """The flags of train.py for a run of this recipe, with `more`."""
         varied = [part for name, value in self.varied for part in (f"--{name}", value)]
-        return [*self.shared, *varied, "--seed", str(seed), *([] if score_test else ["--score_test", "False"])]
+        return [*self.shared, *varied, "--seed", str(seed), *more]
 
-    def config(self, seed: int, score_test: bool = True) -> TrainConfig:
+    def config(self, seed: int, *more: str) -> TrainConfig:
         """The options of such a run. Raises UserError if train.py would not take them."""
-        return parse(TrainConfig, self.flags(seed, score_test))
+        return parse(TrainConfig, self.flags(seed, *more))
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in self.varied) or "as given"

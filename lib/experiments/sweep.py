@@ -56,21 +56,26 @@ class PlannedRun:
     recipe: Recipe
     seed: int
     score_test: bool = True
+    fold: str | None = None
+
+    @property
+    def more(self) -> list[str]:
+        return [*([] if self.score_test else ["--score_test", "False"]), *(["--fold", self.fold] if self.fold else [])]
 
     @property
     def flags(self) -> list[str]:
-        return self.recipe.flags(self.seed, self.score_test)
+        return self.recipe.flags(self.seed, *self.more)
 
     @property
     def config(self) -> TrainConfig:
-        return self.recipe.config(self.seed, self.score_test)
+        return self.recipe.config(self.seed, *self.more)
 
     @property
     def folder(self) -> Path:
         return run_folder(self.config)
 
     def __str__(self) -> str:
-        return f"{self.recipe} seed={self.seed}"
+        return f"{self.recipe} seed={self.seed}" + (f" fold={self.fold}" if self.fold else "")
 
     def results(self) -> dict[str, Any] | None:
         """results.json of the finished run; None before. Raises UserError if the folder holds a run with other settings."""
@@ -181,8 +186,10 @@ class Sweep:
         """
         count = self.config.chooses
         if count is None:
+            total, seeds = self.config.folds, range(self.config.seeds)
+            folds = [f"{number + 1}/{total}" for number in range(total)] if total else [None]
             yield self.planned(
-                [PlannedRun(recipe, seed) for recipe in self.recipes for seed in range(self.config.seeds)]
+                [PlannedRun(r, seed, fold=fold) for r in self.recipes for seed in seeds for fold in folds]
             )
             return
         trials = self.planned([PlannedRun(recipe, 0, score_test=False) for recipe in self.recipes])
