@@ -52,7 +52,7 @@ bench: $(READY)
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,peft,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,peft,cleanlab,dev]"
 	@touch $(READY)
 
 clean:

@@ -9,7 +9,7 @@
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
-from lib.data.catalog import data_needs
+from lib.data.catalog import ROLES, data_needs
 from lib.hub.fetch import fetch
 from lib.hub.needs import model_needs
 from lib.runtime.signals import watch_signals
@@ -55,7 +55,7 @@ def main(config: TrainConfig) -> None:
     # Data: the first process tokenizes, the others read its cache.
     tokenizer = load_tokenizer(config.model, config.adapter.virtual_tokens)
     with accelerator.main_process_first():
-        data = load_data(config.data, tokenizer)
+        data = load_data(config.data, tokenizer, ROLES if config.training.score_test else ROLES[:2])
     if run.is_finished(data):
         return
     metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)

@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 
 LIB, TESTS = ROOT / "lib", ROOT / "tests"
 MODULES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
-SCRIPTS = [ROOT / name for name in ("train.py", "eval.py", "predict.py", "hub.py", "compare.py")]
+SCRIPTS = [ROOT / name for name in ("train.py", "eval.py", "predict.py", "hub.py", "compare.py", "sweep.py")]
 WINGS = {path.parent.name for path in LIB.glob("*/__init__.py")}
 
 READ_BY_ROLE = {"train_file", "validation_file", "test_file"}

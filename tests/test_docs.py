@@ -16,12 +16,16 @@ from lib.config.compare import CompareConfig
 from lib.config.eval import EvalConfig
 from lib.config.hub import COMMANDS as HUB_COMMANDS
 from lib.config.predict import PredictConfig
+from lib.config.sweep import SweepConfig
 from lib.config.train import TrainConfig
 from tests.conftest import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 TRANSLATIONS = [("README.md", "README.zh.md"), ("docs/note.md", "docs/note.zh.md")]
-SCRIPTS = {"train.py": TrainConfig, "eval.py": EvalConfig, "predict.py": PredictConfig, "compare.py": CompareConfig}
+SCRIPTS = {
+    **{"train.py": TrainConfig, "eval.py": EvalConfig, "predict.py": PredictConfig},
+    **{"compare.py": CompareConfig, "sweep.py": SweepConfig},
+}
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FOLDERS = "lib|tests|benchmarks|recipes|accelerate_configs|docs"
 OF_OTHER_PROGRAMS = {
@@ -61,7 +65,7 @@ def commands(page: str) -> list[str]:
 
 def script_and_flags(command: str) -> tuple[str, list[str]]:
     """The script that a command runs and what follows it; an empty name where it runs none."""
-    found = re.search(r"(?:^|[ ])((?:train|eval|predict|hub|compare)\.py)(?: ([^|]*))?(?:$|\|)", command)
+    found = re.search(r"(?:^|[ ])((?:train|eval|predict|hub|compare|sweep)\.py)(?: ([^|]*))?(?:$|\|)", command)
     return (found[1], shlex.split(found[2] or "")) if found else ("", [])
 
 

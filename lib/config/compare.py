@@ -17,7 +17,7 @@ class CompareConfig:
     """
 
     runs: tyro.conf.Positional[Annotated[tuple[str, ...], INPUT_PATH]] = ()
-    """Folders of runs, folders that hold runs, or quoted patterns such as 'outputs/minilm-*'."""
+    """Folders of runs, folders that hold runs, folders of sweeps, or quoted patterns such as 'outputs/minilm-*'."""
     split: Annotated[str, tyro.conf.arg(metavar="STR"), OUTPUT_NAME] = "test"
     """Split whose predictions are compared; `eval.py --run RUN --split SPLIT` makes those that are missing."""
     metrics: tuple[str, ...] | None = None

@@ -8,7 +8,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from lib.config.limits import COUNT, INPUT_NAME, INPUT_PATH, NUMBER, WORKERS, Within, check_settings, check_values
+from lib.config.limits import (
+    COUNT,
+    INPUT_NAME,
+    INPUT_PATH,
+    NUMBER,
+    WORKERS,
+    Within,
+    check_settings,
+    check_values,
+    shorten,
+)
 from lib.errors import require
 
 CLASSIFICATION = "single_label_classification"
@@ -186,12 +196,20 @@ class DataConfig:
     """Train on a fixed random subset of n samples, for a quick try."""
     max_eval_samples: Annotated[int | None, COUNT] = None
     """Use a fixed random subset of n samples of every other split, for a quick try."""
+    fold: str | None = None
+    """`2/5`: leave the second of five parts of the training data out, and score it in place of the test split."""
     preprocessing_num_workers: Annotated[int | None, WORKERS] = None
     """Number of processes for a tokenizer written in Python. [default: 1; fast tokenizers use all cores without it]"""
 
     def __post_init__(self) -> None:
         check_values(self)
         check_encoding(self.encoding)
+        number, _, total = (self.fold or "1/2").partition("/")
+        known = number.isascii() and total.isascii() and number.isdecimal() and total.isdecimal()
+        known = known and 2 <= int(total) <= 1000 and 1 <= int(number) <= int(total)
+        require(
+            known, f"--fold takes the number of a part and how many there are, such as 2/5; got {shorten(self.fold)!r}"
+        )
         files = [name for name in ("train_file", "validation_file", "test_file") if getattr(self, name) is not None]
         if files:
             require(self.dataset is None, f"--dataset and --{files[0]} exclude each other; give one of them")

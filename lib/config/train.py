@@ -139,8 +139,13 @@ class TrainingConfig:
     """Resume even if settings that affect the result have changed."""
     max_minutes: Annotated[float | None, Within("(0, 10000000]")] = None
     """Save a checkpoint and stop with exit code 75 this many minutes after the start of the process."""
+    pause_at_step: Annotated[int | None, COUNT] = None
+    """Save a checkpoint and stop with exit code 75 after this step, its evaluation included. Without it, the run goes on as
+    if it had never stopped: the schedule is that of the whole run."""
     ddp_timeout: Annotated[float, Within("(0, 1000000000]")] = 600.0
     """Seconds without progress in training after which the run stops and names the process that hangs."""
+    score_test: bool = True
+    """Score the best model on the test split at the end. False: the test split is not read, and validation is scored."""
     dataloader_num_workers: Annotated[int, Within("[0, 512]")] = 0
     """Number of processes that prepare batches. 0: the training process does it itself."""
     no_cache_features: bool = False

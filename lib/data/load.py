@@ -16,7 +16,7 @@ from datasets.utils import tqdm
 
 from lib.config.sections import CLASSIFICATION, REGRESSION, DataConfig
 from lib.data.batching import count_windows, permutation
-from lib.data.catalog import ROLES, catalog_entry, dataset_name
+from lib.data.catalog import ROLES, catalog_entry, dataset_name, own_files
 from lib.data.columns import check_columns, choose_splits, find_columns
 from lib.data.labels.problem_types import encode_targets, find_problem
 from lib.data.labels.targets import as_arrow
@@ -128,6 +128,8 @@ def load_data(
 
     Raises UserError for whatever is wrong with files, columns, labels or names.
     """
+    if (config.fold or "test" not in splits) and own_files(config).keys() > {"test"}:
+        config = dataclasses.replace(config, test_file=None)  # not read at all
     identity, trained = data_identity(config), label_names is not None
     asked = Asked(tuple(splits), label_names, model_problem, trained_on)
     windows = stored_windows(tokenizer) if trained else None
@@ -151,7 +153,8 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
     entry = catalog_entry(config)
     if entry and splits == ROLES:
         splits = (*splits, *entry.further_validation)
-    raw, unused = choose_splits(raw, config, splits)
+    # A fold is a part of what is left of train after validation.
+    raw, unused = choose_splits(raw, config, ROLES[:2] if config.fold else splits)
     notes += unused
     check_columns(raw, text_columns, label_columns)
     order = config.label_order or ()
@@ -162,7 +165,7 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
         for split, labels in targets.labels.items()
     }
     notes += found + targets.notes
-    if "train" in labeled and "validation" in splits and "validation" not in labeled:
+    if "train" in labeled and (config.fold or "validation" in splits) and "validation" not in labeled:
         train = labeled["train"]
         held_out = hold_out_validation(train.labels, problem)
         labeled |= {"train": train.take(np.flatnonzero(~held_out)), "validation": train.take(np.flatnonzero(held_out))}
@@ -171,6 +174,14 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
     for split in labeled:
         chosen = subsample(len(labeled[split]), split, config)
         labeled[split] = labeled[split] if chosen is None else labeled[split].take(chosen)
+    if config.fold:
+        number, total = map(int, config.fold.split("/"))
+        train = labeled["train"]
+        left_out = assign_folds(train.labels, problem, total) == number - 1
+        labeled |= {"train": train.take(np.flatnonzero(~left_out)), "test": train.take(np.flatnonzero(left_out))}
+        notes += (
+            f"fold {config.fold}: {left_out.sum():,} of {len(left_out):,} training samples are left out, and scored as test",
+        )
     labeled = {split: labeled[split] for split in splits if split in labeled}
     for split, rows in labeled.items():
         write_table(folder / f"texts-{split}.arrow", rows.dataset.features, rows.texts())
@@ -277,9 +288,7 @@ def hold_out_validation(labels: np.ndarray, problem: str) -> np.ndarray:
     Of numbers, every tenth in sorted order; of multi-label rows, every tenth of each set of labels. The only sample of a
     class, or of a set, stays in train. Raises UserError when nothing is left to hold out.
     """
-    kinds = labels if problem == REGRESSION else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
-    order = permutation(len(labels), 0)
-    order = order[np.argsort(kinds[order], kind="stable")]
+    kinds, order = by_label(labels, problem)
     if problem != REGRESSION:
         order = order[np.bincount(kinds)[kinds[order]] > 1]
     if len(order) < 2:
@@ -290,6 +299,26 @@ def hold_out_validation(labels: np.ndarray, problem: str) -> np.ndarray:
     held_out = np.zeros(len(labels), dtype=bool)
     held_out[order[min(5, len(order) - 1) :: 10]] = True
     return held_out
+
+
+def assign_folds(labels: np.ndarray, problem: str, total: int) -> np.ndarray:
+    """int64 (rows,): the fold of each row, 0 to `total` - 1, with every class in all folds as far as it has rows.
+
+    The same for all seeds. Raises UserError if there are fewer rows than folds.
+    """
+    if len(labels) < total:
+        raise UserError(f"--fold of {total}: the train split has {len(labels)} rows only")
+    _, order = by_label(labels, problem)
+    folds = np.empty(len(labels), dtype=np.int64)
+    folds[order] = np.arange(len(labels)) % total
+    return folds
+
+
+def by_label(labels: np.ndarray, problem: str) -> tuple[np.ndarray, np.ndarray]:
+    """What is stratified by, and the rows in an order of it that is random within equal ones: both (rows,)."""
+    kinds = labels if problem == REGRESSION else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
+    order = permutation(len(labels), 0)
+    return kinds, order[np.argsort(kinds[order], kind="stable")]
 
 
 def subsample(total: int, split: str, config: DataConfig) -> np.ndarray | None:

@@ -95,9 +95,23 @@ def find_runs(argument: str) -> list[Path]:
     paths = [Path(argument)] if Path(argument).is_dir() else [Path(path) for path in sorted(glob.glob(argument))]
     found = []
     for path in paths:
+        if (path / "sweep.yaml").is_file():
+            found += runs_of_sweep(path)
+            continue
         inside = sorted(config.parent for config in path.glob("*/config.yaml"))
         found += [path] if (path / "config.yaml").is_file() else inside
     require(bool(found), f"{argument}: no folder of a run there (one with config.yaml)")
+    return found
+
+
+def runs_of_sweep(folder: Path) -> list[Path]:
+    """The finished runs of a sweep but those that were only compared on validation. Raises UserError if there is none."""
+    lines = folder / "runs.jsonl"
+    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.is_file() else []
+    found = [
+        Path(r["folder"]) for r in records if r["status"] == "finished" and any(key.startswith("test/") for key in r)
+    ]
+    require(bool(found), f"{folder}: no run of this sweep was scored on test yet; start its sweep.py command again")
     return found
 
 

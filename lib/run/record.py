@@ -37,7 +37,8 @@ HARMLESS = {
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
     *("no_cache_features", "feature_cache_gib", "cpu_kernels"),
-    *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "ddp_timeout"),
+    *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "pause_at_step"),
+    "ddp_timeout",
 }
 """Settings that do not change the result: a run may be resumed with others."""
 
@@ -55,7 +56,7 @@ LENGTH = {"num_train_epochs", "max_steps"}
 
 
 def run_name(config: TrainConfig) -> str:
-    """`--run_name`, by default made of model, data, method, learning rate, batch size, epochs and seed."""
+    """`--run_name`, by default made of model, data, method, other settings that are not at their defaults, and the seed."""
     if config.tracking.run_name:
         return config.tracking.run_name
     training = config.training
@@ -69,6 +70,7 @@ def run_name(config: TrainConfig) -> str:
         parts += [adapter.adapter_placement if adapter.adapter == "bottleneck" else adapter.adapter]
     parts += [config.objective.loss] if config.objective.loss != "cross_entropy" else []
     parts += ["weighted"] if config.objective.class_weights else []
+    parts += unusual(config)
     parts += [f"lr{config.optim.learning_rate:g}", f"bs{training.train_batch_size}", length, f"s{training.seed}"]
     name = "".join("_" if is_hidden(character) else character for character in "-".join(parts))
     if len(name.encode()) <= OUTPUT_NAME.limit:
@@ -77,6 +79,42 @@ def run_name(config: TrainConfig) -> str:
     end = "-".join(parts[-4:])[-100:]
     start = name.encode()[: OUTPUT_NAME.limit - len(end.encode()) - 10].decode(errors="ignore")
     return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}-{end}"
+
+
+NAMED = {
+    *("model", "config_overrides", "from_scratch", "freeze", "adapter", "adapter_placement", "loss", "class_weights"),
+    *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "seed", "metrics"),
+    *("dataset", "dataset_config", "train_file", "validation_file", "test_file", "encoding", "text_columns"),
+    *("label_column", "label_columns", "label_order", "problem_type", "allow_pickle", "trust_remote_code", "source"),
+}
+"""Settings that a run's name holds in another form, or that say where and how the data are read."""
+
+LONGEST_PARTS = 60
+"""Characters of the other settings in a run's name; digits stand for what is longer."""
+
+
+def unusual(config: TrainConfig) -> list[str]:
+    """The other settings that change the result and are not at their defaults, as parts of a name: `warmup_steps0.1`."""
+    usual, parts = flatten(TrainConfig()), []
+    for name, value in flatten(config).items():
+        if name in NAMED or name in HARMLESS or value == usual[name]:
+            continue
+        shown = (
+            "+".join(map(str, value))
+            if isinstance(value, tuple)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        shown = "" if value is True else re.sub(r"[^\w.+]+", "_", shown)
+        parts.append(f"no_{name}" if value is False else f"{name}_{shown}" if shown[:1].isalpha() else f"{name}{shown}")
+    text = "-".join(parts)
+    if len(text) <= LONGEST_PARTS:
+        return parts
+    return [
+        text[:LONGEST_PARTS].rpartition("-")[0] or text[:LONGEST_PARTS],
+        hashlib.sha256(text.encode()).hexdigest()[:6],
+    ]
 
 
 def run_folder(config: TrainConfig) -> Path:

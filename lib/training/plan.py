@@ -13,6 +13,7 @@ from lib.data.load import Data
 from lib.data.loader import Batches, Share, StepBatch
 from lib.errors import UserError
 from lib.evaluation.scores import Metrics
+from lib.runtime.signals import Stopped
 from lib.training.state import State
 
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
@@ -83,10 +84,14 @@ class Plan:
     def steps(self, batches: Batches, state: State) -> Iterator[StepBatch | None]:
         """This process's share of each step until training is finished.
 
-        None comes first if the run was stopped between a step and its logging, evaluation and saving.
+        None comes first if the run was stopped between a step and its logging, evaluation and saving. Raises Stopped after
+        the step of `--pause_at_step`.
         """
         step_batches = self.step_batches(batches, state.step)
+        pause = self.config.pause_at_step
         while not self.is_finished(state):
+            if pause is not None and state.step >= pause and not state.pending:
+                raise Stopped(f"--pause_at_step {pause}")
             yield None if state.pending else next(step_batches)
 
     def is_finished(self, state: State) -> bool:

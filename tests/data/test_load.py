@@ -459,3 +459,33 @@ def test_shared_texts_are_counted_exactly(columns: int, monkeypatch: pytest.Monk
         names = ["one", "two"][:columns]
         tables = [Dataset.from_dict(dict(zip(names, zip(*part, strict=True), strict=True))) for part in rows]
         assert count_shared(*tables) == sum(row in set(rows[1]) for row in rows[0])
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_each_row_is_left_out_by_one_fold_and_none_is_both_trained_on_and_scored(load, tmp_path, validation):
+    files = {"train_file": write_csv(tmp_path / "train.csv", sentences(61)), "test_file": tmp_path / "unread.csv"}
+    if validation:
+        files["validation_file"] = write_csv(tmp_path / "dev.csv", sentences(9, 1))
+    whole = load(splits=("train", "validation"), **files)
+    rows, left_out = sorted(whole.texts["train"]["text"]), []
+    for number in (1, 2, 3, 4):
+        part = load(fold=f"{number}/4", **files)
+        assert sorted([*part.texts["train"]["text"], *part.texts["test"]["text"]]) == rows
+        assert list(part.texts["validation"]["text"]) == list(whole.texts["validation"]["text"])
+        assert set(np.bincount(part.labels("test"))) <= {4, 5, 6}  # of three classes
+        only = load(fold=f"{number}/4", splits=("test",), label_names=part.label_names, **files)
+        assert list(only.texts["test"]["text"]) == list(part.texts["test"]["text"])
+        left_out += part.texts["test"]["text"]
+    assert sorted(left_out) == rows
+
+
+@pytest.mark.parametrize("fold", ["0/5", "6/5", "1/1", "2", "a/b", "²/5", "1/5/2"])
+def test_fold_that_cannot_be_is_refused(fold):
+    with pytest.raises(UserError, match="--fold"):
+        DataConfig(fold=fold)
+
+
+def test_more_folds_than_rows_are_refused(load, tmp_path):
+    files = {split: write_csv(tmp_path / f"{split}.csv", sentences(6)) for split in ("train_file", "validation_file")}
+    with pytest.raises(UserError, match="6 rows"):
+        load(fold="1/7", **files)

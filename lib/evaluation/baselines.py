@@ -1,0 +1,152 @@
+"""What simple methods score on the same split: the most frequent answer, and logistic regression on words.
+
+A model that does not beat them is not worth its time. They take seconds, once for each data set.
+"""
+
+import contextlib
+import hashlib
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.data.batching import permutation
+from lib.data.load import Data
+from lib.evaluation.predictions import Predictions
+from lib.evaluation.report import row_texts
+from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, compute_metrics
+from lib.evaluation.tables import format_table
+from lib.hub.endpoint import datasets_cache
+from lib.runtime.atomic import finite, write_atomically
+
+MAJORITY, TFIDF = "most frequent answer", "TF-IDF + logistic regression"
+
+MOST_ROWS = 20_000
+"""Training rows that TF-IDF learns from; of more, as many are drawn."""
+
+MOST_OUTPUTS = 100
+"""For more classes or labels there is no logistic regression: it would take minutes."""
+
+STRENGTHS = (1.0, 4.0, 16.0)
+"""Inverse strengths of regularization, of which validation chooses one."""
+
+VERSION = 1
+
+
+def find_baselines(data: Data, split: str, metrics: Metrics) -> dict[str, dict[str, float]]:
+    """The scores of simple methods on a split, by method and metric; computed once for a data set, then read from disk.
+
+    They learn from the train split, and what they choose they choose on validation.
+    """
+    asked = [data.fingerprint(), split, metrics.names, metrics.best, VERSION]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
+    path = datasets_cache() / "baselines" / f"{key}.json"
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {metric: float(value) for metric, value in scores.items()} for name, scores in found.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn: a label that all rows have, a fit that could go on
+        scores = {MAJORITY: score(most_frequent(data, split), metrics)}
+        if len(data.label_names) <= MOST_OUTPUTS:
+            scores[TFIDF] = score(words_regression(data, split, metrics), metrics)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run some seconds
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(finite(scores)))
+    return scores
+
+
+def score(predictions: Predictions, metrics: Metrics) -> dict[str, float]:
+    found = compute_metrics(predictions, metrics.names)
+    del found["loss"]  # of a method that does not minimize it
+    return found
+
+
+def most_frequent(data: Data, split: str) -> Predictions:
+    """The most frequent class, the labels that most rows have, or the mean of the numbers, for every row."""
+    train, gold = data.labels("train"), data.labels(split)
+    if data.problem_type == REGRESSION:
+        answer = np.array([train.mean()])
+    elif data.problem_type == MULTI_LABEL:
+        answer = log_odds(train.mean(axis=0))
+    else:
+        answer = np.bincount(train, minlength=len(data.label_names)).astype(np.float64)
+    return predictions_of(np.tile(answer, (len(gold), 1)), gold, data.problem_type)
+
+
+def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
+    """Logistic regression, or ridge regression of numbers, on TF-IDF of words and pairs of words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.multiclass import OneVsRestClassifier
+
+    rows = np.sort(permutation(len(data.texts["train"]), 0)[:MOST_ROWS])
+    texts, labels = plain_texts(data, "train", rows), data.labels("train")[rows]
+    between = sum(" " in text.strip() for text in texts) * 2 > len(texts)
+    units: dict[str, Any] = {"ngram_range": (1, 2)} if between else {"analyzer": "char", "ngram_range": (1, 3)}
+    vectorizer = TfidfVectorizer(min_df=1 if len(texts) < 1000 else 2, sublinear_tf=True, **units)
+    try:
+        vectors = vectorizer.fit_transform(texts)
+    except ValueError:  # no word in any text
+        return most_frequent(data, split)
+    seen = np.unique(labels) if data.problem_type == CLASSIFICATION else None
+    if seen is not None and len(seen) == 1:
+        return most_frequent(data, split)
+
+    def outputs(model: Any, part: str) -> Predictions:
+        given = vectorizer.transform(plain_texts(data, part))
+        if data.problem_type == REGRESSION:
+            found = model.predict(given)[:, None]
+        elif data.problem_type == MULTI_LABEL:
+            found = log_odds(model.predict_proba(given))
+        else:
+            found = np.full((given.shape[0], len(data.label_names)), -1e4)
+            found[:, seen] = np.log(np.clip(model.predict_proba(given), 1e-12, None))
+        return predictions_of(found, data.labels(part), data.problem_type)
+
+    models = []
+    for strength in STRENGTHS:
+        # One class against the rest, by liblinear: a fifth of the time of all at once, and as good.
+        model: Any = OneVsRestClassifier(LogisticRegression(C=strength, solver="liblinear"))
+        if data.problem_type == REGRESSION:
+            model = Ridge(alpha=1 / strength)
+        models.append(model.fit(vectors, labels.astype(np.float64 if data.problem_type == REGRESSION else np.int64)))
+    name = metrics.names[0] if metrics.best == "loss" else metrics.best
+    sign = -1 if name in LOWER_IS_BETTER else 1
+    values = [sign * np.nan_to_num(compute_metrics(outputs(m, "validation"), [name])[name], nan=-1e9) for m in models]
+    return outputs(models[int(np.argmax(values))], split)
+
+
+def plain_texts(data: Data, split: str, rows: np.ndarray | None = None) -> list[str]:
+    """The text of each row; of a pair, both in one."""
+    texts = data.texts[split] if rows is None else data.texts[split].select(rows)
+    return [" ".join(text) if isinstance(text, list) else text for text in row_texts(texts)]
+
+
+def log_odds(probabilities: np.ndarray) -> np.ndarray:
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-6, 1 - 1e-6)
+    return np.log(clipped / (1 - clipped))
+
+
+def predictions_of(outputs: np.ndarray, labels: np.ndarray, problem_type: str) -> Predictions:
+    gold = labels if problem_type == REGRESSION else labels.astype(np.int64)
+    losses = np.zeros(len(gold), dtype=np.float32)
+    return Predictions(outputs.astype(np.float32), gold, losses, problem_type=problem_type)
+
+
+def format_baselines(baselines: dict[str, dict[str, float]], scores: dict[str, float], metrics: Metrics) -> str:
+    """A table of the model beside the baselines, and a warning if one of them is better."""
+    names = [name for name in metrics.names if name in scores]
+    rows = [["simple methods on the same split", *names]]
+    for method, found in [("this model", scores), *baselines.items()]:
+        rows.append([method, *(f"{found[name]:.4f}" if name in found else "" for name in names)])
+    chosen = names[0] if metrics.best == "loss" or metrics.best not in names else metrics.best
+    sign = -1 if chosen in LOWER_IS_BETTER else 1
+    better = [method for method, found in baselines.items() if sign * found.get(chosen, np.nan) > sign * scores[chosen]]
+    notes = [
+        f"warning: {method} has a better {chosen} than this model. Train longer, with another learning rate, or more layers; "
+        "or use the simple method."
+        for method in better
+    ]
+    return "\n".join([format_table(rows), *notes])

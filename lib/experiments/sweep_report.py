@@ -1,0 +1,232 @@
+"""What came out of a sweep: a table, a picture, and both as numbers for other programs."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lib.evaluation.fonts import find_fonts, plain_text
+from lib.evaluation.scores import LOWER_IS_BETTER
+from lib.evaluation.tables import format_table
+from lib.experiments.sweep import PlannedRun, Sweep
+from lib.runtime.atomic import finite, write_atomically
+
+SIZES = "max_train_samples"
+"""A grid over it is a learning curve."""
+MOST_CURVES = 12
+
+
+def write_report(sweep: Sweep) -> str:
+    """Write runs.jsonl, results.json, table.md and curves.png of what is known so far; returns what is to be printed.
+
+    The last line is results.json.
+    """
+    records = [describe(sweep, run) for run in sweep.runs]
+    groups = group_records(sweep, records)
+    results: dict[str, Any] = {"metric": f"eval/{sweep.metric}", "runs": len(records)}
+    results |= {
+        status: sum(r["status"] == status for r in records) for status in ("finished", "paused", "failed", "missing")
+    }
+    ranked = rank(groups, sweep.metric)
+    results |= {"best": ranked[0]["settings"] if ranked else None, "recipes": groups}
+    curve = learning_curve(groups)
+    if curve is not None:
+        results["learning_curve"] = curve
+    text = format_sweep(sweep, ranked, curve)
+    lines = "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
+    write_atomically(sweep.folder / "runs.jsonl", lines)
+    write_atomically(sweep.folder / "table.md", f"```\n{text}\n```\n")
+    write_atomically(sweep.folder / "results.json", json.dumps(finite(results), indent=2, ensure_ascii=False) + "\n")
+    draw_curves(sweep, ranked, curve)
+    notes = [f"{record['run']} failed: {record['error']}" for record in records if record["status"] == "failed"]
+    where = f"written to {sweep.folder}: table.md, results.json, runs.jsonl, curves.png"
+    short = {key: value for key, value in results.items() if key != "recipes"}
+    return "\n".join([text, "", *notes, where, json.dumps(finite(short), ensure_ascii=False)])
+
+
+def describe(sweep: Sweep, run: PlannedRun) -> dict[str, Any]:
+    """One run as a line of runs.jsonl: its settings, how far it is, and its scores."""
+    results, score = run.results(), run.score(sweep.metric)
+    record: dict[str, Any] = {
+        "run": run.folder.name,
+        "folder": str(run.folder),
+        "settings": dict(run.recipe.varied),
+        "seed": run.seed,
+        "status": "finished" if results else "failed" if run in sweep.failed else "paused" if run.step() else "missing",
+        "step": results["steps"] if results else run.step(),
+        f"eval/{sweep.metric}": score,
+    }
+    if results:
+        record |= {key: value for key, value in results.items() if key.startswith(("test/", "run/data_fingerprint"))}
+        record["train_seconds"] = results["train_seconds"]
+    return record | ({"error": sweep.failed[run]} if run in sweep.failed else {})
+
+
+def group_records(sweep: Sweep, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs by recipe and stage, with mean and standard deviation of their scores over the seeds."""
+    groups = []
+    for stage, score_test in (("trials", False), ("finalists", True)) if sweep.config.chooses else (("runs", True),):
+        for recipe in sweep.recipes:
+            pairs = zip(sweep.runs, records, strict=True)
+            members = [record for run, record in pairs if run.recipe == recipe and run.score_test == score_test]
+            if members:
+                done = [record for record in members if record["status"] == "finished" or stage == "trials"]
+                columns = [
+                    f"eval/{sweep.metric}",
+                    *(key for key in dict.fromkeys(k for r in done for k in r) if key.startswith("test/")),
+                ]
+                groups.append(
+                    {"stage": stage, "settings": dict(recipe.varied), "seeds": [record["seed"] for record in done]}
+                    | {
+                        "folders": [record["folder"] for record in done],
+                        "step": max((r["step"] for r in done), default=0),
+                    }
+                    | {
+                        column: spread([r[column] for r in done if isinstance(r.get(column), int | float)])
+                        for column in columns
+                    }
+                )
+    return groups
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation, and how many values there are."""
+    if not values:
+        return {"mean": None, "deviation": None, "n": 0}
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "deviation": deviation, "n": len(values)}
+
+
+def rank(groups: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The groups, the best by validation first: finalists before trials, and trials that went further before paused ones."""
+    sign, key = (1 if metric in LOWER_IS_BETTER else -1), f"eval/{metric}"
+    known = [group for group in groups if group[key]["n"]]
+    later = {"finalists": 0, "runs": 0, "trials": 1}
+    return sorted(
+        known,
+        key=lambda group: (
+            later[group["stage"]],
+            -group["step"] * (group["stage"] == "trials"),
+            sign * group[key]["mean"],
+        ),
+    )
+
+
+def format_sweep(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str, Any] | None) -> str:
+    """The table: a row for each recipe, the best first."""
+    shown, chooses = f"eval/{sweep.metric}", sweep.config.chooses is not None
+    tests = list(
+        dict.fromkeys(key for group in ranked for key in group if key.startswith("test/") and key != "test/loss")
+    )
+    rows = [[*(["stage"] if chooses else []), "recipe", "runs", "steps", shown, *tests]]
+    for group in ranked:
+        recipe = " ".join(f"{name}={value}" for name, value in group["settings"].items()) or "as given"
+        cells = [cell(group.get(key)) for key in (shown, *tests)]
+        rows.append(
+            [*([group["stage"]] if chooses else []), recipe, str(len(group["seeds"])), str(group["step"]), *cells]
+        )
+    lines = [format_table(rows), "mean ± standard deviation over the seeds; the best by validation first"]
+    if curve is not None:
+        lines.append(curve["sentence"])
+    return "\n".join(lines)
+
+
+def cell(score: dict[str, Any] | None) -> str:
+    if score is None or not score["n"]:
+        return ""
+    return f"{score['mean']:.4f}" + (f" ± {score['deviation']:.4f}" if score["deviation"] is not None else "")
+
+
+def learning_curve(groups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the score grows with the training data: `score = a - b * n ** -c`, fitted to means of three or more sizes.
+
+    None for a sweep that varies something else. The form is that of Cortes et al. (1993).
+    """
+    from scipy.optimize import curve_fit
+
+    points = [(int(group["settings"][SIZES]), group) for group in groups if list(group["settings"]) == [SIZES]]
+    metric = next((key for _, group in points for key in group if key.startswith("eval/")), "")
+    known = sorted((size, group[metric]["mean"]) for size, group in points if group[metric]["n"])
+    lower = metric.removeprefix("eval/") in LOWER_IS_BETTER
+    if len(known) < 3:
+        return None
+    sizes, scores = (np.array(column, dtype=np.float64) for column in zip(*known, strict=True))
+    signed = -scores if lower else scores
+
+    def power_law(n: np.ndarray, a: float, b: float, c: float) -> np.ndarray:
+        return a - b * (n / sizes[0]) ** -c
+
+    try:
+        start = (signed.max(), max(float(np.ptp(signed)), 1e-3), 0.5)
+        found, _ = curve_fit(
+            power_law, sizes, signed, p0=start, bounds=([-np.inf, 0, 0.01], [np.inf, np.inf, 2]), maxfev=20_000
+        )
+    except RuntimeError:
+        return None
+    sign, twice = (-1 if lower else 1), 2 * sizes[-1]
+    expected = sign * float(power_law(np.array([twice]), *found)[0])
+    name = metric.removeprefix("eval/")
+    sentence = (
+        f"{int(sizes[-1]):,} training samples give a validation {name} of {scores[-1]:.4f}; "
+        f"twice as many would give about {expected:.4f} (a power law through {len(sizes)} sizes)"
+    )
+    grid = np.geomspace(sizes[0], twice, 60)
+    return {
+        "sizes": sizes.astype(int).tolist(),
+        "scores": scores.tolist(),
+        "expected_at_twice": expected,
+        "fit": [grid.tolist(), (sign * power_law(grid, *found)).tolist()],
+        "sentence": sentence,
+    }
+
+
+def draw_curves(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str, Any] | None) -> None:
+    """Save curves.png: the validation score over the steps, a line for each run, a color for each of the best recipes."""
+    from matplotlib.figure import Figure
+
+    families, _ = find_fonts([sweep.folder.name, *(str(recipe) for recipe in sweep.recipes)])
+    with plain_text(families):
+        figure = Figure(figsize=(13 if curve else 8, 5), layout="constrained")
+        panels = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
+        names = list(
+            dict.fromkeys(" ".join(f"{k}={v}" for k, v in group["settings"].items()) or "as given" for group in ranked)
+        )
+        for run in sweep.runs:
+            values = run.evaluations(sweep.metric)
+            name = str(run.recipe)
+            if values and name in names[:MOST_CURVES]:
+                place = names.index(name)
+                panels[0].plot(
+                    *zip(*values, strict=True),
+                    marker=".",
+                    color=f"C{place % 10}",
+                    alpha=0.8,
+                    label=name,
+                    linestyle="-" if place < 10 else "--",
+                )
+        handles, labels = panels[0].get_legend_handles_labels()
+        unique = dict(zip(labels, handles, strict=True))
+        order = [name for name in names if name in unique]
+        if order:
+            panels[0].legend([unique[name] for name in order], order, fontsize="small")
+        more = f" (the best {MOST_CURVES} of {len(names)} recipes)" if len(names) > MOST_CURVES else ""
+        panels[0].set(xlabel="step", ylabel=f"validation {sweep.metric}", title=f"{sweep.folder.name}{more}")
+        if curve:
+            panels[1].plot(curve["sizes"], curve["scores"], "o", label="mean of the seeds")
+            panels[1].plot(*curve["fit"], label="power law")
+            panels[1].axvline(2 * curve["sizes"][-1], color="gray", linestyle=":", label="twice the data")
+            panels[1].set(xscale="log", xlabel="training samples", ylabel=f"validation {sweep.metric}")
+            panels[1].legend()
+        save_picture(figure, sweep.folder / "curves.png")
+
+
+def save_picture(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    import io
+
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_atomically(path, content.getvalue())

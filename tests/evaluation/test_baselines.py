@@ -1,0 +1,127 @@
+"""Simple methods beside a model: equal to scikit-learn's, for every problem type, computed once for a data set."""
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from sklearn.dummy import DummyClassifier
+from sklearn.metrics import accuracy_score, f1_score
+
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.data.load import Data
+from lib.evaluation import baselines
+from lib.evaluation.baselines import MAJORITY, TFIDF, find_baselines, format_baselines
+from lib.evaluation.scores import Metrics
+
+WORDS = ("dull", "plain", "bright")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "datasets_cache", lambda: tmp_path)
+    return tmp_path
+
+
+def data_of(labels, texts, problem=CLASSIFICATION, names=WORDS):
+    """Data whose splits have these labels and texts."""
+    tables = {split: Dataset.from_dict({"text": found}) for split, found in texts.items()}
+    tokens = {
+        split: Dataset.from_dict({"input_ids": [[1]] * len(found), "labels": found}) for split, found in labels.items()
+    }
+    lengths = {split: np.ones(len(found), dtype=np.int64) for split, found in labels.items()}
+    return Data("made", tables, tokens, lengths, list(names), ("text",), (), problem_type=problem)
+
+
+def reviews(problem, separator=" "):
+    """Rows whose word tells the class, the number or the labels."""
+    rng = np.random.default_rng(0)
+    labels, texts = {}, {}
+    for split, size in (("train", 120), ("validation", 40), ("test", 40)):
+        classes = rng.choice(3, size=size, p=[0.5, 0.3, 0.2])
+        texts[split] = [separator.join((WORDS[c], f"film{i % 7}", "seen")) for i, c in enumerate(classes)]
+        if problem == CLASSIFICATION:
+            labels[split] = classes.tolist()
+        elif problem == REGRESSION:
+            labels[split] = (classes * 1.5).tolist()
+        else:
+            labels[split] = [[float(c > 0), float(c > 1), 1.0] for c in classes]
+    return data_of(labels, texts, problem)
+
+
+def test_most_frequent_class_scores_as_scikit_learns_dummy():
+    data, metrics = reviews(CLASSIFICATION), Metrics(("accuracy", "f1_macro"), "accuracy")
+    found = find_baselines(data, "test", metrics)[MAJORITY]
+    dummy = DummyClassifier().fit(np.zeros((120, 1)), data.labels("train"))
+    predicted, gold = dummy.predict(np.zeros((40, 1))), data.labels("test")
+    expected = {"accuracy": accuracy_score(gold, predicted), "f1_macro": f1_score(gold, predicted, average="macro")}
+    assert found == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("problem", "names", "poor"),
+    [
+        (CLASSIFICATION, ("accuracy",), 0.7),
+        (REGRESSION, ("r2",), 0.1),
+        (MULTI_LABEL, ("f1_macro", "average_precision"), 0.9),
+    ],
+)
+def test_words_that_tell_the_label_are_learned_for_every_problem_type(problem, names, poor):
+    found = find_baselines(reviews(problem), "test", Metrics(names, names[0]))
+    assert found[TFIDF][names[0]] > 0.95
+    assert found[MAJORITY][names[0]] < poor
+
+
+def test_text_without_spaces_is_read_by_characters():
+    found = find_baselines(reviews(CLASSIFICATION, separator=""), "test", Metrics(("accuracy",), "accuracy"))
+    assert found[TFIDF]["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("texts", [["", "!!", "?"] * 4, ["a"] * 12])
+def test_texts_that_tell_nothing_score_like_the_most_frequent_class(texts):
+    labels = [0, 1, 0] * 4
+    data = data_of(
+        dict.fromkeys(("train", "validation", "test"), labels), dict.fromkeys(("train", "validation", "test"), texts)
+    )
+    found = find_baselines(data, "test", Metrics(("accuracy",), "accuracy"))
+    assert found[MAJORITY]["accuracy"] == pytest.approx(2 / 3)
+    assert found[TFIDF]["accuracy"] >= 2 / 3
+
+
+def test_class_that_train_lacks_is_never_predicted_and_breaks_nothing():
+    texts = {"train": ["dull film", "bright film"] * 4, "validation": ["dull", "bright"], "test": ["dull", "plain"]}
+    labels = {"train": [0, 2] * 4, "validation": [0, 2], "test": [0, 1]}
+    found = find_baselines(data_of(labels, texts), "test", Metrics(("accuracy",), "accuracy"))
+    assert found[TFIDF]["accuracy"] == 0.5
+
+
+def test_baselines_are_computed_once_for_a_data_set_and_anew_for_other_labels(monkeypatch):
+    data, metrics, calls = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy"), []
+    real = baselines.words_regression
+    monkeypatch.setattr(baselines, "words_regression", lambda *given: calls.append(1) or real(*given))
+    first = find_baselines(data, "test", metrics)
+    assert find_baselines(data, "test", metrics) == first
+    assert len(calls) == 1
+    other = {split: data.labels(split)[::-1].tolist() for split in data.tokens}
+    changed = data_of(other, {split: list(data.texts[split]["text"]) for split in data.texts})
+    assert find_baselines(changed, "test", metrics) != first
+    assert len(calls) == 2
+
+
+def test_damaged_or_unwritable_cache_costs_the_time_only(cache, monkeypatch):
+    data, metrics = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy")
+    first = find_baselines(data, "test", metrics)
+    (path,) = (cache / "baselines").iterdir()
+    path.write_text("[1")
+    assert find_baselines(data, "test", metrics) == first
+    monkeypatch.setattr(baselines, "datasets_cache", lambda: path)  # a file is no folder
+    assert find_baselines(data, "test", metrics) == first
+
+
+@pytest.mark.parametrize(
+    ("metric", "model", "simple", "warned"),
+    [("accuracy", 0.5, 0.6, True), ("accuracy", 0.7, 0.6, False), ("mse", 0.5, 0.6, False), ("mse", 0.7, 0.6, True)],
+)
+def test_model_that_a_simple_method_beats_is_told(metric, model, simple, warned):
+    text = format_baselines({TFIDF: {metric: simple}}, {metric: model}, Metrics((metric,), metric))
+    assert ("warning" in text) == warned
+    assert f"{model:.4f}" in text
+    assert f"{simple:.4f}" in text

@@ -1,0 +1,383 @@
+"""sweep.py: its recipes, the choice among them, runs that fail, sweeps that are killed or share a folder, and real runs."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from lib.config.cli import parse
+from lib.config.sections import flatten
+from lib.config.sweep import SweepConfig, build_recipes
+from lib.config.train import TrainConfig
+from lib.errors import UserError
+from lib.evaluation.scores import Metrics
+from lib.experiments.sweep import Job, PlannedRun, Sweep
+from lib.experiments.sweep_report import learning_curve, write_report
+from lib.run.checkpoint import list_checkpoints
+from lib.run.record import run_name
+from lib.runtime.signals import Stopped
+from lib.runtime.slots import Slots, find_slots
+from tests.conftest import ROOT, read_lines, results_of
+from tests.resuming import differences, run_flags
+
+PRETENDED = ROOT / "tests" / "workers" / "pretended_run.py"
+
+
+def recipes(*flags):
+    return build_recipes(parse(SweepConfig, flags))
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+def test_grid_is_every_combination_of_its_values():
+    found = [dict(recipe.varied) for recipe in recipes("--grid", "lr=1e-5,2e-5", "bs=16,32")]
+    assert found == [{"lr": a, "bs": b} for a, b in itertools.product(("1e-5", "2e-5"), ("16", "32"))]
+
+
+def test_search_fills_each_range_evenly_and_more_trials_keep_the_first():
+    axes = ("--search", "lr=1e-5:1e-3:log", "warmup_steps=0:0.2", "max_length=16:19:int", "freeze=None,backbone")
+    few, many = recipes(*axes, "--trials", "16"), recipes(*axes, "--trials", "64")
+    assert many[:16] == few
+    rates = sorted(float(dict(recipe.varied)["lr"]) for recipe in many)
+    assert rates[0] >= 1e-5
+    assert rates[-1] <= 1e-3
+    assert sum(rate < 1e-4 for rate in rates) in range(30, 35)  # half of a logarithmic range
+    warmups = [float(dict(recipe.varied)["warmup_steps"]) for recipe in many]
+    assert sum(value < 0.05 for value in warmups) in range(14, 19)
+    assert Counter(dict(r.varied)["max_length"] for r in many).keys() == {"16", "17", "18", "19"}
+    assert max(Counter(dict(r.varied)["freeze"] for r in many).values()) <= 34
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--grid", "lrr=1,2"], "--lr"),
+        (["--grid", "lr=1e-5,many"], "--learning_rate"),
+        (["--grid", "lr=1e-5,1e-5"], "twice"),
+        (["--grid", "lr=1e-5", "learning_rate=2e-5"], "twice"),
+        (["--grid", "seed=1,2"], "--seeds"),
+        (["--grid", "lr"], "option=values"),
+        (["--search", "lr=1e-3:1e-5"], "below"),
+        (["--search", "lr=0:1:log"], "logarithmic"),
+        (["--search", "lr=1e-5:1e-3:cubic"], "low:high"),
+        (["--grid", "lr=1e-5", "--search", "bs=8:16:int"], "--grid and --search"),
+        (["--halving", "3", "--grid", "lr=1e-5,1e-4"], "--finalists"),
+        (["--finalists", "3", "--grid", "lr=1e-5,1e-4"], "nothing to choose"),
+        (["--", "--seed", "3"], "--seeds"),
+        (["--", "--run-name=x"], "name of its own"),
+        (["--gpus", "all of them"], "--gpus"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused_and_names_the_option(flags, word):
+    with pytest.raises(UserError, match=word):
+        recipes(*flags)
+
+
+def test_runs_that_differ_in_a_setting_of_the_result_have_different_names():
+    changed = {
+        **{
+            "warmup_steps": 0.2,
+            "layerwise_lr_decay": 0.9,
+            "weight_decay": 0.0,
+            "max_grad_norm": 2.0,
+            "adam_beta2": 0.98,
+        },
+        **{
+            "head_learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "train_sampling_strategy": "random",
+            "eval_steps": 7,
+        },
+        **{"max_length": 64, "window_stride": 8, "max_train_samples": 100, "label_smoothing_factor": 0.1, "seed": 7},
+        **{"early_stopping_patience": 2, "metric_for_best_model": "loss", "mixed_precision": "no", "score_test": False},
+    }
+    assert changed.keys() <= flatten(TrainConfig()).keys()
+    flags = [[f"--{name}", str(value)] for name, value in changed.items()]
+    pairs = [[*a, *b] for a, b in itertools.combinations(flags, 2)]
+    every = [[], *flags, *pairs, list(itertools.chain(*flags)), list(itertools.chain(*flags[:-1]))]
+    names = [run_name(parse(TrainConfig, given)) for given in every]
+    assert len(set(names)) == len(every)
+    assert max(map(len, names)) < 150
+    assert names[0] == "minilm-movie_reviews-lr5e-05-bs32-ep3-s42"
+
+
+# ---------------------------------------------------------------------------------------------------- pretended runs
+
+
+class Pretended(Sweep):
+    """A sweep of pretended runs: the score of a recipe is its learning rate."""
+
+    metric = "accuracy"
+
+    def open(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def metrics(self, run):
+        return Metrics(("accuracy",), "accuracy")
+
+    def pause_step(self, run, share):
+        return 2 * math.ceil(8 * share / 2)
+
+
+@pytest.fixture
+def pretend(tmp_path, monkeypatch):
+    """`pretend(*flags)`: the sweep of these flags, whose runs are pretended."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(job):
+        score = job.run.config.optim.learning_rate * (-1 if job.run.config.optim.weight_decay == 1 else 1)
+        return [sys.executable, str(PRETENDED), *map(str, (job.run.folder, score, job.until or 99, "log.txt"))]
+
+    monkeypatch.setattr(Job, "command", command)
+
+    def make(*flags):
+        config = parse(SweepConfig, flags)
+        sweep = Pretended(config, build_recipes(config))
+        sweep.open()
+        return sweep
+
+    return make
+
+
+def carry_out(sweep, count=2):
+    for stage in sweep.stages():
+        sweep.run(stage, Slots([], count))
+    return write_report(sweep)
+
+
+def test_halving_pauses_the_worse_and_trains_the_best_with_fresh_seeds(pretend, tmp_path):
+    sweep = pretend("--search", "lr=0.1:0.9", "--trials", "9", "--halving", "3", "--finalists", "2", "--seeds", "3")
+    carry_out(sweep)
+    steps = Counter(line.split()[0] for line in (tmp_path / "log.txt").read_text().splitlines())
+    trials = sorted(
+        (PlannedRun(recipe, 0, False) for recipe in sweep.recipes), key=lambda run: -float(run.recipe.varied[0][1])
+    )
+    assert [steps[run.folder.name] for run in trials] == [8, 8, 4, 2, 2, 2, 2, 2, 2]
+    finalists = [PlannedRun(run.recipe, seed) for run in trials[:2] for seed in (1, 2, 3)]
+    assert set(steps) == {run.folder.name for run in [*trials, *finalists]}
+    found = json.loads((sweep.folder / "results.json").read_text())
+    assert found["best"] == dict(trials[0].recipe.varied)
+    assert (found["finished"], found["paused"]) == (8, 7)
+
+
+def test_failed_run_is_recorded_with_its_reason_and_the_others_go_on(pretend):
+    sweep = pretend("--grid", "lr=0.1,0.2", "weight_decay=0,1", "--seeds", "2")
+    text = carry_out(sweep)
+    records = read_lines(sweep.folder / "runs.jsonl")
+    assert Counter(record["status"] for record in records) == {"finished": 4, "failed": 4}
+    assert all("too little memory" in record["error"] for record in records if record["status"] == "failed")
+    assert "too little memory" in text
+
+
+def test_all_runs_failed_is_said_with_the_log(pretend):
+    sweep = pretend("--search", "lr=0.1:0.2", "--trials", "2", "--", "--weight_decay", "1", "--max_steps", "1")
+    with pytest.raises(UserError, match="logs"):
+        carry_out(sweep)
+
+
+def scores_of(folder):
+    """The lines of runs.jsonl."""
+    return {record["run"]: record for record in read_lines(folder / "runs.jsonl")}
+
+
+def fork_sweep(sweep):
+    """Carry a sweep out in a process of its own; its process id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            carry_out(sweep)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+
+SEARCH = ("--search", "lr=0.1:0.9", "--trials", "6", "--halving", "2", "--seeds", "2", "--name", "one")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_sweep_killed_again_and_again_ends_like_one_that_was_not(pretend, tmp_path):
+    carry_out(pretend(*SEARCH))
+    undisturbed = scores_of(tmp_path / "sweeps" / "one")
+    (tmp_path / "sweeps").rename(tmp_path / "before")
+    (tmp_path / "outputs").rename(tmp_path / "outputs_before")
+    for number in range(8):
+        child = fork_sweep(pretend(*SEARCH))
+        time.sleep(0.15 * (number + 1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    carry_out(pretend(*SEARCH))
+    assert scores_of(tmp_path / "sweeps" / "one") == undisturbed
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_two_sweeps_on_one_folder_train_every_step_once(pretend, tmp_path):
+    flags = ("--grid", "lr=0.1,0.2,0.3", "--seeds", "2", "--name", "shared")
+    children = [fork_sweep(pretend(*flags)) for _ in range(3)]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    steps = Counter((tmp_path / "log.txt").read_text().splitlines())
+    assert set(steps.values()) == {1}
+    assert len(steps) == 6 * 8
+    assert Counter(r["status"] for r in scores_of(tmp_path / "sweeps" / "shared").values()) == {"finished": 6}
+
+
+def test_learning_curve_recovers_a_power_law_and_what_twice_the_data_bring():
+    sizes = (100, 200, 400, 800)
+    groups = [
+        {"settings": {"max_train_samples": str(n)}, "eval/accuracy": {"mean": 0.8 - 0.3 * (n / 100) ** -0.5, "n": 3}}
+        for n in sizes
+    ]
+    found = learning_curve(groups)
+    assert found["expected_at_twice"] == pytest.approx(0.8 - 0.3 * 16**-0.5, abs=1e-3)
+    assert learning_curve(groups[:2]) is None
+    assert learning_curve([group | {"settings": {"lr": "1"}} for group in groups]) is None
+
+
+# ---------------------------------------------------------------------------------------------------- GPUs
+
+
+def fake_gpus(folder, monkeypatch, used, programs=()):
+    """An nvidia-smi that shows GPUs with this many MiB in use, and programs on some of them."""
+    gpus = "\n".join(f"GPU-{number}aaaa, {memory}" for number, memory in enumerate(used))
+    listed = "\n".join(f"{number}, GPU-{number}aaaa" for number in range(len(used)))
+    apps = "\n".join(f"GPU-{number}aaaa, 4242" for number in programs)
+    script = folder / "nvidia-smi"
+    answers = {"*compute-apps*": apps, "*memory.used*": gpus, "*": listed}
+    branches = "\n".join(f'{pattern}) printf "{text}\\n";;' for pattern, text in answers.items())
+    script.write_text(f'#!/bin/sh\ncase "$1" in\n{branches}\nesac\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr("lib.runtime.slots.LOCKS", folder)
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_gpu_with_memory_of_another_program_is_not_taken_though_nothing_computes_on_it(tmp_path, monkeypatch):
+    fake_gpus(tmp_path, monkeypatch, [12, 30_000, 12, 12], programs=[2])
+    slots = find_slots("all", None)
+    first, second = slots.take(), slots.take()
+    assert None not in (first, second)
+    assert [slot.variables["CUDA_VISIBLE_DEVICES"] for slot in (first, second)] == ["GPU-0aaaa", "GPU-3aaaa"]
+    assert slots.take() is None
+
+
+def test_two_users_never_get_one_gpu_and_its_lock_ends_with_the_run_not_with_the_sweep(tmp_path, monkeypatch):
+    fake_gpus(tmp_path, monkeypatch, [0, 0])
+    ours, theirs = find_slots("all", None), find_slots("all", None)
+    held = ours.take()
+    sleeping = held.start(["sleep", "60"], tmp_path / "log.txt")
+    try:
+        assert (tmp_path / f"gpu-{held.name}.lock").exists()
+        other = theirs.take()
+        assert other.name != held.name
+        assert theirs.take() is None
+    finally:
+        sleeping.kill()
+        sleeping.wait(30)
+    assert theirs.take().name == held.name
+
+
+@pytest.mark.parametrize(
+    ("wanted", "visible", "names", "count"),
+    [
+        ("all", None, ["GPU-0aaaa", "GPU-1aaaa", "GPU-2aaaa"], 3),
+        ("all", "2,0", ["GPU-2aaaa", "GPU-0aaaa"], 2),
+        ("all", "GPU-1aaaa", ["GPU-1aaaa"], 1),
+        ("free:2", None, ["GPU-0aaaa", "GPU-1aaaa", "GPU-2aaaa"], 2),
+        ("2,1", None, ["GPU-2aaaa", "GPU-1aaaa"], 2),
+        ("all", "", [], 1),
+    ],
+)
+def test_gpus_are_those_that_the_user_named(tmp_path, monkeypatch, wanted, visible, names, count):
+    fake_gpus(tmp_path, monkeypatch, [0, 0, 0])
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    slots = find_slots(wanted, None)
+    assert ([gpu.uuid for gpu in slots.gpus], slots.count) == (names, count)
+
+
+@pytest.mark.parametrize(("wanted", "visible"), [("3", None), ("free:9", None), ("0", "1")])
+def test_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch, wanted, visible):
+    fake_gpus(tmp_path, monkeypatch, [0, 0, 0])
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match="--gpus"):
+        find_slots(wanted, None)
+
+
+def test_cpu_runs_one_at_a_time_by_default_and_shares_its_cores_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("lib.runtime.slots.allowed_cores", lambda: 8)
+    assert (find_slots("all", None).count, find_slots("all", None).take().variables) == (1, {})
+    assert find_slots("all", 4).take().variables == {"OMP_NUM_THREADS": "2"}
+
+
+# ---------------------------------------------------------------------------------------------------- real runs
+
+
+def test_paused_run_goes_on_as_if_it_had_never_stopped_bit_by_bit(call, roberta, tmp_path):
+    flags = [*run_flags(tmp_path, roberta), "--save_steps", 3]
+    whole, paused = tmp_path / "whole", tmp_path / "paused"
+    call("train.py", *flags, "--output_dir", whole)
+    for step in (3, 3, 7):
+        with pytest.raises(Stopped, match=f"--pause_at_step {step}"):
+            call("train.py", *flags, "--output_dir", paused, "--pause_at_step", step)
+        assert list_checkpoints(paused / "checkpoints")[0].name == f"step-{step}"
+    call("train.py", *flags, "--output_dir", paused)
+    assert not differences(whole, paused)
+
+
+def test_test_file_is_not_opened_where_only_validation_is_scored(call, roberta, tmp_path):
+    flags = run_flags(tmp_path, roberta)
+    (tmp_path / "test.csv").unlink()
+    done = call("train.py", *flags, "--score_test", "False", "--output_dir", "run")
+    assert "eval/accuracy" in results_of(done)
+    assert not [name for name in results_of(done) if name.startswith("test/")]
+    call("train.py", *flags, "--output_dir", "other", code=2)
+
+
+@pytest.mark.slow
+def test_sweep_of_real_runs_killed_at_random_equals_one_that_was_not(run, roberta, tmp_path):
+    flags = run_flags(tmp_path, roberta)
+    lr = flags.index("--lr")
+    sweep = [
+        "--search",
+        "lr=1e-3:1e-1:log",
+        "--trials",
+        3,
+        "--halving",
+        2,
+        "--seeds",
+        1,
+        "--",
+        *flags[:lr],
+        *flags[lr + 2 :],
+    ]
+    threads = {"OMP_NUM_THREADS": "1"}  # the same ones for every run: sums differ by rounding with their number
+    run("sweep.py", "--name", "whole", *sweep, timeout=300, env=threads)
+    (tmp_path / "outputs").rename(tmp_path / "undisturbed")
+    command = [sys.executable, str(ROOT / "sweep.py"), "--name", "killed", *map(str, sweep)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"} | threads
+    for number, sent in enumerate((signal.SIGKILL, signal.SIGTERM) * 4):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(6 + 3 * number)
+        process.send_signal(sent)
+        process.wait(120)
+    run("sweep.py", "--name", "killed", *sweep, timeout=300, env=threads)
+    names = {path.name for path in (tmp_path / "undisturbed").iterdir()}
+    assert names == {path.name for path in (tmp_path / "outputs").iterdir()}
+    finished = [name for name in names if (tmp_path / "undisturbed" / name / "results.json").exists()]
+    assert len(finished) == 2
+    for name in finished:
+        assert not differences(tmp_path / "undisturbed" / name, tmp_path / "outputs" / name)

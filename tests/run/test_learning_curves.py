@@ -1,0 +1,43 @@
+"""The picture of a run's course has the numbers of metrics.jsonl, whatever lines that file holds."""
+
+import json
+
+import pytest
+
+from lib.run.learning_curves import NAME, build_figure, draw_learning_curves, read_lines
+
+LINES = [
+    {"step": 1, "train/loss": 1.5, "train/learning_rate": 1e-5},
+    {"step": 2, "train/loss": 1.0, "train/learning_rate": 2e-5, "eval/loss": 1.2, "eval/accuracy": 0.5},
+    {"step": 4, "train/loss": "NaN", "train/learning_rate": 1e-5, "eval/loss": 1.1, "eval/accuracy": 0.7},
+]
+
+
+def curves(figure):
+    """(label, points) of every line in the figure by the name of its panel."""
+    return {
+        axes.get_ylabel(): {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+        for axes in figure.axes
+    }
+
+
+def test_losses_metric_rate_and_best_step_are_drawn():
+    found = curves(build_figure(LINES, "accuracy", 4, "a run"))
+    best = {"best model, step 4": [(4, 0), (4, 1)]}
+    assert found["loss"] == {"training": [(1, 1.5), (2, 1.0)], "validation": [(2, 1.2), (4, 1.1)]} | best
+    assert found["accuracy"] == {"validation": [(2, 0.5), (4, 0.7)]} | best
+    assert found["learning rate"] == {"training": [(1, 1e-5), (2, 2e-5), (4, 1e-5)]} | best
+
+
+def test_run_chosen_by_loss_has_no_second_panel_of_it():
+    assert list(curves(build_figure(LINES, "loss", 2, "a run"))) == ["loss", "learning rate"]
+
+
+@pytest.mark.parametrize("title", ["$x_1$ is no formula", "a" * 300])
+def test_torn_lines_odd_names_and_no_evaluation_break_nothing(tmp_path, title):
+    folder = tmp_path / title[:100]
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("\n".join(["", "{torn", "[1]", *map(json.dumps, LINES[:1])]))
+    assert read_lines(folder / "metrics.jsonl") == LINES[:1]
+    draw_learning_curves(folder, "accuracy", 0)
+    assert (folder / NAME).read_bytes()[:4] == b"\x89PNG"
