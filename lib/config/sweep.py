@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from lib.config.cli import options_of, parse
-from lib.config.limits import COUNT, OUTPUT_NAME, SEED, Within, check_values, shorten
+from lib.config.limits import COUNT, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values, shorten
 from lib.config.train import TrainConfig
 from lib.errors import UserError, require
 
@@ -55,7 +55,7 @@ class SweepConfig:
     on test. [default: 1 with --search, else every recipe is trained with all seeds and scored on test]"""
     name: Annotated[str | None, OUTPUT_NAME] = None
     """Name of the sweep. [default: made of model, data and what is varied]"""
-    output_dir: Annotated[str | None, OUTPUT_NAME] = None
+    output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Folder of the sweep: its table, picture and logs. The runs are in outputs/. [default: sweeps/{name}]"""
     gpus: str = "all"
     """GPUs to use, one for each run: `all` that CUDA_VISIBLE_DEVICES names, `free:2` for two that nobody uses, or numbers

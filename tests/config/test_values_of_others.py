@@ -124,7 +124,14 @@ def test_settings_that_evaluation_takes_from_a_run_are_about_its_data_and_scores
     """Whoever adds an option of the data answers: can it send a secret, run code, or write elsewhere?"""
     files = {"dataset", "dataset_config", "revision", "train_file", "validation_file", "test_file", "encoding"}
     reading = {"text_columns", "label_column", "label_columns", "label_order", "problem_type", "max_length"}
-    sizes = {"window_stride", "pad_to_max_length", "max_train_samples", "max_eval_samples", "preprocessing_num_workers"}
+    sizes = {
+        "window_stride",
+        "pad_to_max_length",
+        "max_train_samples",
+        "max_eval_samples",
+        "fold",
+        "preprocessing_num_workers",
+    }
     assert {field.name for field in dataclasses.fields(DataConfig)} == files | reading | sizes
 
 

@@ -72,7 +72,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_group_however_they_are_named(
 def test_scores_and_interval_of_a_comparison_are_those_of_scikit_learn(runs):
     groups = load_groups([str(runs / "slow"), str(runs / "fast")], "test")
     metrics = ("accuracy", "f1_macro", "f1_weighted", "matthews_correlation", "cohen_kappa")
-    compared = compare_groups(groups, CompareConfig(("",), metrics=metrics, resamples=50))
+    compared = compare_groups(groups, CompareConfig(("runs",), metrics=metrics, resamples=50))
     for scored in [run.scored for group in groups for run in group.runs]:
         gold, predicted = scored.gold, scored.predicted
         expected = [
@@ -143,7 +143,7 @@ def test_numbers_and_multi_label_predictions_are_compared(tmp_path):
             write_run(tmp_path / "labels" / f"{name}{seed}", rows, seed, lr, ("average_precision", "f1_micro"))
     for kind, better in (("numbers", {"pearson": 1, "mse": -1}), ("labels", {"average_precision": 1, "f1_micro": 1})):
         groups = load_groups([str(tmp_path / kind)], "test")
-        for metric in compare_groups(groups, CompareConfig(("",), resamples=100)):
+        for metric in compare_groups(groups, CompareConfig(("runs",), resamples=100)):
             assert np.sign(metric.differences[0].value) == better[metric.metric]
             assert metric.adjusted[0] < 0.05
 
@@ -207,6 +207,6 @@ def test_interval_of_an_accuracy_stays_within_its_limits_with_two_seeds_and_few_
         for seed, skill in enumerate(skills):
             write_run(tmp_path / name / f"s{seed}", class_rows(6, skill, seed), seed, lr)
     groups = load_groups([str(tmp_path / "slow"), str(tmp_path / "fast")], "test")
-    (metric,) = compare_groups(groups, CompareConfig(("",), metrics=("accuracy",), resamples=50))
+    (metric,) = compare_groups(groups, CompareConfig(("runs",), metrics=("accuracy",), resamples=50))
     assert -1 <= metric.differences[0].low <= metric.differences[0].high <= 1
     assert "cannot show any difference" in call("compare.py", "slow", "fast", "--metrics", "accuracy").stdout
