@@ -4,19 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from tests import tiny_models
-from tests.conftest import ROOT, Command, read_lines, results_of
+from tests.conftest import ROOT, Command, read_lines, results_of, sentences, write_csv
 from tests.hub_layouts import environment, write_sst5
 from tests.loopback_hub import loopback_hub
 
 SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+SWEEP = ROOT / "recipes" / "sweep.yaml"
+RECIPES = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if path != SWEEP]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_parses_and_names_its_data(recipe: Path) -> None:
     assert parse_cli(TrainConfig, ["--config", str(recipe)]).data.dataset
 
@@ -54,3 +59,30 @@ def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> Non
     assert len(body) > 30
     assert all(torch.equal(before[name], after[name]) for name in body)
     assert not torch.equal(before["classifier.dense.weight"], after["classifier.dense.weight"])
+
+
+def test_sweep_of_wandb_starts_runs_that_have_folders_of_their_own(run: Command, roberta: Path, tmp_path: Path) -> None:
+    """Its agents replace ${env} and the like, and give each parameter as --name=value."""
+    sweep = yaml.safe_load(SWEEP.read_text())
+    ends = {
+        name: [p.get("value"), *p.get("values", []), p.get("min"), p.get("max")]
+        for name, p in sweep["parameters"].items()
+    }
+    assert sweep["command"] == ["${env}", "accelerate", "launch", "${program}", "${args}"]
+    assert sweep["program"] == "train.py"
+    assert sweep["metric"]["name"] == "eval/accuracy"
+    files = [
+        f"--{split}_file={write_csv(tmp_path / f'{split}.csv', sentences(12))}" for split in ("train", "validation")
+    ]
+    for identity, choose in (("first1", min), ("second", max)):
+        chosen = [f"--{name}={choose(value for value in values if value is not None)}" for name, values in ends.items()]
+        flags = [*chosen, *files, f"--model={roberta}", "--max_steps=2"]
+        run(
+            "train.py",
+            *flags,
+            processes=1,
+            env={"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": identity, "WANDB_SILENT": "true"},
+        )
+        (folder,) = (tmp_path / "outputs").glob(f"*-{identity}")
+        assert list(folder.glob(f"wandb/offline-run-*-{identity}"))
+        assert "eval/accuracy" in read_lines(folder / "metrics.jsonl")[-1]

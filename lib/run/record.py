@@ -27,6 +27,7 @@ from lib.model.source import LoadingInfo, model_identity, model_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
+from lib.runtime.variables import variables
 from lib.training.learner import Learner
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "evaluate", "scikit-learn", "tokenizers", "wandb")
@@ -118,7 +119,11 @@ def unusual(config: TrainConfig) -> list[str]:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    return Path(config.tracking.output_dir or Path("outputs") / run_name(config))
+    """`--output_dir`, by default the name of the run in outputs/; each run of a W&B sweep has its own."""
+    given, name = variables("WANDB_"), run_name(config)
+    if given.get("WANDB_SWEEP_ID") and given.get("WANDB_RUN_ID"):
+        name += f"-{given['WANDB_RUN_ID']}"
+    return Path(config.tracking.output_dir or Path("outputs") / name)
 
 
 def run_settings(

@@ -128,16 +128,21 @@ class RunLog:
         import wandb
 
         mode = wandb_mode()
+        given = variables("WANDB_")
         # Named by us, so that it stays one run when it cannot start online.
-        self.run_id, resumed = self.name_run(settings, self.run_id or secrets.token_hex(4), known=bool(self.run_id))
+        wanted, known = given.get("WANDB_RUN_ID") or self.run_id, bool(given.get("WANDB_RUN_ID") or self.run_id)
+        self.run_id, resumed = self.name_run(settings, wanted or secrets.token_hex(4), known)
+        project = self.config.project
+        if project == TrackingConfig.project:
+            project = given.get("WANDB_PROJECT") or project
         kwargs: dict[str, Any] = ({"resume": "allow"} if resumed else {}) | {
             "id": self.run_id,
-            "name": settings["run_name"],
-            "group": group_name(settings["run_name"]),
-            "job_type": "train",
-            "tags": list(self.config.tags),
-            "notes": self.config.notes,
-            "dir": str(self.folder),
+            "name": self.config.run_name or given.get("WANDB_NAME") or settings["run_name"],
+            "group": given.get("WANDB_RUN_GROUP") or group_name(settings["run_name"]),
+            "job_type": given.get("WANDB_JOB_TYPE") or "train",
+            "tags": list(self.config.tags) or list(filter(None, given.get("WANDB_TAGS", "").split(","))),
+            "notes": self.config.notes or given.get("WANDB_NOTES"),
+            "dir": given.get("WANDB_DIR") or str(self.folder),
             "mode": mode,
             "settings": wandb.Settings(
                 init_timeout=WANDB_INIT_SECONDS,
@@ -150,7 +155,7 @@ class RunLog:
             ),
         }
         try:
-            self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
+            self.accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": kwargs})
         except Exception as error:
             if mode != "online":
                 raise
@@ -158,7 +163,7 @@ class RunLog:
             wandb.teardown()
             self.accelerator.trackers.clear()  # else the one that failed would be started again
             mode = kwargs["mode"] = "offline"
-            self.accelerator.init_trackers(self.config.project, config=settings, init_kwargs={"wandb": kwargs})
+            self.accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": kwargs})
         run = self.accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("samples_seen")
         run.define_metric("*", step_metric="samples_seen")
@@ -166,8 +171,11 @@ class RunLog:
             best = "min" if name in LOWER_IS_BETTER else "max"
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
+            # A run that was resumed has a folder for each start.
             logger.info(
-                "W&B is offline; to upload this run later: wandb sync %s", shlex.quote(str(Path(run.dir).parent))
+                "W&B is offline; to upload this run later: wandb sync %s/offline-run-*-%s",
+                shlex.quote(str(Path(run.dir).parents[1])),
+                self.run_id,
             )
 
     def name_run(self, settings: dict[str, Any], wanted: str, known: bool = False) -> tuple[str, bool]:
@@ -248,6 +256,10 @@ class RunLog:
             logged |= {f"{prefix(split)}/{name}": item for name, item in media.items()}
         run.log(logged, step=results["steps"])
         run.summary.update(results)
+        if variables("WANDB_").get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true", "1"):
+            artifact = wandb.Artifact(f"model-{self.run_id}", "model", metadata=finite(results))
+            artifact.add_dir(str(self.folder / "model"))
+            run.log_artifact(artifact)
 
     def give_up(self, what: str, error: Exception) -> None:
         logger.warning(

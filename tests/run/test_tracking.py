@@ -292,6 +292,45 @@ def test_wandb_that_cannot_start_online_continues_offline(alone: Callable[..., s
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
+NAMES = """
+import json, pathlib, sys, wandb
+from accelerate import Accelerator
+from lib.config.train import TrackingConfig
+from lib.run.tracking import RunLog
+
+options = json.loads(sys.stdin.read() or "{}")
+log = RunLog(Accelerator(cpu=True, log_with="wandb"), pathlib.Path(), TrackingConfig(report_to="wandb", **options))
+log.start({"run_name": "mine-s1"}, ["accuracy"])
+run = wandb.run
+found = [run.name, run.group, run.project, run.settings.run_job_type, sorted(run.tags), run.notes, run.id]
+print(json.dumps([*found, len(list(pathlib.Path("elsewhere").glob("wandb/offline-run-*")))]))
+wandb.finish()
+"""
+LAB = {"WANDB_NAME": "theirs", "WANDB_RUN_GROUP": "all", "WANDB_PROJECT": "lab", "WANDB_JOB_TYPE": "sweep"}
+LAB |= {"WANDB_TAGS": "b,a", "WANDB_NOTES": "why", "WANDB_RUN_ID": "abc123", "WANDB_DIR": "elsewhere"}
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "expected"),
+    [
+        ({}, LAB, ["theirs", "all", "lab", "sweep", ["a", "b"], "why", "abc123", 1]),
+        (
+            {"run_name": "own", "project": "mine", "tags": ["c"], "notes": "because"},
+            LAB,
+            ["own", "all", "mine", "sweep", ["c"], "because", "abc123", 1],
+        ),
+        ({}, {}, ["mine-s1", "mine", "finetune", "train", [], None, None, 0]),
+    ],
+)
+def test_wandb_variables_of_a_lab_win_over_defaults_and_lose_to_options(
+    alone: Callable[..., str], tmp_path: Path, options: dict[str, Any], variables: dict[str, str], expected: list[Any]
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    code = NAMES.replace('sys.stdin.read() or "{}"', repr(json.dumps(options)))
+    found = json.loads(alone(code, WANDB_MODE="offline", WANDB_SILENT="true", **variables).splitlines()[-1])
+    assert found == [*expected[:6], expected[6] or found[6], expected[7]]
+
+
 def test_lines_after_the_checkpoint_and_incomplete_ones_are_deleted(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (2, 4, 6)]
