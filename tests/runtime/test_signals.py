@@ -180,6 +180,29 @@ def test_ending_process_ends_the_ones_it_started():
         time.sleep(0.05)
 
 
+TOKENIZING = """
+import os, time
+from lib.data import tokenization
+class Slow:
+    is_fast = False
+def encode(_):
+    os.write(1, b"ready\\n")
+    time.sleep(60)
+tokenization.Encoder = lambda *_: encode
+list(tokenization.tokenize(iter([[["a"]]] * 8), Slow(), 8, None, 2))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_processes_that_tokenize_end_with_their_script(number: signal.Signals) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", TOKENIZING], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    process.communicate(timeout=20)  # to the end of all that have its output
+
+
 def test_time_limit_counts_from_the_start_of_the_process(monkeypatch):
     monkeypatch.setattr(signals, "REQUEST", signals.Request())
     with deferring_signals(max_minutes=5):
