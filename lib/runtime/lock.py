@@ -131,8 +131,6 @@ class FolderLock:
             count += 1
             with contextlib.suppress(OSError):  # a full disk, or a server that is away: the run goes on
                 self.write(self.file, count)
-                if self.is_exclusive:
-                    self.try_lock(self.file)  # whoever reads the whole folder in this process drops the lock
 
     def release(self) -> None:
         """Give the lock back, if it was taken, and remove its file."""

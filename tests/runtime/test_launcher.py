@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lib.runtime.launcher import find_launcher
 from tests.conftest import ROOT
 
 CHILD = "from lib.runtime.launcher import *; print(threads_are_chosen(), asks_for_gpu())"
@@ -14,7 +15,7 @@ LAUNCHER = """
 import os, subprocess, sys
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "ALONE" not in os.environ:
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    os.environ[os.environ.get("MARK", "ACCELERATE_DYNAMO_USE_FULLGRAPH")] = "no"
 between = ["sh", "-c", '"$@"; true', "sh"] if os.environ.get("BETWEEN") else []
 subprocess.run([*between, sys.executable, "-c", os.environ["CHILD"]], check=True)
 """
@@ -44,7 +45,7 @@ def launch(tmp_path: Path):
 
 def test_threads_that_the_launcher_made_up_are_not_a_choice(launch) -> None:
     assert launch("launch", "train.py") == "False None"
-    assert launch(name="torchrun") == "False None"
+    assert launch(MARK="TORCHELASTIC_RUN_ID") == "False None"
     assert launch("launch", "train.py", BETWEEN="1") == "False None"
 
 
@@ -54,9 +55,18 @@ def test_threads_that_the_user_set_are_a_choice(launch) -> None:
     assert launch("launch", "--num-cpu-threads-per-process", "1") == "True None"
 
 
-def test_variable_of_a_launcher_without_one_is_the_users(launch) -> None:
-    assert launch(name="script.py") == "True None"
+def test_launcher_is_known_by_what_it_sets_not_by_its_name(launch) -> None:
+    assert launch(name="notebook.py") == "False None"
+    assert launch("--multi_gpu", name="notebook.py") == "False --multi_gpu"
     assert launch(name="accelerate", ALONE="1") == "True None"
+    assert launch(name="accelerate", MARK="ACCELERATE_MIXED_PRECISION") == "True None"
+
+
+def test_launcher_that_the_system_does_not_show_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of a launcher")
+    assert find_launcher(tmp_path) is None  # no /proc
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    assert find_launcher() is None  # the launcher is outside the container
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.runtime import lock as locks
-from lib.runtime.lock import FolderLock, check_free
+from lib.runtime.lock import FolderLock, check_free, is_locked_by
 from tests.conftest import ROOT
 
 HOLD = """
@@ -140,6 +140,29 @@ def test_of_starts_at_the_same_moment_one_wins_without_locks(tmp_path: Path, mon
         assert sorted(pool.map(take, starts)) == [False, True]
     for lock in starts:
         lock.release()
+
+
+def test_owner_that_reads_its_own_folder_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system drops the lock of a process that opens and closes the file, wherever in it; the beat goes on."""
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.05)
+    lock = FolderLock(tmp_path)
+    lock.take()
+    (tmp_path / ".lock").read_bytes()
+    with start(tmp_path) as other:
+        assert f"process {os.getpid()}" in said(other)
+    lock.release()
+
+
+def test_folder_is_told_from_another_one_with_the_same_name(tmp_path: Path) -> None:
+    token = "0123456789abcdef"
+    assert not is_locked_by(tmp_path / "missing", token)
+    assert not is_locked_by(tmp_path, token)
+    (tmp_path / ".lock").write_text('{"token": "of an earlier run"}')
+    assert not is_locked_by(tmp_path, token)
+    (tmp_path / ".lock").write_text("{")
+    assert not is_locked_by(tmp_path, token)
+    (tmp_path / ".lock").write_text(json.dumps({"token": token, "beat": 3}))
+    assert is_locked_by(tmp_path, token)
 
 
 def test_owner_writes_a_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,24 @@
 """What the processes of a run do together."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
-from lib.runtime.processes import buckets
+from lib.errors import UserError
+from lib.runtime import processes, signals
+from lib.runtime.processes import buckets, check_shared, check_time
+from lib.runtime.signals import Stopped
+from tests.conftest import ROOT
+from tests.resuming import run_flags
 
 
 def test_gradients_are_summed_in_buckets_of_one_dtype_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -13,3 +28,164 @@ def test_gradients_are_summed_in_buckets_of_one_dtype_in_their_order(monkeypatch
     sizes = [[len(tensor) for tensor in bucket] for bucket in buckets(tensors)]
     assert sizes == [[4, 6], [1], [30], [2, 2]]
     assert sum(map(sum, sizes)) == sum(map(len, tensors))
+
+
+@pytest.fixture
+def restarting(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`restarting(60)`: an attempt of a launcher that restarts the run, started 60 seconds ago; all share one store."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(processes, "is_alone", lambda: False)
+    monkeypatch.setattr(processes, "any_process", lambda _, flag: flag)
+
+    def start(seconds_ago: float) -> signals.Request:
+        request = signals.Request()
+        request.started = time.monotonic() - seconds_ago
+        monkeypatch.setattr(processes, "REQUEST", request)
+        attempt = torch.distributed.PrefixStore(f"attempt/{seconds_ago}", store)
+        monkeypatch.setattr(processes, "_get_default_store", lambda: attempt)
+        return request
+
+    return start
+
+
+def test_time_limit_counts_from_the_first_start_under_a_launcher_that_restarts(restarting: Any) -> None:
+    first = restarting(300)
+    check_time(None, 6)
+    second = restarting(5)
+    check_time(None, 6)
+    assert abs(second.started - first.started) < 1
+    restarting(5)
+    with pytest.raises(Stopped, match="--max_minutes 4 "):
+        check_time(None, 4)
+    check_time(None, None)
+
+
+def test_time_limit_counts_from_the_start_of_the_process_without_restarts(
+    restarting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarting(300)
+    check_time(None, 6)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    request = restarting(5)
+    started = request.started
+    check_time(None, 1)
+    assert request.started == started
+
+
+def test_folder_that_a_machine_does_not_see_is_refused_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two machines with one process, with a folder of its own or with the same one."""
+    token = "0123456789abcdef"
+    monkeypatch.setattr(processes, "NFS_SECONDS", 0.2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "first" / ".lock").write_text(json.dumps({"token": token}))
+    said: list[Any] = []
+
+    def check(first: str, second: str) -> None:
+        said.clear()
+        for rank, name in enumerate((first, second)):
+            check_shared(SimpleNamespace(num_processes=2, is_main_process=rank == 0), tmp_path / name, token)
+
+    def gather(seen: list[Any], own: Any) -> None:
+        said.append(own)
+        seen[:] = [said[0], said[-1]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    check("first", "first")
+    with pytest.raises(UserError, match=rf"--output_dir .*{socket.gethostname()}:{tmp_path}/second.*disk"):
+        check("first", "second")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check("first", "second")  # one machine: not looked at
+
+
+def launch_nodes(folder: Path, command: list[Any], places: list[Path]) -> tuple[list[int], str]:
+    """Exit codes and output of torchrun on one "machine" for each of `places`, all of them this one: working folders differ."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    nodes = []
+    with (folder / "log").open("wb") as log:
+        for rank, place in enumerate(places):
+            place.mkdir(exist_ok=True)
+            words = ["--nnodes", len(places), "--node-rank", rank, "--nproc-per-node", 1]
+            words += ["--master-addr", "127.0.0.1", "--master-port", port, *command]
+            start = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
+            nodes.append(subprocess.Popen(start, cwd=place, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [node.wait(150) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    return codes, (folder / "log").read_text()
+
+
+IMPATIENT = """
+import runpy, sys
+from lib.runtime import processes
+processes.NFS_SECONDS = 1.0
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "not shared"])
+def test_two_machines_need_one_folder(roberta: Path, tmp_path: Path, shared: bool) -> None:
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    flags = [*run_flags(tmp_path, roberta), "--max_steps", 2, "--output_dir", "run"]
+    places = [tmp_path / "one", tmp_path / ("one" if shared else "two")]
+    codes, log = launch_nodes(tmp_path, [tmp_path / "impatient.py", ROOT / "train.py", *flags], places)
+    if shared:
+        assert codes == [0, 0], log
+        assert json.loads((tmp_path / "one" / "run" / "results.json").read_text())["run/num_processes"] == 2
+    else:
+        assert 0 not in codes
+        assert "--output_dir run is not one folder" in log
+        assert f":{tmp_path / 'two' / 'run'}" in log
+        assert "step 1/" not in log
+
+
+RESTARTED = """
+import os
+from lib.runtime.accelerator import build_accelerator
+from lib.runtime.processes import check_time
+from lib.runtime.signals import REQUEST, Stopped
+attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+REQUEST.started -= [120, 0][attempt]
+try:
+    check_time(build_accelerator("no"), [3, 1][attempt])
+except Stopped as stopped:
+    print("attempt", attempt, stopped, flush=True)
+    os._exit(0)
+os._exit(1)
+"""
+
+
+@pytest.mark.slow
+def test_launcher_that_restarts_keeps_the_first_start(tmp_path: Path) -> None:
+    """The first attempt says that it started two minutes ago."""
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--max-restarts",
+        "1",
+        "--nproc-per-node",
+        "1",
+    ]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "restarted.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attempt 1 --max_minutes 1 " in done.stdout
