@@ -16,7 +16,7 @@ from lib.errors import UserError
 from lib.model import compilation
 from lib.model.compilation import compile_layers
 from lib.model.layers import freeze
-from tests.conftest import read_lines
+from tests.conftest import read_lines, results_of
 from tests.resuming import differences, play, run_flags
 from tests.tiny_models import build_from
 
@@ -95,15 +95,12 @@ def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_path, processes):
+def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_path):
     for compiled in ([], ["--compile"]):
         name = "compiled" if compiled else "plain"
-        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], processes)
-    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], processes)
-    play(
-        run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], processes
-    )  # a new process compiles again
+        play(run, tmp_path, roberta, [{"folder": name, "flags": compiled}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "stop": 5, "flags": ["--compile"]}], 1)
+    play(run, tmp_path, roberta, [{"folder": "resumed", "flags": ["--compile"]}], 1)  # a new process compiles again
     assert not differences(tmp_path / "compiled", tmp_path / "resumed")
     plain, compiled = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys()
@@ -117,3 +114,22 @@ def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_
         [line["train/loss"] for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("plain", "compiled")
     ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_run_of_two_processes_ends_with_its_best_model(run, roberta, tmp_path):
+    flags = [
+        *run_flags(tmp_path, roberta),
+        "--output_dir",
+        tmp_path / "compiled",
+        "--max_steps",
+        4,
+        "--compile",
+        "True",
+    ]
+    done = run("train.py", *flags, processes=2, timeout=500)
+    assert results_of(done)["run/num_processes"] == 2
+    _, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "compiled" / "model", output_loading_info=True
+    )
+    assert not any(loading.values())
