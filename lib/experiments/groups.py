@@ -4,6 +4,7 @@ import dataclasses
 import glob
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from lib.config.cli import load_config
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, flatten
 from lib.config.train import TrainConfig
 from lib.errors import UserError, printable, require
-from lib.run.record import experiment
+from lib.run.record import IDENTITY, PLACES, experiment, has_identity, read_identity, recipe
 
 SHOWN = 4
 """How many differing settings a group's name lists."""
@@ -48,8 +49,8 @@ class FinishedRun:
 
     @property
     def recipe(self) -> str:
-        """Everything the result depends on but the seed."""
-        return json.dumps({key: value for key, value in self.settings.items() if key != "seed"}, sort_keys=True)
+        """Everything the result depends on but the seed and the data."""
+        return json.dumps({key: value for key, value in recipe(self.settings).items() if key != "seed"}, sort_keys=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,13 @@ def load_groups(arguments: Sequence[str], split: str) -> list[Group]:
     runs = [load_run(folder, split) for folder in folders]
     for run in runs[1:]:
         check_same_samples(runs[0], run, split)
+    if not all(
+        has_identity(run.settings) for run in runs
+    ):  # some are of an earlier version: nothing is known of theirs
+        runs = [
+            dataclasses.replace(run, settings={k: v for k, v in run.settings.items() if k not in IDENTITY})
+            for run in runs
+        ]
     by_recipe: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_recipe.setdefault(run.recipe, []).append(run)
@@ -83,10 +91,10 @@ def load_groups(arguments: Sequence[str], split: str) -> list[Group]:
         "give runs whose settings differ in more than the seed",
     )
     groups = []
-    for recipe in by_recipe.values():
-        recipe.sort(key=lambda run: run.settings["seed"])
-        check_seeds(recipe)
-        groups.append(Group(differences(runs[0].settings, recipe[0].settings) or "baseline", tuple(recipe)))
+    for alike in by_recipe.values():
+        alike.sort(key=lambda run: run.settings["seed"])
+        check_seeds(alike)
+        groups.append(Group(differences(runs[0].settings, alike[0].settings) or "baseline", tuple(alike)))
     return groups
 
 
@@ -127,7 +135,7 @@ def load_run(folder: Path, split: str) -> FinishedRun:
             "compare another --split"
         )
     found = json.loads(results.read_text(encoding="utf-8"))
-    settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")))
+    settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")) | read_identity(folder))
     return FinishedRun(folder, settings, found, load_predictions(predictions))
 
 
@@ -208,9 +216,19 @@ def check_seeds(runs: Sequence[FinishedRun]) -> None:
 def differences(baseline: dict[str, Any], other: dict[str, Any]) -> str:
     """The settings of `other` that differ from the baseline's, but the seed: `learning_rate 1e-05, freeze backbone`."""
     keys = [key for key in other if key != "seed" and other[key] != baseline.get(key)]
-    shown = [f"{key} {shown_value(other[key])}" for key in keys[:SHOWN]]
+    if PLACES & {*keys}:  # the name of a model says enough, unless its files are the same
+        same = has_identity(other) and not {*IDENTITY} & {*keys}
+        keys = [key for key in keys if key not in (PLACES if same else IDENTITY)]
+    shown = [f"{key.removeprefix('run/')} {shown_value(other[key], baseline.get(key))}" for key in keys[:SHOWN]]
     return ", ".join([*shown, *([f"{len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
 
 
-def shown_value(value: Any) -> str:
-    return printable(" ".join(map(str, value)) if isinstance(value, list) else str(value))
+def shown_value(value: Any, before: Any) -> str:
+    """A setting in the name of a group; of settings and hashes of files those that differ from the ones `before`."""
+    if isinstance(value, dict):
+        changed = {
+            name: item for name, item in value.items() if not isinstance(before, dict) or before.get(name) != item
+        }
+        return " ".join(f"{name} {shown_value(item, None)}" for name, item in changed.items())
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(re.sub(r"\b([0-9a-f]{8})[0-9a-f]{56}\b", r"\1", text))

@@ -218,7 +218,8 @@ def recipe(settings: dict[str, Any]) -> dict[str, Any]:
 
 def has_identity(settings: dict[str, Any]) -> bool:
     """Whether all files of the model are known; some earlier versions recorded the weights alone."""
-    return {*IDENTITY} - {"run/code_sha256"} <= settings.keys()
+    optional = {"run/code_sha256", *(["run/model_sha256"] if settings.get("from_scratch") else [])}
+    return {*IDENTITY} - optional <= settings.keys()
 
 
 def experiment_hash(settings: dict[str, Any]) -> str:

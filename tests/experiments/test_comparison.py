@@ -1,6 +1,7 @@
 """compare.py on folders of runs: grouping, scores equal to scikit-learn's, refusals."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -67,6 +68,39 @@ def test_runs_that_differ_in_the_seed_only_are_one_group_however_they_are_named(
     for groups in (by_folder, by_pattern, one_by_one):
         assert [group.name for group in groups] == ["baseline", "learning_rate 0.0001"]
         assert [[run.settings["seed"] for run in group.runs] for group in groups] == [[1, 2, 3]] * 2
+
+
+def identify(folder, weights="a" * 64, dropout=0.1):
+    """Write down which model a run began from, as train.py does."""
+    files = {"tokenizer.json": "b" * 64}
+    record = {"model_sha256": weights, "model_config": {"dropout": dropout, "layers": 2}, "tokenizer_sha256": files}
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def test_runs_that_began_from_other_weights_or_another_configuration_are_other_groups(runs):
+    folders = [runs / name / f"s{seed}" for name in ("slow", "fast") for seed in (1, 2, 3)]
+    identify(folders[0])
+    names = [group.name for group in load_groups(list(map(str, folders)), "test")]
+    assert names == ["baseline", "learning_rate 0.0001"]  # of the other runs it is not known
+    for folder in folders:
+        identify(folder)
+    identify(folders[1], weights="c" * 64)
+    identify(folders[2], dropout=0.3)
+    names = [group.name for group in load_groups(list(map(str, folders)), "test")]
+    assert names == ["baseline", "model_sha256 cccccccc", "model_config dropout 0.3", "learning_rate 0.0001"]
+
+
+def test_runs_of_the_same_model_in_two_places_are_one_group(runs):
+    folders = [runs / name / f"s{seed}" for name in ("slow", "fast") for seed in (1, 2, 3)]
+    for folder in folders:
+        identify(folder)
+    config = folders[1] / "config.yaml"
+    config.write_text(re.sub("(?m)^model: .*$", "model: elsewhere", config.read_text()))
+    assert "elsewhere" in config.read_text()
+    groups = load_groups(list(map(str, folders)), "test")
+    assert [group.name for group in groups] == ["baseline", "learning_rate 0.0001"]
+    identify(folders[1], weights="c" * 64)
+    assert "model elsewhere" in [group.name for group in load_groups(list(map(str, folders)), "test")]
 
 
 def test_scores_and_interval_of_a_comparison_are_those_of_scikit_learn(runs):

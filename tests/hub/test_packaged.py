@@ -1,6 +1,8 @@
 """The model and the data set that need no Hub: those with the known hashes, or none."""
 
+import hashlib
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -41,6 +43,15 @@ def rows(cache: Path) -> Rows:
 
 def test_minilm_weights_have_the_known_hash() -> None:
     assert sha256(minilm_folder() / "model.safetensors") == packaged.MINILM_SHA256
+
+
+def test_hash_of_a_file_is_that_of_its_content_though_its_date_was_put_back(tmp_path: Path) -> None:
+    file, fresh = tmp_path / "model.safetensors", tmp_path / "fresh"
+    for content in (b"one", b"two"):
+        fresh.write_bytes(content)
+        os.utime(fresh, ns=(0, 10**18))
+        fresh.replace(file)
+        assert packaged.cached_sha256(file) == hashlib.sha256(content).hexdigest()
 
 
 def test_minilm_folder_has_the_files_of_a_model() -> None:

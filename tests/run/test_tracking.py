@@ -381,6 +381,81 @@ def test_resumed_run_is_the_same_wandb_run_and_no_step_goes_back(alone: Callable
     assert [steps_of(path) for path in files] == [[2, 4, 6], [8]]
 
 
+START_AGAIN = """
+import pathlib, sys
+from accelerate import Accelerator
+from lib.config.train import TrackingConfig
+from lib.run.tracking import RunLog
+
+tracking = TrackingConfig(report_to=sys.argv[1] if len(sys.argv) > 1 else "wandb")
+for experiment, steps, anew in (("a", (1, 2), False), ("a", (1, 2, 3), False), ("b", (1,), False), ("b", (1,), True)):
+    log = RunLog(Accelerator(cpu=True, log_with="wandb"), pathlib.Path(), tracking, anew=anew)
+    log.start({"run_name": "mine-s1", "run/experiment": experiment}, ["accuracy"])
+    for step in steps:
+        log.log(step, 8 * step, {"train/loss": 1.0 / step})
+    log.close()
+    print(log.run_id)
+"""
+
+
+def test_start_before_the_first_checkpoint_is_the_same_wandb_run_unless_the_experiment_is_another_or_anew(
+    alone: Callable[..., str], tmp_path: Path
+) -> None:
+    first, second, other, anew = alone(START_AGAIN, WANDB_SILENT="true").splitlines()[-4:]
+    assert first == second
+    assert len({first, other, anew}) == 3
+    files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{first}.wandb"), key=lambda path: path.stat().st_mtime_ns)
+    assert [steps_of(path) for path in files] == [[1, 2], [3]]
+    assert read_lines(tmp_path / "metrics.jsonl")[-1]["step"] == 1
+
+
+def test_run_that_is_killed_before_its_first_checkpoint_and_started_again_is_one_wandb_run(
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = write_csv(tmp_path / "train.csv", sentences(48))
+    flags = ["--model", roberta, "--train_file", train, "--output_dir", "out", "--max_steps", 100_000]
+    flags += ["--eval_steps", 100_000, "--logging_steps", 1, "--mixed_precision", "no"]
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    ids = []
+    for _ in range(2):
+        (tmp_path / "out" / "metrics.jsonl").unlink(missing_ok=True)
+        command = [sys.executable, ROOT / "train.py", *map(str, flags)]
+        environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) as process:
+            try:
+                log, limit = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
+                while not (log.is_file() and log.stat().st_size) and process.poll() is None:
+                    assert time.monotonic() < limit
+                    time.sleep(0.1)
+            finally:
+                process.kill()
+        assert not (tmp_path / "out" / "checkpoints").exists()
+        ids.append({path.name[-8:] for path in (tmp_path / "out" / "wandb").glob("offline-run-*")})
+    assert len(ids[0]) == 1
+    assert ids[1] == ids[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"), [("WANDB_MODE", "ofline", "'offline'"), ("WANDB_CONSOLE", "of", "'off'")]
+)
+def test_misspelt_variable_of_wandb_is_refused_with_its_values(
+    call: Command, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, known: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    train = write_csv(tmp_path / "train.csv", sentences(24))
+    flags = ["--model", roberta, "--train_file", train, "--max_steps", 1, "--mixed_precision", "no"]
+    refused = call("train.py", *flags, code=2).stderr
+    assert all(word in refused for word in (name, value, known, "--report_to none"))
+    assert not (tmp_path / "outputs").exists()
+    check_tracker("none")
+
+
+@pytest.mark.parametrize("mode", ["online", "offline", "dryrun", "disabled"])
+def test_modes_of_wandb_are_accepted(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    check_tracker("wandb")
+
+
 def steps_of(path: Path) -> list[int]:
     """The steps in a W&B file, in its order."""
     steps = []

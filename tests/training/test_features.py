@@ -1,6 +1,7 @@
 """Training on cached outputs of the frozen part equals training through it, for every architecture."""
 
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from torch import nn
 
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
+from lib.model.load import build_model, load_tokenizer
+from lib.model.source import model_identity
 from lib.run.checkpoint import list_checkpoints
 from lib.runtime.atomic import find_damage, remove_unused
 from lib.training.frozen import features
-from lib.training.frozen.feature_cache import load_features, save_features
+from lib.training.frozen.feature_cache import load_features, model_digest, save_features
 from lib.training.frozen.features import cache_features
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import TIMING, differences, run_flags, without
@@ -189,6 +192,30 @@ def test_features_depend_on_weights_tokens_and_precision(tmp_path, folder):
     ):
         assert train(other).is_cached
         assert len(list(folder.glob("*/features.safetensors"))) == 3 * max(1, count)
+
+
+def test_features_depend_on_the_code_that_a_model_brings(tmp_path, roberta):
+    coded = tmp_path / "coded"
+    shutil.copytree(roberta, coded)
+    config = json.loads((coded / "config.json").read_text())
+    names = {"AutoModelForSequenceClassification": "code.Model"}
+    (coded / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    source, digests, codes = ModelConfig(str(coded), trust_remote_code=True), [], []
+    for comment in ("one", "two", "two"):
+        lines = [
+            "from transformers import RobertaForSequenceClassification as Base",
+            "class Model(Base):",
+            f"    '{comment}'",
+        ]
+        (coded / "code.py").write_text("\n".join(lines) + "\n")
+        torch.manual_seed(0)
+        model, _ = build_model(source, ["a", "b"], load_tokenizer(source))
+        assert type(model).__module__.startswith("transformers_modules.")
+        digests.append(model_digest(model.requires_grad_(False)))
+        codes.append(model_identity(source)["code_sha256"])
+    assert digests[0] != digests[1] == digests[2]
+    assert codes[0] != codes[1] == codes[2]
+    assert codes[0].keys() == {"code.py"}
 
 
 def test_bf16_features_are_stored_as_bf16_and_give_the_losses_of_bf16(tmp_path, folder):
