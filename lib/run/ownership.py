@@ -25,7 +25,7 @@ def check_run_folder(config: TrainConfig, folder: Path) -> None:
     """
     foreign = list(in_the_way(config, folder)) if folder.is_dir() else []
     place = folder.resolve()
-    if place in (Path(place.anchor), Path.home().resolve()) and not is_run_folder(folder):
+    if place in (Path(place.anchor), Path(os.path.expanduser("~")).resolve()) and not is_run_folder(folder):
         foreign.append("everything that such a folder is for")
     refuse(folder, foreign, "a run", "--output_dir or --run_name")
 
@@ -132,8 +132,13 @@ def is_empty(path: Path) -> bool:
 def describe_lock(folder: Path) -> str | None:
     """The file `.lock` in words if it is not the lock of a run."""
     path = folder / LOCK
-    if not os.path.lexists(path) or is_empty(path) or holds(path, "pid", "host", "token"):
+    try:
+        if path.read_bytes()[:7] in (b"", b'{"pid":'):  # a process that takes or leaves it may be writing
+            return None
+    except FileNotFoundError:
         return None
+    except OSError:
+        pass
     return f"{LOCK}: {kind(path)}, not the lock of a run"
 
 

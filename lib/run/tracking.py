@@ -332,11 +332,10 @@ def truncate_log(path: Path, last_step: int) -> int:
 def logged_step(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl; None if it is none."""
     try:
-        found = json.loads(line)
-        step, samples = found["step"], found["samples_seen"]
+        step = json.loads(line)["step"]
     except (ValueError, LookupError, TypeError):
         return None
-    return step if type(step) is type(samples) is int else None
+    return step if type(step) is int else None
 
 
 def wandb_mode() -> str:

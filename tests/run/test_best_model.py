@@ -11,6 +11,8 @@ from lib.config.sections import ModelConfig
 from lib.errors import UserError
 from lib.model.load import load_tokenizer
 from lib.run.best_model import restore_model
+from lib.run.resume import clean_up
+from lib.runtime.atomic import write_manifest
 from lib.training.state import State
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import NAMES, build, equal_weights, publish
@@ -54,15 +56,18 @@ def test_publishing_replaces_the_whole_folder(accelerator: Accelerator, roberta:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_publishing_deletes_leftovers_of_an_interrupted_one(
-    accelerator: Accelerator, roberta: Path, tmp_path: Path
-) -> None:
-    for name in (".tmp-model", ".old-model"):
+def test_start_deletes_what_a_killed_one_left_and_nothing_of_others(tmp_path: Path) -> None:
+    for name in (".tmp-model-abc", ".old-model-abc", "heartbeats"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "half.txt").write_text("written")
-    publish(accelerator, build(roberta), roberta, tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert not (tmp_path / "model" / "half.txt").exists()
+        (tmp_path / name / "0").write_text("written")
+    for name in (".tmp-model-abc", ".old-model-abc"):
+        write_manifest(tmp_path / name, {})
+    for name in (".tmp-mine", "heartbeats"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "notes").write_text("notes")
+    clean_up(tmp_path)
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == [".tmp-mine", ".tmp-mine/notes", "heartbeats", "heartbeats/notes"]
 
 
 def test_failed_write_of_a_model_leaves_the_previous_one(
@@ -72,7 +77,7 @@ def test_failed_write_of_a_model_leaves_the_previous_one(
     publish(accelerator, first, roberta, tmp_path / "model")
 
     def disk_is_full(folder: Path, **_: object) -> None:
-        Path(folder).mkdir()
+        (Path(folder) / "half").write_text("half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(second, "save_pretrained", disk_is_full)

@@ -23,6 +23,7 @@ from lib.config.train import TrackingConfig
 from lib.data.load import Data
 from lib.errors import UserError, first_line
 from lib.evaluation.predictions import Predictions
+from lib.run.checkpoint import Checkpointer
 from lib.run.tracking import RunLog, check_tracker, git_address, group_name, truncate_log, wandb_mode, wandb_picture
 from lib.runtime import startup
 from tests.conftest import ROOT, Command, read_lines, sentences, write_csv
@@ -340,6 +341,44 @@ def test_lines_after_the_checkpoint_and_incomplete_ones_are_deleted(tmp_path: Pa
     assert truncate_log(path, 0) == 0
     assert path.read_text() == ""
     assert truncate_log(tmp_path / "none.jsonl", 4) == 0
+
+
+def test_blank_torn_and_foreign_lines_are_told_and_lose_no_line_behind_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "samples_seen": step}).encode() for step in (1, 2, 3)]
+    torn = [b"", b'{"step": 2, "sam', b"\0" * 64, b"null", b'"a note"', b'{"step": "x"}', b"\xff"]
+    path.write_bytes(b"\n".join([good[0], *torn, good[1], good[2], b'{"step": 4']))
+    assert truncate_log(path, 2) == 3
+    assert path.read_bytes() == b"".join(line + b"\n" for line in good[:2])
+    told = capsys.readouterr().out
+    assert str(path) in told
+    assert "8 blank, torn or foreign lines" in told
+    assert truncate_log(path, 2) == 2
+    assert not capsys.readouterr().out
+
+
+def test_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
+    call: Any, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, write, fsync, synced = [], Checkpointer.write, os.fsync, []
+
+    def note(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def save(self: Checkpointer, record: dict[str, Any]) -> None:
+        seen.append(any(name.endswith("metrics.jsonl") for name in synced))
+        write(self, record)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Checkpointer, "write", save)
+    train = write_csv(tmp_path / "train.csv", sentences(12))
+    flags = ["--model", roberta, "--train_file", train, "--report_to", "none", "--output_dir", "run", "--max_steps", 2]
+    call("train.py", *flags, "--save_steps", 1)
+    assert seen == [True, True]
 
 
 def test_steps_sent_before_an_interruption_are_not_sent_again(tmp_path: Path) -> None:

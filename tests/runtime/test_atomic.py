@@ -134,9 +134,14 @@ def test_drafts_of_a_killed_process_are_removed_and_those_of_others_stay(tmp_pat
 def test_file_is_written_whole_or_stays_as_it_was(tmp_path, error):
     path = tmp_path / "config.yaml"
     write_atomically(path, "before")
-    with pytest.raises(type(error)), replacing(path) as file:
-        file.write(b"half")
-        raise error
+
+    def fail() -> None:
+        with replacing(path) as file:
+            file.write(b"half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert path.read_text() == "before"
     assert file_names(tmp_path) == ["config.yaml"]
     write_atomically(path, "after \udcff")
