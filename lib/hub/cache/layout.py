@@ -138,7 +138,7 @@ def read_tree(folder: Path, commit: str) -> dict[str, dict] | None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["files"]
         check_tree(tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return tree
 
