@@ -3,6 +3,7 @@
 import ast
 import codecs
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -84,9 +85,9 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         check_values(self)
-        pinned = len(self.model_revision or "") == 40 or Path(self.model or "").is_dir()
+        pinned = re.fullmatch("[0-9a-f]{40}", self.model_revision or "") or Path(self.model or "").is_dir()
         require(
-            not self.trust_remote_code or pinned,
+            not self.trust_remote_code or bool(pinned),
             "--trust_remote_code needs --model_revision COMMIT (40 digits): the code on a branch can change",
         )
 

@@ -97,7 +97,7 @@ def find_or_prepare(
         folder, found = root / key, None
         with contextlib.suppress(OSError):  # another process may delete the folder meanwhile
             if folder.exists():
-                damage = find_damage(folder)
+                damage = find_damage(folder) or unlisted(folder)
                 if damage is None:
                     found = read(folder)
                 else:
@@ -127,6 +127,13 @@ def find_or_prepare(
             f"the data cannot be prepared: {first_line(error)}; if {root} and {tempfile.gettempdir()} are full or cannot "
             "be written, set HF_DATASETS_CACHE to a folder with room"
         ) from error
+
+
+def unlisted(folder: Path) -> str | None:
+    """A table or the fields that no manifest answers for, in words; None if all are listed."""
+    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    names = [name for name in (FIELDS, *sorted(path.name for path in folder.glob("*.arrow"))) if name not in listed]
+    return f"{names[0]} is not in {MANIFEST}" if names else None
 
 
 def write_table(path: Path, features: Features, tables: Iterable[pa.Table]) -> None:

@@ -1,15 +1,18 @@
 """Data sets as they are stored: from the catalog, the Hub, a folder or the user's files. Nothing else reads them."""
 
+import atexit
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from datasets import (
 )
 from datasets.data_files import EmptyDatasetError
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-from huggingface_hub import cached_assets_path
+from huggingface_hub import DatasetCard, cached_assets_path
 
 from lib.config.sections import FILE_FORMATS, DataConfig
 from lib.data.catalog import DEFAULT, ROLES, catalog_entry, data_needs, own_files
@@ -39,14 +42,19 @@ from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.advice import advice
 from lib.hub.cache.layout import Repo, find_snapshot, snapshot_files
-from lib.hub.cache.publish import merge_folder
 from lib.hub.endpoint import configure_endpoint, datasets_cache
 from lib.hub.needs import Need, chosen_config, missing_from_cache, read_card
-from lib.runtime.atomic import sha256, umask
+from lib.runtime.atomic import remove_unused, sha256
 from lib.runtime.screen import list_some
 from lib.runtime.startup import hidden
 
 logger = logging.getLogger(__name__)
+
+CARDS = ("README.md", ".huggingface.yaml")
+"""Files of a folder in which `datasets` looks for the names of the data files."""
+
+REFUSED_WRITES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOLCK, errno.ENOTDIR}
+"""Errors of a folder that is read-only or full, or whose file system has no locks."""
 
 MAGIC = re.compile(r"[*?\[\]]|::|://")
 """What `datasets` takes for a pattern or an address in the name of a folder."""
@@ -98,26 +106,25 @@ def data_identity(config: DataConfig) -> str | None:
             if snapshot is None or missing_from_cache(need):
                 return None
             parts |= {"commit": snapshot.name, "config": need.dataset_config}
-            parts["folder"] = path_identity(str(isolate_config(snapshot, need)), need.dataset_config)
+            with isolated(snapshot, need) as folder:
+                parts["folder"] = path_identity(folder, need.dataset_config, places_of(snapshot))
     except Exception:  # of many kinds, and all of them are reported with their reason when the data are read
         return None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode(errors="surrogatepass")).hexdigest()
 
 
-def path_identity(path: str, hub_config: str | None = None) -> list[list[Any]]:
+def path_identity(path: str, hub_config: str | None = None, places: tuple[Path, ...] | None = None) -> list[list[Any]]:
     """The name, size and sha256 of a file, or of each file in a folder that is read; of a file, the ending is its name."""
     file = Path(path)
     if not file.is_dir():
         return [["".join(file.suffixes).lower(), file.stat().st_size, sha256(file)]]
     if is_saved(file):
+        check_saved(file, "")
         read = [item for item in sorted(file.rglob("*")) if item.is_file()]
     else:
-        check_inside(path, "--dataset")  # before `datasets` asks the addresses there
-        _, found = find_files(path, hub_config)
+        _, found = find_files(path, "", hub_config, places)
         read = [Path(item) for split in sorted(found) for item in found[split]]
-        read += [
-            item for name in ("README.md", ".huggingface.yaml", "dataset_infos.json") if (item := file / name).is_file()
-        ]
+        read += [item for name in (*CARDS, "dataset_infos.json") if (item := file / name).is_file()]
     return [[os.path.relpath(item, file), item.stat().st_size, sha256(item)] for item in read]
 
 
@@ -163,9 +170,12 @@ def load_hub(
     snapshot = find_snapshot(need.repo, need.revision)
     try:
         if snapshot and not missing_from_cache(need):
-            folder = str(isolate_config(snapshot, need))
-            return read_folder(folder, f"--dataset {path}: ", hub_config, config or DataConfig())
-        return dict(load_dataset(path, hub_config, revision=revision))
+            with isolated(snapshot, need) as folder:
+                name = f"--dataset {path}: "
+                return read_folder(folder, name, hub_config, config or DataConfig(), places_of(snapshot))
+        if revision:  # without the Hub `datasets` takes whatever tables it has
+            raise FileNotFoundError(f"the cache has no {revision}")
+        return dict(load_dataset(path, hub_config))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, RuntimeError, OSError) as error:
         reason = first_line(error)
         lines = "\n".join(f"  {line}" for line in advice(need, configure_endpoint(None)))
@@ -175,42 +185,47 @@ def load_hub(
         ) from error
 
 
-def isolate_config(snapshot: Path, need: Need) -> Path:
+@contextlib.contextmanager
+def isolated(snapshot: Path, need: Need) -> Iterator[str]:
     """The snapshot, or if its README lists several configurations, a folder of symlinks whose README lists only one.
 
-    `datasets` wants the files of every configuration in the README, but a run downloads those of one. The folder's path
-    depends on data set, commit and configuration alone, so that the tables `datasets` caches for it are found again.
+    `datasets` wants the files of every configuration in the README, but a run downloads those of one.
     """
     card = read_card(snapshot / "README.md")
     chosen = chosen_config(need, card)
     if chosen is None or len(card["configs"]) == 1:
-        return snapshot
+        yield str(snapshot)
+        return
     name = str(chosen.get("config_name", "default"))
-    place = datasets_cache() / "chosen" / f"{need.repo.folder_name}--{snapshot.name}--{name}"
-    if not place.is_dir():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=place.parent))
+    with tempfile.TemporaryDirectory(prefix="chosen-") as place:
         for file, path in snapshot_files(snapshot).items():
-            (draft / file).parent.mkdir(parents=True, exist_ok=True)
-            (draft / file).symlink_to(path.absolute())
+            link = Path(place, file)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.absolute())
         infos = card.get("dataset_info") or []
         infos = infos if isinstance(infos, list) else [infos]
         head = {"configs": [chosen], "dataset_info": [i for i in infos if i.get("config_name", "default") == name]}
-        (draft / "README.md").unlink()
-        (draft / "README.md").write_text(f"---\n{json.dumps(head, default=str)}\n---\n", encoding="utf-8")
-        draft.chmod(0o777 & ~umask())
-        merge_folder(draft, place)
-    return place
+        Path(place, "README.md").unlink()
+        Path(place, "README.md").write_text(f"---\n{json.dumps(head, default=str)}\n---\n", encoding="utf-8")
+        yield place
+
+
+def places_of(folder: Path) -> tuple[Path, ...]:
+    """Where the files of a folder may lie: in it, and those of a snapshot among the blobs of its cache."""
+    real = folder.resolve()
+    blobs = (real.parents[1] / "blobs", real.parents[2] / "blobs") if real.parent.name == "snapshots" else ()
+    return (real, *blobs)
 
 
 def load_folder(path: str, flag: str, config: DataConfig) -> dict[str, Dataset]:
     """A folder saved by `datasets`, or one of data files. Raises UserError with `flag` and path if it cannot be read."""
+    name = f"{flag} {path.rstrip('/')}/"
     try:
         if is_saved(Path(path)):
+            check_saved(Path(path), name)
             saved = load_from_disk(path)
             return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        check_inside(path, flag)
-        return read_folder(path, f"{flag} {path.rstrip('/')}/", None, config)
+        return read_folder(path, name, None, config, places_of(Path(path)))
     except EmptyDatasetError as error:
         raise UserError(f"{flag} {path}: the folder holds no data files") from error
     except IndexError as error:
@@ -219,15 +234,37 @@ def load_folder(path: str, flag: str, config: DataConfig) -> dict[str, Dataset]:
         raise UserError(f"{flag} {path} could not be loaded: {root_cause(error)}") from error
 
 
-def check_inside(path: str, flag: str) -> None:
-    """Raise UserError if the README of a folder names data outside the folder: a local folder reads its own files only."""
-    configs = read_card(Path(path) / "README.md").get("configs")
-    stated = [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []
-    for item in strings_in([[config.get("data_files"), config.get("data_dir")] for config in stated]):
-        if "://" in item or os.path.isabs(item) or ".." in Path(item).parts:
+def check_card(path: str, name: str) -> None:
+    """Raise UserError if the README of a folder names data outside the folder: what is read of it are its own files."""
+    for file in (file for file in CARDS if Path(path, file).is_file()):
+        text = Path(path, file).read_text(encoding="utf-8")
+        stated = DatasetCard(text if file.endswith(".md") else f"---\n{text}\n---\n").data.to_dict()
+        for item in strings_in(stated.get("configs")):
+            if "://" in item or "::" in item or os.path.isabs(item) or ".." in Path(item).parts:
+                raise UserError(
+                    f"{name}{file} names {item}, which is not in the folder; give that data by its own name"
+                )
+
+
+def check_places(files: Iterable[Path], folder: Path, name: str, places: tuple[Path, ...]) -> None:
+    """Raise UserError for a file of a folder that is, through a link, a file elsewhere."""
+    for file in files:
+        if not any(file.resolve().is_relative_to(place) for place in places):
             raise UserError(
-                f"{flag} {path}: its README.md names {item}, which is not in the folder; give that data by name"
+                f"{name}{os.path.relpath(file, folder)} is a link that leaves the folder, to {file.resolve()}; copy the "
+                "file into the folder, or give it as --train_file, --validation_file or --test_file"
             )
+
+
+def check_saved(folder: Path, name: str) -> None:
+    """Raise UserError if a folder saved by `datasets` names files outside itself."""
+    check_places(folder.rglob("*"), folder, name, places_of(folder))
+    for file in (*folder.rglob("state.json"), *folder.rglob("dataset_dict.json")):
+        stated = json.loads(file.read_text(encoding="utf-8"))
+        fields = stated.items() if isinstance(stated, dict) else ()
+        for item in strings_in([value for key, value in fields if key == "splits" or key.endswith("files")]):
+            if Path(item).name != item or item == "..":
+                raise UserError(f"{name}{file.relative_to(folder)} names {item}, which is not in the folder")
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -239,24 +276,22 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig) -> dict[str, Dataset]:
+def read_folder(
+    path: str, name: str, hub_config: str | None, config: DataConfig, places: tuple[Path, ...]
+) -> dict[str, Dataset]:
     """The splits of a folder of data files: `datasets` finds the files, and reads those of kinds that are not ours.
 
-    `name` comes before the names of files in messages.
+    `name` comes before the names of files in messages; the files must lie in `places`.
     """
-    builder, found = find_files(path, hub_config)
+    builder, found = find_files(path, name, hub_config, places)
     if hub_config is None and not read_card(Path(path) / "README.md").get("configs"):
         found = separate_eval(found)
         name_unread(path, name, found)
     options = reading_options(builder, config.encoding)
     if options is None:
-        identity = json.dumps(
-            path_identity(path, hub_config)
-        )  # the key that `datasets` has itself are the files' dates
-        cache = datasets_cache() / "folders" / hashlib.sha256(identity.encode()).hexdigest()[:32]
         words = {"keep_default_na": False, "na_values": [""]} if is_builder(builder, "csv") else {}
         with plain_folder(path) as plain:
-            return dict(load_dataset(plain, hub_config, cache_dir=str(cache), **words))
+            return load_with_datasets(plain, hub_config, words)
     files = {
         split: [Source(item, name + os.path.relpath(item, path), **options) for item in items]
         for split, items in found.items()
@@ -266,15 +301,57 @@ def read_folder(path: str, name: str, hub_config: str | None, config: DataConfig
     return load_columns(files, config, dict.fromkeys(files, described) if described else None)
 
 
-def find_files(path: str, hub_config: str | None) -> tuple[Any, dict[str, list[str]]]:
-    """What `datasets` makes of a folder: the builder, and the files of each split. Raises what `datasets` raises."""
-    with plain_folder(path) as plain:
-        builder = load_dataset_builder(plain, hub_config)
+def load_with_datasets(path: str, hub_config: str | None, words: dict[str, Any]) -> dict[str, Dataset]:
+    """A folder of files as `datasets` reads it; its tables last as long as this process.
+
+    They are made anew each time: `datasets` would find its own by the dates of the files, and would not check them.
+    """
+    root = datasets_cache() / "folders"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        remove_unused(root, 0)
+        place = tempfile.mkdtemp(prefix=".tmp-", dir=root)
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        return dict(load_dataset(path, hub_config, cache_dir=place, **words))
+    except (OSError, DatasetGenerationError) as error:
+        if not is_refused_write(error):
+            raise
+        logger.warning(
+            "warning: %s cannot hold tables (%s), %s is used; HF_DATASETS_CACHE names another folder",
+            *(root, root_cause(error), tempfile.gettempdir()),
+        )
+    place = tempfile.mkdtemp(prefix="tables-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return dict(load_dataset(path, hub_config, cache_dir=place, **words))
+
+
+def is_refused_write(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is one of REFUSED_WRITES."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in REFUSED_WRITES:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def find_files(
+    path: str, name: str, hub_config: str | None, places: tuple[Path, ...] | None = None
+) -> tuple[Any, dict[str, list[str]]]:
+    """What `datasets` makes of a folder: the builder, and the files of each split. Raises what `datasets` raises.
+
+    Raises UserError, which begins with `name`, before an address is asked or a file outside `places` is read.
+    """
+    check_card(path, name)
+    with plain_folder(path) as plain, tempfile.TemporaryDirectory(prefix="builder-") as unused:
+        builder = load_dataset_builder(plain, hub_config, cache_dir=unused)
         found = {str(split): list(map(str, items)) for split, items in (builder.config.data_files or {}).items()}
         base = os.path.realpath(plain)
-        return builder, {
-            split: [os.path.join(path, os.path.relpath(item, base)) for item in items] for split, items in found.items()
-        }
+    inside = {
+        split: [os.path.join(path, os.path.relpath(item, base)) for item in items] for split, items in found.items()
+    }
+    files = [Path(item) for items in inside.values() for item in items]
+    check_places(files, Path(path), name, places or places_of(Path(path)))
+    return builder, inside
 
 
 def separate_eval(found: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -1,6 +1,11 @@
 """Metrics: which ones a run computes, which one chooses its model, and their values for given predictions."""
 
+import atexit
 import dataclasses
+import functools
+import importlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +15,11 @@ import numpy as np
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, DataConfig, words
 from lib.data.catalog import catalog_entry
 from lib.data.load import Data
-from lib.errors import UserError, printable
+from lib.errors import UserError, first_line, printable
 from lib.evaluation.predictions import Predictions
 
 FOLDER = Path(__file__).parent / "metrics"
-"""The metrics: `evaluate` modules, one per file, loaded by path."""
+"""The metrics: `evaluate` modules, one per file."""
 
 METRICS = {
     CLASSIFICATION: ("accuracy", "cohen_kappa", "f1", "matthews_correlation", "precision", "recall"),
@@ -110,7 +115,9 @@ def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSI
         module, _ = split_average(name)
         if module in known.difference(fitting):
             raise UserError(f"--metrics {name} is not for {words(problem_type)}; use some of {', '.join(fitting)}")
-        metric_path(metric_settings(name, outputs, problem_type)[0])
+        load_metric(
+            metric_settings(name, outputs, problem_type)[0], problem_type
+        )  # trouble shows before the first step
 
 
 def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:
@@ -176,11 +183,32 @@ def split_average(name: str) -> tuple[str, str]:
 
 
 def load_metric(module: str, problem_type: str = CLASSIFICATION) -> Any:
-    """The `evaluate` module of that name. Raises UserError if it is not in the folder."""
+    """The `evaluate` module of that name. Raises UserError if it is not in the folder, or cannot be imported.
+
+    It is imported as it is: `evaluate.load` would copy it into HF_MODULES_CACHE under a lock, which a shared or full cache
+    may refuse.
+    """
     path = metric_path(module)
     import evaluate  # takes seconds to import
 
-    return evaluate.load(str(path), "multilabel" if problem_type == MULTI_LABEL else None, keep_in_memory=True)
+    try:
+        found = importlib.import_module(f"lib.evaluation.metrics.{module}")
+    except ImportError as error:
+        raise UserError(f"--metrics {module}: {path} cannot be imported: {first_line(error)}") from error
+    own = [kind for kind in vars(found).values() if getattr(kind, "__module__", None) == found.__name__]
+    kinds = [kind for kind in own if isinstance(kind, type) and issubclass(kind, evaluate.EvaluationModule)]
+    if not kinds:
+        raise UserError(f"--metrics {module}: {path} has no class of `evaluate.Metric`")
+    name = "multilabel" if problem_type == MULTI_LABEL else None
+    return kinds[0](config_name=name, keep_in_memory=True, cache_dir=scratch_folder())
+
+
+@functools.cache
+def scratch_folder() -> str:
+    """A folder of this process for `evaluate`, which makes an empty one for each metric even where it writes nothing."""
+    place = tempfile.mkdtemp(prefix="metrics-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return place
 
 
 def our_metrics() -> set[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lib.errors import first_line, redact
-from lib.hub.cache.layout import COMMIT, Repo, check_tree
+from lib.hub.cache.layout import COMMIT, Repo, check_tree, is_false_name
 from lib.hub.endpoint import is_official, proxy_of
 
 Item = TypeVar("Item")
@@ -59,6 +59,8 @@ def request_listing(
             tree[file.rfilename] = {"size": file.size, "blob_id": file.blob_id} | lfs
         if not COMMIT.fullmatch(info.sha or ""):
             raise ValueError("no commit in the answer")
+        if is_false_name(revision, info.sha):
+            raise ValueError("another commit in the answer than the one that was asked for")
         check_tree(tree)
         return Listing(info.sha, tree)
     except Exception as error:

@@ -16,6 +16,7 @@ from lib.hub.cache.layout import (
     COMMIT,
     blob_name,
     cache_root,
+    false_refs,
     find_snapshot,
     linked_blob,
     read_ref,
@@ -76,8 +77,10 @@ def ensure_cached(needs: Sequence[Need], hub: HubConfig, endpoint: str) -> None:
 
         fetch_modelscope(need, hub.hub_timeout, hub.verify_hashes)
     needs = [need for need in needs if need.source == "hub"]
-    # A commit never changes: one that is complete in the cache needs no request.
-    asked = [need for need in needs if missing_from_cache(need) or not COMMIT.fullmatch(need.revision)]
+    # A commit never changes: one that is complete in the cache needs no request, but to be compared with the Hub.
+    asked = [
+        need for need in needs if hub.verify_hashes or missing_from_cache(need) or not COMMIT.fullmatch(need.revision)
+    ]
     answers: Sequence[Listing | Fault]
     if variable := offline_variable():
         answers = [Fault("offline", f"{variable} forbids requests to the Hub")] * len(asked)
@@ -89,11 +92,16 @@ def ensure_cached(needs: Sequence[Need], hub: HubConfig, endpoint: str) -> None:
     for need, answer in pairs:
         if isinstance(answer, Listing):
             update_cache(need, answer, hub, endpoint)
+    listings = {need: answer for need, answer in pairs if isinstance(answer, Listing)}
     for need in needs:
+        if names := false_refs(need.repo.folder):
+            place = shorten(need.repo.folder / "refs")
+            text = f"in {place} {', '.join(names[:3])} names another commit than itself; it is ignored, remove it"
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         if faults := damaged_files(need):
             raise UserError(damage_report(need, faults))
         if hub.verify_hashes:
-            verify_hashes(need)
+            verify_hashes(need, listings.get(need))
 
 
 def use_cache(faults: dict[Need, Fault], endpoint: str) -> None:
@@ -228,12 +236,14 @@ def check_usable(need: Need, wanted: list[str], listing: Listing, endpoint: str)
         raise UserError(f"{need} at {redact(endpoint)} has no {', no '.join(missing)}.{hint}")
 
 
-def verify_hashes(need: Need) -> None:
-    """Raise UserError unless every file that the run reads matches its hash."""
+def verify_hashes(need: Need, listing: Listing | None = None) -> None:
+    """Raise UserError unless every file that the run reads matches its hash: the Hub's, or else that in the cache."""
     snapshot = find_snapshot(need.repo, need.revision)
     if snapshot is None:
         return
     files, tree = snapshot_files(snapshot), read_tree(need.repo.folder, snapshot.name) or {}
+    if listing and listing.commit == snapshot.name:
+        tree = listing.tree
     card = read_card(snapshot / "README.md") if need.repo.repo_type == "dataset" else None
     faults = []
     for name in wanted_files(need, files, card):

@@ -172,8 +172,8 @@ def damaged_files(need: Need) -> list[str]:
 
 
 def in_datasets_cache(need: Need) -> bool:
-    """Whether `datasets` has tables of a data set from an earlier run."""
+    """Whether `datasets` has tables of a data set from an earlier run; it does not know of which revision they are."""
     owner, _, name = need.repo.repo_id.rpartition("/")
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
     folders = [datasets_cache() / (f"{owner}___{text}" if owner else text) for text in (name, name.lower(), snake)]
-    return need.repo.repo_type == "dataset" and any(folder.is_dir() for folder in folders)
+    return need.repo.repo_type == "dataset" and need.revision == "main" and any(folder.is_dir() for folder in folders)

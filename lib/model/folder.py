@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelSource
 from lib.errors import UserError
-from lib.hub.cache.contents import file_damage
+from lib.hub.cache.contents import OBJECTS, file_damage
 from lib.hub.cache.files import SHARD, TOKENIZER_FILES, missing_shards, weight_files
 from lib.runtime.memory import available_memory
 
@@ -29,12 +29,6 @@ PROBLEMS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
 LABEL_SETTINGS = ("id2label", "label2id", "num_labels")
 
-OBJECTS = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("adapter_config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
-)
-"""Files that hold a JSON object."""
-
 
 def unusable(source: ModelSource, reason: str) -> UserError:
     """The error for a model that cannot be loaded for `reason`."""
@@ -46,7 +40,7 @@ def object_damage(file: Path) -> str | None:
     try:
         if damage := file_damage(file, file.name):
             return damage
-        content = json.loads(file.read_text(encoding="utf-8"))
+        json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -55,10 +49,7 @@ def object_damage(file: Path) -> str | None:
         return "is nested too deeply to be read; download it again"
     except ValueError as error:
         return f"is not JSON ({error}); download it again"
-    if isinstance(content, dict):
-        return None
-    kind = {list: "a list", str: "a text", type(None): "null"}.get(type(content), f"the number {content}")
-    return f"holds {kind}, not an object with settings ({{...}}); download it again"
+    return None
 
 
 def find_damage(folder: Path, allow_pickle: bool = False) -> str | None:
@@ -70,22 +61,16 @@ def find_damage(folder: Path, allow_pickle: bool = False) -> str | None:
         if name in files and (damage := object_damage(files[name])):
             return f"{files[name]} {damage}"
     weights = weight_files(files, allow_pickle)
-    try:
-        if lost := missing_shards({name: files[name] for name in weights}):
-            return f"{folder} lacks {', '.join(lost[:3])}, which the names or the index of its weights promise"
-    except TypeError:  # numbers instead of names
-        return f"{folder} has a damaged index of its weights (.index.json); download it again"
+    if lost := missing_shards({name: files[name] for name in weights}):
+        return f"{folder} lacks {', '.join(lost[:3])}, which the names or the index of its weights promise"
     if any(SHARD.fullmatch(name) for name in weights) and not any(name.endswith(".index.json") for name in weights):
         return (
             f"{folder} lacks the index of its weights ({weights[0].split('-')[0]}{Path(weights[0]).suffix}.index.json)"
         )
     for name in weights:
-        if name.endswith(".index.json"):
-            if not isinstance(json.loads(files[name].read_text(encoding="utf-8")).get("weight_map"), dict):
-                return f"{files[name]} names no weights (weight_map); download it again"
-        elif not files[name].is_file():
+        if not files[name].is_file():
             return f"{files[name]} is not a file"
-        elif damage := file_damage(files[name], name):
+        if damage := file_damage(files[name], name):
             return f"{files[name]} {damage}"
     return None
 

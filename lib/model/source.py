@@ -1,10 +1,13 @@
 """Where the files of a model are, and how transformers loads them with errors that a user understands."""
 
+import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, dynamic_module_utils
 from transformers.utils import logging as transformers_logging
 
 from lib.config.sections import ModelConfig, ModelSource, literal
@@ -76,6 +79,44 @@ def resolve_model(source: ModelSource) -> str:
         return str(modelscope_folder(source.model, source.model_revision or "master"))
     snapshot = find_snapshot(Repo(source.model), source.model_revision) if is_repo_id(source.model) else None
     return str(snapshot or source.model)
+
+
+def model_folder(source: ModelSource) -> Path:
+    """The folder of a model, which alone is handed to transformers: by a name it would read the refs of the cache itself.
+
+    Raises UserError if the model is nowhere, and where trusted code would come from another repository.
+    """
+    folder = Path(resolve_model(source))
+    if not folder.is_dir():
+        raise UserError(add_hint(source, unusable(source, "it is neither a folder nor in the cache")))
+    if source.trust_remote_code:
+        use_own_modules()
+        for name in ("config.json", "tokenizer_config.json"):
+            check_code(source, folder / name)
+    return folder
+
+
+def check_code(source: ModelSource, file: Path) -> None:
+    """Raise UserError if the code that a file of settings names is in another repository, of which no commit is pinned."""
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return  # loading reports it
+    others = re.findall(r"[\w./-]+?(?=--)", json.dumps(named))
+    if others:
+        raise unusable(
+            source,
+            f"{file} runs code of another repository ({others[0]}), of which --model_revision pins no commit; copy its .py "
+            f"files into a folder with the model, remove {others[0]}-- from auto_map there, and give the folder",
+        )
+
+
+@functools.cache
+def use_own_modules() -> None:
+    """Have transformers copy trusted code to a folder of this process: what a shared one holds may not be that code."""
+    place = tempfile.mkdtemp(prefix="modules-")
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    dynamic_module_utils.HF_MODULES_CACHE = place
 
 
 def model_origin(source: ModelSource) -> dict[str, str]:
@@ -156,10 +197,7 @@ def load_hf_config(source: ModelSource, labels: bool = False) -> Any:
     Names of labels that transformers cannot read are left out; with `labels` they are read, or refused. Raises UserError
     if the file is damaged.
     """
-    folder = Path(resolve_model(source))
-    if not folder.is_dir():
-        with loading_errors(source):  # a name of the Hub that is not in the cache
-            return AutoConfig.from_pretrained(str(folder), **loader_arguments(source))
+    folder = model_folder(source)
     if damage := object_damage(folder / "config.json"):
         raise UserError(add_hint(source, unusable(source, f"{folder}/config.json {damage}")))
     content = read_config(source, folder)
@@ -185,7 +223,7 @@ def load_hf_config(source: ModelSource, labels: bool = False) -> Any:
 
 def read_tokenizer(source: ModelSource) -> Any:
     """The tokenizer of a model as its files describe it. Raises UserError if they are damaged or hold no vocabulary."""
-    folder, more = Path(resolve_model(source)), {}
+    folder, more = model_folder(source), {}
     if (folder / "config.json").is_file():
         # transformers asks the configuration for the architecture, and may not be able to read its labels.
         hf_config = load_hf_config(source)

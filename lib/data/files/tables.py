@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from lib.data.files.opening import Source, open_unpacked
 from lib.data.files.rows import open_rows, parquet_batches, place_of, spell
 from lib.errors import UserError, first_line, require
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, make_folder, remove_unused, sha256
+from lib.runtime.atomic import MANIFEST, find_damage, make_folder, remove_unused, sha256
+
+logger = logging.getLogger(__name__)
 
 ROWS, CHARACTERS = 50_000, 1 << 24
 """The most that is held in memory at once, of rows and of characters."""
@@ -52,7 +55,10 @@ def load_tables(
     features = features or {}
     key = tables_key(files, features, needed)
     place = datasets_cache() / "files" / key
-    if not place.is_dir():
+    damage = find_damage(place) if place.is_dir() else "absent"
+    if damage:
+        if place.is_dir():
+            logger.warning("warning: the tables in %s were damaged and are made again: %s", place, damage)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             make_folder(place, Builder(files, features, needed).build)

@@ -5,6 +5,7 @@ import json
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -19,10 +20,27 @@ LFS_SUFFIXES = {
 """Suffixes that the Hub's default .gitattributes puts into LFS."""
 LFS_SIZE = 10 * 1024 * 1024
 """Files above this size, in bytes, are always in LFS."""
+OBJECTS = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("adapter_config.json", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"),
+)
+"""Files that hold a JSON object."""
 POINTER = "version https://git-lfs.github.com/spec/"
 """How a git-LFS pointer begins: the small text that git keeps in the place of a file in LFS."""
 ANSWERS = (b"Access to ", b"Entry not found", b"Repository not found", b"Invalid username", b"Invalid rev id")
 """How the Hub's error messages begin. wget and curl save them under the name of the requested file."""
+
+
+def settings_damage(name: str, content: Any) -> str | None:
+    """What is wrong with the content of one of OBJECTS; None when nothing is."""
+    if not isinstance(content, dict):
+        kind = {list: "a list", str: "a text", type(None): "null"}.get(type(content), f"the number {content}")
+        return f"holds {kind}, not an object with settings ({{...}})"
+    if name.endswith(".index.json"):
+        shards = content.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            return "names no weights (weight_map)"
+    return None
 
 
 def git_hash(path: Path) -> str:
@@ -76,9 +94,13 @@ def file_damage(path: Path, name: str) -> str | None:
             return f"is cut off, or not a safetensors file ({size:,} bytes; {error}); download it again"
     if suffix == ".json":
         try:
-            json.loads(path.read_text(encoding="utf-8-sig"))
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except RecursionError:
+            return "is nested too deeply to be read; download it again"
         except ValueError as error:
             return f"is not JSON ({error}); download it again"
+        if Path(name).name in OBJECTS and (damage := settings_damage(name, content)):
+            return f"{damage}; download it again"
     if suffix == ".parquet" and not (head[:4] == b"PAR1" and tail == b"PAR1"):
         return f"is cut off, or not a parquet file ({size:,} bytes); download it again"
     if suffix in (".bin", ".pt", ".pth") and head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(path):

@@ -87,10 +87,10 @@ def missing_shards(files: Mapping[str, Path]) -> list[str]:
         if name.endswith((".safetensors.index.json", ".bin.index.json")):
             try:
                 shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError):
-                continue
-            folder = name.rpartition("/")[0]
-            promised |= {f"{folder}/{shard}" if folder else shard for shard in shards}
+                folder = name.rpartition("/")[0]
+                promised |= {f"{folder}/{shard}" if folder else str(shard) for shard in shards}
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+                continue  # its damage is found by `file_damage`
         if match := SHARD.fullmatch(name):
             stem, _, count, suffix = match.groups()
             if suffix in (".safetensors", ".bin", ".parquet"):

@@ -17,6 +17,8 @@ from lib.errors import UserError
 from lib.hub.cache.contents import HASH
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
+LIKE_COMMIT = re.compile(r"(?!\d{1,8}$)[0-9a-fA-F]{7,40}")
+"""What reads as a commit, whole or abbreviated; a short number, as a date, is a tag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +82,33 @@ def cached_repos() -> list[Repo]:
 
 
 def read_ref(folder: Path, revision: str) -> str | None:
-    """The commit of a branch, tag or commit, by the refs of a repository's `folder`; None when they have none."""
+    """The commit of a branch or tag, by the refs of a repository's `folder`; None when they have none.
+
+    A commit is itself: no ref can give its name to another one.
+    """
     path = folder / "refs" / revision
-    if ".." not in Path(revision).parts and not Path(revision).is_absolute() and path.is_file():
-        return path.read_text(encoding="utf-8").strip()
-    return revision if COMMIT.fullmatch(revision) else None
+    if COMMIT.fullmatch(revision):
+        return revision
+    if ".." in Path(revision).parts or Path(revision).is_absolute() or not path.is_file():
+        return None
+    commit = path.read_text(encoding="utf-8", errors="replace").strip()
+    return None if is_false_name(revision, commit) else commit
+
+
+def is_false_name(revision: str, commit: str) -> bool:
+    """Whether a revision reads as a commit, whole or abbreviated, and `commit` is another one."""
+    return bool(LIKE_COMMIT.fullmatch(revision)) and not commit.startswith(revision)
+
+
+def false_refs(folder: Path) -> list[str]:
+    """The refs of a repository's `folder` that give the name of a commit to another one; `read_ref` ignores them."""
+    refs = [path for path in sorted((folder / "refs").rglob("*")) if path.is_file()]
+    names = {path.relative_to(folder / "refs").as_posix(): path for path in refs}
+    return [
+        name
+        for name, path in names.items()
+        if is_false_name(name, path.read_text(encoding="utf-8", errors="replace").strip())
+    ]
 
 
 def find_snapshot(repo: Repo, revision: str | None = None) -> Path | None:
@@ -114,7 +138,7 @@ def read_tree(folder: Path, commit: str) -> dict[str, dict] | None:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))["files"]
         check_tree(tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return tree
 

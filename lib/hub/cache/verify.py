@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from lib.hub.cache.contents import file_damage, matches_hash
 from lib.hub.cache.files import missing_shards
-from lib.hub.cache.layout import Repo, blob_name, read_tree, snapshot_files
+from lib.hub.cache.layout import Repo, blob_name, false_refs, read_tree, snapshot_files
 
 
 def verify_repo(repo: Repo) -> Iterator[str]:
@@ -14,6 +14,8 @@ def verify_repo(repo: Repo) -> Iterator[str]:
     snapshots = {path: snapshot_files(path) for path in sorted((folder / "snapshots").glob("*")) if path.is_dir()}
     if not snapshots:
         yield f"{repo}: no snapshot in {folder}"
+    for name in false_refs(folder):
+        yield f"{repo}: refs/{name} gives the name of a commit to another one; it is ignored here, remove it"
     refs = [path for path in sorted((folder / "refs").rglob("*")) if path.is_file()]
     contents = {path: path.read_text(encoding="utf-8", errors="replace")[:200] for path in refs}
     for path, text in contents.items():

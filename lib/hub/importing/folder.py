@@ -12,7 +12,7 @@ from lib.config.hub import ImportConfig
 from lib.errors import UserError, printable
 from lib.hub.cache.contents import POINTER, file_damage, git_hash, is_lfs, matches_hash
 from lib.hub.cache.files import OPTIONAL_FILES, TOKENIZER_FILES, is_adapter, missing_parts, missing_shards
-from lib.hub.cache.layout import COMMIT, Repo, parse_repo
+from lib.hub.cache.layout import COMMIT, Repo, is_false_name, parse_repo
 from lib.hub.cache.publish import lock_repo, publish_entry, staging_folder, writing
 from lib.hub.importing.archives import opened
 from lib.hub.importing.load_check import check_loads
@@ -149,6 +149,11 @@ def add_to_cache(known: Provenance, repo: Repo, revision: str, move_ref: bool, l
         if commit is None:  # made up: the same for the same files
             text = "".join(f"{name}\0{blob}\n" for name, blob in sorted(names.items()))
             commit = UNKNOWN + hashlib.sha1(text.encode()).hexdigest()[len(UNKNOWN) :]
+        if is_false_name(revision, commit):
+            raise UserError(
+                f"--revision {revision} reads as a commit, and these files are those of {commit}; give the name of a branch "
+                "or tag, such as main"
+            )
         finish_entry(known, staged, names, commit, revision)
         if load_check:
             check_loads(root, repo, revision, staged / "snapshots" / commit)
