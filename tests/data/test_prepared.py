@@ -298,6 +298,7 @@ def flip(path: Path) -> None:
         lambda folder: (folder / "texts-validation.arrow").unlink(),
         lambda folder: (folder / "tokens-train.arrow").write_bytes(b""),
         lambda folder: (folder / MANIFEST).write_text("{"),
+        lambda folder: (flip(folder / "tokens-train.arrow"), (folder / MANIFEST).write_text('{"files": {}}')),
     ],
 )
 def test_damaged_data_are_said_and_made_again(

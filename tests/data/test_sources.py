@@ -17,8 +17,11 @@ from lib.config.sections import DataConfig
 from lib.data.files import tables
 from lib.data.sources import data_identity, load_raw
 from lib.errors import UserError
+from lib.hub.cache.layout import Repo
 from lib.hub.endpoint import datasets_cache
+from lib.hub.needs import Need, missing_from_cache
 from lib.runtime.atomic import umask
+from tests.hub_layouts import cache_of_another_machine
 
 ROWS = "text,label\nNone,0111\nNA,null\n1.10,1E1\n"
 TEXTS, LABELS = ["None", "NA", "1.10"], ["0111", "null", "1E1"]
@@ -235,3 +238,147 @@ def test_classes_that_differ_between_files_of_a_split_are_refused(tmp_path: Path
         load_raw(DataConfig(dataset=str(tmp_path)))
     pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), tmp_path / "plain.parquet")
     assert load_raw(DataConfig(train_file=str(tmp_path / "plain.parquet")))["train"]["label"][:] == ["x"]
+
+
+# ------------------------------------------------------------------------------------------------ strangers' folders
+
+OUTSIDE = ["../secret.csv", "https://example.invalid/a.csv", "zip://a.csv::https://example.invalid/a.zip"]
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_yaml_file_of_a_folder_cannot_name_data_outside_it(tmp_path: Path, place: str, sockets: list) -> None:
+    (tmp_path / "secret.csv").write_text(ROWS)
+    folder = folder_of(tmp_path / "data", train__csv=ROWS)
+    (folder / ".huggingface.yaml").write_text(f"configs:\n- config_name: default\n  data_files: {place}\n")
+    with pytest.raises(UserError, match=r"huggingface\.yaml"):
+        load_raw(DataConfig(dataset=str(folder)))
+    assert data_identity(DataConfig(dataset=str(folder))) is None
+    assert sockets == []
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+@pytest.mark.parametrize("several", [False, True])
+def test_readme_of_a_hub_data_set_cannot_name_data_outside_it(
+    tmp_path: Path, place: str, several: bool, sockets: list, empty_cache: None
+) -> None:
+    (tmp_path / "secret.csv").write_text(ROWS)
+    given = folder_of(tmp_path / "given", train__csv=ROWS)
+    listed = [{"config_name": "default", "data_files": [{"split": "train", "path": ["train.csv", place]}]}]
+    listed += [{"config_name": "other", "data_files": "train.csv"}] if several else []
+    (given / "README.md").write_text(f"---\n{json.dumps({'configs': listed})}\n---\n")
+    cache_of_another_machine(given, Repo("user/data", "dataset").folder)
+    with pytest.raises(UserError, match=r"README\.md names"):
+        load_raw(DataConfig(dataset="user/data"))
+    assert data_identity(DataConfig(dataset="user/data")) is None
+    assert sockets == []
+
+
+@pytest.mark.parametrize("linked", ["file", "folder", "packed"])
+def test_link_that_leaves_a_folder_is_refused(tmp_path: Path, linked: str) -> None:
+    secret = folder_of(tmp_path / "elsewhere", train__csv=ROWS)
+    folder = folder_of(tmp_path / "data", test__csv=ROWS)
+    if linked == "folder":
+        (folder / "train").symlink_to(secret)
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train/train.csv\n---\n")
+    else:
+        suffix = ".csv.gz" if linked == "packed" else ".csv"
+        (folder / f"train{suffix}").symlink_to(secret / "train.csv")
+    with pytest.raises(UserError, match="link that leaves the folder"):
+        load_raw(DataConfig(dataset=str(folder)))
+    assert data_identity(DataConfig(dataset=str(folder))) is None
+
+
+def test_links_inside_a_folder_and_to_the_blobs_of_a_snapshot_are_read(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "data", rows__csv=ROWS)
+    (folder / "train.csv").symlink_to("rows.csv")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_raw(DataConfig(dataset=str(tmp_path / "link")))["train"]["text"][:] == TEXTS
+    given = folder_of(tmp_path / "given", train__csv=ROWS)
+    entry = cache_of_another_machine(given, tmp_path / "hub" / "datasets--user--data")
+    (snapshot,) = (entry / "snapshots").iterdir()
+    assert load_raw(DataConfig(dataset=str(snapshot)))["train"]["text"][:] == TEXTS
+
+
+@pytest.mark.parametrize("form", ["named", "linked", "split"])
+def test_saved_folder_cannot_name_files_outside_it(tmp_path: Path, form: str) -> None:
+    for name in ("secret", "saved"):
+        DatasetDict({"train": Dataset.from_dict({"text": [name]})}).save_to_disk(tmp_path / name)
+    (table,) = (tmp_path / "secret" / "train").glob("*.arrow")
+    state = tmp_path / "saved" / "train" / "state.json"
+    if form == "named":
+        stated = json.loads(state.read_text())
+        stated["_data_files"] = [{"filename": f"../../secret/train/{table.name}"}]
+        state.write_text(json.dumps(stated))
+    elif form == "split":
+        (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["../secret/train"]}')
+    else:
+        (own,) = (tmp_path / "saved" / "train").glob("*.arrow")
+        own.unlink()
+        own.symlink_to(table)
+    with pytest.raises(UserError, match=r"not in the folder|leaves the folder"):
+        load_raw(DataConfig(dataset=str(tmp_path / "saved")))
+
+
+def test_features_of_a_readme_open_no_file_or_address(tmp_path: Path, sockets: list) -> None:
+    head = {"dataset_info": {"features": [{"name": "text", "dtype": "string"}, {"name": "label", "dtype": "string"}]}}
+    head["dataset_info"]["features"].append({"name": "picture", "dtype": "image"})
+    rows = [{"text": f"a {n}", "label": "xy"[n % 2], "picture": "http://example.invalid/a.png"} for n in range(4)]
+    folder = folder_of(tmp_path / "data", train__jsonl="".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
+    table = load_raw(DataConfig(dataset=str(folder)))["train"]
+    assert table.select_columns(["text", "label"])[:]["label"] == ["x", "y", "x", "y"]
+    assert sockets == []
+
+
+@pytest.mark.parametrize("name", ["http://example.invalid/a.csv", "zip://a.csv::http://example.invalid/a.zip"])
+def test_file_at_an_address_is_not_asked_for(name: str, sockets: list) -> None:
+    with pytest.raises(UserError, match="--train_file"):
+        load_raw(DataConfig(train_file=name))
+    assert sockets == []
+
+
+def test_pinned_revision_is_not_answered_by_the_tables_of_another(tmp_path: Path, empty_cache: None) -> None:
+    (datasets_cache() / "user___data" / "default").mkdir(parents=True)
+    need = Need("--dataset", Repo("user/data", "dataset"), "4" * 40)
+    assert missing_from_cache(need) == ["all of it"]
+    with pytest.raises(UserError, match="4444"):
+        load_raw(DataConfig(dataset="user/data", revision="4" * 40))
+
+
+# ------------------------------------------------------------------------------------------------ damage and full disks
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut"])
+def test_damaged_tables_are_said_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "t.csv").write_text(ROWS)
+    config = DataConfig(train_file=str(tmp_path / "t.csv"))
+    load_raw(config)
+    (table,) = (tmp_path / "cache" / "files").glob("*/0.arrow")
+    content = table.read_bytes()
+    assert b"1E1" in content
+    table.write_bytes(content.replace(b"1E1", b"9E9") if damage == "altered" else content[:-200])
+    assert load_raw(config)["train"]["label"][:] == LABELS
+    assert str(table.parent) in caplog.text
+    caplog.clear()
+    assert load_raw(config)["train"]["label"][:] == LABELS
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("reader", ["ours", "datasets"])
+def test_folder_is_read_though_the_cache_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reader: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file"))
+    folder = folder_of(tmp_path / "data", train__csv="a remark\n" + ROWS if reader == "datasets" else ROWS)
+    if reader == "datasets":
+        head = {"configs": [{"config_name": "default", "data_files": "train.csv", "skiprows": 1}]}
+        (folder / "README.md").write_text(f"---\n{json.dumps(head)}\n---\n")
+    config = DataConfig(dataset=str(folder))
+    assert load_raw(config)["train"]["text"][:2] == TEXTS[:2]
+    assert data_identity(config) is not None
+    assert ("HF_DATASETS_CACHE" in caplog.text) is (reader == "datasets")

@@ -3,8 +3,10 @@
 import dataclasses
 import os
 import socket
+import sys
 import time
 import tracemalloc
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -324,3 +326,24 @@ def test_agreement_of_thousands_of_classes_takes_little_memory() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 20e6
+
+
+def test_metrics_need_no_folder_of_modules_or_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
+        monkeypatch.setattr(evaluate.config, name, tmp_path / "file" / "cache")
+    predictions = label_predictions(30)
+    values = compute_metrics(predictions, ("f1_macro", "accuracy", "average_precision"))
+    assert all(np.isfinite(value) for value in values.values())
+    load_metric("f1").compute(predictions=[1, 0], references=[1, 1])
+
+
+def test_metric_that_cannot_be_imported_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.evaluation.scores.our_metrics", lambda: {"needs_a_package"})
+    name = "lib.evaluation.metrics.needs_a_package"
+    for module, words in ((None, "cannot be imported"), (types.ModuleType(name), "no class")):
+        monkeypatch.setitem(sys.modules, name, module)  # importing a module that is None fails
+        with pytest.raises(UserError, match=words):
+            check_metrics(["needs_a_package"], 2)

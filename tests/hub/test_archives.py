@@ -1,6 +1,7 @@
 """Archives: a tar of the cache carries repositories to another machine, and no archive is trusted."""
 
 import io
+import json
 import shutil
 import subprocess
 import tarfile
@@ -164,3 +165,62 @@ def test_hard_links_in_a_tar_and_backslashes_in_a_zip_are_extracted(
         snapshot = find_snapshot(MODEL)
         assert snapshot is not None
         assert repository_files(snapshot) == repository_files(roberta)
+
+
+@pytest.mark.parametrize("name", ["2" * 40, COMMIT[:7], COMMIT.upper()])
+def test_archive_cannot_give_the_name_of_a_commit_to_another_one(
+    name: str, roberta: Path, empty_cache: None, tmp_path: Path
+) -> None:
+    entry = cache_of_another_machine(roberta, tmp_path / "here" / MODEL.folder_name)
+    (entry / "snapshots" / COMMIT).rename(entry / "snapshots" / ("3" * 40))
+    for ref in ("main", name):
+        (entry / "refs" / ref).write_text("3" * 40)
+    archive = tarred(tmp_path / "here", tmp_path / "lab.tar")
+    with pytest.raises(UserError, match=name):
+        take(archive, revision=name)
+    assert not MODEL.folder.exists()
+    assert take(archive).commit == "3" * 40
+    assert not (MODEL.folder / "refs" / name).exists()
+
+
+DAMAGED = {
+    "cut off": ('{"a": ', "is not JSON"),
+    "a list": ("[1]", "holds a list"),
+    "null": ("null", "holds null"),
+    "zeros": ("\0" * 99, "is not JSON"),
+    "deep": ("[" * 200_000, "is nested too deeply"),
+    "empty": ("", "is empty"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_damaged_settings_in_an_archive_are_named_and_leave_nothing(
+    name: str, damage: str, roberta: Path, empty_cache: None, tmp_path: Path
+) -> None:
+    content, words = DAMAGED[damage]
+    shutil.copytree(roberta, tmp_path / "given")
+    (tmp_path / "given" / name).write_text(content)
+    with pytest.raises(UserError, match=rf"(?s)nothing was changed.*{name} {words}"):
+        take(zipped(tmp_path / "given", tmp_path / "given.zip"))
+    assert not MODEL.folder.exists()
+
+
+def test_index_of_weights_with_other_values_than_names_is_refused(
+    roberta: Path, empty_cache: None, tmp_path: Path
+) -> None:
+    for number, value in enumerate(({"a": [1]}, {"a": 3}, ["a"])):
+        shutil.copytree(roberta, tmp_path / f"{number}")
+        (tmp_path / f"{number}" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": value}))
+        with pytest.raises(UserError, match="weight_map"):
+            take(zipped(tmp_path / f"{number}", tmp_path / f"{number}.zip"))
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000, "\0" * 50, '{"files": [3]}'])
+def test_damaged_list_of_files_in_an_archive_is_done_without(
+    content: str, roberta: Path, empty_cache: None, tmp_path: Path
+) -> None:
+    entry = cache_of_another_machine(roberta, tmp_path / "here" / MODEL.folder_name)
+    (entry / "trees").mkdir(exist_ok=True)
+    (entry / "trees" / f"{COMMIT}.json").write_text(content)
+    assert take(tarred(tmp_path / "here", tmp_path / "lab.tar")).commit == COMMIT

@@ -3,18 +3,22 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoConfig, dynamic_module_utils
 
-from lib.config.sections import ModelConfig
+from lib.config.sections import HubConfig, ModelConfig
 from lib.errors import UserError
 from lib.hub.cache.layout import Repo, find_snapshot
 from lib.hub.cache.verify import verify_repo
+from lib.hub.fetch import ensure_cached
 from lib.hub.needs import Need, damaged_files, missing_from_cache
 from lib.model.load import build_model, load_tokenizer
+from lib.model.source import load_hf_config, resolve_model, use_own_modules
 from tests.hub_layouts import COMMIT, cache_of_another_machine, tree_entry
 from tests.loopback_hub import pointer_of, repository_files
 
@@ -227,3 +231,83 @@ def test_remote_code_of_a_hub_model_needs_a_pinned_commit() -> None:
     with pytest.raises(UserError, match="the code on a branch can change"):
         ModelConfig("user/tiny", "main", trust_remote_code=True)
     assert ModelConfig("user/tiny", COMMIT, trust_remote_code=True).trust_remote_code
+
+
+def shadow(entry: Path, name: str) -> str:
+    """A stranger's snapshot beside the entry's, and a ref of a given name to it; returns the stranger's commit."""
+    other = "3" * 40
+    shutil.copytree(snapshot(entry), entry / "snapshots" / other, symlinks=True)
+    (entry / "refs" / name).write_text(other)
+    return other
+
+
+def test_ref_with_the_name_of_a_commit_does_not_shadow_it(entry: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shadow(entry, COMMIT)
+    assert find_snapshot(REPO, COMMIT) == entry / "snapshots" / COMMIT
+    assert resolve_model(ModelConfig("user/tiny", COMMIT)) == str(entry / "snapshots" / COMMIT)
+    assert [fault for fault in verify_repo(REPO) if f"refs/{COMMIT}" in fault]
+    ensure_cached([Need("--model", REPO, COMMIT)], HubConfig(), "http://127.0.0.1:9")
+    assert COMMIT in capsys.readouterr().err
+
+
+def test_missing_commit_is_not_replaced_by_what_a_ref_of_its_name_names(entry: Path) -> None:
+    missing = "4" * 40
+    shadow(entry, missing)
+    with pytest.raises(UserError, match=r"not in the cache|neither"):
+        load_tokenizer(ModelConfig("user/tiny", missing))
+    with pytest.raises(UserError, match=r"not in the cache|neither"):
+        build_model(ModelConfig("user/tiny", missing), ["a", "b"], None)
+
+
+@pytest.mark.parametrize("name", [COMMIT[:7], COMMIT[:12], COMMIT.upper(), "4" * 39])
+def test_ref_that_reads_as_another_commit_is_ignored(entry: Path, name: str) -> None:
+    shadow(entry, name)
+    assert find_snapshot(REPO, name) is None
+
+
+def test_short_commit_and_date_are_refs(entry: Path) -> None:
+    for name in (COMMIT[:7], "20240131"):
+        (entry / "refs" / name).write_text(COMMIT)
+        assert find_snapshot(REPO, name) == entry / "snapshots" / COMMIT
+
+
+def test_branch_of_forty_letters_is_no_pinned_commit() -> None:
+    with pytest.raises(UserError, match="--model_revision COMMIT"):
+        ModelConfig("user/tiny", "x" * 40, trust_remote_code=True)
+
+
+def coded(roberta: Path, folder: Path, *programs: str, prefix: str = "") -> Path:
+    """A model whose configuration is made by code.py, which writes `program`."""
+    shutil.copytree(roberta, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": f"{prefix}code_of_it.Config"}, "model_type": "novel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    head = "from transformers import RobertaConfig\n"
+    (folder / "code_of_it.py").write_text(
+        "".join([head, *programs, "\nclass Config(RobertaConfig):\n    model_type = 'novel'\n"])
+    )
+    return folder
+
+
+def test_code_of_another_repository_is_refused(roberta: Path, tmp_path: Path) -> None:
+    folder = coded(roberta, tmp_path / "coded", prefix="user/other--")
+    with pytest.raises(UserError, match="user/other"):
+        load_hf_config(ModelConfig(str(folder), trust_remote_code=True))
+
+
+def test_code_in_a_shared_folder_of_modules_is_not_run(
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shared = coded(roberta, tmp_path / "coded", "WHO = 'mine'\n"), tmp_path / "shared"
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(shared))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    AutoConfig.from_pretrained(folder, trust_remote_code=True)  # another program, which uses the shared folder
+    (copy,) = shared.rglob("code_of_it.py")
+    times = (folder / "code_of_it.py").stat()
+    copy.write_text(copy.read_text().replace("'mine'", "'evil'"))
+    os.utime(copy, ns=(times.st_atime_ns, times.st_mtime_ns))
+    for name in [name for name in sys.modules if "code_of_it" in name]:
+        del sys.modules[name]
+    use_own_modules.cache_clear()
+    hf_config = load_hf_config(ModelConfig(str(folder), trust_remote_code=True))
+    assert sys.modules[type(hf_config).__module__].WHO == "mine"
