@@ -119,15 +119,15 @@ def fail(error: BaseException) -> None:
     elif isinstance(error, KeyboardInterrupt):
         code, reason = 128 + signal.SIGINT, "interrupted"
     else:
-        code, reason = 1, "\n" + "".join(traceback.format_exception(error)).strip()
+        code, reason = 1, "\n".join([type(error).__name__, "".join(traceback.format_exception(error)).strip()])
     backstop = threading.Timer(MOST_SECONDS, leave, ("the end took too long", code))
     backstop.daemon = True
     backstop.start()
     try:
         if is_first_to_fail(LAUNCHER_SECONDS if has_lost_another(error) else 0.0):
             rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-            where = f" process {rank} of {size}:" if size != "1" and (rank != "0" or code == 1) else ""
-            tell(f"error:{where} {reason}")
+            where = f"process {rank} of {size}: " if size != "1" and (rank != "0" or code == 1) else ""
+            tell(f"error: {where}{reason}")
         act_on_failure(error)
     finally:
         backstop.cancel()

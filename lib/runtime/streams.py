@@ -4,6 +4,7 @@ Imports nothing heavy: scripts call `keep_writing` before anything else.
 """
 
 import codecs
+import contextlib
 import errno
 import io
 import os
@@ -30,7 +31,7 @@ def keep_writing(only_prints: bool = False) -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     sys.stdout, sys.stderr = wrap(1, sys.stdout), wrap(2, sys.stderr)
 
 
@@ -71,11 +72,11 @@ class Stream(io.FileIO):
         return count
 
     def act_on(self, error: OSError) -> None:
-        what, other = (("output", sys.stderr), ("error", sys.stdout))[self.number - 1]
+        name, other = {1: ("output", 2), 2: ("error", 1)}[self.number]
         if not self.only_prints:
-            print(
-                f"warning: standard {what} cannot be written, and is left out: {error.strerror}", file=other, flush=True
-            )
+            message = f"warning: standard {name} cannot be written, and is left out: {error.strerror}\n"
+            with contextlib.suppress(OSError):
+                os.write(other, message.encode())  # not by `print`, which may be what called this
         elif self.number == 1:
             if error.errno == errno.EPIPE:
                 leave("", EXIT_PIPE)
