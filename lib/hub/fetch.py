@@ -47,6 +47,7 @@ from lib.hub.needs import (
     wanted_files,
 )
 from lib.runtime.atomic import write_atomically
+from lib.runtime.signals import is_first_to_fail
 
 
 def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
@@ -66,7 +67,8 @@ def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
             ensure_cached(bases, hub, endpoint)
         go_offline()
     except UserError as error:
-        print(one_message(f"error: {redact(str(error))}"), file=sys.stderr, flush=True)
+        if is_first_to_fail():
+            print(one_message(f"error: {redact(str(error))}"), file=sys.stderr, flush=True)
         os._exit(2)  # at once: a request may still hang in its thread
 
 

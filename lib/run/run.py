@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 
 from lib.config.train import TrainConfig
 from lib.data.load import Data
-from lib.data.loader import Batches
+from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
 from lib.errors import UserError, printable
 from lib.evaluation.intervals import bootstrap_intervals
@@ -34,6 +34,7 @@ from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.screen import json_line
 from lib.runtime.signals import Stopped, deferring_signals
+from lib.runtime.startup import when_script_fails
 from lib.runtime.watchdog import watching
 from lib.training.learner import Learner
 from lib.training.state import State
@@ -114,11 +115,20 @@ class Run:
 
     def open(self) -> str:
         self.lock = open_folder(self.config, self.folder)
+        when_script_fails(lambda _: self.release())
         return str(self.lock.owner["token"])
+
+    def release(self) -> None:
+        """Give the lock of the folder back, on the process that has it."""
+        if self.lock:
+            self.lock.release()
 
     @contextlib.contextmanager
     def guard(self, learner: Learner) -> Iterator[None]:
-        """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named."""
+        """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named.
+
+        Raises UserError if a worker of a data loader is lost.
+        """
         rank, training = self.accelerator.process_index, self.config.training
         self.progress = Progress(self.accelerator, learner.plan.total_steps, learner.state)
         learner.meter.start_clock()
@@ -130,10 +140,19 @@ class Run:
                 self.save_checkpoint()
                 self.log.close()
                 self.accelerator.wait_for_everyone()
-                if self.lock:
-                    self.lock.release()
+                self.release()
                 raise
-        self.progress.close(learner.state.step, learner.plan.best_metric)
+            except Exception as error:
+                if lost := lost_worker(error):
+                    raise UserError(lost) from error
+                raise
+            finally:
+                self.progress.close()
+        if learner.state.step < learner.plan.total_steps:
+            self.progress.write(
+                f"stopped early at step {learner.state.step}: no better {learner.plan.best_metric} within "
+                "--early_stopping_patience evaluations"
+            )
 
     def log_values(self, state: State, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, send it to the tracker, and print the scores of an evaluation."""
@@ -164,18 +183,23 @@ class Run:
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state, checkpoints)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
-        """Write reports, model card and results.json, which is also the last line on stdout; end the process group."""
+        """Write reports, model card and results.json, then print them, results.json as the last line on stdout.
+
+        Ends the process group.
+        """
         results = build_results(self.config, self.settings, learner, scored)
+        shown = self.on_first(lambda: self.write_reports(results, scored, data, learner.state.best_step))
         self.log.finish(results, scored, data)
-        for text in self.on_first(lambda: self.write(results, scored, data, learner.state.best_step)):
-            if self.accelerator.is_main_process:
-                print(text, flush=True)
-        if self.lock:
-            self.lock.release()
+        shown += self.on_first(lambda: self.write_end(results))
+        if self.accelerator.is_main_process:
+            print("\n".join(shown), flush=True)
+        self.release()
         finish(self.accelerator, learner.model, learner.optimizer)
 
-    def write(self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int) -> list[str]:
-        """Write what ends a run, results.json last; returns what is printed of it."""
+    def write_reports(
+        self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int
+    ) -> list[str]:
+        """Write the reports, the model card and the record; returns the reports as text."""
         self.checkpointer.check_folder()
         texts = []
         for split, result in scored.items():
@@ -185,7 +209,11 @@ class Run:
         write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
         write_record(self.folder, self.settings, {"thresholds": named, "best_step": best_step})
-        texts += [next_commands(self.folder), write_results(self.folder, results)]
+        return texts
+
+    def write_end(self, results: dict[str, Any]) -> list[str]:
+        """Write results.json, by which a run is known to be finished; returns what is printed last."""
+        texts = [next_commands(self.folder), write_results(self.folder, results)]
         if self.config.training.save_total_limit == 0:
             remove_checkpoints(self.folder / "checkpoints")
         return texts

@@ -92,6 +92,7 @@ class RunLog:
         self.accelerator, self.folder, self.config, self.run_id = accelerator, folder, config, run_id
         self.file: TextIO | None = None
         self.tracked_step = self.logged_step = 0
+        self.is_cut = False
         if accelerator.is_main_process:
             if anew:
                 (folder / TRACKED).unlink(missing_ok=True)
@@ -201,8 +202,15 @@ class RunLog:
         if self.file is None:
             return
         line = {"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3)} | values
-        self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk; what fits into the buffer of the file is written when there is room
+            if not self.is_cut:
+                logger.warning(
+                    "metrics.jsonl cannot be written from step %d on: %s; the run goes on", step, first_line(error)
+                )
+            self.is_cut = True
         if self.tracker and step > self.tracked_step:
             try:
                 self.accelerator.log({"samples_seen": samples_seen} | values, step=step)
@@ -229,7 +237,8 @@ class RunLog:
     def close(self, failure: BaseException | None = None) -> None:
         """End the tracker's run in bounded time, in W&B with exit code 1 after a failure; again, it does nothing."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # it was said
+                self.file.close()
         if self.tracker is None:
             return
         try:
