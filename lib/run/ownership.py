@@ -13,7 +13,8 @@ from lib.run.checkpoint import is_checkpoint, list_checkpoints
 from lib.runtime.atomic import is_ours
 from lib.runtime.lock import NAME as LOCK
 
-CONFIG, RECORD, RESULTS, METRICS = RUN_FILES = ("config.yaml", "record.json", "results.json", "metrics.jsonl")
+CONFIG, RECORD, RESULTS = "config.yaml", "record.json", "results.json"
+RUN_FILES = (CONFIG, RECORD, RESULTS, "metrics.jsonl", "tracker.json", "learning_curves.png")
 """The files of a run. By each of the first two a folder is known as that of a run."""
 MODEL, CHECKPOINTS, HEARTBEATS = RUN_FOLDERS = ("model", "checkpoints", "heartbeats")
 

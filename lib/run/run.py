@@ -14,6 +14,7 @@ from lib.data.load import Data
 from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
 from lib.errors import UserError, printable
+from lib.evaluation.baselines import find_baselines, format_baselines
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -23,6 +24,7 @@ from lib.model.source import LoadingInfo
 from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer, read_best_steps, remove_checkpoints
 from lib.run.introduction import describe_run
+from lib.run.learning_curves import draw_learning_curves
 from lib.run.ownership import check_run_folder
 from lib.run.progress import Progress
 from lib.run.record import run_folder, run_settings, trained_on, write_record
@@ -199,12 +201,22 @@ class Run:
     def write_reports(
         self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int
     ) -> list[str]:
-        """Write the reports, the model card and the record; returns the reports as text."""
+        """Write the reports, the curves, the model card and the record; returns the reports as text.
+
+        Adds to the results what simple methods score on the same split.
+        """
         self.checkpointer.check_folder()
         texts = []
         for split, result in scored.items():
             intervals = bootstrap_intervals(result.predictions, self.metrics.names)
             texts.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
+        split, (scores, _) = next(iter(scored.items()))
+        baselines = find_baselines(data, split, self.metrics)
+        texts.append(format_baselines(baselines, scores, self.metrics))
+        results |= {
+            f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
+        }
+        draw_learning_curves(self.folder, self.metrics.best, best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
         write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))

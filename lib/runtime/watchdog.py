@@ -55,6 +55,7 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
 
 def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> None:
+    """Until `done` is set, write the phase of this process, and end it if it makes no progress."""
     last = time.monotonic()
     write_phase(folder, rank)
     while not done.wait(period(timeout)):
