@@ -100,7 +100,7 @@ class Run:
         if accelerator.is_main_process:
             # Of a run that was killed. Here, before the processes meet below: later it would delete what they write.
             shutil.rmtree(folder / "heartbeats", ignore_errors=True)
-        checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
+        checkpoint = self.on_first(lambda: choose_checkpoint(config.training, folder, self.settings))
         if accelerator.is_main_process:
             write_record(folder, self.settings, {})
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
