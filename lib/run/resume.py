@@ -5,9 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-
 from lib.config.cli import dump_config, load_config
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
@@ -124,30 +121,26 @@ def is_longer(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return None not in (before["max_steps"], now["max_steps"]) and now["max_steps"] > before["max_steps"]
 
 
-def choose_checkpoint(
-    accelerator: Accelerator, config: TrainingConfig, folder: Path, settings: dict[str, Any]
-) -> Path | None:
-    """The checkpoint to resume from, the same on every process, or None; the main process prints the decision.
+def choose_checkpoint(config: TrainingConfig, folder: Path, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to resume from, or None; prints the decision. Only the main process calls this.
 
     Raises UserError if the checkpoint that was asked for is damaged, missing, or of another experiment.
     """
-    chosen: list[Path | None] = [None]
-    if accelerator.is_main_process:
-        chosen = [find_checkpoint(config.resume_from_checkpoint, folder / "checkpoints")]
-        if chosen[0] is not None:
-            record = read_record(chosen[0])
-            changed = compare_settings(record["settings"], settings)
-            if changed and not config.allow_changes:
-                raise UserError(
-                    f"{chosen[0]} belongs to another experiment:\n" + "\n".join(changed) + "\nChoose another "
-                    "--output_dir or --run_name, or continue with the new settings: --allow_changes."
-                )
-            step = record["state"]["step"]
-            promise = describe_promise(record["settings"], settings, changed, describe_lost(folder, record["state"]))
-            if record["state"]["best_scores"] and find_best_of(chosen[0], folder)[0] is None:
-                promise = "training continues, but its best model is lost"
-            print(one_message(f"resumed from {chosen[0]}, step {step}: {promise}"), flush=True)
-    return broadcast_object_list(chosen)[0]
+    chosen = find_checkpoint(config.resume_from_checkpoint, folder / "checkpoints")
+    if chosen is not None:
+        record = read_record(chosen)
+        changed = compare_settings(record["settings"], settings)
+        if changed and not config.allow_changes:
+            raise UserError(
+                f"{chosen} belongs to another experiment:\n" + "\n".join(changed) + "\nChoose another "
+                "--output_dir or --run_name, or continue with the new settings: --allow_changes."
+            )
+        step = record["state"]["step"]
+        promise = describe_promise(record["settings"], settings, changed, describe_lost(folder, record["state"]))
+        if record["state"]["best_scores"] and find_best_of(chosen, folder)[0] is None:
+            promise = "training continues, but its best model is lost"
+        print(one_message(f"resumed from {chosen}, step {step}: {promise}"), flush=True)
+    return chosen
 
 
 def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:

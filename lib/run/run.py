@@ -105,7 +105,7 @@ class Run:
         self.settings = run_settings(config, learner, batches, metrics, weights)
         store_trained_on(learner.inner_model.config, trained_on(batches.data, metrics))
         check_shared(accelerator, folder, self.on_first(self.open))
-        checkpoint = choose_checkpoint(accelerator, config.training, folder, self.settings)
+        checkpoint = self.on_first(lambda: choose_checkpoint(config.training, folder, self.settings))
         self.on_first(lambda: write_record(folder, self.settings, {}))
         if accelerator.is_main_process:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
