@@ -105,6 +105,8 @@ def test_folder_stays_ours_when_its_manifest_is_damaged_and_until_its_last_file_
     whole = (folder / MANIFEST).read_bytes()
     (folder / MANIFEST).write_bytes(whole[: len(whole) * 2 // 3])
     assert is_ours(folder)
+    for number in range(20):  # in any order
+        (folder / str(number)).write_text("a file")
     removed = []
     unlink = Path.unlink
     monkeypatch.setattr(Path, "unlink", lambda path, **given: (removed.append(is_ours(folder)), unlink(path, **given)))
