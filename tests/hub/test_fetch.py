@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -614,3 +615,25 @@ def test_map_in_threads_returns_results_in_order_or_raises_the_first_error() -> 
     assert map_in_threads(str, [], 3) == []
     with pytest.raises(ZeroDivisionError):
         map_in_threads(lambda number: 1 // number, [1, 0, 2], 2)
+
+
+def test_mirror_that_answers_a_pinned_commit_with_another_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = types.SimpleNamespace(sha="5" * 40, siblings=[])
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: answer)
+    for revision, refused in ((COMMIT, True), (COMMIT[:7], True), ("5" * 40, False), ("v1", False)):
+        found = request_listing(MODEL.repo, revision, "http://127.0.0.1:9", 1.0)
+        assert isinstance(found, Fault) is refused
+
+
+def test_verify_hashes_compares_a_pinned_commit_with_the_hub(served: Path) -> None:
+    """A stranger's cache holds what its own hashes say."""
+    repository = served / "models" / "user" / "tiny"
+    commit, real = commit_of(repository), (repository / "config.json").read_text()
+    (repository / "config.json").write_text(real.replace("{", '{"note": "other", ', 1))
+    entry = cache_of_another_machine(repository, MODEL.repo.folder)
+    (entry / "snapshots" / COMMIT).rename(entry / "snapshots" / commit)
+    (repository / "config.json").write_text(real)
+    pinned = Need("--model", MODEL.repo, commit)
+    ensure_cached([pinned], HubConfig(), "http://127.0.0.1:9")
+    with loopback_hub(served) as hub, pytest.raises(UserError, match=r"config\.json does not match its hash"):
+        ensure_cached([pinned], HubConfig(verify_hashes=True), hub.endpoint)
