@@ -2,22 +2,32 @@
 
     make faults                                  all cases
     make faults ARGS="sigterm damage"            those whose name holds one of the words
+    make faults ARGS="--out docs/faults.md"      all cases, and put the table there
 
 Every case starts the real train.py on a tiny model, breaks something, starts the same command again where it should go
-on, and compares the result with a run that nothing happened to. Exit code 1 when a row is not as expected.
+on, and compares the result with a run that nothing happened to. Exit code 1 when a row is not as expected. Cases of full
+disks mount a small one in a mount namespace of this process, which needs the rights to do so.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import fcntl
 import functools
 import itertools
 import json
 import os
-import random
+import re
+import select
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,12 +58,12 @@ class Case:
 class Run:
     """A launched train.py, its log, and all processes that belong to it."""
 
-    def __init__(self, command: list[str], folder: Path, env: dict[str, str]) -> None:
-        self.log, self.folder = folder.with_suffix(".log"), folder
+    def __init__(self, command: list[str], folder: Path, log: Path, env: dict[str, str], **options: Any) -> None:
+        """`options` are those of Popen; without other ones the output goes to the log."""
+        self.log, self.folder = log, folder
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env, cwd=ROOT, start_new_session=True
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "cwd": ROOT} | options
+            self.process = subprocess.Popen(command, env=env, start_new_session=True, **streams)
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -72,6 +82,13 @@ class Run:
     def wait_for(self, words: str) -> None:
         until(lambda: words in self.text() or self.process.poll() is not None, f"no {words!r}:\n{self.text()[-3000:]}")
         assert words in self.text(), self.text()[-3000:]
+
+    def wait_for_step(self, step: int) -> None:
+        """Until metrics.jsonl has the step, for runs whose output nobody sees."""
+        path = self.folder / "metrics.jsonl"
+        found = lambda: path.exists() and f'"step": {step},' in path.read_text()  # noqa: E731
+        until(lambda: found() or self.process.poll() is not None, f"no step {step}:\n{self.text()[-3000:]}")
+        assert found(), self.text()[-3000:]
 
     def wait(self) -> int:
         """The exit code, once no process of the run is left."""
@@ -97,6 +114,7 @@ class Laboratory:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.flags = run_flags(folder, tiny_roberta(folder / "roberta"))
         self.numbers = itertools.count()
 
@@ -104,12 +122,23 @@ class Laboratory:
         return self.folder / f"run-{next(self.numbers)}"
 
     def start(
-        self, folder: Path, fault: dict[str, Any], processes: int, *flags: Any, launcher: str = "accelerate", **env: str
+        self,
+        folder: Path,
+        fault: dict[str, Any],
+        processes: int,
+        *flags: Any,
+        launcher: str = "accelerate",
+        asked: tuple[Any, ...] = (),
+        before: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+        **env: str,
     ) -> Run:
+        """`asked` are flags of the launcher, `before` is a command that starts it, `options` are those of Popen."""
         commands = {
             "python": [sys.executable],
             "accelerate": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"],
             "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2"],
+            "node": [sys.executable, "-m", "torch.distributed.run"],
         }
         command = commands[launcher]
         if launcher == "torchrun":
@@ -117,10 +146,12 @@ class Laboratory:
         elif processes > 1:
             command = [*command[:3], "--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
         script = ROOT / "tests" / "workers" / "faulty.py"
-        words = [*command, script, json.dumps(fault), *self.flags, "--logging_steps", 1, *flags, "--output_dir", folder]
+        words = [*before, *command, *asked, script, json.dumps(fault), *self.flags, "--logging_steps", 1, *flags]
+        words += ["--output_dir", folder]
         environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10"}
-        return Run(list(map(str, words)), folder, environment | env)
+        log = self.folder / f"log-{next(self.numbers)}"
+        return Run(list(map(str, words)), folder, log, environment | env, **(options or {}))
 
     def finish(self, folder: Path, processes: int, *flags: Any, fault: dict[str, Any] | None = None, **env: Any) -> Run:
         """A run to its end."""
@@ -136,8 +167,11 @@ class Laboratory:
         return folder
 
     def verdict(self, folder: Path, processes: int) -> str:
-        found = differences(self.reference(processes), folder, frozenset({"eval_batch_size", "run_id"}))
+        found = self.differences(folder, processes)
         return f"differs in {', '.join(found)}" if found else EQUAL
+
+    def differences(self, folder: Path, processes: int) -> list[str]:
+        return differences(self.reference(processes), folder, frozenset({"eval_batch_size", "run_id"}))
 
     def losses(self, folder: Path) -> list[float]:
         return [line["train/loss"] for line in read_lines(folder / "metrics.jsonl")]
@@ -164,10 +198,14 @@ def signalled(lab: Laboratory, name: str, processes: int, workers: int, target: 
     else:
         run.process.send_signal(number)
     run.wait()
-    names = [path.name for path in list_checkpoints(folder / "checkpoints")]
-    saved = "saved" if any(name.endswith("-pending") for name in names) else f"not saved ({names})"
+    saved = was_saved(folder)
     lab.finish(folder, processes, *flags)
     return f"{saved}, no orphan, {lab.verdict(folder, processes)}"
+
+
+def was_saved(folder: Path) -> str:
+    names = [path.name for path in list_checkpoints(folder / "checkpoints")]
+    return "saved" if any(name.endswith("-pending") for name in names) else f"not saved ({names})"
 
 
 def exit_code(lab: Laboratory, *flags: Any) -> str:
@@ -210,23 +248,6 @@ def restarted(lab: Laboratory, do: str) -> str:
     fault = {"do": do, "step": 7, "rank": 1, "once": str(folder) + ".once"}
     lab.finish(folder, 2, "--save_steps", 2, fault=fault, launcher="torchrun")
     return lab.verdict(folder, 2)
-
-
-def killed_at_random(lab: Laboratory, processes: int, times: int) -> str:
-    """SIGKILL to everything, at a moment drawn anew each time, until `times` kills are done; then to the end."""
-    folder, rng = lab.new(), random.Random(processes)
-    for _ in range(times):
-        run = lab.start(folder, {"sleep": 0.3}, processes, "--save_steps", 1)
-        until(lambda run=run: (folder / "heartbeats").exists() or run.process.poll() is not None, "no training")
-        if run.process.poll() is not None:
-            assert run.process.returncode == 0, run.text()[-3000:]
-        time.sleep(rng.uniform(0, 1.2))
-        run.kill()
-        shutil.rmtree(folder / "heartbeats", ignore_errors=True)
-    lab.finish(folder, processes, "--save_steps", 1)
-    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl")]
-    assert steps == list(range(1, 11)), steps
-    return f"{times} kills, {lab.verdict(folder, processes)}"
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -329,8 +350,6 @@ def long_tokenisation(lab: Laboratory) -> str:
 
 def tracker_down(lab: Laboratory, kind: str) -> str:
     """A W&B server that refuses, or that accepts and says nothing; the run is interrupted in between."""
-    import socket
-
     folder, server = lab.new(), socket.socket()
     server.bind(("127.0.0.1", 0))
     if kind == "hanging":
@@ -350,10 +369,416 @@ def tracker_down(lab: Laboratory, kind: str) -> str:
     return f"{len(ids)} tracker run, {lab.verdict(folder, 1)}"
 
 
+# ---------------------------------------------------------------------------------------------------- terminal, workers
+
+
+class Reader:
+    """Reads what a run writes to a pipe or a terminal, into its log, until `leave` closes this end."""
+
+    def __init__(self, descriptor: int, log: Path) -> None:
+        self.descriptor, self.log, self.left = descriptor, log, threading.Event()
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self) -> None:
+        with contextlib.suppress(OSError), self.log.open("ab") as file:
+            while not self.left.is_set():
+                if select.select([self.descriptor], [], [], 0.02)[0]:
+                    part = os.read(self.descriptor, 65536)
+                    if not part:
+                        break
+                    file.write(part)
+                    file.flush()
+        self.left.wait(LIMIT)
+        os.close(self.descriptor)
+
+    def leave(self) -> None:
+        self.left.set()
+        self.thread.join()
+
+
+def start_read(
+    lab: Laboratory, folder: Path, fault: dict[str, Any], processes: int, *flags: Any, kind: str = "pipe", **more: Any
+) -> tuple[Run, Reader]:
+    """A run that writes to a pipe, or to a terminal of its own, which the reader can close."""
+    mine, other = os.openpty() if kind == "terminal" else os.pipe()
+    options: dict[str, Any] = {"stdout": other, "stderr": other}
+    if kind == "terminal":
+        options |= {"stdin": other, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    run = lab.start(folder, fault, processes, *flags, options=options, **more)
+    os.close(other)
+    return run, Reader(mine, run.log)
+
+
+def hung_up(lab: Laboratory, processes: int) -> str:
+    """The terminal goes away, as when an ssh connection drops: SIGHUP, then errors for whoever writes there."""
+    folder = lab.new()
+    run, reader = start_read(lab, folder, SLOW, processes, kind="terminal")
+    run.wait_for_step(4)
+    reader.leave()
+    run.wait()
+    saved = was_saved(folder)
+    lab.finish(folder, processes)
+    return f"{saved}, no orphan, {lab.verdict(folder, processes)}"
+
+
+def nohup(lab: Laboratory, processes: int, how: str) -> str:
+    folder = lab.new()
+    if how == "terminal":
+        run, reader = start_read(lab, folder, SLOW, processes, kind="terminal", before=("nohup",))
+    else:
+        run = lab.start(folder, SLOW, processes, before=("nohup",))
+    run.wait_for_step(4)
+    if how == "terminal":
+        reader.leave()
+    else:
+        os.killpg(run.process.pid, signal.SIGHUP)
+    if run.wait():
+        saved = was_saved(folder)
+        lab.finish(folder, processes)
+        return f"{saved}, {lab.verdict(folder, processes)}"
+    return f"goes on, {lab.verdict(folder, processes)}"
+
+
+def unread(lab: Laboratory, processes: int, how: str) -> str:
+    """Nobody reads what the run prints."""
+    folder = lab.new()
+    if how == "/dev/full":
+        with Path(how).open("w") as full:
+            run = lab.start(folder, SLOW, processes, options={"stdout": full, "stderr": full})
+    else:
+        run, reader = start_read(lab, folder, SLOW, processes)
+        run.wait_for_step(4)
+        reader.leave()
+    code = run.wait()
+    return f"goes on, {lab.verdict(folder, processes)}" if code == 0 else f"code {code}"
+
+
+def raises_with_workers(lab: Laboratory, processes: int, rank: int) -> str:
+    fault = {"do": "raise", "rank": rank, "step": 4}
+    run = lab.start(lab.new(), fault, processes, "--dataloader_num_workers", 2)
+    run.wait_for_step(3)
+    code = run.process.wait(45)
+    code = run.wait()
+    named = "named" if processes == 1 or re.search(rf"process {rank}\b", run.text()) else "not named"
+    return f"{'ends' if code else 'goes on'}, no orphan, {named}" + ("" if "a fault" in run.text() else ", not told")
+
+
+def no_room_for_batches(lab: Laboratory, processes: int, what: str) -> str:
+    """Workers of a data loader have no room in /dev/shm, or TMPDIR is too long for the path of a socket."""
+    folder, before, env = lab.new(), (), {}
+    if what == "/dev/shm":
+        before = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=8k tmpfs /dev/shm && exec "$@"', "sh")
+    else:
+        env = {"TMPDIR": str(lab.folder / ("x" * 120))}
+        Path(env["TMPDIR"]).mkdir(exist_ok=True)
+    run = lab.start(folder, {}, processes, "--dataloader_num_workers", 2, before=before, **env)
+    if run.wait() == 0:
+        return lab.verdict(folder, processes)
+    return "ends, told" if "--dataloader_num_workers 0" in run.text() else f"ends, not told: {run.text()[-500:]}"
+
+
+# ---------------------------------------------------------------------------------------------------- disks
+
+
+@functools.cache
+def own_mounts() -> None:
+    """What this process mounts from now on is seen by it and its children only. Raises OSError without the right to it."""
+    CLONE_NEWNS = 0x20000
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no right to mount a small disk")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True, capture_output=True)
+
+
+@contextlib.contextmanager
+def small_disk(lab: Laboratory) -> Iterator[Path]:
+    """An empty disk of eight MiB."""
+    own_mounts()
+    disk = lab.folder / "disk"
+    disk.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], check=True, capture_output=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all room."""
+    path = disk / "filler"
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return path
+
+
+def full_at_restart(lab: Laboratory, processes: int) -> str:
+    with small_disk(lab) as disk:
+        folder = disk / lab.new().name
+        run = lab.start(folder, SLOW, processes)
+        run.wait_for_step(4)
+        run.process.terminate()
+        run.wait()
+        before, filler = (folder / "config.yaml").read_bytes(), fill(disk)
+        run = lab.start(folder, {}, processes)
+        code = run.wait()
+        told = (
+            "told"
+            if code and re.search("No space left|could not be saved|cannot be written", run.text())
+            else "not told"
+        )
+        stays = "config.yaml stays" if (folder / "config.yaml").read_bytes() == before else "config.yaml lost"
+        filler.unlink()
+        run = lab.finish(folder, processes)
+        resumed = "resumed" if "resumed from" in run.text() else "started anew"
+        return f"{told}, {stays}, {resumed}, {lab.verdict(folder, processes)}"
+
+
+def full_at_log(lab: Laboratory, processes: int) -> str:
+    """metrics.jsonl cannot grow for two steps: a limit of the size of files does to it what a full disk does."""
+    folder = lab.new()
+    run, _ = start_read(lab, folder, {"sleep": 1.0}, processes)
+    run.wait_for_step(4)
+    process = run.python()
+    _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+    process.rlimit(psutil.RLIMIT_FSIZE, ((folder / "metrics.jsonl").stat().st_size + 10, hard))
+    until(lambda: "step 5/" in run.text() or run.process.poll() is not None, "no step 5")
+    if run.process.poll() is None:
+        process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
+    code = run.wait()
+    if code:
+        return f"code {code}: {run.text()[-500:]}"
+    others = [name for name in lab.differences(folder, processes) if name != "metrics.jsonl"]
+    told = "told" if "metrics.jsonl" in run.text() else "not told"
+    return f"{told}, goes on, {'differs in ' + ', '.join(others) if others else 'everything else equal'}"
+
+
+def full_at_report(lab: Laboratory, processes: int) -> str:
+    folder = lab.new()
+    run, _ = start_read(lab, folder, {"report_bytes": 300}, processes)
+    code = run.wait()
+    told = "told" if code and "Traceback" not in run.text() and "File too large" in run.text() else "not told"
+    torn = []
+    for path in [folder / "results.json", folder / "record.json", *folder.glob("eval-*/*.json*")]:
+        try:
+            [
+                json.loads(text)
+                for text in ([path.read_text()] if path.suffix == ".json" else path.read_text().splitlines())
+            ]
+        except ValueError:
+            torn.append(path.name)
+        except FileNotFoundError:
+            pass
+    lab.finish(folder, processes)
+    return f"{told}, {'torn: ' + ', '.join(torn) if torn else 'nothing torn'}, {lab.verdict(folder, processes)}"
+
+
+# ---------------------------------------------------------------------------------------------------- locks
+
+
+def two_starts(lab: Laboratory, processes: int, fault: dict[str, Any]) -> str:
+    """The same command twice at the same moment."""
+    folder = lab.new()
+    runs = [lab.start(folder, SLOW | fault, processes) for _ in range(2)]
+    codes = [run.process.wait(LIMIT) for run in runs]
+    if sorted(map(bool, codes)) != [False, True]:
+        return f"codes {codes}: {runs[0].text()[-500:]}{runs[1].text()[-500:]}"
+    refused = runs[0 if codes[0] else 1].text()
+    named = "refused" if "in use by" in refused and 'train.py", line' not in refused else f"ends: {refused[-500:]}"
+    return f"one {named}, {lab.verdict(folder, processes)}"
+
+
+def holder_killed(lab: Laboratory, processes: int, fault: dict[str, Any]) -> str:
+    folder = lab.new()
+    run = lab.start(folder, SLOW | fault, processes)
+    run.wait_for_step(4)
+    run.kill()
+    lab.finish(folder, processes, fault=fault)
+    return lab.verdict(folder, processes)
+
+
+# ---------------------------------------------------------------------------------------------------- files of a run
+
+
+def model_deleted(lab: Laboratory, processes: int) -> str:
+    folder = lab.new()
+    run = lab.start(folder, SLOW, processes)
+    run.wait_for_step(4)
+    shutil.rmtree(folder / "model")
+    if run.wait():
+        lab.finish(folder, processes)
+    told = "told" if re.search(r"model\S* (was|is) gone", run.text()) else "not told"
+    return f"{told}, {lab.verdict(folder, processes)}"
+
+
+def renamed(lab: Laboratory, processes: int) -> str:
+    folder = lab.new()
+    run = lab.start(folder, SLOW, processes)
+    run.wait_for_step(4)
+    elsewhere = folder.rename(folder.with_name(f"{folder.name}-renamed"))
+    code = run.wait()
+    told = "told" if "renamed" in run.text() and 'train.py", line' not in run.text() else "not told"
+    left = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    shutil.rmtree(folder, ignore_errors=True)
+    elsewhere.rename(folder)
+    lab.finish(folder, processes)
+    nothing = f"made again: {', '.join(left)}" if left else "nothing published"
+    return f"{'ends' if code else 'goes on'}, {told}, {nothing}, {lab.verdict(folder, processes)}"
+
+
+def best_flipped(lab: Laboratory, processes: int, everywhere: bool) -> str:
+    """One bit of the best model is flipped in all checkpoints, or also in model/."""
+    folder = lab.new()
+    run = lab.start(folder, SLOW, processes)
+    run.wait_for_step(4)
+    run.process.terminate()
+    run.wait()
+    files = [*(folder / "checkpoints").glob("*/best/model.safetensors")]
+    files += [folder / "model" / "model.safetensors"] * everywhere
+    for path in {path.stat().st_ino: path for path in files}.values():
+        flip(path)
+    run = lab.finish(folder, processes)
+    told = "told" if "damaged" in run.text() else "not told"
+    resumed = "resumed" if "resumed from" in run.text() else "started anew"
+    found = lab.differences(folder, processes)
+    lost = {"model.safetensors", "optimizer or schedule", "metrics.jsonl"} & set(found)
+    verdict = (
+        EQUAL if not found else f"differs in {', '.join(found)}" if lost or not everywhere else "the training is equal"
+    )
+    return f"{told}, {resumed}, {verdict}"
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file, which keeps its date."""
+    date, content = path.stat().st_mtime_ns, bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(date, date))
+
+
+def changed_between(lab: Laboratory, what: str) -> str:
+    """The weights under an adapter, or a label, change while the run is stopped; their files keep size and date."""
+    own = Laboratory(lab.new())
+    folder, flags = own.new(), ("--adapter", "bottleneck")
+    run = own.start(folder, SLOW, 1, *flags)
+    run.wait_for_step(4)
+    run.process.terminate()
+    run.wait()
+    if what == "weights":
+        flip(own.folder / "roberta" / "model.safetensors")
+    else:
+        path = own.folder / "train.csv"
+        date, rows = path.stat().st_mtime_ns, path.read_text().splitlines()
+        rows[1] = rows[1].replace(",bad", ",dull").replace(",good", ",bad").replace(",dull", ",good")
+        path.write_text("\n".join(rows) + "\n")
+        os.utime(path, ns=(date, date))
+    run = own.start(folder, {}, 1, *flags)
+    code = run.wait()
+    return f"{'refused' if code else 'goes on'}, {'told' if re.search('there, .* now', run.text()) else 'not told'}"
+
+
+def cache_damaged(lab: Laboratory, how: str) -> str:
+    """The prepared data of an earlier run are damaged."""
+    folder, cache = lab.new(), lab.new()
+    lab.finish(lab.new(), 1, HF_DATASETS_CACHE=str(cache))
+    for path in cache.glob("prepared/*/tokens-train*"):
+        flip(path) if how == "flipped" else os.truncate(path, path.stat().st_size // 2)
+    run = lab.finish(folder, 1, HF_DATASETS_CACHE=str(cache))
+    return f"{'told' if 'made again' in run.text() else 'not told'}, {lab.verdict(folder, 1)}"
+
+
+def cache_unwritable(lab: Laboratory, processes: int, variable: str) -> str:
+    folder = lab.new()
+    lab.finish(folder, processes, **{variable: "/dev/null/cache"})
+    return lab.verdict(folder, processes)
+
+
+# ---------------------------------------------------------------------------------------------------- launchers
+
+
+def starter_ends(lab: Laboratory, processes: int) -> str:
+    """A script in a folder with a launcher's name starts the run in the background, and ends before it."""
+    folder, place = lab.new(), lab.folder / "accelerate-torchrun"
+    place.mkdir(exist_ok=True)
+    script, go = place / f"{folder.name}.sh", place / f"{folder.name}.go"
+    script.write_text(f'"$@" &\nwhile [ ! -e {shlex.quote(str(go))} ]; do sleep 0.1; done\n')
+    launcher = "python" if processes == 1 else "accelerate"
+    run = lab.start(folder, SLOW, processes, launcher=launcher, before=("bash", script))
+    run.wait_for_step(4)
+    go.touch()
+    run.process.wait(LIMIT)
+    until(lambda: not run.processes(), f"still alive: {run.processes()}")
+    if not (folder / "results.json").exists():
+        return f"ends: {run.text()[-500:]}"
+    return f"goes on, {lab.verdict(folder, processes)}"
+
+
+def time_limit_over_restarts(lab: Laboratory) -> str:
+    """Two starts take less than `--max_minutes` each, together they take more."""
+    folder = lab.new()
+    fault = {"do": "raise", "step": 5, "rank": 1, "once": str(folder) + ".once", "sleep": 3.0}
+    run = lab.start(folder, fault, 2, "--save_steps", 1, "--max_minutes", 0.6, launcher="torchrun")
+    code = run.wait()
+    stopped = "stopped" if code and "--max_minutes" in run.text() else f"code {code}"
+    lab.finish(folder, 2, "--save_steps", 1)
+    return f"{stopped}, {lab.verdict(folder, 2)}"
+
+
+def refused(lab: Laboratory, processes: int, word: str, asked: tuple[Any, ...] = (), **env: str) -> str:
+    """Whether a launch is refused by the name of its setting before data are prepared; else what comes of it."""
+    folder = lab.new()
+    cache = folder.with_suffix(".cache")
+    run = lab.start(folder, {}, processes, asked=asked, HF_DATASETS_CACHE=str(cache), **env)
+    if run.wait() == 0:
+        return lab.verdict(folder, processes)
+    early = "before data" if not cache.exists() else "after data"
+    traced = ", with a trace" if 'train.py", line' in run.text() else ""
+    return f"refused {early}, {'named' if word in run.text() else 'not named: ' + run.text()[-500:]}{traced}"
+
+
+def own_default(lab: Laboratory, processes: int, word: str, settings: str) -> str:
+    """`accelerate config` of the user has chosen something that is not followed here."""
+    home = lab.new()
+    (home / "accelerate").mkdir(parents=True)
+    several = "MULTI_GPU" if processes > 1 else "'NO'"
+    lines = ["compute_environment: LOCAL_MACHINE", f"distributed_type: {several}", f"num_processes: {processes}"]
+    lines += ["num_machines: 1", "machine_rank: 0", "use_cpu: true", settings]
+    (home / "accelerate" / "default_config.yaml").write_text("\n".join(lines) + "\n")
+    return refused(lab, processes, word, HF_HOME=str(home))
+
+
+def not_shared(lab: Laboratory) -> str:
+    """Two machines, each with a folder of its own under the same name."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    runs = []
+    for rank in range(2):
+        home = lab.new()
+        home.mkdir()
+        asked = ("--nnodes", 2, "--nproc-per-node", 1, "--node-rank", rank)
+        asked += ("--master-addr", "127.0.0.1", "--master-port", port)
+        runs.append(lab.start(Path("run"), {}, 1, launcher="node", asked=asked, options={"cwd": home}))
+    codes = [run.process.wait(LIMIT) for run in runs]
+    told = "told" if any(re.search("machines", run.text()) for run in runs) else f"not told: {runs[0].text()[-500:]}"
+    stepped = "trained" if any("step 1/" in run.text() for run in runs) else "before the first step"
+    return f"{'both end' if all(codes) else f'codes {codes}'}, {stepped}, {told}"
+
+
 def cases() -> Iterator[Case]:
+    yield from cases_of_signals()
+    yield from cases_of_surroundings()
+    yield from cases_of_files()
+    yield from cases_of_launches()
+    yield from cases_of_numbers()
+
+
+def cases_of_signals() -> Iterator[Case]:
     fine = f"saved, no orphan, {EQUAL}"
-    for name, processes, workers in itertools.product(("SIGTERM", "SIGINT", "SIGUSR1"), (1, 2), (0, 2)):
-        for target in ("launcher", "group"):
+    for name, target in itertools.product(("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1"), ("launcher", "group")):
+        for processes, workers in itertools.product((1, 2), (0, 2)):
+            if name in ("SIGINT", "SIGUSR1") and (processes > 1) != (workers > 0):
+                continue  # fewer of those that are handled alike
             title = f"{name} to the {target}, {processes} processes, {workers} loader workers"
             act = functools.partial(signalled, name=name, processes=processes, workers=workers, target=target)
             short = (name, target, processes, workers) == ("SIGTERM", "launcher", 2, 2)
@@ -364,10 +789,66 @@ def cases() -> Iterator[Case]:
     for count in (1, 2):
         act = functools.partial(launcher_killed, processes=count)
         yield Case(f"SIGKILL of the launcher, {count} processes", f"no orphan, {EQUAL}", act)
-        act = functools.partial(killed_at_random, processes=count, times=20)
-        yield Case(f"SIGKILL at twenty random moments, {count} processes", f"20 kills, {EQUAL}", act)
-    yield Case("a process is killed under torchrun --max-restarts", EQUAL, lambda lab: restarted(lab, "kill"), True)
-    yield Case("a process raises under torchrun --max-restarts", EQUAL, lambda lab: restarted(lab, "raise"))
+    for count in (1, 2):
+        act = functools.partial(restarted, do="kill" if count == 1 else "raise")
+        what = "is killed" if count == 1 else "raises"
+        yield Case(f"a process {what} under torchrun --max-restarts", EQUAL, act, count == 1)
+    yield Case("--max_minutes over torchrun's restarts", f"stopped, {EQUAL}", time_limit_over_restarts)
+
+
+def cases_of_surroundings() -> Iterator[Case]:
+    for count in (1, 2):
+        of = f"{count} processes"
+        act: Callable[[Laboratory], str] = functools.partial(hung_up, processes=count)
+        yield Case(f"the terminal is closed, {of}", f"saved, no orphan, {EQUAL}", act)
+        for how, words in (("signal", "SIGHUP to the group"), ("terminal", "the terminal is closed")):
+            act = functools.partial(nohup, processes=count, how=how)
+            ends = "goes on" if count == 1 else "saved"  # torchrun, which starts several, takes SIGHUP all the same
+            yield Case(f"nohup, {words}, {of}", f"{ends}, {EQUAL}", act)
+        for how in ("a closed pipe", "/dev/full"):
+            act = functools.partial(unread, processes=count, how=how)
+            yield Case(f"stdout and stderr are {how}, {of}", f"goes on, {EQUAL}", act)
+        act = functools.partial(raises_with_workers, processes=count, rank=count - 1)
+        yield Case(f"a process raises while its loader workers live, {of}", "ends, no orphan, named", act, count == 2)
+        for what in ("/dev/shm", "TMPDIR"):
+            act = functools.partial(no_room_for_batches, processes=count, what=what)
+            why = "/dev/shm of two pages" if what == "/dev/shm" else "TMPDIR too long for a socket"
+            yield Case(f"loader workers, {why}, {of}", EQUAL, act)
+        stays = f"told, config.yaml stays, resumed, {EQUAL}"
+        yield Case(f"the disk is full at a restart, {of}", stays, functools.partial(full_at_restart, processes=count))
+        goes_on = "told, goes on, everything else equal"
+        yield Case(f"metrics.jsonl cannot be written, {of}", goes_on, functools.partial(full_at_log, processes=count))
+        act = functools.partial(full_at_report, processes=count)
+        yield Case(f"the report cannot be written, {of}", f"told, nothing torn, {EQUAL}", act)
+        for locks in (True, False):
+            fault, where = {} if locks else {"locks": False}, "locks" if locks else "no locks"
+            act = functools.partial(two_starts, processes=count, fault=fault)
+            yield Case(f"two starts at the same moment, {where}, {of}", f"one refused, {EQUAL}", act)
+            act = functools.partial(holder_killed, processes=count, fault=fault)
+            yield Case(f"who has the lock is killed, {where}, {of}", EQUAL, act)
+
+
+def cases_of_files() -> Iterator[Case]:
+    for count in (1, 2):
+        of = f"{count} processes"
+        act: Callable[[Laboratory], str] = functools.partial(model_deleted, processes=count)
+        yield Case(f"model/ is deleted meanwhile, {of}", f"told, {EQUAL}", act)
+        act = functools.partial(renamed, processes=count)
+        yield Case(f"the run's folder is renamed meanwhile, {of}", f"ends, told, nothing published, {EQUAL}", act)
+        for everywhere in (False, True):
+            act = functools.partial(best_flipped, processes=count, everywhere=everywhere)
+            left = "the training is equal" if everywhere else EQUAL
+            where = "all checkpoints and model/" if everywhere else "all checkpoints"
+            yield Case(f"a bit of the best model flips in {where}, {of}", f"told, resumed, {left}", act)
+        for variable in ("HF_DATASETS_CACHE", "HF_MODULES_CACHE"):
+            act = functools.partial(cache_unwritable, processes=count, variable=variable)
+            yield Case(f"{variable} cannot be written, {of}", EQUAL, act)
+    for what in ("weights", "label"):
+        act = functools.partial(changed_between, what=what)
+        words = "the weights under an adapter change" if what == "weights" else "a label changes"
+        yield Case(f"{words} before a restart, same size and date", "refused, told", act)
+    for how in ("flipped", "truncated"):
+        yield Case(f"prepared data {how}", f"told, {EQUAL}", functools.partial(cache_damaged, how=how))
     for how in ("truncated", "flipped", "missing", "unlisted"):
         act = functools.partial(damaged, how=how)
         yield Case(f"the only checkpoint damaged: {how}", "code 2, named", act, how == "flipped")
@@ -375,6 +856,36 @@ def cases() -> Iterator[Case]:
     stays = f"told, the one before stays, {EQUAL}"
     yield Case("no space: a write fails", stays, lambda lab: no_space(lab, {"file_bytes": 50_000}))
     yield Case("no space: too little free", stays, lambda lab: no_space(lab, {"free": 1000}))
+
+
+def cases_of_launches() -> Iterator[Case]:
+    named = "refused before data, named"
+    for count in (1, 2):
+        of = f"{count} processes"
+        act: Callable[[Laboratory], str] = functools.partial(starter_ends, processes=count)
+        yield Case(f"the script that started the run ends, {of}", f"goes on, {EQUAL}", act)
+        act = functools.partial(refused, processes=count, word="dynamo", asked=("--dynamo_backend", "inductor"))
+        yield Case(f"accelerate launch --dynamo_backend inductor, {of}", named, act)
+        act = functools.partial(refused, processes=count, word="fp8", asked=("--mixed_precision", "fp8"))
+        yield Case(f"accelerate launch --mixed_precision fp8, {of}", named, act)
+        for word, variables in (
+            ("FSDP", {"ACCELERATE_USE_FSDP": "true"}),
+            ("DeepSpeed", {"ACCELERATE_USE_DEEPSPEED": "true"}),
+            ("parallelism", {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}),
+        ):
+            act = functools.partial(refused, processes=count, word=word, **variables)
+            yield Case(f"{next(iter(variables))}=true, {of}", named, act)
+        act = functools.partial(refused, processes=count, word="", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+        yield Case(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS=4, {of}", EQUAL, act)
+        settings = "dynamo_config:\n  dynamo_backend: INDUCTOR"
+        act = functools.partial(own_default, processes=count, word="dynamo", settings=settings)
+        yield Case(f"dynamo in the user's default_config.yaml, {of}", named, act)
+    act = functools.partial(refused, processes=1, word="--num_processes", asked=("--cpu", "--num_processes", 2))
+    yield Case("accelerate launch --cpu --num_processes 2", named, act)
+    yield Case("two machines without a shared disk", "both end, before the first step, told", not_shared)
+
+
+def cases_of_numbers() -> Iterator[Case]:
     near = "told, every step once, same losses but for dropout"
     yield Case("out of memory in a forward of one process", near, lambda lab: out_of_memory(lab, "oom"))
     yield Case("out of memory in a backward of one process", near, lambda lab: out_of_memory(lab, "oom_backward"), True)
@@ -396,23 +907,29 @@ def cases() -> Iterator[Case]:
 def observe(case: Case, lab: Laboratory) -> str:
     try:
         return case.act(lab)
-    except (AssertionError, subprocess.TimeoutExpired, OSError) as error:
-        return f"{type(error).__name__}: {str(error)[-1500:]}"
+    except (AssertionError, subprocess.SubprocessError, OSError, psutil.Error) as error:
+        return " ".join(f"{type(error).__name__}: {str(error)[-1500:]}".replace("|", "/").split())
 
 
 def main(*words: str) -> int:
+    page = Path(words[1]) if words[:1] == ("--out",) else None
+    words = words[2:] if page else words
     chosen = [case for case in cases() if not words or any(word.lower() in case.name.lower() for word in words)]
-    bad = 0
+    bad, lines = 0, ["| case | expected | observed | s |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         lab = Laboratory(Path(folder))
-        print("| case | expected | observed | s |\n|---|---|---|---|", flush=True)
+        print(*lines, sep="\n", flush=True)
         for case in chosen:
             started = time.monotonic()
             seen = observe(case, lab)
             bad += seen != case.expected
             mark = "as expected" if seen == case.expected else f"**{seen}**"
-            print(f"| {case.name} | {case.expected} | {mark} | {time.monotonic() - started:.0f} |", flush=True)
+            lines.append(f"| {case.name} | {case.expected} | {mark} | {time.monotonic() - started:.0f} |")
+            print(lines[-1], flush=True)
     print(f"\n{len(chosen)} cases, {bad} not as expected")
+    if page:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(re.sub(r"(?m)^\| case (.*\n\|)*.*", lambda _: "\n".join(lines), text), encoding="utf-8")
     return int(bad > 0)
 
 

@@ -3,9 +3,12 @@
 `sleep`: seconds added to every step. `step`: the step at which `do` acts, on process `rank` (default: all).
 `do`: oom, oom_backward (above `size` samples), eval_oom (above `size` positions), nan, freeze, kill, raise. `once`: a file
 that, once there, stops the fault from acting again. `file_bytes`: the largest file that can be written. `free`: free bytes
-of the disk. `tokenize`: seconds that the first process takes to load the data.
+of the disk. `tokenize`: seconds that the first process takes to load the data. `report_bytes`: the largest file that can be
+written after training. `locks`: false where the file system has no locks.
 """
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -24,6 +27,7 @@ from accelerate import Accelerator
 from lib.data import load as data
 from lib.evaluation import scoring
 from lib.model import forward
+from lib.run.run import Run
 from lib.training import step
 
 FAULT = json.loads(sys.argv.pop(1))
@@ -92,11 +96,29 @@ def load_data(*arguments: Any) -> Any:
     return load(*arguments)
 
 
+def limit_files(size: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+
+def finish(self: Run, *arguments: Any) -> None:
+    if "report_bytes" in FAULT:
+        limit_files(FAULT["report_bytes"])
+    write_all(self, *arguments)
+
+
+def no_locks(*_: Any) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+write_all, Run.finish = Run.finish, finish  # type: ignore[method-assign]
 step.attempts, forward.compute_logits = faulty_attempts, compute_logits
 Accelerator.backward = failing_backward
 scoring.predict_batch, data.load_data = predict_batch, load_data
 if "file_bytes" in FAULT:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["file_bytes"], FAULT["file_bytes"]))
+    limit_files(FAULT["file_bytes"])
+if not FAULT.get("locks", True):
+    fcntl.lockf = no_locks
 if "free" in FAULT:
     shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**12, 10**12, FAULT["free"])
 script = Path(__file__).resolve().parent.parent.parent / "train.py"
