@@ -512,26 +512,30 @@ def fill(disk: Path) -> Path:
     return path
 
 
-def full_at_restart(lab: Laboratory, processes: int) -> str:
-    with small_disk(lab) as disk:
-        folder = disk / lab.new().name
-        run = lab.start(folder, SLOW, processes)
-        run.wait_for_step(4)
-        run.process.terminate()
-        run.wait()
-        before, filler = (folder / "config.yaml").read_bytes(), fill(disk)
-        run = lab.start(folder, {}, processes)
-        code = run.wait()
-        told = (
-            "told"
-            if code and re.search("No space left|could not be saved|cannot be written", run.text())
-            else "not told"
-        )
-        stays = "config.yaml stays" if (folder / "config.yaml").read_bytes() == before else "config.yaml lost"
+def full_at_restart(lab: Laboratory, processes: int, disk: Path | None = None) -> str:
+    """`disk` is full; without one, no file can be as long as config.yaml."""
+    folder = (disk or lab.folder) / lab.new().name
+    run = lab.start(folder, SLOW, processes)
+    run.wait_for_step(4)
+    run.process.terminate()
+    run.wait()
+    before = (folder / "config.yaml").read_bytes()
+    filler = fill(disk) if disk else None
+    run, _ = start_read(lab, folder, {} if disk else {"file_bytes": len(before) // 2}, processes)
+    code = run.wait()
+    words = "No space left|could not be saved|cannot be written|File too large"
+    told = "told" if code and re.search(words, run.text()) else "not told"
+    stays = "config.yaml stays" if (folder / "config.yaml").read_bytes() == before else "config.yaml lost"
+    if filler:
         filler.unlink()
-        run = lab.finish(folder, processes)
-        resumed = "resumed" if "resumed from" in run.text() else "started anew"
-        return f"{told}, {stays}, {resumed}, {lab.verdict(folder, processes)}"
+    run = lab.finish(folder, processes)
+    resumed = "resumed" if "resumed from" in run.text() else "started anew"
+    return f"{told}, {stays}, {resumed}, {lab.verdict(folder, processes)}"
+
+
+def full_disk_at_restart(lab: Laboratory, processes: int) -> str:
+    with small_disk(lab) as disk:
+        return full_at_restart(lab, processes, disk)
 
 
 def full_at_log(lab: Laboratory, processes: int) -> str:
@@ -815,7 +819,10 @@ def cases_of_surroundings() -> Iterator[Case]:
             why = "/dev/shm of two pages" if what == "/dev/shm" else "TMPDIR too long for a socket"
             yield Case(f"loader workers, {why}, {of}", EQUAL, act)
         stays = f"told, config.yaml stays, resumed, {EQUAL}"
-        yield Case(f"the disk is full at a restart, {of}", stays, functools.partial(full_at_restart, processes=count))
+        act = functools.partial(full_disk_at_restart, processes=count)
+        yield Case(f"the disk is full at a restart, {of}", stays, act)
+        act = functools.partial(full_at_restart, processes=count)
+        yield Case(f"config.yaml cannot be written at a restart, {of}", stays, act)
         goes_on = "told, goes on, everything else equal"
         yield Case(f"metrics.jsonl cannot be written, {of}", goes_on, functools.partial(full_at_log, processes=count))
         act = functools.partial(full_at_report, processes=count)
