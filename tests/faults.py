@@ -915,7 +915,7 @@ def observe(case: Case, lab: Laboratory) -> str:
     try:
         return case.act(lab)
     except (AssertionError, subprocess.SubprocessError, OSError, psutil.Error) as error:
-        return " ".join(f"{type(error).__name__}: {str(error)[-1500:]}".replace("|", "/").split())
+        return " ".join(f"{type(error).__name__}: {str(error)[-600:]}".replace("|", "/").split())
 
 
 def main(*words: str) -> int:
