@@ -2,7 +2,7 @@
 
     make faults                                  all cases
     make faults ARGS="sigterm damage"            those whose name holds one of the words
-    make faults ARGS="--out docs/faults.md"      all cases, and put the table there
+    make faults ARGS=docs/faults.md              all cases, and put the table there
 
 Every case starts the real train.py on a tiny model, breaks something, starts the same command again where it should go
 on, and compares the result with a run that nothing happened to. Exit code 1 when a row is not as expected. Cases of full
@@ -919,8 +919,8 @@ def observe(case: Case, lab: Laboratory) -> str:
 
 
 def main(*words: str) -> int:
-    page = Path(words[1]) if words[:1] == ("--out",) else None
-    words = words[2:] if page else words
+    page = Path(words[0]) if words and words[0].endswith(".md") else None
+    words = words[1:] if page else words
     chosen = [case for case in cases() if not words or any(word.lower() in case.name.lower() for word in words)]
     bad, lines = 0, ["| case | expected | observed | s |", "|---|---|---|---|"]
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
