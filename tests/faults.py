@@ -451,7 +451,8 @@ def unread(lab: Laboratory, processes: int, how: str) -> str:
         run.wait_for_step(4)
         reader.leave()
     code = run.wait()
-    return f"goes on, {lab.verdict(folder, processes)}" if code == 0 else f"code {code}"
+    end = f"goes on, {lab.verdict(folder, processes)}" if (folder / "results.json").exists() else "ends"
+    return f"code {code}, {end}" if code else end
 
 
 def raises_with_workers(lab: Laboratory, processes: int, rank: int) -> str:
