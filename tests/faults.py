@@ -740,7 +740,7 @@ def refused(lab: Laboratory, processes: int, word: str, asked: tuple[Any, ...] =
         return lab.verdict(folder, processes)
     early = "before data" if not cache.exists() else "after data"
     traced = ", with a trace" if 'train.py", line' in run.text() else ""
-    return f"refused {early}, {'named' if word in run.text() else 'not named: ' + run.text()[-500:]}{traced}"
+    return f"refused {early}, {'named' if word.lower() in run.text().lower() else 'not named: ' + run.text()[-500:]}{traced}"
 
 
 def own_default(lab: Laboratory, processes: int, word: str, settings: str) -> str:
