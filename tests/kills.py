@@ -86,29 +86,25 @@ class Setting:
     """What is trained: flags beside those of `run_flags`, and the number of processes."""
 
     name: str
-    flags: tuple[Any, ...]
+    flags: str
     processes: int
 
+    def command(self, flags: list[Any], folder: Path) -> list[str]:
+        """train.py with `flags`, those of the setting in place of equal ones."""
+        own = self.flags.split()
+        pairs = dict(zip(flags[::2], flags[1::2], strict=True)) | dict(zip(own[::2], own[1::2], strict=True))
+        words = [part for pair in pairs.items() for part in pair]
+        return [str(part) for part in (ROOT / "train.py", *words, "--output_dir", folder)]
 
-FLAGS: dict[str, tuple[Any, ...]] = {
-    "a checkpoint after each step": ("--save_steps", 1),
-    "a checkpoint after each evaluation": ("--metric_for_best_model", "loss", "--lr", "1e-3", "--eval_steps", 2),
-    "a checkpoint now and then": ("--save_steps", 4, "--save_total_limit", 2, "--eval_steps", 2),
-    "early stopping": (
-        "--early_stopping_patience",
-        2,
-        "--eval_steps",
-        2,
-        "--save_steps",
-        1,
-        "--epochs",
-        4,
-        "--lr",
-        "1e-3",
-    ),
-    "loader workers": ("--dataloader_num_workers", 1, "--save_steps", 2),
-    "frozen layers": ("--freeze", "backbone", "--save_steps", 1),
-    "an adapter": ("--adapter", "bottleneck", "--save_steps", 2, "--metric_for_best_model", "loss"),
+
+FLAGS = {
+    "a checkpoint after each step": "--save_steps 1",
+    "a checkpoint after each evaluation": "--metric_for_best_model loss --lr 1e-3 --eval_steps 2",
+    "a checkpoint now and then": "--save_steps 4 --save_total_limit 2 --eval_steps 2",
+    "early stopping": "--early_stopping_patience 2 --eval_steps 2 --save_steps 1 --epochs 4 --lr 1e-3",
+    "loader workers": "--dataloader_num_workers 1 --save_steps 2",
+    "frozen layers": "--freeze backbone --save_steps 1",
+    "an adapter": "--adapter bottleneck --save_steps 2 --metric_for_best_model loss",
 }
 SETTINGS = [Setting(name, flags, processes) for name, flags in FLAGS.items() for processes in (1, 2)]
 
@@ -117,13 +113,15 @@ SETTINGS = [Setting(name, flags, processes) for name, flags in FLAGS.items() for
 class Kill:
     """SIGKILL after `seconds`, or at the given one of the moments before and after a write of process `rank`.
 
-    `target`: `all`, `one` (process `rank`), or, through the launcher, `launcher`.
+    `target`: `all`, `one` (process `rank`), or, through the launcher, `launcher`. `told`: a launcher would ask the other
+    process to end as well; else it must notice by itself.
     """
 
     target: str
     rank: int = 0
     seconds: float | None = None
     moment: int | None = None
+    told: bool = False
     launched: bool = False
     finished: bool = False
 
@@ -229,9 +227,9 @@ def kill_at(moment: int | None, target: str, board: Board, rank: int) -> None:
 
     def note(_: str) -> None:
         if board.count(rank) == moment:
-            (os.killpg if target == "all" else os.kill)(
-                os.getpgrp() if target == "all" else os.getpid(), signal.SIGKILL
-            )
+            if target == "all":
+                os.killpg(os.getpgrp(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     watch_writes(note)
 
@@ -245,13 +243,17 @@ def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
 WRITE = Checkpointer.write
 
 
-def train_in_fork(words: list[str], log: Path, prepare: Callable[[], None]) -> None:
+def redirect(log: Path) -> None:
+    """Standard streams of a command in the background, whose output goes to `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, file), (2, file)):
+        os.dup2(source, number)
+
+
+def train_in_fork(words: list[str], prepare: Callable[[], None]) -> None:
     """Run train.py with these arguments as a process of its own; never returns."""
     code = 1
     try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, file), (2, file)):
-            os.dup2(source, number)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - the terminal's would keep its buffer
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         sys.argv = words
@@ -280,16 +282,12 @@ class Start:
         self.board, self.codes = Board(), dict[int, int]()
         self.log = folder.with_suffix(".log")
         self.ranks: list[int] = []
-        pairs = dict(zip(flags[::2], flags[1::2], strict=True)) | dict(
-            zip(setting.flags[::2], setting.flags[1::2], strict=True)
-        )
-        words = [str(ROOT / "train.py"), *(str(word) for pair in pairs.items() for word in pair)]
-        words += ["--output_dir", str(folder)]
+        words = setting.command(flags, folder)
         environment = {"HF_DATASETS_CACHE": str(folder.with_suffix(".cache"))}
         if kill is not None and kill.launched:
             command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(setting.processes)]
             command += ["--multi_gpu", "--main_process_port", "0"] if setting.processes > 1 else []
-            self.ranks = [self.fork(lambda _: os.execve(command[0], command + words, os.environ | environment), 0)]
+            self.ranks = [self.fork(lambda: os.execve(command[0], command + words, os.environ | environment))]
             return
         if setting.processes > 1:
             environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -305,20 +303,17 @@ class Start:
                 if broken:
                     Checkpointer.write = remove_first  # type: ignore[method-assign]
 
-            self.ranks.append(self.fork(lambda _, prepare=prepare: train_in_fork(words, self.log, prepare), rank))
+            self.ranks.append(self.fork(lambda prepare=prepare: train_in_fork(words, prepare)))
 
-    def fork(self, work: Callable[[int], Any], rank: int) -> int:
+    def fork(self, work: Callable[[], Any]) -> int:
         """A process of the group of the first one."""
         group = self.ranks[0] if self.ranks else 0
         pid = os.fork()
         if pid == 0:
-            os.setpgid(0, group)
-            if not rank and not group:
-                file = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                os.dup2(file, 1)
-                os.dup2(file, 2)
             try:
-                work(rank)
+                os.setpgid(0, group)
+                redirect(self.log)
+                work()
             finally:
                 os._exit(127)
         with contextlib.suppress(OSError):
@@ -369,7 +364,7 @@ class Start:
             if not self.wait(LIMIT, lambda: self.reap() or self.is_wounded()):
                 raise Broken("hanging", f"no end after {LIMIT:.0f} s")
             killed = killed or self.is_wounded()
-            self.end_others()
+            self.end_others(kill is not None and kill.told)
             if all(self.codes.get(pid) == 0 for pid in self.ranks):
                 return True
             if not killed:
@@ -385,14 +380,14 @@ class Start:
     def is_wounded(self) -> bool:
         return any(self.codes.get(pid) == -signal.SIGKILL for pid in self.ranks)
 
-    def end_others(self) -> None:
-        """Wait for the processes that were not killed, and for loader workers: they end by themselves.
+    def end_others(self, told: bool) -> None:
+        """Wait for the processes that were not killed, and for loader workers; `told`: ask them to end, as launchers do.
 
-        Before the processes know each other nothing tells one that another has died: there a launcher ends the others.
+        Before the processes know each other nothing tells one that another has died: there only a launcher ends them.
         """
         if not self.wait(1, self.reap):
             for rank, pid in enumerate(self.ranks):
-                if pid not in self.codes and self.board.phase(rank) == "launch":
+                if pid not in self.codes and (told or self.board.phase(rank) == "launch"):
                     os.kill(pid, signal.SIGTERM)
         if not self.wait(SOON, self.reap):
             left = [
@@ -460,7 +455,8 @@ class Driver:
     def draw(self, rng: random.Random, setting: Setting, finished: bool = False) -> Kill:
         """A kill of any kind; the random numbers do not depend on what happened before."""
         reference = self.references[setting]
-        rank, when, how, whom, part = rng.randrange(setting.processes), *(rng.random() for _ in range(4))
+        rank, told = rng.randrange(setting.processes), rng.random() < 0.75
+        when, how, whom, part = (rng.random() for _ in range(4))
         target = "one" if setting.processes > 1 and whom < 0.5 and not finished else "all"
         if when < LAUNCHED and not self.broken and not finished:
             target = "launcher" if whom > 0.7 else target
@@ -469,8 +465,8 @@ class Driver:
             return Kill("all", rank, seconds=0.4 * part, finished=True)
         if how < 0.5 or self.broken:
             rank = rank if reference.moments[rank] and not self.broken else 0
-            return Kill(target, rank, moment=1 + int(part * reference.moments[rank]))
-        return Kill(target, rank, seconds=part * reference.seconds)
+            return Kill(target, rank, told=told, moment=1 + int(part * reference.moments[rank]))
+        return Kill(target, rank, told=told, seconds=part * reference.seconds)
 
     def experiment(self, number: int, most: int) -> Story:
         """One experiment with at most `most` kills."""
@@ -561,10 +557,10 @@ def import_all(driver: Driver) -> None:
 
         Run.finish = noted  # type: ignore[method-assign]
 
-    words = [str(ROOT / "train.py"), *map(str, driver.flags), "--output_dir", str(driver.folder / "first")]
     pid = os.fork()
     if pid == 0:
-        train_in_fork(words, driver.folder / "first.log", prepare)
+        redirect(driver.folder / "first.log")
+        train_in_fork(SETTINGS[0].command(driver.flags, driver.folder / "first"), prepare)
     os.waitpid(pid, 0)
     for name in names.read_text().split():
         if name not in sys.modules and not name.startswith("evaluate_modules"):
