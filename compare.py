@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lib.config.cli import parse_cli
 from lib.config.compare import CompareConfig
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the heavy imports: --help and a misspelt flag answer at once
+    keep_writing(only_prints=True)
     CONFIG = parse_cli(CompareConfig)
 
 from lib.runtime.startup import run_script  # imports the heavy libraries, without what is not used
@@ -27,9 +29,10 @@ def main(config: CompareConfig) -> None:
     groups = load_groups(config.runs, config.split)
     metrics = compare_groups(groups, config)
     text = format_comparison(groups, metrics, config)
-    print(text)
     if config.output_dir:
         write_comparison(Path(config.output_dir), text, groups, metrics)
+    print(text)
+    if config.output_dir:
         print(f"\nwritten to {config.output_dir}: comparison.md, comparison.json, comparison.png")
 
 

@@ -9,8 +9,10 @@ from lib.config.eval import EvalConfig
 from lib.data.catalog import data_needs
 from lib.hub.fetch import fetch
 from lib.hub.needs import model_needs
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
+    keep_writing()
     CONFIG = parse_cli(EvalConfig)
     fetch(model_needs(CONFIG.source) + data_needs(CONFIG.data), CONFIG.hub)
 
@@ -29,12 +31,13 @@ from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import eval_folder, find_scored_model
 from lib.run.results import report_evaluation
 from lib.runtime.accelerator import build_accelerator
-from lib.runtime.lock import locked_folder
+from lib.runtime.lock import check_writable, locked_folder
 from lib.runtime.processes import finish
 
 
 def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
+    check_writable(eval_folder(config), "--output_dir")
     trained = find_scored_model(config)
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)

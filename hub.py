@@ -10,8 +10,10 @@ import sys
 from lib.config.cli import parse_command
 from lib.config.hub import COMMANDS, DoctorConfig, ImportConfig, VerifyConfig
 from lib.errors import UserError, redact
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the other imports: --help answers at once
+    keep_writing(only_prints=True)
     CONFIG = parse_command(COMMANDS)
 
 from lib.config.sections import DataConfig, ModelSource
@@ -51,6 +53,7 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
 if __name__ == "__main__":
     try:
         CODE = main(CONFIG)
+        sys.stdout.flush()
     except (UserError, OSError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         CODE = 2

@@ -15,8 +15,10 @@ from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
 from lib.hub.fetch import fetch
 from lib.hub.needs import is_lost_folder, model_needs
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
+    keep_writing(only_prints=True)
     CONFIG = parse_cli(PredictConfig)
     fetch([] if is_lost_folder(CONFIG.model.model) else model_needs(CONFIG.model), CONFIG.hub)
 
@@ -30,6 +32,7 @@ from lib.inference.stream import Prediction, predict_stream
 from lib.inference.tasks import build_predict, count_truncation
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.lock import check_writable
 from lib.runtime.precision import cast_weights
 from lib.runtime.processes import finish
 from lib.runtime.startup import run_script
@@ -37,6 +40,8 @@ from lib.runtime.startup import run_script
 
 def main(config: PredictConfig) -> None:
     """Predict once for every row of the input, in its order; messages go to stderr."""
+    if config.output:
+        check_writable(Path(config.output), "--output")
     trained = find_model(config.model, config.mixed_precision)
     if config.explain_tokens:
         print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))

@@ -13,8 +13,10 @@ from lib.data.catalog import data_needs
 from lib.hub.fetch import fetch
 from lib.hub.needs import model_needs
 from lib.runtime.signals import watch_signals
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
+    keep_writing()
     CONFIG = parse_cli(TrainConfig)
     fetch(model_needs(CONFIG.model) + data_needs(CONFIG.data), CONFIG.hub)
     watch_signals()

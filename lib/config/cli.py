@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
-import os
 import re
 import sys
 import typing
@@ -24,6 +23,8 @@ from lib.config.limits import INPUT_NAME, shorten, strip_annotations
 from lib.config.other_names import OTHER_NAMES
 from lib.config.sections import flatten
 from lib.errors import SECRET, SECRET_FLAG, UserError, hide_secrets, redact, require
+from lib.runtime.signals import is_first_to_fail
+from lib.runtime.streams import Stream
 
 Config = TypeVar("Config")
 
@@ -89,9 +90,9 @@ def parse_command(kinds: dict[str, Any], argv: Sequence[str] | None = None) -> A
         description = "Models and data sets on machines that cannot reach the Hub."
         tyro.extras.subcommand_cli_from_dict(kinds, args=asked, description=description, **TYRO)
 
-    if command in ("-h", "--help"):
-        print_help(show_help)
     with ending_on_user_error():
+        if command in ("-h", "--help"):
+            print_help(show_help)
         close = difflib.get_close_matches(command, kinds, 1)
         hint = f"perhaps you meant {close[0]}" if close else f"the commands are {', '.join(kinds)}"
         require(command in kinds, f"{shorten(command) or 'no command'}: {hint}; see --help")
@@ -129,7 +130,8 @@ def ending_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {redact(str(error))}".encode(errors="replace").decode(), file=sys.stderr)
+        if is_first_to_fail():
+            print(f"error: {redact(str(error))}".encode(errors="replace").decode(), file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -310,17 +312,11 @@ def describe_type(info: Any) -> Any:
 
 
 def print_help(show_help: Any) -> typing.NoReturn:
-    """Print the help and end the process, also where the reader of a pipe has closed it."""
-    try:
+    """Print the help and end the process."""
+    Stream.only_prints = True
+    with contextlib.suppress(SystemExit):
         show_help()
-        sys.stdout.flush()
-    except SystemExit:
-        with contextlib.suppress(BrokenPipeError):
-            sys.stdout.flush()
-            raise
-    except BrokenPipeError:
-        pass
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter finds nothing to complain of at its end
+    sys.stdout.flush()
     raise SystemExit(0)
 
 

@@ -1,6 +1,7 @@
 """Batches as padded tensors: of every optimizer step in training, of every split in evaluation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import DataCollatorWithPadding
 
 from lib.data.batching import Indices, micro_batches, rank_slice, sort_by_length
 from lib.data.load import Data
+from lib.errors import UserError, first_line
 from lib.runtime.signals import quiet_worker
 
 Tensors = dict[str, torch.Tensor]
@@ -18,6 +20,8 @@ Collator = Callable[[list[dict[str, Any]]], Tensors]
 
 PER_SAMPLE = ("labels", "num_windows")
 """Columns with one value per sample; all others have one per window, of which a long text may have several."""
+
+WITHOUT_WORKERS = "it works without workers, and gives the same numbers: --dataloader_num_workers 0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Batches:
         return StepBatch([MicroBatch.build(tensors, torch.ones(len(indices)))], len(indices), float(len(indices)))
 
     def steps(self, batches: Sequence[Indices], share: Share, num_workers: int = 0) -> Iterator[StepBatch]:
-        """A StepBatch for each global batch of training samples, holding the share of this process.
+        """A StepBatch for each global batch of training samples, holding the share of this process; see `load` for errors.
 
         A process whose share is empty gets the first sample of the batch with weight 0: it must still run forward and
         backward, because the other processes wait for its gradients.
@@ -134,7 +138,7 @@ class Batches:
         pieces = [
             part if len(part) else batch[:1] for batch, parts in zip(batches, shares, strict=True) for part in parts
         ]
-        loader = iter(build_loader(tokens, pieces, self.collator, num_workers))
+        loader = load(tokens, pieces, self.collator, num_workers)
         weights = np.ones(len(tokens), dtype=np.float32) if self.weights is None else self.weights
         for batch, parts in zip(batches, shares, strict=True):
             made = [
@@ -173,8 +177,46 @@ def build_collator(
     return WindowCollator(tokenizer, pad_to_multiple_of=8 if tensor_cores else None)
 
 
+def load(dataset: Any, pieces: Sequence[Indices], collator: Collator, num_workers: int) -> Iterator[Tensors]:
+    """Padded tensors of `pieces`, in their order, made by `num_workers` processes, or by this one if there are none.
+
+    Raises UserError if the processes cannot be started, or one of them is lost.
+    """
+    if num_workers == 0:
+        yield from build_loader(dataset, pieces, collator)
+        return
+    try:
+        for arrays in build_loader(dataset, pieces, functools.partial(as_arrays, collator), num_workers):
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            yield {n: t.pin_memory() for n, t in tensors.items()} if torch.cuda.is_available() else tensors
+    except RuntimeError as error:
+        if lost := lost_worker(error):
+            raise UserError(lost) from error
+        raise
+    except OSError as error:
+        raise UserError(
+            f"a worker of the data loader cannot be started or heard: {error}; {WITHOUT_WORKERS}"
+        ) from error
+
+
+def as_arrays(collator: Collator, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """A batch as arrays, which a worker sends through a pipe.
+
+    Tensors would need room in /dev/shm, a socket below TMPDIR and open files for each batch: a worker that lacks one of
+    them loses the batch, and the process that waits for it waits for ever.
+    """
+    return {name: tensor.numpy() for name, tensor in collator(samples).items()}
+
+
+def lost_worker(error: Exception) -> str | None:
+    """What an error says of a worker that ended, which PyTorch may raise anywhere in the process that waits for it."""
+    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
+        return None
+    return f"{first_line(error)}. The system ends a process when memory runs out, here or in its container; {WITHOUT_WORKERS}"
+
+
 def build_loader(
-    dataset: Any, pieces: Sequence[Indices], collator: Collator, num_workers: int = 0, seed: int = 0
+    dataset: Any, pieces: Sequence[Indices], collator: Callable[..., Any], num_workers: int = 0, seed: int = 0
 ) -> DataLoader:
     """Padded tensors of `pieces`, in their order.
 

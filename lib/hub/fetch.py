@@ -46,6 +46,7 @@ from lib.hub.needs import (
     wanted_files,
 )
 from lib.runtime.atomic import write_atomically
+from lib.runtime.signals import is_first_to_fail
 
 
 def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
@@ -65,7 +66,8 @@ def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
             ensure_cached(bases, hub, endpoint)
         go_offline()
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        if is_first_to_fail():
+            print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
         os._exit(2)  # at once: a request may still hang in its thread
 
 

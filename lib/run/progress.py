@@ -53,9 +53,8 @@ class Progress:
         elif self.shown:
             print(line, file=sys.stderr, flush=True)
 
-    def close(self, step: int, metric: str) -> None:
-        """End at `step`; says so if early stopping ended training."""
-        if step < self.total:
-            self.write(f"stopped early at step {step}: no better {metric} within --early_stopping_patience evaluations")
+    def close(self) -> None:
+        """End the bar: what is printed after it begins a line."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 
 from lib.config.train import TrainConfig
 from lib.data.load import Data
-from lib.data.loader import Batches
+from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
 from lib.errors import UserError
 from lib.evaluation.intervals import bootstrap_intervals
@@ -33,6 +33,7 @@ from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import finish
 from lib.runtime.signals import Stopped, deferring_signals
+from lib.runtime.startup import when_script_fails
 from lib.runtime.watchdog import watching
 from lib.training.learner import Learner
 from lib.training.state import State
@@ -104,10 +105,19 @@ class Run:
 
     def open(self) -> None:
         self.lock = open_folder(self.config, self.folder)
+        when_script_fails(lambda _: self.release())
+
+    def release(self) -> None:
+        """Give the lock of the folder back, on the process that has it."""
+        if self.lock:
+            self.lock.release()
 
     @contextlib.contextmanager
     def guard(self, learner: Learner) -> Iterator[None]:
-        """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named."""
+        """Within, a signal or the time limit ends in a checkpoint and a closed log, and a process that hangs is named.
+
+        Raises UserError if a worker of a data loader is lost.
+        """
         rank, training = self.accelerator.process_index, self.config.training
         self.progress = Progress(self.accelerator, learner.plan.total_steps, learner.state)
         learner.meter.start_clock()
@@ -119,10 +129,19 @@ class Run:
                 self.save_checkpoint()
                 self.log.close()
                 self.accelerator.wait_for_everyone()
-                if self.lock:
-                    self.lock.release()
+                self.release()
                 raise
-        self.progress.close(learner.state.step, learner.plan.best_metric)
+            except Exception as error:
+                if lost := lost_worker(error):
+                    raise UserError(lost) from error
+                raise
+            finally:
+                self.progress.close()
+        if learner.state.step < learner.plan.total_steps:
+            self.progress.write(
+                f"stopped early at step {learner.state.step}: no better {learner.plan.best_metric} within "
+                "--early_stopping_patience evaluations"
+            )
 
     def log_values(self, state: State, values: dict[str, float]) -> None:
         """Write a line of metrics.jsonl, send it to the tracker, and print the scores of an evaluation."""
@@ -148,21 +167,25 @@ class Run:
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
-        """Write reports, model card and results.json, which is also the last line on stdout; end the process group."""
+        """Write reports, model card and results.json, then print them, results.json as the last line on stdout.
+
+        Ends the process group.
+        """
         results = build_results(self.config, self.settings, learner, scored)
-        self.log.finish(results, scored, data)
+        shown: list[str] = []
         if self.accelerator.is_main_process:
             for split, result in scored.items():
                 intervals = bootstrap_intervals(result.predictions, self.metrics.names)
-                print(write_report(self.folder / f"eval-{split}", split, result, intervals, data), flush=True)
+                shown.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
             thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
             write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
             named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
             write_record(self.folder, self.settings, {"thresholds": named, "best_step": learner.state.best_step})
-            print(next_commands(self.folder), flush=True)
-            print(write_results(self.folder, results), flush=True)
+        self.log.finish(results, scored, data)
+        if self.accelerator.is_main_process:
+            shown += [next_commands(self.folder), write_results(self.folder, results)]
             if self.config.training.save_total_limit == 0:
                 shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        if self.lock:
-            self.lock.release()
+            print("\n".join(shown), flush=True)
+        self.release()
         finish(self.accelerator, learner.model, learner.optimizer)

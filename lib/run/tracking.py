@@ -1,5 +1,6 @@
 """metrics.jsonl, and a tracker (W&B, TensorBoard, Trackio) that gets a copy and never stops the run."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -59,7 +60,7 @@ class RunLog:
         """Deletes the lines after `last_step`; the tracker's run `run_id` is resumed."""
         self.accelerator, self.folder, self.config, self.run_id = accelerator, folder, config, run_id
         self.file: TextIO | None = None
-        self.tracked_step = 0
+        self.tracked_step, self.is_cut = 0, False
         if accelerator.is_main_process:
             self.tracked_step = truncate_log(folder / "metrics.jsonl", last_step)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
@@ -135,8 +136,15 @@ class RunLog:
         if self.file is None:
             return
         line = {"step": step, "samples_seen": samples_seen, "time": round(time.time(), 3)} | values
-        self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({key: finite(value) for key, value in line.items()}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk; what fits into the buffer of the file is written when there is room
+            if not self.is_cut:
+                logger.warning(
+                    "metrics.jsonl cannot be written from step %d on: %s; the run goes on", step, first_line(error)
+                )
+            self.is_cut = True
         if self.tracker and step > self.tracked_step:
             try:
                 self.accelerator.log({"samples_seen": samples_seen} | values, step=step)
@@ -155,7 +163,8 @@ class RunLog:
     def close(self, failure: BaseException | None = None) -> None:
         """End the tracker's run in bounded time, in W&B with exit code 1 after a failure; again, it does nothing."""
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # it was said
+                self.file.close()
         if self.tracker is None:
             return
         try:

@@ -174,6 +174,15 @@ def check_free(folder: Path) -> None:
                 raise UserError(lock.refusal(read_owner(file.fileno()))) from None
 
 
+def check_writable(path: Path, flag: str) -> None:
+    """Raise UserError, which names `flag`, if the file or folder `path` could not be made; makes nothing."""
+    there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    if there != path and not there.is_dir():
+        raise UserError(f"{flag} {path} cannot be written: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {path} cannot be written: no permission to write to {there}")
+
+
 @contextlib.contextmanager
 def locked_folder(folder: Path, wait: float) -> Iterator[None]:
     """Within, this process alone writes to the folder. Raises UserError if another one does for `wait` seconds."""

@@ -67,6 +67,15 @@ def is_alone() -> bool:
     return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
+def has_lost_another(error: BaseException | None) -> bool:
+    """Whether an error only says that another process is gone: that one failed, or was ended."""
+    while error is not None:
+        if isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def describe_processes(accelerator: Accelerator) -> str:
     """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
     if accelerator.num_processes == 1:

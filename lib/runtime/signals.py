@@ -13,12 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 EXIT_RESUME = 75
 """Exit code of a run that was stopped and resumes when started again (EX_TEMPFAIL of sysexits.h)."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 """A launcher forwards signals that its process group got already: a second one within this time is the first one again."""
+HEAD_START = 0.5
+"""Seconds that a process has to print why it failed, before the next one of the same machine may."""
 
 
 class Stopped(Exception):
@@ -35,6 +38,8 @@ class Request:
         self.deferred = False
         self.ending = False
         """The process ends by itself after a failure; a launcher that asks for it need not."""
+        self.asked = False
+        """A launcher asked for it all the same."""
 
 
 REQUEST = Request()
@@ -72,6 +77,7 @@ def listen(reader: int) -> None:
             if number not in SIGNALS:
                 continue  # such as SIGCHLD: a worker of a data loader has ended
             if REQUEST.ending and number != signal.SIGINT:
+                REQUEST.asked = True
                 continue
             name, now = signal.Signals(number).name, time.monotonic()
             if not REQUEST.deferred:
@@ -129,18 +135,41 @@ def check_stop(any_process: Callable[[bool], bool]) -> None:
         raise Stopped(REQUEST.reason or "another process was asked to stop")
 
 
-def leave(message: str, code: int) -> None:
-    """End this process at once, and the processes it started."""
+def leave(message: str, code: int) -> NoReturn:
+    """End this process at once, and the processes it started; nothing that goes wrong meanwhile prevents its end."""
+    try:
+        if message:
+            say(message)
+        end_children()
+    finally:
+        # Without cleanup, which waits: for workers of a data loader, and for processes that wait for this one.
+        os._exit(code)
+
+
+def end_children() -> None:
+    """End the processes that this one started, but for W&B's service: it writes what it was given, then ends by itself."""
     import psutil
 
-    say(message)
+    with contextlib.suppress(ValueError):  # not in the main thread, which alone runs handlers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's raises an error when a worker of a data loader ends
     wanted = {child.pid for child in multiprocessing.active_children()}
     for child in psutil.Process().children(recursive=True):
-        # W&B's service writes what it was given, then ends by itself.
         with contextlib.suppress(psutil.Error):
             if child.pid in wanted or "wandb" not in " ".join(child.cmdline()):
                 child.kill()
-    os._exit(code)
+
+
+def is_first_to_fail(patience: float = 0.0) -> bool:
+    """Whether no process of this machine failed before this one did, so that this one is to print why.
+
+    Launched processes often fail alike. A launcher ends all when one has ended: each waits half a second longer than the
+    one before it, and `patience` in seconds besides. Of failures on one process alone nothing is lost.
+    """
+    REQUEST.ending, REQUEST.asked = True, bool(patience and REQUEST.reason)
+    deadline = time.monotonic() + HEAD_START * int(os.environ.get("LOCAL_RANK", "0")) + patience
+    while not REQUEST.asked and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not REQUEST.asked
 
 
 def say(message: str) -> None:

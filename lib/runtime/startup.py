@@ -7,13 +7,16 @@ keeps it as it is.
 import contextlib
 import gc
 import os
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from lib.errors import UserError, redact
 from lib.runtime.screen import printable
-from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped
+from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped, end_children, is_first_to_fail, leave
 
 UNUSED = ("peft", "scipy")
 """Packages that transformers imports with every model if they are installed: for its Trainer, and for object detection."""
@@ -64,6 +67,11 @@ def quiet_libraries() -> None:
         datasets.disable_progress_bars()
 
 
+LAUNCHER_SECONDS = 5.0
+"""How soon a launcher ends the processes that are left when one has failed; then they tell what they know."""
+MOST_SECONDS = 120.0
+"""How long the end of a failed script may take, W&B's included."""
+
 AT_FAILURE: list[Callable[[BaseException], None]] = []
 
 
@@ -74,34 +82,60 @@ def when_script_fails(act: Callable[[BaseException], None]) -> None:
 
 def act_on_failure(error: BaseException) -> None:
     """Call what was registered, in bounded time and not cut short by a launcher that ends what is left of a failed run."""
-    REQUEST.ending = bool(AT_FAILURE)
+    REQUEST.ending = REQUEST.ending or bool(AT_FAILURE)
     for act in AT_FAILURE:
-        act(error)
+        with contextlib.suppress(Exception):  # the error that ends the script is the one to know
+            act(error)
 
 
 def run_script(main: Callable[[Any], None], config: Any) -> None:
-    """Call `main(config)`; a UserError ends the process with code 2 and its message, printed once, without a trace.
+    """Call `main(config)`; whatever it raises is printed once and ends this process, at once, with those it started.
 
-    A run that was stopped and saved ends with code 75.
+    The code is 2 after a UserError, which is printed without a trace, 75 of a run that was stopped and saved, 130 after
+    Ctrl-C, and 1 after any other error.
     """
-    failure = None
     try:
         main(config)
-        return
-    except UserError as error:
-        failure, code, message = error, 2, f"error: {error}"
-    except Stopped as stopped:
-        code, message = EXIT_RESUME, f"{stopped}: saved; the same command goes on from here"
-    except BaseException as error:
-        act_on_failure(error)
-        raise
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # the reader of a pipe may be gone
-            lines = (printable(line) for line in redact(message).split("\n"))  # names of classes may hold escapes
-            print("\n".join(lines), file=sys.stderr, flush=True)
-    if failure is not None:
-        act_on_failure(failure)
-    # Exit without cleanup: it could wait for processes that in turn wait for this one, which the launcher ends.
-    with contextlib.suppress(OSError):
         sys.stdout.flush()
-    os._exit(code)
+    except Stopped as stopped:  # every process raises it
+        if os.environ.get("RANK", "0") == "0":
+            tell(f"{stopped}: saved; the same command goes on from here")
+        leave("", EXIT_RESUME)
+    except BaseException as error:
+        fail(error)
+    end_children()  # the interpreter waits for them at its end, for ever if one does not answer
+
+
+def fail(error: BaseException) -> None:
+    """Print why the script fails, then end this process and those it started, in bounded time.
+
+    Of processes that were launched together one prints: the first one that fails, and never one that only lost its
+    connection to another, as long as the launcher ends it.
+    """
+    from lib.runtime.processes import has_lost_another
+
+    if isinstance(error, UserError):
+        code, reason = 2, str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        code, reason = 128 + signal.SIGINT, "interrupted"
+    else:
+        code, reason = 1, "\n".join([type(error).__name__, "".join(traceback.format_exception(error)).strip()])
+    backstop = threading.Timer(MOST_SECONDS, leave, ("the end took too long", code))
+    backstop.daemon = True
+    backstop.start()
+    try:
+        if is_first_to_fail(LAUNCHER_SECONDS if has_lost_another(error) else 0.0):
+            rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+            where = f"process {rank} of {size}: " if size != "1" and (rank != "0" or code == 1) else ""
+            tell(f"error: {where}{reason}")
+        act_on_failure(error)
+    finally:
+        backstop.cancel()
+        leave("", code)
+
+
+def tell(message: str) -> None:
+    """Print a message to stderr, without secrets and with escapes for what would move the cursor."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = (printable(line) for line in redact(message).split("\n"))  # names of classes may hold escapes
+        print("\n".join(lines), file=sys.stderr, flush=True)

@@ -11,6 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.runtime.signals import leave
+
+REPORT_SECONDS = 10.0
+"""How long writing the report may take."""
+
 
 class Heartbeat:
     """The phase of this process, and when it began."""
@@ -50,6 +55,7 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
 
 def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> None:
+    """Write the phase of this process until `done`; end it with a report if it makes no progress for `timeout` seconds."""
     last = time.monotonic()
     write_phase(folder, rank)
     while not done.wait(period(timeout)):
@@ -59,8 +65,11 @@ def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> Non
         last = now
         write_phase(folder, rank)
         if now - HEARTBEAT.time > timeout:
-            report(folder, rank, timeout)
-            os._exit(1)
+            # In a thread: the stream may be what hangs, such as a pipe that nobody reads.
+            reporting = threading.Thread(target=report, args=(folder, rank, timeout), daemon=True)
+            reporting.start()
+            reporting.join(REPORT_SECONDS)
+            leave("", 1)
 
 
 def period(timeout: float) -> float:

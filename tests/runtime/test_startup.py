@@ -1,12 +1,12 @@
 """Scripts import only what they need, when they need it, and print a user's mistake once."""
 
-import os
 import re
+from collections.abc import Callable
 
 import pytest
 
-from lib.config.sections import ModelConfig
 from lib.errors import UserError
+from lib.runtime import startup
 from lib.runtime.signals import EXIT_RESUME, Stopped
 from lib.runtime.startup import run_script
 from tests.conftest import ROOT, Command, sentences, write_csv
@@ -73,56 +73,94 @@ def last_line(text: str) -> str:
     return text.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("rank", "printed"), [(None, 1), ("0", 1), ("1", 0)])
-@pytest.mark.parametrize(
-    ("raised", "code", "line"),
-    [(UserError("no x"), 2, "error: no x\n"), (Stopped("SIGTERM"), EXIT_RESUME, "SIGTERM: saved")],
-)
-def test_mistakes_and_stops_end_every_process_with_their_code_and_are_printed_once(
-    rank: str | None,
-    printed: int,
-    raised: Exception,
-    code: int,
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+class Ended(BaseException):
+    """Stands for the end of the process with a code."""
+
+
+def leave(message: str, code: int) -> None:
+    raise Ended(code)
+
+
+@pytest.fixture
+def end(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Code and error output of a script whose `main` raises an error, as a process with the given environment."""
+    monkeypatch.setattr(startup, "leave", leave)
+    monkeypatch.setattr(startup, "AT_FAILURE", [])
+    monkeypatch.setattr(startup.REQUEST, "ending", False)
+    monkeypatch.setattr(startup.REQUEST, "asked", False)
+
+    def call(raised: BaseException, **environment: str) -> tuple[int, str]:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+        def main(_: object) -> None:
+            raise raised
+
+        with pytest.raises(Ended) as ended:
+            run_script(main, None)
+        return ended.value.args[0], capsys.readouterr().err
+
+    return call
+
+
+End = Callable[..., tuple[int, str]]
+SECOND = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+
+
+def test_mistakes_and_stops_end_the_process_with_their_code_and_without_a_trace(end: End) -> None:
+    assert end(UserError("no x")) == (2, "error: no x\n")
+    code, printed = end(Stopped("SIGTERM"))
+    assert (code, printed.startswith("SIGTERM: saved")) == (EXIT_RESUME, True)
+    code, printed = end(KeyboardInterrupt())
+    assert (code, "Traceback" in printed) == (130, False)
+
+
+def test_stop_which_all_processes_agreed_on_is_printed_by_the_first(end: End) -> None:
+    assert end(Stopped("SIGTERM"), **SECOND) == (EXIT_RESUME, "")
+
+
+def test_mistake_on_one_process_alone_is_printed_with_its_number(end: End) -> None:
+    assert end(UserError("no x"), **SECOND) == (2, "error: process 1 of 2: no x\n")
+
+
+def test_mistake_that_an_earlier_process_has_printed_is_not_printed_again(
+    end: End, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def main(_: ModelConfig) -> None:
-        raise raised
-
-    def leave(code: int) -> None:
-        raise SystemExit(code)
-
-    if rank:
-        monkeypatch.setenv("RANK", rank)
-    else:
-        monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit) as ended:
-        run_script(main, ModelConfig())
-    assert ended.value.code == code
-    assert capsys.readouterr().err.count(line) == printed
+    """The launcher ends the others when one has ended."""
+    monkeypatch.setattr("time.sleep", lambda _: setattr(startup.REQUEST, "asked", True))
+    assert end(UserError("no x"), **SECOND) == (2, "")
 
 
-def test_bug_keeps_its_trace() -> None:
-    def main(_: ModelConfig) -> None:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        run_script(main, ModelConfig())
-
-
-def test_message_with_names_of_users_moves_no_cursor(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_process_that_only_lost_its_connection_leaves_the_word_to_the_one_that_failed(
+    end: End, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def main(_: ModelConfig) -> None:
-        raise UserError("classes: a\tb, \x1b[31mred, 正面\n  next line")
+    lost = RuntimeError("[gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    monkeypatch.setattr("time.sleep", lambda _: setattr(startup.REQUEST, "asked", True))
+    assert end(lost, RANK="0", WORLD_SIZE="2") == (1, "")
 
-    def leave(code: int) -> None:
-        raise SystemExit(code)
 
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setattr(os, "_exit", leave)
-    with pytest.raises(SystemExit):
-        run_script(main, ModelConfig())
-    assert capsys.readouterr().err == "error: classes: a\\tb, \\x1b[31mred, 正面\n  next line\n"
+def test_bug_keeps_its_trace_without_secrets(end: End) -> None:
+    code, printed = end(ZeroDivisionError("https://user:pass-word1@host"))
+    assert code == 1
+    assert "Traceback" in printed
+    assert "ZeroDivisionError: https://***@host" in printed
+    assert "process 1 of 2" in end(ZeroDivisionError(), **SECOND)[1]
+
+
+def test_what_is_registered_for_a_failure_cannot_prevent_the_end(end: End) -> None:
+    called = []
+
+    def fail(error: BaseException) -> None:
+        called.append(error)
+        raise OSError
+
+    startup.AT_FAILURE.extend([fail, fail])
+    assert end(UserError("no x")) == (2, "error: no x\n")
+    assert len(called) == 2
+
+
+def test_message_with_names_of_users_moves_no_cursor(end: End) -> None:
+    _, printed = end(UserError("classes: a\tb, \x1b[31mred, 正面\n  next line"))
+    assert printed == "error: classes: a\\tb, \\x1b[31mred, 正面\n  next line\n"
