@@ -184,7 +184,7 @@ def is_first_to_fail(patience: float = 0.0) -> bool:
     Launched processes often fail alike. A launcher ends all when one has ended: each waits half a second longer than the
     one before it, and `patience` in seconds besides. Of failures on one process alone nothing is lost.
     """
-    REQUEST.ending, REQUEST.asked = True, False
+    REQUEST.ending, REQUEST.asked = True, bool(patience and REQUEST.reason)
     deadline = time.monotonic() + HEAD_START * int(os.environ.get("LOCAL_RANK", "0")) + patience
     while not REQUEST.asked and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -55,7 +55,7 @@ def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
 
 
 def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> None:
-    """Until `done` is set, write the phase of this process, and end it if it makes no progress."""
+    """Write the phase of this process until `done`; end it with a report if it makes no progress for `timeout` seconds."""
     last = time.monotonic()
     write_phase(folder, rank)
     while not done.wait(period(timeout)):
