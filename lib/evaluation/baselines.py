@@ -14,6 +14,7 @@ import numpy as np
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.data.batching import permutation
 from lib.data.load import Data
+from lib.errors import first_line
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import row_texts
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, compute_metrics
@@ -33,6 +34,20 @@ STRENGTHS = (1.0, 4.0, 16.0)
 """Inverse strengths of regularization, of which validation chooses one."""
 
 VERSION = 1
+
+
+def compare_with_baselines(
+    data: Data, split: str, scores: dict[str, float], metrics: Metrics
+) -> tuple[dict[str, dict[str, float]], str]:
+    """What simple methods score on a split, by method and metric, and that beside the model's `scores` as text.
+
+    Whatever goes wrong is said and ends no run, which is trained by then.
+    """
+    try:
+        found = find_baselines(data, split, metrics)
+    except Exception as error:
+        return {}, f"simple methods were not scored: {first_line(error)}"
+    return found, format_baselines(found, scores, metrics)
 
 
 def find_baselines(data: Data, split: str, metrics: Metrics) -> dict[str, dict[str, float]]:

@@ -22,9 +22,9 @@ def draw_learning_curves(folder: Path, metric: str, best_step: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; torn ones are left out."""
+    """The lines of metrics.jsonl; torn ones are left out, and a file that a full disk did not take has none."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             line = json.loads(text)
         except ValueError:

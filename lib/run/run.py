@@ -14,7 +14,7 @@ from lib.data.load import Data
 from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
 from lib.errors import UserError, printable
-from lib.evaluation.baselines import find_baselines, format_baselines
+from lib.evaluation.baselines import compare_with_baselines
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
@@ -211,8 +211,8 @@ class Run:
             intervals = bootstrap_intervals(result.predictions, self.metrics.names)
             texts.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
         split, (scores, _) = next(iter(scored.items()))
-        baselines = find_baselines(data, split, self.metrics)
-        texts.append(format_baselines(baselines, scores, self.metrics))
+        baselines, text = compare_with_baselines(data, split, scores, self.metrics)
+        texts.append(text)
         results |= {
             f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
         }
