@@ -16,5 +16,6 @@ def test_run_killed_again_and_again_ends_as_if_nothing_had_happened(run, kills):
     assert "lost 0, unequal 0, hanging 0, failed 0" in shown
 
 
+@pytest.mark.slow
 def test_kills_would_notice_a_save_that_removes_the_old_checkpoint_first(run):
-    assert "lost: " in kill(run, "--kills", 6, "--broken", code=1)
+    assert "lost: " in kill(run, "--kills", 20, "--broken", code=1, timeout=900)

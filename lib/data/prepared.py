@@ -33,7 +33,7 @@ from lib.config.sections import DataConfig
 from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, find_damage, make_folder, remove_unused
+from lib.runtime.atomic import MANIFEST, MARK, find_damage, make_folder, remove_unused
 
 LIMIT = 20 * 2**30
 """Bytes of prepared data that are kept; beyond it the least recently used go first."""
@@ -102,6 +102,8 @@ def find_or_prepare(
                     found = read(folder)
                 else:
                     notes.append(f"warning: the prepared data in {folder} were damaged and are made again: {damage}")
+                    if all(path.name in (MANIFEST, FIELDS) or path.suffix == ".arrow" for path in folder.iterdir()):
+                        (folder / MANIFEST).write_text(MARK)  # it may be what is damaged: else the folder were not ours
         if found is not None:
             with contextlib.suppress(OSError):  # a cache that only others may write
                 os.utime(folder / MANIFEST)  # used now: others go first

@@ -115,9 +115,11 @@ def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSI
         module, _ = split_average(name)
         if module in known.difference(fitting):
             raise UserError(f"--metrics {name} is not for {words(problem_type)}; use some of {', '.join(fitting)}")
-        load_metric(
-            metric_settings(name, outputs, problem_type)[0], problem_type
-        )  # trouble shows before the first step
+        module = metric_settings(name, outputs, problem_type)[0]
+        metric_path(module)
+        if module not in known:
+            load_metric(module, problem_type)  # of the user: trouble shows before the first step
+    scratch_folder()
 
 
 def compute_metrics(predictions: Predictions, names: Sequence[str]) -> dict[str, float]:

@@ -66,6 +66,8 @@ def in_the_way(config: TrainConfig, folder: Path) -> Iterator[str]:
         path = folder / name
         if not os.path.lexists(path) or (name == CONFIG and is_cut_config(config, path)):
             continue
+        if not known and name == CHECKPOINTS and path.is_dir() and all(map(is_ours, path.iterdir())):
+            continue  # copied here from another folder, to go on from them
         if not known:
             yield f"{name}: {kind(path)}, in a folder that has no {CONFIG} of a run"
         elif name == CONFIG and not is_saved_config(path):

@@ -411,7 +411,9 @@ def test_default_file_of_the_user_is_named_and_the_line_in_the_error_works(
     assert f"num_processes: 2 in {tmp_path}/home/accelerate/default_config.yaml" in error
     assert not (tmp_path / "out").exists()
 
-    before, _, line = works.removeprefix("This works: ").removesuffix(" train.py ...").partition("accelerate launch ")
+    before, _, line = (
+        works.strip().removeprefix("This works: ").removesuffix(" train.py ...").partition("accelerate launch ")
+    )
     assert before.strip() == "ACCELERATE_USE_CPU=true"
     arguments = [ROOT / part if part.endswith(".yaml") else part for part in line.split()]
     done = run(launcher, *arguments, ROOT / "train.py", *flags, env=environment)
