@@ -39,9 +39,10 @@ from lib.runtime.processes import finish
 
 def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
-    trained, folder = find_scored_model(config), eval_folder(config)
-    check_report_folder(folder, {"results.json": is_evaluation})
+    folder = eval_folder(config)
     check_writable(folder, "--output_dir")
+    check_report_folder(folder, {"results.json": is_evaluation})
+    trained = find_scored_model(config)
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source, tokenizer)
