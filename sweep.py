@@ -10,10 +10,13 @@ Each run is a train.py command in a process of its own. Started again, finished 
 from lib.config.cli import ending_on_user_error, parse_cli
 from lib.config.sweep import SweepConfig, build_recipes
 from lib.data.catalog import data_needs
+from lib.errors import UserError
 from lib.hub.fetch import fetch
 from lib.hub.needs import model_needs
+from lib.runtime.streams import keep_writing
 
 if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag and a missing model answer at once
+    keep_writing()
     CONFIG = parse_cli(SweepConfig)
     with ending_on_user_error():
         for config in {recipe.config(0) for recipe in build_recipes(CONFIG)} if not CONFIG.list else ():
@@ -29,7 +32,10 @@ from lib.runtime.slots import find_slots
 
 
 def main(config: SweepConfig) -> None:
-    """Run what is not finished yet, then print the table; the last line on stdout is results.json."""
+    """Run what is not finished yet, then print the table; the last line on stdout is results.json.
+
+    Raises UserError in the end if a run failed.
+    """
     quiet_libraries()
     sweep = Sweep(config, build_recipes(config))
     if config.list:
@@ -42,7 +48,9 @@ def main(config: SweepConfig) -> None:
         write_report(sweep)
     for line in write_out_of_fold(sweep):
         print(line)
-    print(write_report(sweep))
+    print(write_report(sweep), flush=True)
+    if sweep.failed:
+        raise UserError(f"{len(sweep.failed)} of {len(sweep.runs)} runs failed; the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@
 `main` is the run, `train_step` one optimizer step, `forward_backward` one micro-batch: change how a model learns there.
 """
 
+from typing import Any
+
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.data.catalog import ROLES, data_needs
@@ -46,8 +48,8 @@ from lib.training.plan import build_plan
 from lib.training.step import attempts, clip_gradients, try_longest_batch
 
 
-def main(config: TrainConfig) -> None:
-    """Run one experiment: its last line on stdout, also saved as results.json, holds the results."""
+def main(config: TrainConfig) -> dict[str, Any]:
+    """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
     accelerator = build_accelerator(
         config.mixed_precision, config.tracking.report_to, run_folder(config), config.training.cpu_kernels
     )
@@ -59,7 +61,7 @@ def main(config: TrainConfig) -> None:
     with accelerator.main_process_first():
         data = load_data(config.data, tokenizer, ROLES if config.training.score_test else ROLES[:2])
     if run.is_finished(data):
-        return
+        return run.results
     metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)
 
     # Model, objective, optimizer, schedule. Nothing is trained yet; `start` resumes if there is a checkpoint.
@@ -98,7 +100,7 @@ def main(config: TrainConfig) -> None:
     # Final test of the best model, and the report.
     run.load_best(learner)
     scored = {split: learner.evaluate(batches.split(split), metrics) for split in final_splits(data)}
-    run.finish(learner, scored, data)
+    return run.finish(learner, scored, data)
 
 
 def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:

@@ -360,7 +360,8 @@ class Running:
 def interruptible() -> Iterator[threading.Event]:
     """Within, signals that ask a run to stop set the event."""
     stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # SIGHUP is not, under nohup
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in heard}
     try:
         yield stop
     finally:

@@ -56,6 +56,7 @@ class Run:
         """
         self.config, self.accelerator, self.folder = config, accelerator, run_folder(config)
         self.lock: FolderLock | None = None
+        self.results: dict[str, Any] = {}
         check_time(accelerator, config.training.max_minutes)
         self.on_first(self.check)
 
@@ -87,6 +88,7 @@ class Run:
         results = self.on_first(lambda: find_results(self.config, self.folder, data))
         if results is None:
             return False
+        self.results = results
         if self.accelerator.is_main_process:
             again = "to train again: --resume_from_checkpoint never, or another --output_dir"
             print(f"{printable(str(self.folder))} holds this run, finished; {again}")
@@ -184,10 +186,10 @@ class Run:
         checkpoints = read_best_steps(self.folder / "checkpoints")
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state, checkpoints)
 
-    def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> None:
+    def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> dict[str, Any]:
         """Write reports, model card and results.json, then print them, results.json as the last line on stdout.
 
-        Ends the process group.
+        Ends the process group; returns the results.
         """
         results = build_results(self.config, self.settings, learner, scored)
         shown = self.on_first(lambda: self.write_reports(results, scored, data, learner.state.best_step))
@@ -197,6 +199,7 @@ class Run:
             print("\n".join(shown), flush=True)
         self.release()
         finish(self.accelerator, learner.model, learner.optimizer)
+        return results
 
     def write_reports(
         self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int

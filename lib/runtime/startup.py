@@ -87,7 +87,7 @@ def act_on_failure(error: BaseException) -> None:
             act(error)
 
 
-def run_script(main: Callable[[Any], None], config: Any) -> None:
+def run_script(main: Callable[[Any], Any], config: Any) -> None:
     """Call `main(config)`; whatever it raises is printed once and ends this process, at once, with those it started.
 
     The code is 2 after a UserError, which is printed without a trace, 75 of a run that was stopped and saved, 130 after
