@@ -32,6 +32,7 @@ from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.atomic import explain
+from lib.runtime.lock import NAME as LOCK
 from lib.runtime.lock import FolderLock, check_free
 from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.screen import json_line
@@ -89,12 +90,20 @@ class Run:
         if results is None:
             return False
         self.results = results
+        self.on_first(self.remove_lock)
         if self.accelerator.is_main_process:
             again = "to train again: --resume_from_checkpoint never, or another --output_dir"
             print(f"{printable(str(self.folder))} holds this run, finished; {again}")
             print(json_line(results), flush=True)
         finish(self.accelerator)
         return True
+
+    def remove_lock(self) -> None:
+        """Remove the lock file of a process that was killed when it had written the results."""
+        if (self.folder / LOCK).exists():
+            lock = FolderLock(self.folder)
+            lock.take()
+            lock.release()
 
     def start(self, learner: Learner, batches: Batches, metrics: Metrics, weights: LoadingInfo) -> None:
         """Open and lock the folder, print the start block, load the checkpoint to resume from, start log and tracker.

@@ -12,6 +12,7 @@ from lib.errors import UserError
 from lib.runtime import atomic
 from lib.runtime.atomic import (
     MANIFEST,
+    MARK,
     NotOurs,
     copy_files,
     explain,
@@ -114,6 +115,16 @@ def test_folder_stays_ours_when_its_manifest_is_damaged_and_until_its_last_file_
     assert removed
     assert all(removed)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(("written", "others", "ours"), [(0, (), True), (9, (), True), (0, ("thesis.txt",), False)])
+def test_draft_killed_while_it_was_marked_is_ours_and_a_foreign_folder_with_an_empty_manifest_is_not(
+    tmp_path, written, others, ours
+):
+    (tmp_path / MANIFEST).write_text(MARK[:written])
+    for name in others:
+        (tmp_path / name).write_text("ten years")
+    assert is_ours(tmp_path) == ours
 
 
 def test_drafts_of_a_killed_process_are_removed_and_those_of_others_stay(tmp_path):
