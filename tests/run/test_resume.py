@@ -142,9 +142,11 @@ def test_finished_run_stays_as_it_is_without_checkpoints_and_under_other_setting
     results = results_of(call("train.py", *flags, "--epochs", 1))
     assert not (tmp_path / "run/checkpoints").exists()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    (tmp_path / "run" / ".lock").write_text("{}")  # of a process that was killed after its last file
     again = call("train.py", *flags, "--epochs", 1)
     assert results_of(again) == results
     assert "finished" in again.stdout
+    assert not (tmp_path / "run" / ".lock").exists()
     for change, word in (
         ("--lr=1", "learning_rate"),
         ("--epochs=2", "no checkpoint"),
