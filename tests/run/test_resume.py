@@ -20,6 +20,7 @@ from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import compare_settings
 from lib.run.resume import describe_promise, find_checkpoint
+from lib.runtime.lock import FolderLock
 from tests.conftest import ROOT, WORKER_ENV, call_script, read_lines, results_of, sentences, tiny_roberta, write_csv
 from tests.resuming import differences, make_checkpoints, play
 
@@ -142,7 +143,8 @@ def test_finished_run_stays_as_it_is_without_checkpoints_and_under_other_setting
     results = results_of(call("train.py", *flags, "--epochs", 1))
     assert not (tmp_path / "run/checkpoints").exists()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    (tmp_path / "run" / ".lock").write_text("{}")  # of a process that was killed after its last file
+    owner = FolderLock(tmp_path).owner | {"pid": 2**22 + 1}  # a process that was killed after its last file
+    (tmp_path / "run" / ".lock").write_text(json.dumps(owner))
     again = call("train.py", *flags, "--epochs", 1)
     assert results_of(again) == results
     assert "finished" in again.stdout
