@@ -130,10 +130,10 @@ def test_what_is_learned_from_is_bounded_and_nothing_is_said_of_quick_ones(monke
     monkeypatch.setattr(
         TfidfVectorizer, "fit_transform", lambda self, rows: learned.append((self, rows)) or real(self, rows)
     )
-    monkeypatch.setattr(baselines, "MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(baselines, "MOST_CHARACTERS", 1500)
     found, _ = compare_with_baselines(data, "test", {"accuracy": 0.5}, metrics)
     ((vectorizer, rows),) = learned
-    assert 500 < sum(map(len, rows)) <= 1000
+    assert 1000 < sum(map(len, rows)) <= 1500
     assert vectorizer.max_features
     assert found[TFIDF]["accuracy"] > 0.9
     assert not capsys.readouterr().err
