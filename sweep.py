@@ -10,7 +10,7 @@ Each run is a train.py command in a process of its own. Started again, finished 
 from lib.config.cli import ending_on_user_error, parse_cli
 from lib.config.sweep import SweepConfig, build_recipes
 from lib.data.catalog import data_needs
-from lib.errors import UserError
+from lib.errors import UserError, printable
 from lib.hub.fetch import fetch
 from lib.hub.needs import model_needs
 from lib.runtime.streams import keep_writing
@@ -19,8 +19,10 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
     keep_writing()
     CONFIG = parse_cli(SweepConfig)
     with ending_on_user_error():
-        for config in {recipe.config(0) for recipe in build_recipes(CONFIG)} if not CONFIG.list else ():
-            fetch(model_needs(config.model) + data_needs(config.data), config.hub)
+        CONFIGS = [recipe.config(0) for recipe in build_recipes(CONFIG)] if not CONFIG.list else []
+        NEEDS = [need for config in CONFIGS for need in model_needs(config.model) + data_needs(config.data)]
+        if NEEDS:  # all at once: afterwards every library is offline
+            fetch(list(dict.fromkeys(NEEDS)), CONFIGS[0].hub)
 
 from lib.runtime.startup import quiet_libraries, run_script  # imports the heavy libraries, without what is not used
 
@@ -28,6 +30,7 @@ from lib.runtime.startup import quiet_libraries, run_script  # imports the heavy
 from lib.experiments.out_of_fold import write_out_of_fold
 from lib.experiments.sweep import Sweep
 from lib.experiments.sweep_report import write_report
+from lib.runtime.atomic import explaining
 from lib.runtime.slots import find_slots
 
 
@@ -42,13 +45,14 @@ def main(config: SweepConfig) -> None:
         sweep.print_commands()
         return
     slots = find_slots(config.gpus, config.max_parallel)
-    sweep.open()
-    for stage in sweep.stages():
-        sweep.run(stage, slots)
-        write_report(sweep)
-    for line in write_out_of_fold(sweep):
-        print(line)
-    print(write_report(sweep), flush=True)
+    with explaining(sweep.folder, "then the same command goes on from here"):
+        sweep.open()
+        for stage in sweep.stages():
+            sweep.run(stage, slots)
+            write_report(sweep)
+        for line in write_out_of_fold(sweep):
+            print(printable(line))
+        print(write_report(sweep), flush=True)
     if sweep.failed:
         raise UserError(f"{len(sweep.failed)} of {len(sweep.runs)} runs failed; the same command tries them again")
 

@@ -11,6 +11,7 @@ import tyro
 
 from lib.config.cli import options_of, parse
 from lib.config.limits import COUNT, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values, shorten
+from lib.config.sections import flatten
 from lib.config.train import TrainConfig
 from lib.errors import UserError, require
 
@@ -121,6 +122,13 @@ def build_recipes(config: SweepConfig) -> list[Recipe]:
     for flag in config.flags:
         name = f"--{flag[2:].partition('=')[0].replace('-', '_')}" if flag[:2] == "--" else ""
         require(name not in OWN_FLAGS, f"{name} after --: a sweep sets it itself; give {OWN_FLAGS.get(name)}")
+    given, default = flatten(parse(TrainConfig, config.flags)), flatten(TrainConfig())
+    for flag, instead in OWN_FLAGS.items():  # in the file of a --config
+        name = flag[2:]
+        require(
+            given[name] == default[name],
+            f"{name} in the file of --config: a sweep sets it itself; remove the line, and give {instead}",
+        )
     varied = draw(config) if config.search else combine(config.grid)
     recipes = [Recipe(config.flags, settings) for settings in varied]
     for recipe in recipes:

@@ -1,12 +1,16 @@
 """What simple methods score on the same split: the most frequent answer, and logistic regression on words.
 
-A model that does not beat them is not worth its time. They take seconds, once for each data set.
+A model that does not beat them is not worth its time. They take seconds, of large data half a minute, once for each data
+set: how much they learn from is bounded.
 """
 
 import contextlib
 import hashlib
 import json
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ import numpy as np
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.data.batching import permutation
 from lib.data.load import Data
-from lib.errors import first_line
+from lib.errors import first_line, printable
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import row_texts
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, compute_metrics
@@ -27,13 +31,28 @@ MAJORITY, TFIDF = "most frequent answer", "TF-IDF + logistic regression"
 MOST_ROWS = 20_000
 """Training rows that TF-IDF learns from; of more, as many are drawn."""
 
-MOST_OUTPUTS = 100
+MOST_CHARACTERS = 10_000_000
+"""Of these rows together; of longer texts, fewer rows are drawn."""
+
+MOST_OF_A_TEXT = 2_000
+"""Characters that are read of each text: about as much as a model reads."""
+
+MOST_FEATURES = 100_000
+"""Words and pairs of words, the most frequent ones."""
+
+MOST_OUTPUTS = 20
 """For more classes or labels there is no logistic regression: it would take minutes."""
+
+BLOCK = 10_000
+"""Rows whose features are in memory at once."""
+
+PATIENCE_SECONDS = 5.0
+"""After so long it is said what takes the time."""
 
 STRENGTHS = (1.0, 4.0, 16.0)
 """Inverse strengths of regularization, of which validation chooses one."""
 
-VERSION = 1
+VERSION = 2
 
 
 def compare_with_baselines(
@@ -43,10 +62,16 @@ def compare_with_baselines(
 
     Whatever goes wrong is said and ends no run, which is trained by then.
     """
+    said = "scoring simple methods on the same split, to compare the model with them"
+    timer = threading.Timer(PATIENCE_SECONDS, print, (said,), {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
     try:
         found = find_baselines(data, split, metrics)
     except Exception as error:
-        return {}, f"simple methods were not scored: {first_line(error)}"
+        return {}, f"simple methods were not scored: {printable(first_line(error))}"
+    finally:
+        timer.cancel()
     return found, format_baselines(found, scores, metrics)
 
 
@@ -82,12 +107,13 @@ def most_frequent(data: Data, split: str) -> Predictions:
     """The most frequent class, the labels that most rows have, or the mean of the numbers, for every row."""
     train, gold = data.labels("train"), data.labels(split)
     if data.problem_type == REGRESSION:
-        answer = np.array([train.mean()])
+        answer = train.mean(keepdims=True)
     elif data.problem_type == MULTI_LABEL:
         answer = log_odds(train.mean(axis=0))
     else:
         answer = np.bincount(train, minlength=len(data.label_names)).astype(np.float64)
-    return predictions_of(np.tile(answer, (len(gold), 1)), gold, data.problem_type)
+    rows = np.broadcast_to(answer.astype(np.float32), (len(gold), len(answer)))
+    return predictions_of(rows, gold, data.problem_type)
 
 
 def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
@@ -96,11 +122,15 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.multiclass import OneVsRestClassifier
 
-    rows = np.sort(permutation(len(data.texts["train"]), 0)[:MOST_ROWS])
-    texts, labels = plain_texts(data, "train", rows), data.labels("train")[rows]
+    rows = permutation(len(data.texts["train"]), 0)[:MOST_ROWS]
+    texts = plain_texts(data, "train", rows)
+    texts = texts[: max(1, int(np.searchsorted(np.cumsum([len(text) for text in texts]), MOST_CHARACTERS, "right")))]
+    labels = data.labels("train")[rows[: len(texts)]]
     between = sum(" " in text.strip() for text in texts) * 2 > len(texts)
     units: dict[str, Any] = {"ngram_range": (1, 2)} if between else {"analyzer": "char", "ngram_range": (1, 3)}
-    vectorizer = TfidfVectorizer(min_df=1 if len(texts) < 1000 else 2, sublinear_tf=True, **units)
+    vectorizer = TfidfVectorizer(
+        min_df=1 if len(texts) < 1000 else 2, sublinear_tf=True, max_features=MOST_FEATURES, **units
+    )
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError:  # no word in any text
@@ -109,8 +139,7 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
     if seen is not None and len(seen) == 1:
         return most_frequent(data, split)
 
-    def outputs(model: Any, part: str) -> Predictions:
-        given = vectorizer.transform(plain_texts(data, part))
+    def outputs(model: Any, given: Any) -> np.ndarray:
         if data.problem_type == REGRESSION:
             found = model.predict(given)[:, None]
         elif data.problem_type == MULTI_LABEL:
@@ -118,7 +147,15 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
         else:
             found = np.full((given.shape[0], len(data.label_names)), -1e4)
             found[:, seen] = np.log(np.clip(model.predict_proba(given), 1e-12, None))
-        return predictions_of(found, data.labels(part), data.problem_type)
+        return found.astype(np.float32)
+
+    def predictions(models: list[Any], part: str) -> list[Predictions]:
+        """Those of each model; the features of a block of rows are made once for all."""
+        blocks = [
+            [outputs(model, given) for model in models] for given in map(vectorizer.transform, text_blocks(data, part))
+        ]
+        gold = data.labels(part)
+        return [predictions_of(np.concatenate(found), gold, data.problem_type) for found in zip(*blocks, strict=True)]
 
     models = []
     for strength in STRENGTHS:
@@ -129,14 +166,26 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
         models.append(model.fit(vectors, labels.astype(np.float64 if data.problem_type == REGRESSION else np.int64)))
     name = metrics.names[0] if metrics.best == "loss" else metrics.best
     sign = -1 if name in LOWER_IS_BETTER else 1
-    values = [sign * np.nan_to_num(compute_metrics(outputs(m, "validation"), [name])[name], nan=-1e9) for m in models]
-    return outputs(models[int(np.argmax(values))], split)
+    values = [
+        sign * np.nan_to_num(compute_metrics(found, [name])[name], nan=-1e9)
+        for found in predictions(models, "validation")
+    ]
+    (chosen,) = predictions([models[int(np.argmax(values))]], split)
+    return chosen
 
 
-def plain_texts(data: Data, split: str, rows: np.ndarray | None = None) -> list[str]:
-    """The text of each row; of a pair, both in one."""
-    texts = data.texts[split] if rows is None else data.texts[split].select(rows)
-    return [" ".join(text) if isinstance(text, list) else text for text in row_texts(texts)]
+def text_blocks(data: Data, split: str) -> Iterator[list[str]]:
+    """The texts of a split, a block of rows at a time."""
+    size = len(data.texts[split])
+    for start in range(0, size, BLOCK):
+        yield plain_texts(data, split, np.arange(start, min(start + BLOCK, size)))
+
+
+def plain_texts(data: Data, split: str, rows: np.ndarray) -> list[str]:
+    """The beginning of the text of each row; of a pair, both in one."""
+    found = row_texts(data.texts[split].select(rows))
+    pairs = [text if isinstance(text, list) else [text] for text in found]
+    return [" ".join(part[:MOST_OF_A_TEXT] for part in text) for text in pairs]
 
 
 def log_odds(probabilities: np.ndarray) -> np.ndarray:
@@ -147,7 +196,7 @@ def log_odds(probabilities: np.ndarray) -> np.ndarray:
 def predictions_of(outputs: np.ndarray, labels: np.ndarray, problem_type: str) -> Predictions:
     gold = labels if problem_type == REGRESSION else labels.astype(np.int64)
     losses = np.zeros(len(gold), dtype=np.float32)
-    return Predictions(outputs.astype(np.float32), gold, losses, problem_type=problem_type)
+    return Predictions(outputs.astype(np.float32, copy=False), gold, losses, problem_type=problem_type)
 
 
 def format_baselines(baselines: dict[str, dict[str, float]], scores: dict[str, float], metrics: Metrics) -> str:

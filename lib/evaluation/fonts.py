@@ -37,6 +37,11 @@ def find_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
     return families, set(map(chr, missing))
 
 
+def drawable(text: str, missing: set[str]) -> str:
+    """`text` with ? for the characters that no font has."""
+    return "".join("?" if character in missing else character for character in text)
+
+
 def choose(entries: Iterable[Any], missing: set[int]) -> list[str]:
     """Families that have characters of `missing`, which are taken out of it: the fewest, upright ones of normal weight first."""
     found = []

@@ -8,7 +8,7 @@ import numpy as np
 from rich.cells import cell_len
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.evaluation.fonts import find_fonts, plain_text
+from lib.evaluation.fonts import drawable, find_fonts, plain_text
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.tables import MOST_CLASSES, MOST_COLUMNS, confusion_matrix, most_mistaken
 from lib.runtime.atomic import replacing
@@ -37,7 +37,7 @@ def draw(predictions: Predictions, tables: dict[str, Any], names: Sequence[str],
     families, missing = find_fonts([*labels.values(), title])
     numbered = [place for place, label in labels.items() if missing.intersection(label)]
     labels |= {place: f"#{place}" for place in numbered}
-    title = "".join("?" if character in missing else character for character in title)
+    title = drawable(title, missing)
     with plain_text(families):
         margin = 0.07 * max(0, max(map(cell_len, labels.values())) - 12)  # for long names
         side = min(2.5 + 0.7 * len(shown) + margin, WIDEST)

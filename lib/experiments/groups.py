@@ -114,11 +114,16 @@ def find_runs(argument: str) -> list[Path]:
 
 def runs_of_sweep(folder: Path) -> list[Path]:
     """The finished runs of a sweep but those that were only compared on validation. Raises UserError if there is none."""
-    lines = folder / "runs.jsonl"
-    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.is_file() else []
-    found = [
-        Path(r["folder"]) for r in records if r["status"] == "finished" and any(key.startswith("test/") for key in r)
-    ]
+    path, found = folder / "runs.jsonl", []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
+        try:
+            record = json.loads(line)
+            if record["status"] == "finished" and any(key.startswith("test/") for key in record):
+                found.append(Path(record["folder"]))
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(
+                f"{path}: line {number} is not of a sweep, or torn; start its sweep.py command again"
+            ) from None
     require(bool(found), f"{folder}: no run of this sweep was scored on test yet; start its sweep.py command again")
     return found
 
@@ -134,9 +139,20 @@ def load_run(folder: Path, split: str) -> FinishedRun:
             f"make them with: accelerate launch eval.py --run {shlex.quote(str(folder))} --split {shlex.quote(split)}, or "
             "compare another --split"
         )
-    found = json.loads(results.read_text(encoding="utf-8"))
+    found = read_object(results, "train it again")
     settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")) | read_identity(folder))
     return FinishedRun(folder, settings, found, load_predictions(predictions))
+
+
+def read_object(path: Path, advice: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError with `advice` if it holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; {advice}")
+    return found
 
 
 def load_predictions(path: Path) -> Scored:
@@ -176,7 +192,7 @@ def output_names(report: Path) -> tuple[str, ...]:
     """The names of all classes or labels in a report.json; empty if there is no such file."""
     if not report.is_file():
         return ()
-    tables = json.loads(report.read_text(encoding="utf-8"))
+    tables = read_object(report, "score the run again with eval.py")
     return tuple(
         row[key] for key, table in (("class", "classes"), ("label", "labels")) for row in tables.get(table, [])
     )

@@ -6,8 +6,10 @@ machines with the same folders can work on one sweep.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import os
 import re
 import shlex
 import signal
@@ -19,23 +21,26 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
-from lib.config.cli import dump_config, read_yaml
+from lib.config.cli import dump_config
 from lib.config.sections import DataConfig, flatten
 from lib.config.sweep import Recipe, SweepConfig
 from lib.config.train import TrainConfig
 from lib.data.catalog import ROLES, dataset_name
 from lib.data.load import Data, load_data
-from lib.errors import UserError, require
+from lib.errors import printable, require
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, choose_metrics
 from lib.model.load import load_tokenizer
 from lib.model.source import model_name
 from lib.run.checkpoint import NAME, list_checkpoints
+from lib.run.learning_curves import is_number, read_lines
+from lib.run.ownership import is_run_folder, refuse
 from lib.run.record import run_folder
 from lib.run.resume import check_settings
 from lib.runtime.atomic import write_atomically
-from lib.runtime.lock import FolderLock, check_free
+from lib.runtime.lock import FolderLock, InUse, check_free, check_writable
 from lib.runtime.signals import EXIT_RESUME, SIGNALS, Stopped
 from lib.runtime.slots import Slot, Slots
 from lib.training.plan import Plan
@@ -45,6 +50,12 @@ ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.2
 ELSEWHERE_SECONDS = 5.0
 """How often a sweep looks whether a run that another machine has is finished, and whether a GPU is free."""
+
+NAMES = (
+    *("sweep.yaml", "results.json", "runs.jsonl", "table.md", "curves.png", "out_of_fold.jsonl", "suspects.jsonl"),
+    *("logs", "claims"),
+)
+"""What a sweep writes into its folder."""
 
 MAY_CHANGE = {"seeds", "trials", "finalists", "output_dir", "gpus", "max_parallel", "list"}
 """Options with which a sweep may be started again: more seeds and trials keep the runs that are there."""
@@ -67,11 +78,11 @@ class PlannedRun:
     def flags(self) -> list[str]:
         return self.recipe.flags(self.seed, *self.more)
 
-    @property
+    @functools.cached_property
     def config(self) -> TrainConfig:
         return self.recipe.config(self.seed, *self.more)
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         return run_folder(self.config)
 
@@ -81,11 +92,11 @@ class PlannedRun:
     def results(self) -> dict[str, Any] | None:
         """results.json of the finished run; None before. Raises UserError if the folder holds a run with other settings."""
         try:
-            found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
+            found = json.loads((self.folder / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         check_settings(self.config, self.folder)
-        return found
+        return found if isinstance(found, dict) else None
 
     def step(self) -> int:
         """The step of the newest checkpoint; 0 without one."""
@@ -94,14 +105,9 @@ class PlannedRun:
 
     def evaluations(self, metric: str) -> list[tuple[int, float]]:
         """Step and validation score of each evaluation so far."""
-        try:
-            lines = [
-                json.loads(line) for line in (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            ]
-        except (OSError, ValueError):
-            return []
         key = f"eval/{metric}"
-        return [(line["step"], line[key]) for line in lines if isinstance(line.get(key), int | float)]
+        lines = read_lines(self.folder / "metrics.jsonl")
+        return [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
 
     def score(self, metric: str, until: int | None = None) -> float | None:
         """The best validation score up to a step, as the run's own choice of its model; None without an evaluation."""
@@ -140,21 +146,22 @@ class Sweep:
     def open(self) -> None:
         """Read the data, as every run will, and keep the options of the sweep in its folder.
 
-        Raises UserError for data that no run could use, and if the folder holds another sweep.
+        Raises UserError for data that no run could use, and if the folder holds another sweep, or files of somebody else.
         """
+        path, written = self.folder / "sweep.yaml", dump_config(self.config)
+        check_writable(self.folder, "--output_dir")
+        named = [name for name in NAMES if os.path.lexists(self.folder / name)]
+        before = read_options(path)  # afterwards: another machine may start this sweep now, and writes this file first
+        if before is None:
+            run = ["a run of train.py"] if is_run_folder(self.folder) else []
+            refuse(self.folder, named + run, "a sweep", "--output_dir or --name")
+        now = yaml.safe_load(written)
+        changed = [key for key in now if key not in MAY_CHANGE and before and before.get(key) != now[key]]
+        lines = "\n".join(f"  {key}: {before and before.get(key)} there, {now[key]} now" for key in changed)
+        require(not changed, f"{self.folder} holds another sweep:\n{lines}\nChoose another --name.")
         for recipe in self.recipes:
             self.read_data(recipe.config(0))
-        path, fresh = self.folder / "sweep.yaml", self.folder / ".sweep.yaml"
-        write_atomically(fresh, dump_config(self.config))
-        now = {given.flag[2:]: given.values for given in read_yaml(str(fresh))}
-        before = {given.flag[2:]: given.values for given in read_yaml(str(path))} if path.is_file() else now
-        fresh.unlink()
-        changed = [key for key in now if key not in MAY_CHANGE and before.get(key) != now[key]]
-        lines = "\n".join(
-            f"  {key}: {' '.join(before.get(key, []))} there, {' '.join(now[key])} now" for key in changed
-        )
-        require(not changed, f"{self.folder} holds another sweep:\n{lines}\nChoose another --name.")
-        write_atomically(path, dump_config(self.config))
+        write_atomically(path, written)
 
     def read_data(self, config: TrainConfig) -> Data:
         """The training and validation data of a run, read once for all runs that share it; fills the cache of all of them."""
@@ -171,7 +178,7 @@ class Sweep:
             config.metrics, config.data, self.read_data(config), config.training.metric_for_best_model
         )
 
-    @property
+    @functools.cached_property
     def metric(self) -> str:
         """The validation metric that recipes are compared by: the one that chooses the model of a run."""
         return self.metrics(PlannedRun(self.recipes[0], 0)).best
@@ -230,15 +237,20 @@ class Sweep:
         return step
 
     def best(self, jobs: Sequence[Job], count: int) -> list[PlannedRun]:
-        """The best `count` runs by their validation scores, the best first; of equal ones, the first.
+        """The best `count` runs by their validation scores. Raises UserError if none has a score."""
+        ranked = self.rank(jobs)
+        log = self.log_of(jobs[0].run)
+        require(
+            bool(ranked), f"none of the {len(jobs)} runs has a validation score; {log} says what happened to the first"
+        )
+        return [run for _, run in ranked[:count]]
 
-        Raises UserError if none has a score.
-        """
+    def rank(self, jobs: Sequence[Job]) -> list[tuple[float, PlannedRun]]:
+        """The runs that have a validation score, with it, the best first; of equal ones, the first."""
         scored = [(job.run.score(self.metric, job.until), job.run) for job in jobs if job.run not in self.failed]
         known = [(score, run) for score, run in scored if score is not None]
-        require(bool(known), f"all {len(jobs)} runs failed; the first says why in {self.log_of(jobs[0].run)}")
         sign = 1 if self.metric in LOWER_IS_BETTER else -1
-        return [run for _, run in sorted(known, key=lambda item: sign * item[0])[:count]]
+        return sorted(known, key=lambda item: sign * item[0])
 
     # ------------------------------------------------------------------------------------------------ running
 
@@ -264,34 +276,43 @@ class Sweep:
     def run(self, jobs: Sequence[Job], slots: Slots) -> None:
         """Bring all jobs to their end, several at once; a run that fails is noted, and the others go on.
 
-        Raises Stopped once its runs have saved, if a signal came.
+        Raises Stopped once its runs have saved, if a signal came. After an error of the sweep itself they save, too.
         """
         waiting = [job for job in jobs if not job.is_done and job.run not in self.failed]
         if not waiting:
             return
         running: list[Running] = []
-        next_look = 0.0
         with Bar(self, jobs) as bar, interruptible() as stop:
             bar.show(len(jobs) - len(waiting))
-            while waiting or running:
-                for ended in [one for one in running if one.process.poll() is not None]:
-                    running.remove(ended)
-                    slots.give_back(ended.slot)
-                    ended.claim.release()
-                    self.note(ended, waiting, bar)
-                    next_look = 0.0
-                if stop.is_set():
-                    if not running:
-                        raise Stopped("the sweep was stopped, its runs are")
-                    for one in running:
-                        one.stop()
-                    time.sleep(POLL_SECONDS)
-                    continue
-                if waiting and time.monotonic() >= next_look and not self.start_one(waiting, running, slots, bar):
-                    next_look = time.monotonic() + ELSEWHERE_SECONDS
-                    if not running:
-                        bar.waits()
-                stop.wait(POLL_SECONDS)
+            try:
+                self.carry_out(waiting, running, slots, bar, stop)
+            finally:
+                end_runs(running, bar)
+
+    def carry_out(
+        self, waiting: list[Job], running: list["Running"], slots: Slots, bar: "Bar", stop: threading.Event
+    ) -> None:
+        """Start the waiting jobs one after the other, and note how they end."""
+        next_look = 0.0
+        while waiting or running:
+            for ended in [one for one in running if one.process.poll() is not None]:
+                running.remove(ended)
+                slots.give_back(ended.slot)
+                ended.claim.release()
+                self.note(ended, waiting, bar)
+                next_look = 0.0
+            if stop.is_set():
+                if not running:
+                    raise Stopped("the sweep was stopped, and its runs with it")
+                for one in running:
+                    one.stop()
+                time.sleep(POLL_SECONDS)
+                continue
+            if waiting and time.monotonic() >= next_look and not self.start_one(waiting, running, slots, bar):
+                next_look = time.monotonic() + ELSEWHERE_SECONDS
+                if not running:
+                    bar.waits()
+            stop.wait(POLL_SECONDS)
 
     def start_one(self, waiting: list[Job], running: list["Running"], slots: Slots, bar: "Bar") -> bool:
         """Start the first waiting job that nobody has, if there is a place for it; whether one was started or found done."""
@@ -318,7 +339,7 @@ class Sweep:
         try:
             check_free(job.run.folder)
             lock.take()
-        except UserError:
+        except InUse:
             return None
         return lock
 
@@ -330,7 +351,7 @@ class Sweep:
         elif ended.stopped or code == EXIT_RESUME:
             waiting.append(job)  # by this sweep, or by somebody else
         else:
-            with contextlib.suppress(UserError):
+            with contextlib.suppress(InUse):
                 check_free(job.run.folder)
                 self.failed[job.run] = last_line(self.log_of(job.run)) or f"exit code {code}"
                 bar.failed(job, self.failed[job.run])
@@ -356,6 +377,17 @@ class Running:
                 self.process.terminate()
 
 
+def end_runs(running: Sequence[Running], bar: "Bar") -> None:
+    """Have the runs save and end, and wait for them: what ended the sweep is no reason to lose their work."""
+    if running:
+        bar.write(f"the sweep ends; {len(running)} of its runs save first")
+    for one in running:
+        one.stop()
+    for one in running:
+        one.process.wait()
+        one.claim.release()
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """Within, signals that ask a run to stop set the event."""
@@ -373,7 +405,7 @@ class Bar:
     """Progress over the runs of a stage, with the best so far: a bar on a terminal, a line for each run elsewhere."""
 
     def __init__(self, sweep: Sweep, jobs: Sequence[Job]) -> None:
-        self.sweep, self.jobs, self.said = sweep, jobs, False
+        self.sweep, self.jobs, self.said, self.count = sweep, jobs, False, 0
         self.bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> "Bar":
@@ -384,20 +416,27 @@ class Bar:
 
     def show(self, done: int) -> None:
         """Begin with this many runs that were done before."""
+        self.count = done
         self.bar.update(done)
         self.write(f"{len(self.jobs)} runs{f', {done} of them done before' if done else ''}")
 
     def done(self, job: Job) -> None:
         metric = self.sweep.metric
-        score, best = job.run.score(metric, job.until), self.sweep.best(self.jobs, 1)
+        score, ranked = job.run.score(metric, job.until), self.sweep.rank(self.jobs)
         paused = f", paused at step {job.until}" if job.until is not None and job.run.results() is None else ""
-        self.bar.update()
-        self.bar.set_postfix_str(f"best {metric} {best[0].score(metric, job.until):.4f} ({best[0]})")
-        self.write(f"[{self.count()}/{len(self.jobs)}] {job.run}: validation {metric} {score:.4f}{paused}")
+        if ranked:
+            self.bar.set_postfix_str(printable("best {} {:.4f} ({})".format(metric, *ranked[0])))
+        found = "no score" if score is None else f"{score:.4f}"
+        self.end(f"{job.run}: validation {metric} {found}{paused}")
 
     def failed(self, job: Job, why: str) -> None:
+        self.end(f"{job.run} failed: {why}; see {self.sweep.log_of(job.run)}")
+
+    def end(self, how: str) -> None:
+        """One more run has ended."""
+        self.count += 1
         self.bar.update()
-        self.write(f"[{self.count()}/{len(self.jobs)}] {job.run} failed: {why}; see {self.sweep.log_of(job.run)}")
+        self.write(f"[{self.count}/{len(self.jobs)}] {how}")
 
     def waits(self) -> None:
         """Say once that there is no place for a run now, or that another machine has what is left."""
@@ -405,14 +444,21 @@ class Bar:
             self.write("waiting: every GPU is in use, or other machines train what is left")
         self.said = True
 
-    def count(self) -> int:
-        return sum(job.is_done or job.run in self.sweep.failed for job in self.jobs)
-
     def write(self, line: str) -> None:
+        line = printable(line)
         if self.bar.disable:
             print(line, file=sys.stderr, flush=True)
         else:
             self.bar.write(line, file=sys.stderr)
+
+
+def read_options(path: Path) -> dict[str, Any] | None:
+    """The options in a sweep.yaml; None if it is that of no sweep."""
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and {"grid", "search_seed", "max_parallel"} <= found.keys() else None
 
 
 def sweep_name(config: SweepConfig, recipes: Sequence[Recipe]) -> str:

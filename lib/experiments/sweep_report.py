@@ -1,18 +1,20 @@
 """What came out of a sweep: a table, a picture, and both as numbers for other programs."""
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lib.evaluation.fonts import find_fonts, plain_text
+from lib.errors import printable
+from lib.evaluation.fonts import drawable, find_fonts, plain_text
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.tables import format_table
 from lib.experiments.sweep import PlannedRun, Sweep
-from lib.runtime.atomic import finite, write_atomically
+from lib.runtime.atomic import finite, replacing, write_atomically
+from lib.runtime.screen import json_line
 
 SIZES = "max_train_samples"
 """A grid over it is a learning curve."""
@@ -38,13 +40,16 @@ def write_report(sweep: Sweep) -> str:
     text = format_sweep(sweep, ranked, curve)
     lines = "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
     write_atomically(sweep.folder / "runs.jsonl", lines)
-    write_atomically(sweep.folder / "table.md", f"```\n{text}\n```\n")
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    write_atomically(sweep.folder / "table.md", f"{fence}\n{text}\n{fence}\n")
     write_atomically(sweep.folder / "results.json", json.dumps(finite(results), indent=2, ensure_ascii=False) + "\n")
     draw_curves(sweep, ranked, curve)
-    notes = [f"{record['run']} failed: {record['error']}" for record in records if record["status"] == "failed"]
-    where = f"written to {sweep.folder}: table.md, results.json, runs.jsonl, curves.png"
+    notes = [
+        printable(f"{record['run']} failed: {record['error']}") for record in records if record["status"] == "failed"
+    ]
+    where = f"written to {printable(str(sweep.folder))}: table.md, results.json, runs.jsonl, curves.png"
     short = {key: value for key, value in results.items() if key != "recipes"}
-    return "\n".join([text, "", *notes, where, json.dumps(finite(short), ensure_ascii=False)])
+    return "\n".join([text, "", *notes, where, json_line(finite(short))])
 
 
 def describe(sweep: Sweep, run: PlannedRun) -> dict[str, Any]:
@@ -56,12 +61,12 @@ def describe(sweep: Sweep, run: PlannedRun) -> dict[str, Any]:
         "settings": dict(run.recipe.varied),
         "seed": run.seed,
         "status": "finished" if results else "failed" if run in sweep.failed else "paused" if run.step() else "missing",
-        "step": results["steps"] if results else run.step(),
+        "step": results.get("steps", 0) if results else run.step(),
         f"eval/{sweep.metric}": score,
     }
     if results:
         record |= {key: value for key, value in results.items() if key.startswith(("test/", "run/data_fingerprint"))}
-        record["train_seconds"] = results["train_seconds"]
+        record["train_seconds"] = results.get("train_seconds")
     return record | ({"error": sweep.failed[run]} if run in sweep.failed else {})
 
 
@@ -123,7 +128,7 @@ def format_sweep(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str
     )
     rows = [[*(["stage"] if chooses else []), "recipe", "runs", "steps", shown, *tests]]
     for group in ranked:
-        recipe = " ".join(f"{name}={value}" for name, value in group["settings"].items()) or "as given"
+        recipe = printable(recipe_name(group))
         cells = [cell(group.get(key)) for key in (shown, *tests)]
         rows.append(
             [*([group["stage"]] if chooses else []), recipe, str(len(group["seeds"])), str(group["step"]), *cells]
@@ -132,6 +137,10 @@ def format_sweep(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str
     if curve is not None:
         lines.append(curve["sentence"])
     return "\n".join(lines)
+
+
+def recipe_name(group: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in group["settings"].items()) or "as given"
 
 
 def cell(score: dict[str, Any] | None) -> str:
@@ -187,13 +196,15 @@ def draw_curves(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str,
     """Save curves.png: the validation score over the steps, a line for each run, a color for each of the best recipes."""
     from matplotlib.figure import Figure
 
-    families, _ = find_fonts([sweep.folder.name, *(str(recipe) for recipe in sweep.recipes)])
+    families, missing = find_fonts(map(printable, [sweep.folder.name, *map(str, sweep.recipes)]))
+
+    def shown(text: str) -> str:
+        return drawable(printable(text), missing)
+
     with plain_text(families):
         figure = Figure(figsize=(13 if curve else 8, 5), layout="constrained")
         panels = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-        names = list(
-            dict.fromkeys(" ".join(f"{k}={v}" for k, v in group["settings"].items()) or "as given" for group in ranked)
-        )
+        names = list(dict.fromkeys(map(recipe_name, ranked)))
         for run in sweep.runs:
             values = run.evaluations(sweep.metric)
             name = str(run.recipe)
@@ -211,22 +222,14 @@ def draw_curves(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str,
         unique = dict(zip(labels, handles, strict=True))
         order = [name for name in names if name in unique]
         if order:
-            panels[0].legend([unique[name] for name in order], order, fontsize="small")
+            panels[0].legend([unique[name] for name in order], list(map(shown, order)), fontsize="small")
         more = f" (the best {MOST_CURVES} of {len(names)} recipes)" if len(names) > MOST_CURVES else ""
-        panels[0].set(xlabel="step", ylabel=f"validation {sweep.metric}", title=f"{sweep.folder.name}{more}")
+        panels[0].set(xlabel="step", ylabel=f"validation {sweep.metric}", title=f"{shown(sweep.folder.name)}{more}")
         if curve:
             panels[1].plot(curve["sizes"], curve["scores"], "o", label="mean of the seeds")
             panels[1].plot(*curve["fit"], label="power law")
             panels[1].axvline(2 * curve["sizes"][-1], color="gray", linestyle=":", label="twice the data")
             panels[1].set(xscale="log", xlabel="training samples", ylabel=f"validation {sweep.metric}")
             panels[1].legend()
-        save_picture(figure, sweep.folder / "curves.png")
-
-
-def save_picture(figure: Any, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    import io
-
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_atomically(path, content.getvalue())
+        with replacing(sweep.folder / "curves.png") as file:
+            figure.savefig(file, dpi=120)

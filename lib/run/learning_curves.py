@@ -1,37 +1,41 @@
 """The course of a run as a picture, from metrics.jsonl: losses, the metric that chooses the model, the learning rate."""
 
-import io
+import contextlib
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.runtime.atomic import write_atomically
+from lib.errors import first_line, printable
+from lib.evaluation.fonts import drawable, find_fonts, plain_text
+from lib.run.tracking import logged_step
+from lib.runtime.atomic import replacing
 
 NAME = "learning_curves.png"
 
 
-def draw_learning_curves(folder: Path, metric: str, best_step: int) -> None:
-    """Save learning_curves.png of the run in `folder`; the step of the best model is marked."""
-    content = io.BytesIO()
-    build_figure(read_lines(folder / "metrics.jsonl"), metric, best_step, folder.name).savefig(
-        content, format="png", dpi=120
-    )
-    write_atomically(folder / NAME, content.getvalue())
+def draw_learning_curves(folder: Path, metric: str, best_step: int) -> list[str]:
+    """Save learning_curves.png of the run in `folder`; the step of the best model is marked.
+
+    Whatever goes wrong ends no run, which is trained by then; it is returned as a note for the reader.
+    """
+    try:
+        title = printable(folder.name)
+        families, missing = find_fonts([title])
+        with plain_text(families), replacing(folder / NAME) as file:
+            figure = build_figure(read_lines(folder / "metrics.jsonl"), metric, best_step, drawable(title, missing))
+            figure.savefig(file, dpi=120)
+    except Exception as error:
+        return [f"{NAME} was not drawn: {printable(first_line(error))}"]
+    return []
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; torn ones are left out, and a file that a full disk did not take has none."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    """The lines of metrics.jsonl; torn and foreign ones are left out, and a file that cannot be read has none."""
+    with contextlib.suppress(OSError):
+        return [json.loads(line) for line in path.read_bytes().splitlines() if logged_step(line) is not None]
+    return []
 
 
 def build_figure(lines: Sequence[dict[str, Any]], metric: str, best_step: int, title: str) -> Any:
@@ -64,4 +68,5 @@ def build_figure(lines: Sequence[dict[str, Any]], metric: str, best_step: int, t
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value of metrics.jsonl is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -228,7 +228,7 @@ class Run:
         results |= {
             f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
         }
-        draw_learning_curves(self.folder, self.metrics.best, best_step)
+        texts += draw_learning_curves(self.folder, self.metrics.best, best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
         write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))

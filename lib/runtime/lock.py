@@ -31,6 +31,10 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 """What a file system says that has no locks."""
 
 
+class InUse(UserError):
+    """Another process has the folder."""
+
+
 class FolderLock:
     """The lock of a folder, held from `take` to `release` or to the end of the process, however it ends.
 
@@ -50,7 +54,7 @@ class FolderLock:
     def take(self, wait: float = 0.0) -> None:
         """Take the lock, after at most `wait` seconds in which another process has it.
 
-        Raises UserError, which names that process, if it does not end in time, and if the folder cannot be written.
+        Raises InUse, which names that process, if it does not end in time, and UserError if the folder cannot be written.
         """
         deadline = time.monotonic() + max(wait, 0.5)  # `check_free` of another start has it for a moment
         while self.file is None:
@@ -67,7 +71,7 @@ class FolderLock:
                         self.file, self.is_exclusive = file, locked is True
                         continue
                     owner = read_owner(file)
-                raise UserError(self.refusal(owner))
+                raise InUse(self.refusal(owner))
             finally:
                 if self.file is None:
                     os.close(file)
@@ -155,7 +159,7 @@ class FolderLock:
 
 
 def check_free(folder: Path) -> None:
-    """Raise UserError if another process has the folder, as far as locks tell, or if it is no folder; writes nothing.
+    """Raise InUse if another process has the folder, as far as locks tell, UserError if it is no folder; writes nothing.
 
     Not for a process that has the lock: closing the file would drop it.
     """
@@ -171,7 +175,7 @@ def check_free(folder: Path) -> None:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(lock.refusal(read_owner(file.fileno()))) from None
+                raise InUse(lock.refusal(read_owner(file.fileno()))) from None
 
 
 def check_writable(path: Path, flag: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lib.errors import UserError, first_line
 from lib.runtime.cpu.tuning import allowed_cores
+from lib.runtime.launch_checks import MPI_SIZES, truth
 from lib.runtime.launcher import threads_are_chosen
 
 LOCKS = Path("/tmp")
@@ -19,6 +20,9 @@ LOCKS = Path("/tmp")
 
 OWN_MIB = 1024
 """MiB on a GPU that its driver and its screen may take; with more, another program computes there."""
+
+LAUNCHED = {*MPI_SIZES, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+"""Variables by which a process knows that it is one of several; a run is not, though srun may have started its sweep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Slot:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env=os.environ | self.variables,
+                env={name: value for name, value in os.environ.items() if name not in LAUNCHED} | self.variables,
                 pass_fds=() if self.lock is None else (self.lock,),
                 start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
             )
@@ -85,8 +89,8 @@ class Slots:
             )
             slot = Slot("CPU", threads)
         else:
-            own = {slot.name for slot in self.taken}
-            found = (lock_gpu(gpu) for gpu in self.gpus if gpu.uuid not in own and gpu.uuid not in busy_gpus())
+            in_use = busy_gpus() | {slot.name for slot in self.taken}
+            found = (lock_gpu(gpu) for gpu in self.gpus if gpu.uuid not in in_use)
             taken = next((slot for slot in found if slot is not None), None)
             if taken is None:
                 return None
@@ -132,7 +136,7 @@ def find_gpu(name: str, gpus: Sequence[Gpu]) -> Gpu:
 def visible_gpus() -> list[Gpu]:
     """The GPUs that CUDA_VISIBLE_DEVICES names, by number in the order of the bus or by UUID; without it, all."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on", "y", "t"):
+    if truth("ACCELERATE_USE_CPU"):
         return []
     gpus = [Gpu(index, uuid) for index, uuid in ask("--query-gpu=index,uuid")]
     if named is None:

@@ -1,15 +1,18 @@
 """Simple methods beside a model: equal to scikit-learn's, for every problem type, computed once for a data set."""
 
+import time
+
 import numpy as np
 import pytest
 from datasets import Dataset
 from sklearn.dummy import DummyClassifier
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score, f1_score
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from lib.data.load import Data
 from lib.evaluation import baselines
-from lib.evaluation.baselines import MAJORITY, TFIDF, find_baselines, format_baselines
+from lib.evaluation.baselines import MAJORITY, TFIDF, compare_with_baselines, find_baselines, format_baselines
 from lib.evaluation.scores import Metrics
 
 WORDS = ("dull", "plain", "bright")
@@ -104,6 +107,59 @@ def test_baselines_are_computed_once_for_a_data_set_and_anew_for_other_labels(mo
     changed = data_of(other, {split: list(data.texts[split]["text"]) for split in data.texts})
     assert find_baselines(changed, "test", metrics) != first
     assert len(calls) == 2
+
+
+def test_rows_are_read_once_a_block_at_a_time_and_not_to_their_end(cache, monkeypatch):
+    data, metrics, read = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy"), []
+    whole = find_baselines(data, "test", metrics)
+    texts = {split: [f"{text} {'x' * 5000}" for text in data.texts[split]["text"]] for split in data.texts}
+    long = data_of({split: data.labels(split).tolist() for split in data.tokens}, texts)
+    real = TfidfVectorizer.transform
+    monkeypatch.setattr(TfidfVectorizer, "transform", lambda self, rows: read.append(rows) or real(self, rows))
+    monkeypatch.setattr(baselines, "BLOCK", 15)
+    monkeypatch.setattr(baselines, "datasets_cache", lambda: cache / "another")
+    found = find_baselines(long, "test", metrics)
+    assert list(map(len, read)) == [15, 15, 10] * 2
+    assert max(len(text) for rows in read for text in rows) < 3000
+    assert found[TFIDF]["accuracy"] == whole[TFIDF]["accuracy"]
+
+
+def test_what_is_learned_from_is_bounded_and_nothing_is_said_of_quick_ones(monkeypatch, capsys):
+    data, metrics, learned = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy"), []
+    real = TfidfVectorizer.fit_transform
+    monkeypatch.setattr(
+        TfidfVectorizer, "fit_transform", lambda self, rows: learned.append((self, rows)) or real(self, rows)
+    )
+    monkeypatch.setattr(baselines, "MOST_CHARACTERS", 1500)
+    found, _ = compare_with_baselines(data, "test", {"accuracy": 0.5}, metrics)
+    ((vectorizer, rows),) = learned
+    assert 1000 < sum(map(len, rows)) <= 1500
+    assert vectorizer.max_features
+    assert found[TFIDF]["accuracy"] > 0.9
+    assert not capsys.readouterr().err
+
+
+def test_slow_simple_methods_are_told_and_broken_ones_end_no_run(monkeypatch, capsys):
+    data, metrics = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy")
+    monkeypatch.setattr(baselines, "PATIENCE_SECONDS", 0.0)
+
+    def broken(*_):
+        time.sleep(0.5)
+        raise MemoryError("no memory for \x1b[2J")
+
+    monkeypatch.setattr(baselines, "words_regression", broken)
+    found, text = compare_with_baselines(data, "test", {"accuracy": 0.5}, metrics)
+    assert found == {}
+    assert "memory" in text
+    assert "\x1b" not in text
+    assert "simple methods" in capsys.readouterr().err
+
+
+def test_more_classes_than_it_has_time_for_have_the_most_frequent_answer_only():
+    names = [f"class {number}" for number in range(21)]
+    splits = ("train", "validation", "test")
+    data = data_of({split: list(range(21)) for split in splits}, {split: list(names) for split in splits}, names=names)
+    assert list(find_baselines(data, "test", Metrics(("accuracy",), "accuracy"))) == [MAJORITY]
 
 
 def test_damaged_or_unwritable_cache_costs_the_time_only(cache, monkeypatch):

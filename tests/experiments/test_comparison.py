@@ -221,6 +221,17 @@ def test_a_mistake_in_the_arguments_is_refused_by_name(runs):
             load_groups(arguments, split)
 
 
+@pytest.mark.parametrize("line", ['{"status": "fin', "[1]", '{"run": "x"}', "null"])
+def test_torn_and_foreign_files_are_refused_by_name(runs, line):
+    (runs / "sweep.yaml").write_text("seeds: 3\n")
+    (runs / "runs.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"runs\.jsonl"):
+        load_groups([str(runs)], "test")
+    (runs / "slow" / "s2" / "results.json").write_text(line if "run" not in line else "{")
+    with pytest.raises(UserError, match=r"results\.json"):
+        load_groups([str(runs / "slow"), str(runs / "fast")], "test")
+
+
 @pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])
 def test_predictions_of_many_classes_are_read_though_only_the_largest_probabilities_are_written(tmp_path, make):
     predictions, names = make(400, 250), [f"class {number}" for number in range(250)]

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from lib.config.cli import parse
+from lib.config.cli import dump_config, parse
 from lib.config.sections import flatten
 from lib.config.sweep import SweepConfig, build_recipes
 from lib.config.train import TrainConfig
@@ -22,8 +22,9 @@ from lib.experiments.sweep import Job, PlannedRun, Sweep
 from lib.experiments.sweep_report import learning_curve, write_report
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import run_name
+from lib.runtime import slots as slots_module
 from lib.runtime.signals import Stopped
-from lib.runtime.slots import Slots, find_slots
+from lib.runtime.slots import Slot, Slots, find_slots
 from tests.conftest import ROOT, read_lines, results_of
 from tests.resuming import differences, run_flags
 
@@ -81,6 +82,15 @@ def test_what_cannot_be_swept_is_refused_and_names_the_option(flags, word):
         recipes(*flags)
 
 
+@pytest.mark.parametrize("line", ["pause_at_step: 3", "score_test: false", "fold: 1/2", "seed: 7", "run_name: mine"])
+def test_file_of_shared_options_cannot_set_what_a_sweep_sets(tmp_path, line):
+    (tmp_path / "recipe.yaml").write_text(f"lr: 1e-3\n{line}\n")
+    with pytest.raises(UserError, match=line.partition(":")[0]):
+        recipes("--", "--config", str(tmp_path / "recipe.yaml"))
+    (tmp_path / "recipe.yaml").write_text("lr: 1e-3\n")
+    assert recipes("--", "--config", str(tmp_path / "recipe.yaml"))[0].config(0).optim.learning_rate == 1e-3
+
+
 def test_runs_that_differ_in_a_setting_of_the_result_have_different_names():
     changed = {
         **{
@@ -117,8 +127,8 @@ class Pretended(Sweep):
 
     metric = "accuracy"
 
-    def open(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
+    def read_data(self, config):
+        return None
 
     def metrics(self, run):
         return Metrics(("accuracy",), "accuracy")
@@ -131,6 +141,8 @@ class Pretended(Sweep):
 def pretend(tmp_path, monkeypatch):
     """`pretend(*flags)`: the sweep of these flags, whose runs are pretended."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lib.experiments.sweep.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("lib.experiments.sweep.ELSEWHERE_SECONDS", 0.2)
 
     def command(job):
         score = job.run.config.optim.learning_rate * (-1 if job.run.config.optim.weight_decay == 1 else 1)
@@ -140,32 +152,31 @@ def pretend(tmp_path, monkeypatch):
 
     def make(*flags):
         config = parse(SweepConfig, flags)
-        sweep = Pretended(config, build_recipes(config))
-        sweep.open()
-        return sweep
+        return Pretended(config, build_recipes(config))
 
     return make
 
 
 def carry_out(sweep, count=2):
+    sweep.open()
     for stage in sweep.stages():
         sweep.run(stage, Slots([], count))
     return write_report(sweep)
 
 
 def test_halving_pauses_the_worse_and_trains_the_best_with_fresh_seeds(pretend, tmp_path):
-    sweep = pretend("--search", "lr=0.1:0.9", "--trials", "9", "--halving", "3", "--finalists", "2", "--seeds", "3")
+    sweep = pretend("--search", "lr=0.1:0.9", "--trials", "9", "--halving", "3", "--finalists", "2", "--seeds", "1")
     carry_out(sweep)
     steps = Counter(line.split()[0] for line in (tmp_path / "log.txt").read_text().splitlines())
     trials = sorted(
         (PlannedRun(recipe, 0, False) for recipe in sweep.recipes), key=lambda run: -float(run.recipe.varied[0][1])
     )
     assert [steps[run.folder.name] for run in trials] == [8, 8, 4, 2, 2, 2, 2, 2, 2]
-    finalists = [PlannedRun(run.recipe, seed) for run in trials[:2] for seed in (1, 2, 3)]
+    finalists = [PlannedRun(run.recipe, 1) for run in trials[:2]]
     assert set(steps) == {run.folder.name for run in [*trials, *finalists]}
     found = json.loads((sweep.folder / "results.json").read_text())
     assert found["best"] == dict(trials[0].recipe.varied)
-    assert (found["finished"], found["paused"]) == (8, 7)
+    assert (found["finished"], found["paused"]) == (4, 7)
 
 
 def test_failed_run_is_recorded_with_its_reason_and_the_others_go_on(pretend):
@@ -200,18 +211,19 @@ def fork_sweep(sweep):
     return child
 
 
-SEARCH = ("--search", "lr=0.1:0.9", "--trials", "6", "--halving", "2", "--seeds", "2", "--name", "one")
+SEARCH = ("--search", "lr=0.1:0.9", "--trials", "4", "--halving", "2", "--seeds", "2", "--name", "one")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_sweep_killed_again_and_again_ends_like_one_that_was_not(pretend, tmp_path):
     carry_out(pretend(*SEARCH))
     undisturbed = scores_of(tmp_path / "sweeps" / "one")
     (tmp_path / "sweeps").rename(tmp_path / "before")
     (tmp_path / "outputs").rename(tmp_path / "outputs_before")
-    for number in range(8):
+    for number in range(4):
         child = fork_sweep(pretend(*SEARCH))
-        time.sleep(0.15 * (number + 1))
+        time.sleep(0.3 * (number + 1))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     carry_out(pretend(*SEARCH))
@@ -219,14 +231,86 @@ def test_sweep_killed_again_and_again_ends_like_one_that_was_not(pretend, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_two_sweeps_on_one_folder_train_every_step_once(pretend, tmp_path):
-    flags = ("--grid", "lr=0.1,0.2,0.3", "--seeds", "2", "--name", "shared")
+def test_two_sweeps_on_one_folder_train_every_step_once(pretend, tmp_path, monkeypatch):
+    flags = ("--grid", "lr=0.1,0.2", "--seeds", "2", "--name", "shared")
+    opened = Pretended.open
+    monkeypatch.setattr(Pretended, "open", lambda sweep: [opened(sweep) for _ in range(100)])  # many starts at once
     children = [fork_sweep(pretend(*flags)) for _ in range(3)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     steps = Counter((tmp_path / "log.txt").read_text().splitlines())
     assert set(steps.values()) == {1}
-    assert len(steps) == 6 * 8
-    assert Counter(r["status"] for r in scores_of(tmp_path / "sweeps" / "shared").values()) == {"finished": 6}
+    assert len(steps) == 4 * 8
+    assert Counter(r["status"] for r in scores_of(tmp_path / "sweeps" / "shared").values()) == {"finished": 4}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"results.json": "{}"},
+        {"table.md": "mine"},
+        {"sweep.yaml": "method: grid\n"},
+        {"config.yaml": dump_config(TrainConfig())},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_files_of_others_in_the_folder_of_a_sweep_are_not_replaced(pretend, tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="--output_dir"):
+        carry_out(pretend("--grid", "lr=0.1,0.2", "--output_dir", str(tmp_path)))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+
+
+@pytest.mark.timeout(60)
+def test_folder_that_cannot_be_written_ends_the_sweep_instead_of_waiting(pretend):
+    sweep = pretend("--grid", "lr=0.1,0.2")
+    sweep.folder.mkdir(parents=True)
+    sweep.open()
+    (sweep.folder / "claims").write_text("a file")
+    with pytest.raises(UserError, match="cannot be written"):
+        carry_out(sweep)
+
+
+def shell(monkeypatch, **scripts):
+    """Have the runs of some learning rates, `lr1` for 0.1, be shell scripts in place of the pretended runs."""
+    pretended = Job.command
+
+    def command(job):
+        name = f"lr{round(10 * job.run.config.optim.learning_rate)}"
+        script = f"mkdir -p '{job.run.folder}' && cd '{job.run.folder}' && {scripts.get(name)}"
+        return ["sh", "-c", script] if name in scripts else pretended(job)
+
+    monkeypatch.setattr(Job, "command", command)
+
+
+def test_run_without_a_score_that_can_be_read_is_no_reason_to_end_the_others(pretend, monkeypatch, capsys):
+    shell(monkeypatch, lr1=r"printf '\377' > metrics.jsonl; echo '{}' > results.json")
+    carry_out(sweep := pretend("--grid", "lr=0.1,0.2,0.3"), count=1)
+    records = read_lines(sweep.folder / "runs.jsonl")
+    assert [record["eval/accuracy"] for record in records] == [None, 0.2, 0.3]
+    assert "no score" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+def test_runs_save_when_an_error_ends_their_sweep(pretend, tmp_path, monkeypatch):
+    save = "trap 'echo > ../../saved; exit 75' TERM; echo > ../../started; while :; do sleep 0.05; done"
+    shell(monkeypatch, lr1="while [ ! -e ../../started ]; do sleep 0.05; done; exit 1", lr2=save)
+
+    def broken(*_):
+        raise RuntimeError("of the sweep itself")
+
+    monkeypatch.setattr(Pretended, "note", broken)
+    with pytest.raises(RuntimeError, match="itself"):
+        carry_out(pretend("--grid", "lr=0.1,0.2"))
+    assert (tmp_path / "saved").exists()
+
+
+def test_text_of_users_moves_no_cursor_and_ends_no_block(pretend, monkeypatch, capsys):
+    shell(monkeypatch, lr1=r"printf 'error: \033[2J\n'; exit 2")
+    monkeypatch.setattr("lib.experiments.sweep_report.format_sweep", lambda *_: "| a ``` b")
+    text = carry_out(sweep := pretend("--grid", "lr=0.1,0.2"))
+    assert "\x1b" not in text + capsys.readouterr().err
+    assert (sweep.folder / "table.md").read_text().splitlines() == ["````", "| a ``` b", "````"]
 
 
 def test_learning_curve_recovers_a_power_law_and_what_twice_the_data_bring():
@@ -267,6 +351,25 @@ def test_gpu_with_memory_of_another_program_is_not_taken_though_nothing_computes
     assert None not in (first, second)
     assert [slot.variables["CUDA_VISIBLE_DEVICES"] for slot in (first, second)] == ["GPU-0aaaa", "GPU-3aaaa"]
     assert slots.take() is None
+
+
+def test_gpus_are_asked_once_for_a_place_however_many_there_are(tmp_path, monkeypatch):
+    fake_gpus(tmp_path, monkeypatch, [30_000] * 8)
+    slots, asked = find_slots("all", None), []
+    ask = slots_module.ask
+    monkeypatch.setattr(slots_module, "ask", lambda query: asked.append(query) or ask(query))
+    assert slots.take() is None
+    assert len(asked) == len(set(asked))
+
+
+def test_run_is_alone_though_its_sweep_is_one_of_several_processes(tmp_path, monkeypatch):
+    names = ("PMI_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for name in names:
+        monkeypatch.setenv(name, "4")
+    Slot("CPU", {"OMP_NUM_THREADS": "3"}).start(["env"], tmp_path / "log.txt").wait(30)
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert "OMP_NUM_THREADS=3" in lines
+    assert not {line.partition("=")[0] for line in lines} & set(names)
 
 
 def test_two_users_never_get_one_gpu_and_its_lock_ends_with_the_run_not_with_the_sweep(tmp_path, monkeypatch):

@@ -1,9 +1,11 @@
 """The picture of a run's course has the numbers of metrics.jsonl, whatever lines that file holds."""
 
 import json
+import warnings
 
 import pytest
 
+from lib.run import learning_curves
 from lib.run.learning_curves import NAME, build_figure, draw_learning_curves, read_lines
 
 LINES = [
@@ -33,11 +35,24 @@ def test_run_chosen_by_loss_has_no_second_panel_of_it():
     assert list(curves(build_figure(LINES, "loss", 2, "a run"))) == ["loss", "learning rate"]
 
 
-@pytest.mark.parametrize("title", ["$x_1$ is no formula", "a" * 300])
+@pytest.mark.parametrize("title", ["$x_1$ is no formula", "a" * 300, "a\x1b[2J\tb", "电影", "🤖\U000fabcd"])
 def test_torn_lines_odd_names_and_no_evaluation_break_nothing(tmp_path, title):
     folder = tmp_path / title[:100]
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("\n".join(["", "{torn", "[1]", *map(json.dumps, LINES[:1])]))
     assert read_lines(folder / "metrics.jsonl") == LINES[:1]
-    draw_learning_curves(folder, "accuracy", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_learning_curves(folder, "accuracy", 0) == []
     assert (folder / NAME).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_picture_that_cannot_be_drawn_is_said_and_ends_no_run(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no \x1b[2J room")
+
+    monkeypatch.setattr(learning_curves, "build_figure", broken)
+    (note,) = draw_learning_curves(tmp_path, "accuracy", 0)
+    assert NAME in note
+    assert "\x1b" not in note
+    assert not list(tmp_path.iterdir())
