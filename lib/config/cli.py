@@ -443,11 +443,10 @@ def dump_config(config: Any) -> str:
 def is_saved_config(path: Path) -> bool:
     """Whether a file holds all options of a run, as `dump_config` writes them; a few written by hand do not count."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = {given.flag for given in read_yaml(str(path))}
+    except UserError:
         return False
-    always = {"model", "train_batch_size", "save_total_limit", "resume_from_checkpoint"}
-    return isinstance(found, dict) and always <= found.keys()
+    return {"--model", "--train_batch_size", "--save_total_limit", "--resume_from_checkpoint"} <= found
 
 
 def load_config(kind: type[Config], path: Path) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -227,6 +228,8 @@ def build_loader(
         batch_sampler=(piece.tolist() for piece in pieces),
         collate_fn=collator,
         num_workers=num_workers,
+        # Of a server that forks (Python's default from 3.14 on) a worker would be no child of this process, see `quiet_worker`.
+        multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         worker_init_fn=quiet_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),

@@ -149,7 +149,7 @@ def holds(path: Path, *keys: str) -> bool:
     """Whether a file is a JSON object with these keys."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and all(key in content for key in keys)
 

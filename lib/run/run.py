@@ -123,7 +123,13 @@ class Run:
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         anew = config.training.resume_from_checkpoint == "never"
-        self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id, anew)
+
+        def open_log() -> None:
+            self.log = RunLog(accelerator, folder, config.tracking, learner.state.last_logged, run_id, anew)
+
+        self.on_first(open_log)
+        if not accelerator.is_main_process:
+            open_log()
         self.log.start(self.settings, metrics.names)
 
     def open(self) -> str:

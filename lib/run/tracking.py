@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import secrets
 import shlex
 import time
@@ -55,18 +54,19 @@ def check_wandb_variables(given: dict[str, str]) -> None:
     import wandb
     from pydantic import ValidationError
 
-    try:
-        wandb.Settings().update_from_env_vars(given)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        setting, value = str((problem["loc"] or ("",))[0]), problem["input"]
-        name = "WANDB_" + re.sub("^x_", "_", setting).upper()
-        shown = "***" if "key" in setting or "token" in setting else redact(repr(value))
-        expected = problem.get("ctx", {}).get("expected")
-        reason = f"W&B takes {expected}" if expected else problem["msg"]
-        raise UserError(
-            f"{name}={shown}: {reason}; correct the variable or unset it, or use --report_to none"
-        ) from error
+    for name, value in given.items():
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except Exception as error:  # pydantic's, or W&B's own
+            reason = first_line(error)
+            if isinstance(error, ValidationError):
+                problem = error.errors()[0]
+                expected = problem.get("ctx", {}).get("expected")
+                reason = f"W&B takes {expected}" if expected else problem["msg"]
+            shown = "***" if "KEY" in name or "TOKEN" in name else redact(repr(value))
+            raise UserError(
+                f"{name}={shown}: {reason}; correct the variable or unset it, or use --report_to none"
+            ) from error
 
 
 class RunLog:
@@ -183,15 +183,15 @@ class RunLog:
         """The id of the tracker's run, and whether an earlier start began it; the id is on disk before the tracker has it.
 
         An id that is `known`, from a checkpoint, is kept; else that of the same experiment in this folder is found again:
-        it was killed before its first checkpoint. Steps that it logged are not sent again.
+        it was killed before its first checkpoint. Steps that it logged are not sent again, also where WANDB_RUN_ID names it.
         """
         file, marks = self.folder / TRACKED, {"tracker": self.tracker, "experiment": settings.get("run/experiment")}
         try:
             begun = json.loads(file.read_text(encoding="utf-8"))
             found = begun.get("run_id") if marks.items() <= begun.items() else None
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             found = None
-        if not known and isinstance(found, str):
+        if isinstance(found, str) and (not known or (found == wanted and self.run_id is None)):
             self.tracked_step = max(self.tracked_step, self.logged_step)
             return found, True
         write_atomically(file, json.dumps(marks | {"run_id": wanted}) + "\n")
@@ -342,7 +342,7 @@ def logged_step(line: bytes) -> int | None:
     """The step of a line of metrics.jsonl; None if it is none."""
     try:
         step = json.loads(line)["step"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return step if type(step) is int else None
 

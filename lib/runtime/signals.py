@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from lib.runtime.launcher import find_launcher
@@ -174,8 +175,15 @@ def end_children() -> None:
     wanted = {child.pid for child in multiprocessing.active_children()}
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if child.pid in wanted or "wandb" not in " ".join(child.cmdline()):
+            if child.pid in wanted or not is_wandb(child.cmdline()):
                 child.kill()
+
+
+def is_wandb(command: list[str]) -> bool:
+    """Whether a command runs a program of W&B's package, such as its service, or a module of it."""
+    program = Path(command[0]) if command else Path()
+    module = command[command.index("-m") + 1 :][:1] if "-m" in command else []
+    return program.parts[-3:-1] == ("wandb", "bin") or (bool(module) and module[0].split(".")[0] == "wandb")
 
 
 def is_first_to_fail(patience: float = 0.0) -> bool:

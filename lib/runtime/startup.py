@@ -99,6 +99,7 @@ def run_script(main: Callable[[Any], Any], config: Any) -> None:
     except Stopped as stopped:  # every process raises it
         if os.environ.get("RANK", "0") == "0":
             tell(f"{stopped}: saved; the same command goes on from here")
+        flush_output()
         leave("", EXIT_RESUME)
     except BaseException as error:
         fail(error)
@@ -127,10 +128,17 @@ def fail(error: BaseException) -> None:
             rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
             where = f"process {rank} of {size}: " if size != "1" and (rank != "0" or code == 1) else ""
             tell(f"error: {where}{reason}")
+        flush_output()
         act_on_failure(error)
     finally:
         backstop.cancel()
         leave("", code)
+
+
+def flush_output() -> None:
+    """Write what was printed: `leave` ends the process without Python's cleanup, and a file or pipe would lack it."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
 
 
 def tell(message: str) -> None:

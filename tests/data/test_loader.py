@@ -1,8 +1,13 @@
-"""The samples of a step, cut into micro-batches."""
+"""The samples of a step, cut into micro-batches; the processes that make batches."""
 
+import multiprocessing
+import sys
+
+import numpy as np
+import pytest
 import torch
 
-from lib.data.loader import MicroBatch, StepBatch
+from lib.data.loader import MicroBatch, StepBatch, load
 
 
 def micro_batch(labels: torch.Tensor, first: int) -> MicroBatch:
@@ -24,3 +29,18 @@ def test_cut_micro_batches_hold_every_sample_once_in_order():
 def test_micro_batches_with_several_labels_per_sample_are_cut_by_sample():
     batch = StepBatch([micro_batch(torch.zeros(5, 3), 0)], 5, 5.0)
     assert [len(piece.inputs["input_ids"]) for piece in batch.pieces(2)] == [2, 2, 1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers end with their parent on Linux")
+def test_workers_live_where_a_server_would_fork_them() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        made = list(load([{"labels": 1}, {"labels": 2}], [np.array([0]), np.array([1])], collate, num_workers=1))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert [batch["labels"].tolist() for batch in made] == [[1], [2]]
+
+
+def collate(samples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+    return {"labels": torch.tensor([sample["labels"] for sample in samples])}

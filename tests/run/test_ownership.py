@@ -174,3 +174,10 @@ def test_refused_before_data_are_loaded_and_nothing_is_changed(call, roberta: Pa
         assert "model" in done.stderr
         assert "checkpoints" in done.stderr
         assert content(home) == before
+
+
+def test_nested_files_of_strangers_are_refused_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("[" * 100_000)
+    (tmp_path / "config.yaml").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        check_run_folder(TrainConfig(), tmp_path)

@@ -605,3 +605,22 @@ def records_of(content: bytes) -> Iterator[bytes]:
         if kind in (1, 4):  # whole, or the last piece
             yield pieces
             pieces = b""
+
+
+def test_variable_that_wandb_refuses_with_an_error_of_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "team/proj")
+    with pytest.raises(UserError, match=r"WANDB_PROJECT='team/proj'.*--report_to none"):
+        check_tracker("wandb")
+
+
+def test_steps_of_a_run_that_a_variable_names_are_not_sent_again_before_its_first_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    settings = {"run/experiment": "a"}
+    log = RunLog(Accelerator(cpu=True), tmp_path, TrackingConfig(report_to="wandb"))
+    assert log.name_run(settings, "given", known=True) == ("given", True)
+    assert log.tracked_step == 0
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    again = RunLog(Accelerator(cpu=True), tmp_path, TrackingConfig(report_to="wandb"))
+    assert again.name_run(settings, "given", known=True) == ("given", True)
+    assert again.tracked_step == 2
+    assert again.name_run(settings, "other", known=True) == ("other", True)

@@ -328,3 +328,16 @@ def test_run_whose_terminal_hangs_up_saves_and_ends(roberta: Path, tmp_path: Pat
         time.sleep(0.05)
     assert any(path.name.endswith("-pending") for path in list_checkpoints(folder / "checkpoints"))
     assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "spared"),
+    [
+        ("/venv/lib/python3.11/site-packages/wandb/bin/wandb-core --port-filename /tmp/x", True),
+        ("/venv/bin/python -m wandb.sync", True),
+        ("/home/me/wandb/venv/bin/python /home/me/wandb/worker.py --report_to wandb", False),
+        ("", False),
+    ],
+)
+def test_only_programs_of_wandb_are_spared_by_the_end(command: str, spared: bool) -> None:
+    assert signals.is_wandb(command.split()) is spared

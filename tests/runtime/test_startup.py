@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -164,3 +165,16 @@ def test_what_is_registered_for_a_failure_cannot_prevent_the_end(end: End) -> No
 def test_message_with_names_of_users_moves_no_cursor(end: End) -> None:
     _, printed = end(UserError("classes: a\tb, \x1b[31mred, 正面\n  next line"))
     assert printed == "error: classes: a\\tb, \\x1b[31mred, 正面\n  next line\n"
+
+
+@pytest.mark.parametrize("raised", [UserError("no x"), Stopped("SIGTERM"), KeyboardInterrupt(), ValueError("bug")])
+def test_what_was_printed_is_in_the_file_before_the_process_ends(
+    raised: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: End
+) -> None:
+    printed = []
+    monkeypatch.setattr(startup, "leave", lambda *_: printed.append((tmp_path / "out").read_text()) or leave("", 0))
+    with (tmp_path / "out").open("w") as file:  # buffered, as standard output into a file or a pipe is
+        monkeypatch.setattr("sys.stdout", file)
+        print("step 1", file=file)
+        end(raised)
+    assert printed[0] == "step 1\n"
