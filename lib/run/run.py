@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
-from lib.errors import UserError, printable
+from lib.errors import UserError, first_line, printable
 from lib.evaluation.baselines import compare_with_baselines
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
@@ -32,7 +33,7 @@ from lib.run.results import build_results, next_commands, write_results
 from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.atomic import explain
-from lib.runtime.lock import FolderLock, check_free
+from lib.runtime.lock import FolderLock, check_free, locked_folder
 from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.screen import json_line
 from lib.runtime.signals import Stopped, deferring_signals
@@ -74,7 +75,10 @@ class Run:
             except UserError as error:
                 outcome = [None, str(error)]
             except OSError as error:
-                outcome = [None, f"{self.folder} cannot be used: {explain(error, self.folder)}"]
+                path, folder = Path(str(error.filename or self.folder)).absolute(), self.folder.absolute()
+                ours = folder in (path, *path.parents)
+                why = f"{folder} cannot be used: {explain(error, self.folder)}" if ours else first_line(error)
+                outcome = [None, why]
         result, problem = broadcast_object_list(outcome)
         if problem is not None:
             raise UserError(problem)
@@ -218,7 +222,9 @@ class Run:
         texts = []
         for split, result in scored.items():
             intervals = bootstrap_intervals(result.predictions, self.metrics.names)
-            texts.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
+            folder = self.folder / f"eval-{split}"
+            with locked_folder(folder, wait=600):  # eval.py may be writing there
+                texts.append(write_report(folder, split, result, intervals, data))
         split, (scores, _) = next(iter(scored.items()))
         baselines, text = compare_with_baselines(data, split, scores, self.metrics)
         texts.append(text)
