@@ -23,7 +23,7 @@ from lib.runtime.startup import run_script  # imports the heavy libraries, witho
 from lib.experiments.comparison import compare_groups
 from lib.experiments.comparison_report import check_comparison_folder, format_comparison, write_comparison
 from lib.experiments.groups import load_groups
-from lib.runtime.atomic import explaining
+from lib.runtime.atomic import AGAIN, explaining
 
 
 def main(config: CompareConfig) -> None:
@@ -34,7 +34,7 @@ def main(config: CompareConfig) -> None:
     metrics = compare_groups(groups, config)
     text = format_comparison(groups, metrics, config)
     if config.output_dir:
-        with explaining(Path(config.output_dir), "when there is room, run the same command again"):
+        with explaining(Path(config.output_dir), AGAIN):
             write_comparison(Path(config.output_dir), text, groups, metrics)
     print(text)
     if config.output_dir:

@@ -29,10 +29,10 @@ from lib.evaluation.scoring import evaluate
 from lib.model.folder import check_vocabulary
 from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import eval_folder, find_scored_model
-from lib.run.ownership import check_report_folder, is_evaluation
+from lib.run.ownership import check_report_folder
 from lib.run.results import report_evaluation
 from lib.runtime.accelerator import build_accelerator
-from lib.runtime.atomic import explaining
+from lib.runtime.atomic import AGAIN, explaining
 from lib.runtime.lock import check_writable, locked_folder
 from lib.runtime.processes import finish
 
@@ -41,7 +41,7 @@ def main(config: EvalConfig) -> None:
     """Score one split: the last line on stdout, also saved as results.json, holds the scores."""
     folder = eval_folder(config)
     check_writable(folder, "--output_dir")
-    check_report_folder(folder, {"results.json": is_evaluation})
+    check_report_folder(folder)
     trained = find_scored_model(config)
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     tokenizer = load_tokenizer(trained.source)
@@ -59,7 +59,7 @@ def main(config: EvalConfig) -> None:
     batches = check_padding(accelerator, model, batches, tokenizer)
     scored = evaluate(accelerator, model, batches.split(config.split), metrics.names, batch_size)
     if accelerator.is_main_process:
-        with locked_folder(folder, wait=60), explaining(folder, "when there is room, run the same command again"):
+        with locked_folder(folder, wait=60), explaining(folder, AGAIN):
             report = report_evaluation(accelerator, config, trained, batches.data, metrics, scored)
         print(report, flush=True)
     finish(accelerator, model)

@@ -138,7 +138,8 @@ class TrainingConfig:
     allow_changes: bool = False
     """Resume even if settings that affect the result have changed."""
     max_minutes: Annotated[float | None, Within("(0, 10000000]")] = None
-    """Save a checkpoint and stop with exit code 75 this many minutes after the start of the process."""
+    """Save a checkpoint and stop with exit code 75 this many minutes after the start of the process, or after
+    the first start by a launcher that restarts it."""
     pause_at_step: Annotated[int | None, COUNT] = None
     """Save a checkpoint and stop with exit code 75 after this step, its evaluation included. Without it, the run goes on as
     if it had never stopped: the schedule is that of the whole run."""

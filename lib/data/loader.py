@@ -195,6 +195,8 @@ def load(dataset: Any, pieces: Sequence[Indices], collator: Collator, num_worker
             raise UserError(lost) from error
         raise
     except OSError as error:
+        if str(error).startswith("Caught "):  # by a worker, which runs
+            raise
         raise UserError(
             f"a worker of the data loader cannot be started or heard: {error}; {WITHOUT_WORKERS}"
         ) from error

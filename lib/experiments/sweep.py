@@ -35,10 +35,11 @@ from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, choose_metrics
 from lib.model.load import load_tokenizer
 from lib.model.source import model_name
 from lib.run.checkpoint import NAME, list_checkpoints
-from lib.run.learning_curves import is_number, read_lines
+from lib.run.learning_curves import is_number
 from lib.run.ownership import is_run_folder, refuse
 from lib.run.record import run_folder
 from lib.run.resume import check_settings
+from lib.run.tracking import read_log
 from lib.runtime.atomic import write_atomically
 from lib.runtime.lock import FolderLock, InUse, check_free, check_writable
 from lib.runtime.signals import EXIT_RESUME, SIGNALS, Stopped
@@ -106,7 +107,7 @@ class PlannedRun:
     def evaluations(self, metric: str) -> list[tuple[int, float]]:
         """Step and validation score of each evaluation so far."""
         key = f"eval/{metric}"
-        lines = read_lines(self.folder / "metrics.jsonl")
+        lines = read_log(self.folder / "metrics.jsonl")
         return [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
 
     def score(self, metric: str, until: int | None = None) -> float | None:

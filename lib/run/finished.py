@@ -46,9 +46,8 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
 def find_scored_model(config: EvalConfig) -> TrainedModel:
     """The model to score: that of `--run`, or `--model`.
 
-    Raises UserError if the run has no model yet, or leads the report out of its folder.
+    Raises UserError if the run has no model yet.
     """
-    eval_folder(config)
     if config.run is None:
         return find_model(config.model, config.mixed_precision)
     return run_model(Path(config.run), "--run", config.mixed_precision)

@@ -1,7 +1,5 @@
 """The course of a run as a picture, from metrics.jsonl: losses, the metric that chooses the model, the learning rate."""
 
-import contextlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 from lib.errors import first_line, printable
 from lib.evaluation.fonts import drawable, find_fonts, plain_text
-from lib.run.tracking import logged_step
+from lib.run.tracking import read_log
 from lib.runtime.atomic import replacing
 
 NAME = "learning_curves.png"
@@ -24,17 +22,10 @@ def draw_learning_curves(folder: Path, metric: str, best_step: int) -> list[str]
         title = printable(folder.name)
         families, missing = find_fonts([title])
         with plain_text(families), replacing(folder / NAME) as file:
-            figure = build_figure(read_lines(folder / "metrics.jsonl"), metric, best_step, drawable(title, missing))
+            figure = build_figure(read_log(folder / "metrics.jsonl"), metric, best_step, drawable(title, missing))
             figure.savefig(file, dpi=120)
     except Exception as error:
         return [f"{NAME} was not drawn: {printable(first_line(error))}"]
-    return []
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; torn and foreign ones are left out, and a file that cannot be read has none."""
-    with contextlib.suppress(OSError):
-        return [json.loads(line) for line in path.read_bytes().splitlines() if logged_step(line) is not None]
     return []
 
 

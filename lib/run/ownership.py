@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from lib.config.cli import dump_config, is_saved_config
@@ -31,12 +31,9 @@ def check_run_folder(config: TrainConfig, folder: Path) -> None:
     refuse(folder, foreign, "a run", "--output_dir or --run_name")
 
 
-def check_report_folder(folder: Path, others: dict[str, Callable[[Path], bool]] | None = None) -> None:
-    """Raise UserError if a report in `folder` would replace what is not of a report; writes nothing.
-
-    `others` are further files that will be written, each with the test by which it is known.
-    """
-    refuse(folder, list(foreign_reports(folder, others or {})), "a report", "--output_dir")
+def check_report_folder(folder: Path) -> None:
+    """Raise UserError if a report of eval.py in `folder` would replace what is not of a report; writes nothing."""
+    refuse(folder, list(foreign_reports(folder)), "a report", "--output_dir")
 
 
 def is_evaluation(path: Path) -> bool:
@@ -85,17 +82,18 @@ def in_the_way(config: TrainConfig, folder: Path) -> Iterator[str]:
         yield lock
     for report in sorted(folder.glob("eval-*")):
         if report.is_dir():
-            yield from (f"{report.name}/{item}" for item in foreign_reports(report, {RESULTS: is_evaluation}))
+            yield from (f"{report.name}/{item}" for item in foreign_reports(report))
 
 
-def foreign_reports(folder: Path, others: dict[str, Callable[[Path], bool]]) -> Iterator[str]:
+def foreign_reports(folder: Path) -> Iterator[str]:
     """What has the name of a part of a report and is none, in words."""
     tests = {"report.json": is_report, "predictions.jsonl": are_predictions}
     known = any(test(folder / name) for name, test in tests.items())
-    for name in (*FILE_NAMES, *others):
+    tests[RESULTS] = is_evaluation
+    for name in (*FILE_NAMES, RESULTS):
         path = folder / name
         if os.path.lexists(path):
-            test = (tests | others).get(name, lambda path: known and path.is_file())
+            test = tests.get(name, lambda path: known and path.is_file())
             if not (test(path) or is_empty(path)):
                 yield f"{name}: {kind(path)}, not written by an evaluation"
     if folder.is_dir() and (lock := describe_lock(folder)) is not None:

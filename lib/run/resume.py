@@ -15,7 +15,7 @@ from lib.run.best_model import BEST, KIND
 from lib.run.checkpoint import find_best_of, list_checkpoints, read_record, remove_checkpoints
 from lib.run.ownership import CONFIG, HEARTBEATS, MODEL, RESULTS, RUN_FILES, check_run_folder, is_cut_config
 from lib.run.record import IDENTITY, LENGTH, compare_settings, read_identity
-from lib.run.tracking import logged_steps
+from lib.run.tracking import read_log
 from lib.runtime.atomic import MANIFEST, explain, find_damage, is_ours, remove_drafts, write_atomically, write_manifest
 from lib.runtime.lock import FolderLock
 
@@ -174,7 +174,7 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
 def describe_lost(folder: Path, state: dict[str, Any]) -> str:
     """How many steps metrics.jsonl lacks of those logged up to the checkpoint with this state; empty if it lacks none."""
     logged, step = state.get("logged", 0), state["step"] - state["pending"]
-    lost = logged - len({number for number in logged_steps(folder / "metrics.jsonl") if number <= step})
+    lost = logged - len({line["step"] for line in read_log(folder / "metrics.jsonl") if line["step"] <= step})
     return f"metrics.jsonl lacks {lost:,} of the {logged:,} steps logged up to step {step:,}" if lost > 0 else ""
 
 

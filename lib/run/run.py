@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Batches, lost_worker
 from lib.data.trained_on import store_trained_on
-from lib.errors import UserError, printable
+from lib.errors import UserError, first_line, printable
 from lib.evaluation.baselines import compare_with_baselines
 from lib.evaluation.intervals import bootstrap_intervals
 from lib.evaluation.report import write_report
@@ -33,7 +34,7 @@ from lib.run.resume import choose_checkpoint, find_results, open_folder
 from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.atomic import explain
 from lib.runtime.lock import NAME as LOCK
-from lib.runtime.lock import FolderLock, check_free
+from lib.runtime.lock import FolderLock, check_free, locked_folder
 from lib.runtime.processes import check_shared, check_time, finish
 from lib.runtime.screen import json_line
 from lib.runtime.signals import Stopped, deferring_signals
@@ -75,7 +76,10 @@ class Run:
             except UserError as error:
                 outcome = [None, str(error)]
             except OSError as error:
-                outcome = [None, f"{self.folder} cannot be used: {explain(error, self.folder)}"]
+                path, folder = Path(str(error.filename or self.folder)).absolute(), self.folder.absolute()
+                ours = folder in (path, *path.parents)
+                why = f"{folder} cannot be used: {explain(error, self.folder)}" if ours else first_line(error)
+                outcome = [None, why]
         result, problem = broadcast_object_list(outcome)
         if problem is not None:
             raise UserError(problem)
@@ -207,7 +211,10 @@ class Run:
         Ends the process group; returns the results.
         """
         results = build_results(self.config, self.settings, learner, scored)
-        shown = self.on_first(lambda: self.write_reports(results, scored, data, learner.state.best_step))
+        shown, baselines = self.on_first(lambda: self.write_reports(results, scored, data, learner.state.best_step))
+        results |= {
+            f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
+        }
         self.log.finish(results, scored, data)
         shown += self.on_first(lambda: self.write_end(results))
         if self.accelerator.is_main_process:
@@ -218,28 +225,27 @@ class Run:
 
     def write_reports(
         self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int
-    ) -> list[str]:
-        """Write the reports, the curves, the model card and the record; returns the reports as text.
+    ) -> tuple[list[str], dict[str, dict[str, float]]]:
+        """Write the reports, the curves, the model card and the record.
 
-        Adds to the results what simple methods score on the same split.
+        Returns the reports as text, and what simple methods score on the same split.
         """
         self.checkpointer.check_folder()
         texts = []
         for split, result in scored.items():
             intervals = bootstrap_intervals(result.predictions, self.metrics.names)
-            texts.append(write_report(self.folder / f"eval-{split}", split, result, intervals, data))
+            folder = self.folder / f"eval-{split}"
+            with locked_folder(folder, wait=600):  # eval.py may be writing there
+                texts.append(write_report(folder, split, result, intervals, data))
         split, (scores, _) = next(iter(scored.items()))
         baselines, text = compare_with_baselines(data, split, scores, self.metrics)
         texts.append(text)
-        results |= {
-            f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
-        }
         texts += draw_learning_curves(self.folder, self.metrics.best, best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
         write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
         write_record(self.folder, self.settings, {"thresholds": named, "best_step": best_step})
-        return texts
+        return texts, baselines
 
     def write_end(self, results: dict[str, Any]) -> list[str]:
         """Write results.json, by which a run is known to be finished; returns what is printed last."""

@@ -96,7 +96,7 @@ class RunLog:
         if accelerator.is_main_process:
             if anew:
                 (folder / TRACKED).unlink(missing_ok=True)
-            self.logged_step = max(logged_steps(folder / "metrics.jsonl"), default=0)
+            self.logged_step = max((line["step"] for line in read_log(folder / "metrics.jsonl")), default=0)
             self.tracked_step = truncate_log(folder / "metrics.jsonl", last_step)
             self.file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.tracker = config.report_to if accelerator.is_main_process and config.report_to != "none" else None
@@ -303,10 +303,10 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
     return {"confusion_matrix": matrix}
 
 
-def logged_steps(path: Path) -> list[int]:
-    """The steps in a metrics.jsonl, in its order; lines that hold none are left out."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; torn and foreign ones are left out, and a file that cannot be read has none."""
     with contextlib.suppress(OSError):
-        return [step for line in path.read_bytes().splitlines() if (step := logged_step(line)) is not None]
+        return [json.loads(line) for line in path.read_bytes().splitlines() if logged_step(line) is not None]
     return []
 
 

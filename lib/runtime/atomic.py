@@ -319,7 +319,8 @@ def copy_files(source: Path, target: Path, names: Collection[str], link: bool = 
             shutil.copyfile(source / name, copy)
 
 
-RESUMES = "when there is room, run the same command again: it resumes from the previous checkpoint"
+AGAIN = "run the same command again"
+RESUMES = f"{AGAIN}: it resumes from the previous checkpoint"
 
 
 def explain(error: BaseException, folder: Path, advice: str = RESUMES) -> str:
@@ -339,7 +340,9 @@ def explain(error: BaseException, folder: Path, advice: str = RESUMES) -> str:
         free = f"the shell allows files of {limit / 2**10:,.0f} KiB; lift the limit with `ulimit -f unlimited`"
     elif number == errno.EDQUOT:
         free = f"your quota on the disk of {folder} is used up: `quota -s` shows it, where there is one; {free} for all"
-    return f"{first_line(error)} ({free}); {advice}"
+    if number not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # without a number, of a library, probably too
+        return f"{first_line(error)}; when that is mended, {advice}"
+    return f"{first_line(error)} ({free}); when there is room, {advice}"
 
 
 @contextlib.contextmanager

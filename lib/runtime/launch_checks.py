@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.commands.config.config_args import default_config_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.environment import str_to_bool
+from accelerate.utils import str_to_bool
 
 from lib.errors import UserError
 from lib.runtime.launcher import Launcher, find_launcher
@@ -111,6 +109,10 @@ class Launch:
     keys: dict[str, Any]
     """Its content."""
 
+    def told(self, flag: str) -> Any:
+        """The value of a setting; None where this version of accelerate has no such flag."""
+        return getattr(self.settings, flag, None)
+
     def origin(self, flag: str, key: str, value: Any) -> str | None:
         """The flag or the key with which `value` was asked for; None if neither was given."""
         if flag in self.flags:
@@ -122,7 +124,7 @@ class Launch:
     def processes(self) -> int:
         """How many processes the user asked for; 0 if that was left to the launcher."""
         return int(
-            (self.settings.num_processes if "num_processes" in self.flags else self.keys.get("num_processes")) or 0
+            (self.told("num_processes") if "num_processes" in self.flags else self.keys.get("num_processes")) or 0
         )
 
 
@@ -133,7 +135,11 @@ def read_launch() -> Launch | None:
     if launcher is None or arguments is None:
         return None
     logging.getLogger("accelerate.commands.launch").disabled = True  # it has said already what it chose itself
-    with contextlib.suppress(SystemExit, Exception):  # then the launcher would not have come as far as this
+    # The launcher has understood its command; a version of accelerate without these names leaves the variables to check.
+    with contextlib.suppress(SystemExit, Exception):
+        from accelerate.commands.config.config_args import default_config_file
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
         settings = launch_command_parser().parse_args(arguments)
         flags = frozenset(settings.nondefault)
         settings, content, _ = _validate_launch_command(settings)
@@ -176,7 +182,7 @@ def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, st
     """Raise UserError if flag, YAML file or variable ask for `setting`; `outside` is the launcher's environment."""
     reason = f"asks for {setting.what}, which {script()} does not follow: {setting.why}"
     if launch and setting.flag:
-        told = getattr(launch.settings, setting.flag) or launch.keys.get(setting.flag)
+        told = launch.told(setting.flag) or launch.keys.get(setting.flag)
         if setting.asks(str(told or "")) and (origin := launch.origin(setting.flag, setting.key, told)):
             raise UserError(f"{origin} of accelerate launch {reason}\nThis works: {working_line(launch)}")
     for environment in (os.environ, outside):
@@ -189,10 +195,10 @@ def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, st
 
 def check_gpus(launch: Launch | None, outside: dict[str, str]) -> None:
     """Raise UserError if the launcher's choice of GPUs replaced that of the user's CUDA_VISIBLE_DEVICES."""
-    variable, chosen = outside.get("CUDA_VISIBLE_DEVICES"), launch.settings.gpu_ids if launch else None
+    variable, chosen = outside.get("CUDA_VISIBLE_DEVICES"), launch.told("gpu_ids") if launch else None
     if launch is None or chosen in (None, "all") or variable is None or truth("ACCELERATE_USE_CPU"):
         return
-    if [part.strip() for part in variable.split(",")] != [part.strip() for part in str(chosen).split(",")]:
+    if not {part.strip() for part in str(chosen).split(",")} <= {part.strip() for part in variable.split(",")}:
         raise UserError(
             f"{launch.origin('gpu_ids', 'gpu_ids', chosen)} of accelerate launch overrides CUDA_VISIBLE_DEVICES={variable}; "
             f"give one of them\nThis works: CUDA_VISIBLE_DEVICES={variable} accelerate launch --gpu_ids all {script()} ..."
@@ -212,7 +218,10 @@ def check_processes(launch: Launch | None) -> None:
             f"This works: {working_line(launch)}"
         )
     for name in MPI_SIZES if "WORLD_SIZE" not in os.environ else ():
-        if (size := os.environ.get(name, "")).isdecimal() and int(size) > 1:
+        size = os.environ.get(name, "")
+        if size == os.environ.get("SLURM_STEP_NUM_TASKS"):
+            continue  # of srun, under which they may be runs of their own; in one folder its lock refuses all but one
+        if size.isdecimal() and int(size) > 1:
             raise UserError(
                 f"{name}={size}: MPI started {size} processes, and they would not know of each other; let the launcher "
                 f"start them\nThis works: {working_line(None, int(size))}"
@@ -235,8 +244,8 @@ def unused_settings(launch: Launch | None, outside: dict[str, str]) -> list[str]
         ),
         ("gradient_clipping", ("None", ""), "--max_grad_norm of train.py clips"),
     ):
-        asked, variable = getattr(launch.settings, flag) if launch else None, f"ACCELERATE_{flag.upper()}"
-        if launch and str(asked) not in nothing:
+        asked, variable = launch.told(flag) if launch else None, f"ACCELERATE_{flag.upper()}"
+        if launch and str(asked or "") not in nothing:
             notes.append(
                 f"{launch.origin(flag, f'deepspeed_config: {flag}', asked)} of the launcher is not used: {instead}"
             )
@@ -266,7 +275,6 @@ def script() -> str:
 
 def working_line(launch: Launch | None, processes: int | None = None, cpu: bool = False) -> str:
     """A command that runs as many processes as were asked for, by a file of this project instead of the user's."""
-    settings = launch.settings if launch else None
     count = processes or max(int(os.environ.get("WORLD_SIZE", "1")), launch.processes() if launch else 1)
     cpu = cpu or truth("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if count == 1:
@@ -274,7 +282,7 @@ def working_line(launch: Launch | None, processes: int | None = None, cpu: bool 
             f"accelerate launch --config_file accelerate_configs/{'cpu' if cpu else 'single_gpu'}.yaml {script()} ..."
         )
     line = f"accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes {count}"
-    if settings and settings.num_machines and settings.num_machines > 1:
-        line += f" --num_machines {settings.num_machines} --machine_rank {settings.machine_rank}"
-        line += f" --main_process_ip {settings.main_process_ip} --main_process_port {settings.main_process_port}"
+    if launch and (launch.told("num_machines") or 1) > 1:
+        names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
+        line += "".join(f" --{name} {launch.told(name)}" for name in names)
     return f"{'ACCELERATE_USE_CPU=true ' if cpu else ''}{line} {script()} ..."

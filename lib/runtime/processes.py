@@ -111,7 +111,9 @@ def check_time(accelerator: Accelerator, max_minutes: float | None) -> None:
     first = float(store.compare_set("start", "", str(start)))  # of the first process that says it, on any machine
     REQUEST.started -= max(0.0, start - first)
     if any_process(accelerator, time.monotonic() - REQUEST.started > 60 * max_minutes):
-        raise Stopped(f"--max_minutes {max_minutes:g} are over, counted from the first start by this launcher")
+        stopped = Stopped(f"--max_minutes {max_minutes:g} are over, counted from the first start by this launcher")
+        stopped.outcome = "nothing was trained since; the same command goes on from the last checkpoint"
+        raise stopped
 
 
 def check_shared(accelerator: Accelerator, folder: Path, token: str) -> None:

@@ -37,6 +37,9 @@ LAUNCHER = find_launcher()
 class Stopped(Exception):
     """Raised on every process at the same place after one of them was asked to stop."""
 
+    outcome = "saved; the same command goes on from here"
+    """What the user has now."""
+
 
 class Request:
     """Whether this process was asked to stop, and why; whether it must save first. One per process, as signals are."""

@@ -98,7 +98,7 @@ def run_script(main: Callable[[Any], Any], config: Any) -> None:
         sys.stdout.flush()
     except Stopped as stopped:  # every process raises it
         if os.environ.get("RANK", "0") == "0":
-            tell(f"{stopped}: saved; the same command goes on from here")
+            tell(f"{stopped}: {stopped.outcome}")
         flush_output()
         leave("", EXIT_RESUME)
     except BaseException as error:

@@ -6,7 +6,8 @@ import warnings
 import pytest
 
 from lib.run import learning_curves
-from lib.run.learning_curves import NAME, build_figure, draw_learning_curves, read_lines
+from lib.run.learning_curves import NAME, build_figure, draw_learning_curves
+from lib.run.tracking import read_log
 
 LINES = [
     {"step": 1, "train/loss": 1.5, "train/learning_rate": 1e-5},
@@ -40,7 +41,7 @@ def test_torn_lines_odd_names_and_no_evaluation_break_nothing(tmp_path, title):
     folder = tmp_path / title[:100]
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("\n".join(["", "{torn", "[1]", *map(json.dumps, LINES[:1])]))
-    assert read_lines(folder / "metrics.jsonl") == LINES[:1]
+    assert read_log(folder / "metrics.jsonl") == LINES[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert draw_learning_curves(folder, "accuracy", 0) == []

@@ -9,7 +9,7 @@ from lib.config.cli import dump_config
 from lib.config.train import TrackingConfig, TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.experiments.comparison_report import check_comparison_folder
-from lib.run.ownership import check_report_folder, check_run_folder, is_evaluation
+from lib.run.ownership import check_report_folder, check_run_folder
 from lib.run.resume import find_checkpoint, open_folder
 from lib.runtime.atomic import find_damage
 from tests.resuming import make_checkpoints
@@ -130,22 +130,21 @@ def test_configuration_of_another_run_is_not_written_over_though_it_is_cut(tmp_p
 
 
 def test_report_and_comparison_replace_only_their_own(tmp_path: Path) -> None:
-    others = {"results.json": is_evaluation}
     for name in ("report.json", "predictions.jsonl", "results.json", "confusion_matrix.png", ".lock"):
         put(tmp_path / name, name)
         with pytest.raises(UserError, match=name):
-            check_report_folder(tmp_path / name, others)
+            check_report_folder(tmp_path / name)
     (tmp_path / "results.json" / "results.json").write_text(
         '{"model": "m", "dataset": "d", "samples": 1, "best_step": 4}'
     )
     with pytest.raises(UserError, match=r"results\.json"):  # of a run
-        check_report_folder(tmp_path / "results.json", others)
+        check_report_folder(tmp_path / "results.json")
     own = tmp_path / "own"
     own.mkdir()
-    check_report_folder(own, others)
+    check_report_folder(own)
     (own / "report.json").write_text('{"split": "test", "samples": 1, "scores": {}}')
     (own / "confusion_matrix.png").write_text("")
-    check_report_folder(own, others)
+    check_report_folder(own)
     put(own, "comparison.md")
     with pytest.raises(UserError, match=r"comparison\.md"):
         check_comparison_folder(own)

@@ -208,7 +208,10 @@ def test_quota_limit_of_file_size_and_deleted_folder_are_named(tmp_path, monkeyp
     assert "quota" in explain(RuntimeError("I/O error: Disk quota exceeded (os error 122)"), tmp_path)
     assert "is gone" in explain(FileNotFoundError(2, "No such file"), tmp_path / "run")
     monkeypatch.setattr(atomic.resource, "getrlimit", lambda _: (4096, 4096))
-    with pytest.raises(UserError, match=r"4 KiB.*ulimit -f unlimited.*; once more"), explaining(tmp_path, "once more"):
+    with (
+        pytest.raises(UserError, match=r"4 KiB.*ulimit -f unlimited.*; .*once more"),
+        explaining(tmp_path, "once more"),
+    ):
         raise OSError(errno.EFBIG, "File too large")
 
 

@@ -45,7 +45,9 @@ WRITTEN = {
 @pytest.fixture(autouse=True)
 def _plain_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
-        if re.match(r"ACCELERATE_|PARALLELISM_|FSDP_|(OMPI|MV2|PMI)_|CUDA_VISIBLE|(LOCAL_)?WORLD_SIZE|RANK", name):
+        if re.match(
+            r"ACCELERATE_|PARALLELISM_|FSDP_|(OMPI|MV2|PMI|SLURM)_|CUDA_VISIBLE|(LOCAL_)?WORLD_SIZE|RANK", name
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setattr("sys.argv", ["/somewhere/train.py"])
 
@@ -204,6 +206,7 @@ def test_gpus_of_the_launcher_and_other_ones_of_the_variable_are_an_error(visibl
         told("--gpu_ids", "0,1", keys={}, outside=outside)
     assert told("--gpu_ids", "all", keys={"gpu_ids": "0"}, outside=outside) == []
     assert told("--gpu_ids", visible or "all", outside=outside) == []
+    assert told("--gpu_ids", "0,1", outside={"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == []
 
 
 # ---------------------------------------------------------------------------------------------------- what is said or read
@@ -441,3 +444,19 @@ def test_engine_of_the_users_default_file_is_refused_before_data_is_read(
     assert words in error
     assert script in error
     assert "accelerate_configs/" in works
+
+
+def test_tasks_of_srun_may_be_runs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    check_launch()
+
+
+def test_accelerate_without_its_private_names_leaves_the_variables_to_check(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("accelerate.commands.launch._validate_launch_command")
+    assert told("--num_processes", "1") == []
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP=true"):
+        told("--num_processes", "1")
