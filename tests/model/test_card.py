@@ -149,6 +149,6 @@ def test_text_of_others_on_the_card_is_no_link_picture_html_or_metadata(tmp_path
     assert loaded.data.license is None
     assert loaded.data.model_name == printable(name)
     body = text.split("\n---\n", 1)[1]
-    assert "license: mit\n" not in body
+    assert "\nlicense: mit" not in body
     without_code = re.sub(r"(?<!\\)(`+)(?!`).+?(?<!`)\1(?!`)", "", body)
     assert not re.search(r"(?<!\\)[\[\]]|<", without_code)
