@@ -87,9 +87,8 @@ def check_values(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for limit in getattr(field.type, "__metadata__", ()):
-            if isinstance(limit, Within | FileName) and value is not None:
-                for item in value if isinstance(value, tuple) else (value,):
-                    limit.check(f"--{field.name}", item)
+            if isinstance(limit, Within | FileName) and value is not None and not isinstance(value, tuple):
+                limit.check(f"--{field.name}", value)
 
 
 def check_settings(flag: str, items: tuple[str, ...]) -> None:
