@@ -440,6 +440,15 @@ def dump_config(config: Any) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
+def plain_options(text: str) -> dict[str, Any]:
+    """The options in a text that `dump_config` wrote, as plain values; none in another text."""
+    try:
+        found = yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def is_saved_config(path: Path) -> bool:
     """Whether a file holds all options of a run, as `dump_config` writes them; a few written by hand do not count."""
     try:

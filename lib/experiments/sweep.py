@@ -21,10 +21,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
-from lib.config.cli import dump_config
+from lib.config.cli import dump_config, plain_options
 from lib.config.sections import DataConfig, flatten
 from lib.config.sweep import Recipe, SweepConfig
 from lib.config.train import TrainConfig
@@ -156,7 +155,7 @@ class Sweep:
         if before is None:
             run = ["a run of train.py"] if is_run_folder(self.folder) else []
             refuse(self.folder, named + run, "a sweep", "--output_dir or --name")
-        now = yaml.safe_load(written)
+        now = plain_options(written)
         changed = [key for key in now if key not in MAY_CHANGE and before and before.get(key) != now[key]]
         lines = "\n".join(f"  {key}: {before and before.get(key)} there, {now[key]} now" for key in changed)
         require(not changed, f"{self.folder} holds another sweep:\n{lines}\nChoose another --name.")
@@ -456,10 +455,10 @@ class Bar:
 def read_options(path: Path) -> dict[str, Any] | None:
     """The options in a sweep.yaml; None if it is that of no sweep."""
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        found = plain_options(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and {"grid", "search_seed", "max_parallel"} <= found.keys() else None
+    return found if {"grid", "search_seed", "max_parallel"} <= found.keys() else None
 
 
 def sweep_name(config: SweepConfig, recipes: Sequence[Recipe]) -> str:
