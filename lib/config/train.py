@@ -172,7 +172,7 @@ class TrackingConfig:
     output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Output folder of the run. [default: outputs/{run_name}]"""
     run_name: Annotated[str | None, OUTPUT_NAME] = None
-    """Name of the run. [default: {model}-{dataset}-lr..-bs..-s{seed}]"""
+    """Name of the run. [default: {model}-{dataset}-(what is not at its default)-lr..-bs..-ep..-s{seed}]"""
     report_to: TrackerName = "wandb"
     """Experiment tracker; W&B works offline if there is no login. metrics.jsonl is always written."""
     project: str = "finetune"
