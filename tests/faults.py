@@ -564,7 +564,7 @@ def full_at_report(lab: Laboratory, processes: int) -> str:
     folder = lab.new()
     run, _ = start_read(lab, folder, {"report_bytes": 300}, processes)
     code = run.wait()
-    told = "told" if code and "Traceback" not in run.text() and "File too large" in run.text() else "not told"
+    told = "told" if code and 'train.py", line' not in run.text() and "File too large" in run.text() else "not told"
     torn = []
     for path in [folder / "results.json", folder / "record.json", *folder.glob("eval-*/*.json*")]:
         try:
