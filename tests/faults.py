@@ -172,7 +172,7 @@ class Laboratory:
         return f"differs in {', '.join(found)}" if found else EQUAL
 
     def differences(self, folder: Path, processes: int) -> list[str]:
-        return differences(self.reference(processes), folder, frozenset({"eval_batch_size", "run_id"}))
+        return differences(self.reference(processes), folder, frozenset({"eval_batch_size", "run_id", "run/notes"}))
 
     def losses(self, folder: Path) -> list[float]:
         return [line["train/loss"] for line in read_lines(folder / "metrics.jsonl")]
@@ -645,13 +645,13 @@ def best_flipped(lab: Laboratory, processes: int, everywhere: bool) -> str:
     for path in {path.stat().st_ino: path for path in files}.values():
         flip(path)
     run = lab.finish(folder, processes)
-    told = "told" if "damaged" in run.text() else "not told"
+    told = "told" if re.search("best model .* is (damaged|lost)", run.text()) else "not told"
     resumed = "resumed" if "resumed from" in run.text() else "started anew"
     found = lab.differences(folder, processes)
     lost = {"model.safetensors", "optimizer or schedule", "metrics.jsonl"} & set(found)
-    verdict = (
-        EQUAL if not found else f"differs in {', '.join(found)}" if lost or not everywhere else "the training is equal"
-    )
+    verdict = "the training is equal" if everywhere else EQUAL  # a later evaluation may make the same best model
+    if lost or (found and not everywhere):
+        verdict = f"differs in {', '.join(found)}"
     return f"{told}, {resumed}, {verdict}"
 
 

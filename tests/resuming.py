@@ -125,7 +125,7 @@ def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list
     tensors = [torch.load(path / "optimizer.pt", weights_only=True) for path in (first, second)]
     if not same_tensors(*tensors):
         found.append("optimizer or schedule")
-    for name, keys in (("state.json", TIMING | {"settings"} | ignored), ("results.json", TIMING)):
+    for name, keys in (("state.json", TIMING | {"settings"} | ignored), ("results.json", TIMING | ignored)):
         one, two = [
             json.loads(((path if name[0] == "s" else path.parent.parent) / name).read_text())
             for path in (first, second)
