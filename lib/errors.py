@@ -87,12 +87,12 @@ def is_hidden(character: str) -> bool:
 
 
 def one_message(text: str) -> str:
-    """`text` as it is printed: each line `printable`, those after the first indented, if they are not.
+    """`text` as it is printed: each line `printable`, those after the first indented.
 
     A line break in a name of the user's data cannot begin what looks like another message.
     """
     first, *others = map(printable, text.split("\n"))
-    return "\n".join([first, *(line if not line or line[0] == " " else f"  {line}" for line in others)])
+    return "\n".join([first, *(line and f"  {line}" for line in others)])
 
 
 def first_line(error: BaseException) -> str:

@@ -61,6 +61,7 @@ def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> Non
     assert not torch.equal(before["classifier.dense.weight"], after["classifier.dense.weight"])
 
 
+@pytest.mark.slow
 def test_sweep_of_wandb_starts_runs_that_have_folders_of_their_own(run: Command, roberta: Path, tmp_path: Path) -> None:
     """Its agents replace ${env} and the like, and give each parameter as --name=value."""
     sweep = yaml.safe_load(SWEEP.read_text())

@@ -315,12 +315,13 @@ LAB |= {"WANDB_TAGS": "b,a", "WANDB_NOTES": "why", "WANDB_RUN_ID": "abc123", "WA
     ("options", "variables", "expected"),
     [
         ({}, LAB, ["theirs", "all", "lab", "sweep", ["a", "b"], "why", "abc123", 1]),
-        (
+        pytest.param(
             {"run_name": "own", "project": "mine", "tags": ["c"], "notes": "because"},
             LAB,
             ["own", "all", "mine", "sweep", ["c"], "because", "abc123", 1],
+            marks=pytest.mark.slow,
         ),
-        ({}, {}, ["mine-s1", "mine", "finetune", "train", [], None, None, 0]),
+        pytest.param({}, {}, ["mine-s1", "mine", "finetune", "train", [], None, None, 0], marks=pytest.mark.slow),
     ],
 )
 def test_wandb_variables_of_a_lab_win_over_defaults_and_lose_to_options(
@@ -437,6 +438,7 @@ for experiment, steps, anew in (("a", (1, 2), False), ("a", (1, 2, 3), False), (
 """
 
 
+@pytest.mark.slow
 def test_start_before_the_first_checkpoint_is_the_same_wandb_run_unless_the_experiment_is_another_or_anew(
     alone: Callable[..., str], tmp_path: Path
 ) -> None:

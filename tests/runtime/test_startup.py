@@ -164,7 +164,7 @@ def test_what_is_registered_for_a_failure_cannot_prevent_the_end(end: End) -> No
 
 def test_message_with_names_of_users_moves_no_cursor(end: End) -> None:
     _, printed = end(UserError("classes: a\tb, \x1b[31mred, 正面\n  next line"))
-    assert printed == "error: classes: a\\tb, \\x1b[31mred, 正面\n  next line\n"
+    assert printed == "error: classes: a\\tb, \\x1b[31mred, 正面\n    next line\n"
 
 
 @pytest.mark.parametrize("raised", [UserError("no x"), Stopped("SIGTERM"), KeyboardInterrupt(), ValueError("bug")])
