@@ -33,7 +33,7 @@ from lib.config.sections import DataConfig
 from lib.errors import UserError, first_line
 from lib.hub import packaged
 from lib.hub.endpoint import datasets_cache
-from lib.runtime.atomic import MANIFEST, MARK, find_damage, make_folder, remove_unused
+from lib.runtime.atomic import MANIFEST, MARK, find_damage, listed_files, make_folder, remove_unused
 
 LIMIT = 20 * 2**30
 """Bytes of prepared data that are kept; beyond it the least recently used go first."""
@@ -133,7 +133,7 @@ def find_or_prepare(
 
 def unlisted(folder: Path) -> str | None:
     """A table or the fields that no manifest answers for, in words; None if all are listed."""
-    listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    listed = listed_files(folder)
     names = [name for name in (FIELDS, *sorted(path.name for path in folder.glob("*.arrow"))) if name not in listed]
     return f"{names[0]} is not in {MANIFEST}" if names else None
 

@@ -1,6 +1,5 @@
 """Launches that are not what the user asked for, trackers, and the devices and processes in words."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import torch
 import lib.runtime.accelerator
 from lib.errors import UserError
 from lib.runtime.accelerator import build_accelerator, check_devices, describe_devices
-from lib.runtime.cpu import tuning
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.processes import describe_processes
 
@@ -29,17 +27,6 @@ LAUNCH_VARIABLES = (
 def _plain_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A launch on the CPU, whose settings of threads and kernels end with the test; the allocator is left alone."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(tuning, "keep_freed_memory", lambda: None)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
-    use_cpu_kernels(False)
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -14,8 +14,6 @@ from accelerate.commands.config.default import write_basic_config
 from lib.errors import UserError
 from lib.runtime import launch_checks
 from lib.runtime.accelerator import build_accelerator, check_devices
-from lib.runtime.cpu import tuning
-from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.launch_checks import REFUSED, check_launch, launch_arguments
 from lib.runtime.launcher import Launcher
 from tests.conftest import ROOT, Command, results_of, sentences, write_csv
@@ -236,16 +234,6 @@ def test_cpu_is_used_where_the_user_asked_for_it_though_the_launcher_forgets(
     monkeypatch.setenv("ACCELERATE_USE_CPU", "False")
     told(outside={"ACCELERATE_USE_CPU": "on"})
     assert launch_checks.truth("ACCELERATE_USE_CPU")
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch):
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(tuning, "keep_freed_memory", lambda: None)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    torch.set_num_threads(threads)
-    use_cpu_kernels(False)
 
 
 @pytest.mark.usefixtures("on_cpu")
