@@ -27,6 +27,7 @@ import lib.runtime.startup  # noqa: F401 - before what imports transformers
 from lib.inference.explain_tokens import explain_tokens
 from lib.inference.inputs import Example, count_rows, read_examples
 from lib.inference.load import Task, load_task, load_task_tokenizer
+from lib.inference.merged_export import export_merged
 from lib.inference.onnx_export import export_onnx
 from lib.inference.outputs import write_predictions
 from lib.inference.stream import Prediction, predict_stream
@@ -49,10 +50,11 @@ def main(config: PredictConfig) -> None:
         return
     accelerator = build_accelerator(trained.precision, cpu_kernels=False)
     task = load_task(config, trained, accelerator.device)
-    if config.export_onnx:
+    if folder := config.export_onnx or config.merge_adapter:
         if accelerator.is_main_process:
-            difference = export_onnx(task.model, task.tokenizer, Path(config.export_onnx))
-            print(f"written to {printable(config.export_onnx)}; largest difference from PyTorch: {difference:.1e}")
+            export = export_onnx if config.export_onnx else export_merged
+            difference = export(task.model, task.tokenizer, Path(folder))
+            print(f"written to {printable(folder)}; largest difference from the model: {difference:.1e}")
         finish(accelerator, task.model)
         return
 

@@ -209,6 +209,8 @@ class PredictConfig:
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
     export_onnx: Annotated[str | None, OUTPUT_PATH] = None
     """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
+    merge_adapter: Annotated[str | None, OUTPUT_PATH] = None
+    """Add the adapter's update to the weights of its base model, write the whole model to this folder, and stop."""
 
     def __post_init__(self) -> None:
         """Also refuses options that the task does not have: they would be ignored."""
@@ -228,13 +230,17 @@ class PredictConfig:
         require(fits, "--task question-answering takes --question and --context, or --input")
 
         zero_shot = task == "zero-shot-classification"
-        if not (self.explain_tokens or self.export_onnx):
+        exported = self.export_onnx or self.merge_adapter
+        require(not (self.export_onnx and self.merge_adapter), "--merge_adapter and --export_onnx exclude each other")
+        if not (self.explain_tokens or exported):
             has_labels = bool(self.zero_shot.candidate_labels)
             require(zero_shot or not has_labels, "--candidate_labels is for --task zero-shot-classification")
             require(
                 has_labels or not zero_shot,
                 "--task zero-shot-classification needs --candidate_labels, such as --candidate_labels sports politics",
             )
+        fits = self.merge_adapter is None or task == "sentiment-analysis"
+        require(fits, "--merge_adapter is for text classifiers; leave --task out")
         fits = self.export_onnx is None or task not in (*GENERATING, "zero-shot-classification")
         require(fits, f"--export_onnx is for models that need one forward pass per text, not for --task {task}")
 

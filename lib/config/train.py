@@ -153,6 +153,9 @@ class TrainingConfig:
     """With --freeze: run the frozen part in every step instead of caching its outputs."""
     feature_cache_gib: Annotated[float, Within("(0, 1000000]")] = 2.0
     """With --freeze: GiB of memory for cached outputs of the frozen part; four times as much on disk."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the trained layers for the backward pass, and compute the rest again: much less memory for a
+    third more time. Results are equal."""
     compile: bool = False
     """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
     cpu_kernels: bool = True
@@ -222,3 +225,8 @@ class TrainConfig:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
         random = self.adapter.adapter and self.model.from_scratch
         require(not random, "--adapter trains no weights of the model, which --from_scratch makes random; choose one")
+        recomputed = self.training.gradient_checkpointing
+        require(
+            not (recomputed and self.adapter.adapter == "prefix"),
+            "--gradient_checkpointing: a layer that is computed again does not read the prefix; use --adapter prompt or lora",
+        )

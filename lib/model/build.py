@@ -1,4 +1,4 @@
-"""The model that is trained: loaded, then frozen in part or given an adapter, then compiled if asked."""
+"""The model that is trained: loaded, then frozen in part or given an adapter, then recomputed or compiled if asked."""
 
 from typing import Any
 
@@ -11,16 +11,18 @@ from lib.model.adapters.adapt import adapt, adapter_folder
 from lib.model.compilation import compile_layers
 from lib.model.load import build_model
 from lib.model.overrides import override
+from lib.model.recomputation import recompute_layers
 from lib.model.source import LoadingInfo, load_hf_config
 
 
 def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: torch.device) -> tuple[Any, LoadingInfo]:
     """A classifier for the labels of `data`, and which of its weights are not those of the checkpoint.
 
-    Raises UserError if it cannot be loaded, changed, frozen, adapted or compiled as asked.
+    Raises UserError if it cannot be loaded, changed, frozen, adapted, recomputed or compiled as asked.
     """
     model, weights = build_model(config.model, data.label_names, tokenizer, data.problem_type)
     model = adapt(model, config.adapter, config.model, weights.new)
+    model = recompute_layers(model, config.training.gradient_checkpointing)
     return compile_layers(model, config.training.compile, device), weights
 
 

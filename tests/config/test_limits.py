@@ -131,7 +131,7 @@ PATHS = {
         "resume_from_checkpoint",
     ),
     EvalConfig: ("run", "dataset", "train_file", "validation_file", "test_file", "output_dir"),
-    PredictConfig: ("model", "input", "output", "export_onnx"),
+    PredictConfig: ("model", "input", "output", "export_onnx", "merge_adapter"),
     CompareConfig: ("output_dir",),
 }
 

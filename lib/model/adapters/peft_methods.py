@@ -97,6 +97,17 @@ def reload_peft(model: torch.nn.Module, folder: Path) -> None:
     peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
 
 
+def merge_peft(model: Any) -> Any:
+    """The base model with the adapter's update added to its weights, and with the trained head; `model` is used up."""
+    from peft.utils import ModulesToSaveWrapper
+
+    base = model.get_base_model()
+    wrapped = [(name, part) for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)]
+    for name, part in wrapped:  # peft itself fails here for IA3
+        base.set_submodule(name, part.modules_to_save[part.active_adapter])
+    return model.merge_and_unload(safe_merge=True)
+
+
 def check_package(reason: str) -> None:
     """Raise UserError with the command that installs peft, where it is missing."""
     if importlib.util.find_spec("peft") is None:
