@@ -3,7 +3,7 @@
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -93,3 +93,17 @@ def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     finally:
         for layer, parameters in originals:
             layer._parameters.update(parameters)
+
+
+@torch.no_grad()
+def keep_in_dtype(layers: Iterable[nn.Module], mixed_precision: str) -> None:
+    """Hold the frozen weights of linear `layers` in the dtype that autocast casts them to in each forward.
+
+    Results are equal bit by bit, as with `cast_weights`. The weights take half the memory, and no step casts them again.
+    """
+    dtype = DTYPES.get(mixed_precision)
+    for layer in layers if dtype else ():
+        own = list(layer.parameters(recurse=False))
+        if all(p.dtype == torch.float32 and not p.requires_grad for p in own):
+            for parameter in own:
+                parameter.data = parameter.data.to(dtype)

@@ -13,7 +13,9 @@ from lib.config.train import OptimConfig
 from lib.data.loader import Split, StepBatch
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
+from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
+from lib.runtime.precision import keep_in_dtype
 from lib.training.meter import Meter, not_finite
 from lib.training.objective import Objective
 from lib.training.optimizer import (
@@ -102,9 +104,11 @@ def build_learner(
 ) -> Learner:
     """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
 
-    The schedule is not prepared: it advances once per optimizer step, not once per process. Raises UserError if the
-    schedule does not accept its settings, or if rates by layer do not fit the model.
+    Frozen weights below an adapter are held in the dtype that they are computed in. The schedule is not prepared: it
+    advances once per optimizer step, not once per process. Raises UserError if the schedule does not accept its settings,
+    or if rates by layer do not fit the model.
     """
+    keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -17,16 +17,18 @@ from lib.config.sections import AdapterConfig, ModelConfig, flatten
 from lib.config.train import TrainConfig
 from lib.errors import UserError
 from lib.model.adapters import peft_methods
-from lib.model.adapters.adapt import adapt, adapter_folder
+from lib.model.adapters.adapt import adapt, adapter_folder, frozen_layers
 from lib.model.adapters.bottleneck import ARCHITECTURES, Bottleneck, bottleneck_config
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.load import load_classifier, load_tokenizer
 from lib.model.weights import reload_model, save_model, saved_tensors
 from lib.run.best_model import publish_model
+from lib.runtime.precision import keep_in_dtype
 from tests import tiny_models
 from tests.conftest import ROOT, read_lines, results_of, sentences, tiny_roberta, write_csv
 from tests.loopback_hub import loopback_hub
 from tests.predicting import answers, settings
+from tests.resuming import same_tensors
 from tests.tiny_models import NAMES, SETTINGS, build_from, save_classifier
 
 KINDS = [*(kind for kind in SETTINGS if kind != "gpt2"), "xlm-roberta"]
@@ -457,3 +459,30 @@ def test_adapter_is_trained_evaluated_and_used_by_the_scripts(
     card = (folder / "model" / "README.md").read_text()
     assert "predict.py" in card
     assert "pipeline(" not in card
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "lora", "dora", "ia3", "prefix", "prompt"])
+def test_frozen_weights_in_bf16_give_equal_losses_and_gradients(folder_of, method):
+    """As autocast rounds them in each forward; DoRA, which also reads their norms, keeps them in float32."""
+    found = []
+    for precision in ("no", "bf16"):
+        torch.manual_seed(0)
+        model, tokenizer = build(folder_of("bert"), method)
+        randomize(model)
+        keep_in_dtype(frozen_layers(model), precision)
+        rounded = [name for name, p in model.named_parameters() if p.dtype == torch.bfloat16]
+        assert bool(rounded) == (precision == "bf16" and method != "dora")
+        assert not set(rounded) & set(saved_tensors(model))
+        batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
+        torch.manual_seed(7)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model.train()(**batch).logits.float().square().mean()
+        loss.backward()
+        found.append({"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert same_tensors(*found)
+
+
+def test_prompt_is_as_wide_as_the_token_embeddings_of_electra(folder_of):
+    model, tokenizer = build(folder_of("electra"), "prompt")
+    batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
+    assert model(**batch).logits.shape == (2, 3)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError
@@ -74,6 +75,17 @@ def head_modules(model: PreTrainedModel, new_weights: list[str]) -> list[str]:
     ]
     inside = {name.rpartition(".")[0] for name in new_weights if name.split(".")[0] not in outside}
     return [*outside, *sorted(inside)]
+
+
+def frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The linear layers below an adapter whose frozen weights only multiply, and are not saved; none without an adapter.
+
+    DoRA also reads the norms of their columns.
+    """
+    info = adapter_info(model)
+    if info is None or getattr(getattr(model, "active_peft_config", None), "use_dora", False):
+        return []
+    return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -67,7 +67,10 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, head: list[str]) 
         return peft.IA3Config(**shared, target_modules=targets, feedforward_modules=scaled_inputs)
     shared |= {
         "num_virtual_tokens": config.num_virtual_tokens,
-        "token_dim": model.config.hidden_size,
+        # A prompt stands beside the token embeddings, which may be narrower than the layers, as in ELECTRA.
+        "token_dim": model.get_input_embeddings().embedding_dim
+        if config.adapter == "prompt"
+        else model.config.hidden_size,
         "num_layers": model.config.num_hidden_layers,
         "num_attention_heads": model.config.num_attention_heads,
         "num_transformer_submodules": 1,
