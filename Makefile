@@ -2,6 +2,8 @@
 # make test    set up, then run the tests           make test-slow   the long ones as well
 # make faults  break runs in every way, print a table
 # make kills   a thousand times SIGKILL and a new start, about twenty minutes; ARGS=--help for what it takes
+# make kill-sweeps   the same for a sweep of 2 rates x 3 seeds; ARGS=--help for what it takes
+# make seeds   three seeds of the default run, with their mean; ARGS="--seeds 5 -- --lr 1e-4" for others
 # make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make start   seconds to the first step with 1,000 and 1,000,000 rows, about ten minutes
 # make lint    ruff and mypy                        make clean       remove the environment
@@ -10,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format faults kills seeds start bench clean
+.PHONY: train test test-slow lint format faults kills kill-sweeps seeds start bench clean
 
 # All of the launcher's values are named: it warns of those it has to choose. train.py --mixed_precision chooses bf16 itself.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -40,8 +42,11 @@ faults: $(READY)
 kills: $(READY)
 	$(BIN)/python -m tests.kills $(ARGS)
 
+kill-sweeps: $(READY)
+	$(BIN)/python -m tests.kill_sweeps $(ARGS)
+
 seeds: $(READY)
-	$(BIN)/python benchmarks/seeds.py $(ARGS)
+	$(BIN)/python sweep.py --seeds 3 $(ARGS)
 
 start: $(READY)
 	$(BIN)/python benchmarks/start.py $(ARGS)

@@ -4,6 +4,8 @@ accelerate launch eval.py --run outputs/NAME --split test
 accelerate launch eval.py --model cardiffnlp/twitter-roberta-base-sentiment-latest --test_file test.csv
 """
 
+import dataclasses
+
 from lib.config.cli import parse_cli
 from lib.config.eval import EvalConfig
 from lib.data.catalog import data_needs
@@ -31,6 +33,7 @@ from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import eval_folder, find_scored_model
 from lib.run.ownership import check_report_folder
 from lib.run.results import report_evaluation
+from lib.run.tracking import send_scores
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.atomic import AGAIN, explaining
 from lib.runtime.lock import check_writable, locked_folder
@@ -61,6 +64,9 @@ def main(config: EvalConfig) -> None:
     if accelerator.is_main_process:
         with locked_folder(folder, wait=60), explaining(folder, AGAIN):
             report = report_evaluation(accelerator, config, trained, batches.data, metrics, scored)
+        if config.report_to == "auto" and config.run_folder is not None:
+            label = eval_folder(dataclasses.replace(config, output_dir=None)).name.removeprefix("eval-")
+            send_scores(config.run_folder, label, scored.scores)
         print(report, flush=True)
     finish(accelerator, model)
 

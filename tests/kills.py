@@ -16,7 +16,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import importlib
@@ -53,7 +52,7 @@ from lib.runtime import accelerator
 from lib.runtime.atomic import find_damage
 from lib.training.learner import Learner
 from tests.conftest import ROOT, tiny_roberta
-from tests.resuming import differences, run_flags
+from tests.resuming import become_reaper, differences, leftovers, run_flags
 from tests.writes import watch_writes
 
 LIMIT = 120.0
@@ -425,12 +424,6 @@ def has_model(folder: Path) -> bool:
     return False
 
 
-def leftovers(folder: Path) -> list[str]:
-    """Drafts and files of running processes below the folder of a finished run."""
-    found = [path for path in folder.rglob("*") if path.name in ("heartbeats", ".lock") or path.suffix == ".tmp"]
-    return [str(path.relative_to(folder)) for path in [*found, *folder.rglob(".tmp-*"), *folder.rglob(".old-*")]]
-
-
 @dataclasses.dataclass(frozen=True)
 class Driver:
     """All experiments: their folder, their data, and how they are drawn."""
@@ -531,12 +524,6 @@ def check_kept(folder: Path, seen: tuple[tuple[int, bool] | None, bool]) -> tupl
     if seen[1] and not model:
         raise Broken("lost", "model/ does not load any more")
     return newest, model
-
-
-def become_reaper() -> None:
-    """Have Linux give the orphans of this process's children to this process, so that it can wait for them."""
-    PR_SET_CHILD_SUBREAPER = 36
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- all of them

@@ -1,5 +1,6 @@
 """Helpers of the tests of checkpoints and resuming: saved models, interrupted runs, and the comparison of finished ones."""
 
+import ctypes
 import json
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,15 @@ def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list
     if not models[0] or models[0] != models[1]:
         found.append("model")
     return found
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Drafts and files of running processes below the folder of a finished run."""
+    found = [path for path in folder.rglob("*") if path.name in ("heartbeats", ".lock") or path.suffix == ".tmp"]
+    return [str(path.relative_to(folder)) for path in [*found, *folder.rglob(".tmp-*"), *folder.rglob(".old-*")]]
+
+
+def become_reaper() -> None:
+    """Have Linux give the orphans of this process's children to this process, so that it can wait for them."""
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)

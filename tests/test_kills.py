@@ -19,3 +19,10 @@ def test_run_killed_again_and_again_ends_as_if_nothing_had_happened(run, kills):
 @pytest.mark.slow
 def test_kills_would_notice_a_save_that_removes_the_old_checkpoint_first(run):
     assert "lost: " in kill(run, "--kills", 20, "--broken", code=1, timeout=900)
+
+
+@pytest.mark.slow
+def test_sweep_killed_again_and_again_ends_like_one_that_was_not(run):
+    shown = run("tests/kill_sweeps.py", "--tiny", "--kills", 5, "--seeds", 2, env=WORKER_ENV, timeout=900).stdout
+    assert "5 kills" in shown
+    assert ": 0 differences" in shown

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lib.config.cli import Given, read_yaml
 from lib.config.limits import COUNT, INPUT_PATH, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values
@@ -51,6 +51,8 @@ class EvalConfig:
     """Random seed of the bootstrap."""
     output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
+    report_to: Literal["auto", "none"] = "auto"
+    """`auto`: the scores of a run are added to its own run in its tracker, if it has one."""
     mixed_precision: Precision = "auto"
     """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
 

@@ -25,6 +25,9 @@ OWN_FLAGS = {
 }
 """Flags of train.py that a sweep sets itself, and what to give instead."""
 
+PART = r'"[^"]*"|\[(?:"[^"]*"|[^"\[\]])*\]|[^",\[\]]'
+"""A piece of a value in which no comma ends it: in quotes, in brackets, or a character that is neither."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
@@ -38,7 +41,8 @@ class SweepConfig:
     seeds: Annotated[int, COUNT] = 1
     """Runs of each recipe, with the seeds 0, 1, 2, ..."""
     grid: tuple[str, ...] = ()
-    """Recipes: all combinations of the values of options of train.py, such as lr=1e-5,2e-5 bs=16,32."""
+    """Recipes: all combinations of the values of options of train.py, such as lr=1e-5,2e-5 bs=16,32. Of an option with
+    several values at once each stands in brackets: 'metrics=[f1_macro,accuracy],[accuracy]'."""
     search: tuple[str, ...] = ()
     """Recipes drawn evenly from ranges of options of train.py: lr=1e-5:1e-4:log warmup_steps=0:0.2 max_length=32:128:int,
     or from a list of values, as in --grid. They are compared on validation only."""
@@ -99,14 +103,18 @@ class SweepConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a run is trained with apart from its seed: the flags that all runs share, and the varied ones, in order."""
+    """What a run is trained with apart from its seed: the flags that all runs share, and the varied ones, in order.
+
+    `unsaid` are the varied ones of which a run's default name tells not all values apart.
+    """
 
     shared: tuple[str, ...]
     varied: tuple[tuple[str, str], ...] = ()
+    unsaid: tuple[str, ...] = ()
 
     def flags(self, seed: int, *more: str) -> list[str]:
         """The flags of train.py for a run of this recipe, with `more`."""
-        varied = [part for name, value in self.varied for part in (f"--{name}", value)]
+        varied = [part for name, value in self.varied for part in (f"--{name}", *items_of(value))]
         return [*self.shared, *varied, "--seed", str(seed), *more]
 
     def config(self, seed: int, *more: str) -> TrainConfig:
@@ -159,7 +167,7 @@ def draw(config: SweepConfig) -> list[tuple[tuple[str, str], ...]]:
 def value_at(name: str, text: str, share: float) -> str:
     """The value of an axis of `--search` at `share` of its way: of `low:high`, `low:high:log`, `low:high:int` or `a,b,c`."""
     low, _, rest = text.partition(":")
-    if not rest:
+    if not rest or "," in text or text[0] in '["':
         values = values_of("--search", name, text)
         return values[int(share * len(values))]
     high, _, scale = rest.partition(":")
@@ -179,11 +187,42 @@ def value_at(name: str, text: str, share: float) -> str:
 
 
 def values_of(flag: str, name: str, text: str) -> list[str]:
-    values = text.split(",")
+    """The values in `a,b`, `[a,b],[c]` or `"a,b",c`, as written. Raises UserError for text that is no such list."""
+    values = split_values(text)
+    if values is None or any(re.match(r"\[", value) and value[-1] != "]" for value in values):
+        raise UserError(
+            f"{flag} {name}={shorten(text)}: a bracket or a quote is not closed, or something follows it. Commas are between "
+            "values; of an option that takes several at once each stands in brackets, [a,b],[c], and a value with a comma in "
+            "double quotes, within the single ones of the shell"
+        )
+    option = options_of(TrainConfig).get(f"--{name}")
+    listed = next((value for value in values if value[:1] == "["), None)
+    require(
+        listed is None or option is None or option.takes_many,
+        f"{flag} {name}={shorten(text)}: --{name} takes one value; for several recipes leave the brackets out",
+    )
     twice = next((value for value in values if values.count(value) > 1), None)
     require(all(values), f"{flag} {name}={shorten(text)}: a value between the commas is empty")
     require(twice is None, f"{flag} {name}={shorten(text)} names {twice} twice")
     return values
+
+
+def split_values(text: str) -> list[str] | None:
+    """The parts between commas that are in no quotes or brackets; None if one of these is not closed."""
+    found, rest = [], text + ","
+    while rest:
+        match = re.match(rf"((?:{PART})*),", rest)
+        if match is None:
+            return None
+        found.append(match[1].strip())
+        rest = rest[match.end() :]
+    return found
+
+
+def items_of(value: str) -> list[str]:
+    """What a value of `--grid` or `--search` gives to its flag: the items of `[a,b]`, or the value itself; without quotes."""
+    items = split_values(value[1:-1]) or [] if value[:1] == "[" else [value]
+    return [item.replace('"', "") for item in items if item]
 
 
 def pairs(flag: str, items: Sequence[str]) -> Iterator[tuple[str, str]]:

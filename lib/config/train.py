@@ -19,7 +19,7 @@ from lib.config.limits import (
 from lib.config.sections import AdapterConfig, DataConfig, HubConfig, ModelConfig, Precision, alias
 from lib.errors import require
 
-TrackerName = Literal["wandb", "tensorboard", "trackio", "none"]
+TrackerName = Literal["wandb", "swanlab", "tensorboard", "trackio", "none"]
 SchedulerName = Literal[
     "linear",
     "cosine",
@@ -177,9 +177,9 @@ class TrackingConfig:
     run_name: Annotated[str | None, OUTPUT_NAME] = None
     """Name of the run. [default: {model}-{dataset}-(what is not at its default)-lr..-bs..-ep..-s{seed}]"""
     report_to: TrackerName = "wandb"
-    """Experiment tracker; W&B works offline if there is no login. metrics.jsonl is always written."""
-    project: str = "finetune"
-    """Name of the project in the tracker."""
+    """Experiment tracker; W&B and SwanLab work offline if there is no login. metrics.jsonl is always written."""
+    project: str | None = None
+    """Name of the project in the tracker. [default: WANDB_PROJECT, or SWANLAB_PROJ_NAME for SwanLab, else finetune]"""
     tags: tuple[str, ...] = ()
     """Tags of the run in the tracker."""
     notes: str | None = None
@@ -193,7 +193,8 @@ class TrackingConfig:
         plain = name is None or (all(char.isalnum() or char in "._-" for char in name) and name not in (".", ".."))
         require(plain, f"--run_name takes letters, digits and . _ -, got {name!r}")
         require(name is None or len(name) <= 128, f"--run_name takes at most 128 characters, got {len(name or '')}")
-        fits = 0 < len(self.project) <= 128 and not set("/\\#?%:") & set(self.project)
+        project = self.project
+        fits = project is None or (0 < len(project) <= 128 and not set("/\\#?%:") & set(project))
         require(fits, f"--project takes up to 128 characters, none of / \\ # ? % :, got {shorten(self.project)!r}")
         for tag in self.tags:
             require(0 < len(tag) <= 64, f"--tags takes tags of 1 to 64 characters, got {shorten(tag)!r}")

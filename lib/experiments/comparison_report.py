@@ -13,12 +13,17 @@ from lib.evaluation.fonts import find_fonts, plain_text
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.tables import format_table
 from lib.experiments.comparison import GroupScore, MetricComparison, changed_answers
-from lib.experiments.groups import Group
+from lib.experiments.groups import Group, differing_settings
 from lib.experiments.significance import LEVEL
 from lib.run.ownership import holds, refuse
 from lib.runtime.atomic import finite, replacing, write_atomically
 
 LONGEST_TEXT = 80
+MOST_SETTINGS = 20
+"""Rows of the table of settings."""
+STARS = (
+    "mean ± standard deviation over the seeds; * p < 0.05, ** p < 0.01, *** p < 0.001 against A, corrected for several"
+)
 
 
 def format_comparison(groups: Sequence[Group], metrics: Sequence[MetricComparison], config: CompareConfig) -> str:
@@ -26,6 +31,10 @@ def format_comparison(groups: Sequence[Group], metrics: Sequence[MetricCompariso
     size = len(groups[0].scored[0].texts)
     letters = [chr(ord("A") + i) if i < 26 else f"#{i + 1}" for i in range(len(groups))]
     parts = [format_table([["", "runs", "recipe"], *group_rows(groups, letters)])]
+    differing = [[short(cell) for cell in row] for row in differing_settings(groups)]
+    parts.append(format_table([["setting", *letters], *differing[:MOST_SETTINGS]]))
+    if len(differing) > MOST_SETTINGS:
+        parts[-1] += f"\n{len(differing) - MOST_SETTINGS} more in comparison.json (--output_dir)"
     for metric in metrics:
         lower = " (lower is better)" if metric.metric in LOWER_IS_BETTER else ""
         head = [
@@ -38,6 +47,7 @@ def format_comparison(groups: Sequence[Group], metrics: Sequence[MetricCompariso
         rows = [head, *score_rows(metric, letters)]
         parts += [format_table(rows), format_table([DIFFERENCE_HEAD, *difference_rows(metric, letters)])]
     parts += [note for metric in metrics for note in conclusions(metric, letters)]
+    parts.append(f"{format_table(starred(metrics, letters))}\n{STARS}")
     for letter, group in zip(letters[1:], groups[1:], strict=True):
         changed = changed_answers(groups[0], group, config.examples)
         if changed:
@@ -94,6 +104,20 @@ def conclusions(metric: MetricComparison, letters: Sequence[str]) -> list[str]:
     return lines
 
 
+def starred(metrics: Sequence[MetricComparison], names: Sequence[str]) -> list[list[str]]:
+    """The table of a paper: a row for each group, a column for each metric, and stars by the corrected p values."""
+    rows = [["", *(metric.metric for metric in metrics)]]
+    for place, name in enumerate(names):
+        cells = []
+        for metric in metrics:
+            score, p = metric.groups[place], metric.adjusted[place - 1] if place else math.nan
+            stars = "*" * sum(p < level for level in (0.05, 0.01, 0.001))  # none for NaN
+            spread = "" if math.isnan(score.deviation) else f" ± {score.deviation:.4f}"
+            cells.append(f"{score.mean:.4f}{spread}" + f" {stars}".rstrip())
+        rows.append([name, *cells])
+    return rows
+
+
 def significant(p: float) -> bool:
     return not math.isnan(p) and p < LEVEL
 
@@ -136,7 +160,11 @@ def write_comparison(folder: Path, text: str, groups: Sequence[Group], metrics: 
     folder.mkdir(parents=True, exist_ok=True)
     record = {"groups": [group_record(group) for group in groups], "metrics": [metric_record(m) for m in metrics]}
     write_atomically(folder / "comparison.json", json.dumps(finite(record), indent=2, ensure_ascii=False) + "\n")
-    write_atomically(folder / "comparison.md", f"```\n{text}\n```\n")
+    names = [f"{group.name}, {len(group.runs)} seed{'s'[: len(group.runs) > 1]}" for group in groups]
+    head, *rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in starred(metrics, names)]
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    table = "\n".join([*lines, "", STARS.replace("*", "\\*")])
+    write_atomically(folder / "comparison.md", f"```\n{text}\n```\n\n{table}\n")
     families, _ = find_fonts(group.name for group in groups)
     with plain_text(families):
         draw_comparison(folder / "comparison.png", groups, metrics)

@@ -231,12 +231,33 @@ def check_seeds(runs: Sequence[FinishedRun]) -> None:
 
 def differences(baseline: dict[str, Any], other: dict[str, Any]) -> str:
     """The settings of `other` that differ from the baseline's, but the seed: `learning_rate 1e-05, freeze backbone`."""
+    keys = changed_keys(baseline, other)
+    shown = [f"{key.removeprefix('run/')} {shown_value(other[key], baseline.get(key))}" for key in keys[:SHOWN]]
+    return ", ".join([*shown, *([f"{len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
+
+
+def changed_keys(baseline: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The settings that differ, but the seed."""
     keys = [key for key in other if key != "seed" and other[key] != baseline.get(key)]
     if PLACES & {*keys}:  # the name of a model says enough, unless its files are the same
         same = has_identity(other) and not {*IDENTITY} & {*keys}
         keys = [key for key in keys if key not in (PLACES if same else IDENTITY)]
-    shown = [f"{key.removeprefix('run/')} {shown_value(other[key], baseline.get(key))}" for key in keys[:SHOWN]]
-    return ", ".join([*shown, *([f"{len(keys) - SHOWN} more"] if len(keys) > SHOWN else [])])
+    return keys
+
+
+def differing_settings(groups: Sequence[Group]) -> list[list[str]]:
+    """A row for each setting in which a group differs from the first: its name, and its value in each group."""
+    first, *others = [group.runs[0].settings for group in groups]
+    keys = dict.fromkeys(key for other in others for key in changed_keys(first, other))
+    rows = []
+    for key in keys:
+        unlike = next(other.get(key) for other in others if other.get(key) != first.get(key))
+        cells = [
+            shown_value(first.get(key), unlike),
+            *(shown_value(other.get(key), first.get(key)) for other in others),
+        ]
+        rows.append([key.removeprefix("run/"), *cells])
+    return rows
 
 
 def shown_value(value: Any, before: Any) -> str:

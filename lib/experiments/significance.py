@@ -26,8 +26,8 @@ POWER = 0.8
 class Difference:
     """The other group's mean score minus the baseline's, with a 95 % interval and a two-sided p value.
 
-    `detectable` is the smallest true difference that this many seeds and samples find in 80 % of all cases; NaN where the
-    method has no formula for it.
+    `detectable` is the smallest true difference that this many seeds and samples find in 80 % of all cases; of a method that
+    resamples it is that of a normal distribution with the deviation of the resamples.
     """
 
     value: float
@@ -46,7 +46,7 @@ def two_way(baseline: np.ndarray, other: np.ndarray) -> Difference:
     variance between seeds. Degrees of freedom by Satterthwaite (Biometrics 1946), from the observed variances of the runs'
     scores where s² is above 0: with s² itself, two or three seeds would give 8 % false alarms.
     """
-    from scipy import stats  # takes a second to import
+    from scipy.special import stdtr, stdtrit  # Student's t: its distribution function, and the inverse
 
     value, size = float(other.mean() - baseline.mean()), baseline.shape[1]
     squared = float((other.mean(axis=0) - baseline.mean(axis=0)).var(ddof=1) / size)
@@ -59,10 +59,11 @@ def two_way(baseline: np.ndarray, other: np.ndarray) -> Difference:
             weighted += (observed / seeds) ** 2 / (seeds - 1)
     if squared == 0.0:
         return Difference(value, value, value, 1.0 if value == 0 else 0.0, METHODS["t"], 0.0)
-    error, t = math.sqrt(squared), stats.t(squared**2 / weighted)
-    margin = error * float(t.ppf(1 - LEVEL / 2))
-    p = 2 * float(t.sf(abs(value) / error))
-    return Difference(value, value - margin, value + margin, p, METHODS["t"], margin + error * float(t.ppf(POWER)))
+    error, freedom = math.sqrt(squared), squared**2 / weighted
+    margin = error * float(stdtrit(freedom, 1 - LEVEL / 2))
+    p = 2 * float(stdtr(freedom, -abs(value) / error))
+    smallest = margin + error * float(stdtrit(freedom, POWER))
+    return Difference(value, value - margin, value + margin, p, METHODS["t"], smallest)
 
 
 def paired_bootstrap(baseline: np.ndarray, other: np.ndarray, resamples: int = 10_000, seed: int = 42) -> Difference:
@@ -114,13 +115,16 @@ def multi_bootstrap(
 
 def from_resamples(value: float, resampled: np.ndarray, method: str) -> Difference:
     """A difference with the percentile interval and the two-sided p value of its resamples."""
+    from scipy.stats import norm
+
     resampled = resampled[np.isfinite(resampled)]
     if not len(resampled):
         return Difference(value, math.nan, math.nan, math.nan, method)
     low, high = np.percentile(resampled, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)])
     smaller = min((resampled <= 0).sum(), (resampled >= 0).sum())
     p = min(1.0, 2 * (smaller + 1) / (len(resampled) + 1))
-    return Difference(value, float(low), float(high), float(p), method)
+    detectable = float(norm.ppf(1 - LEVEL / 2) + norm.ppf(POWER)) * float(resampled.std())
+    return Difference(value, float(low), float(high), float(p), method, detectable)
 
 
 def adjust_for_several(p_values: Sequence[float]) -> list[float]:

@@ -36,7 +36,7 @@ from lib.model.source import model_name
 from lib.run.checkpoint import NAME, list_checkpoints
 from lib.run.learning_curves import is_number
 from lib.run.ownership import is_run_folder, refuse
-from lib.run.record import run_folder
+from lib.run.record import run_name
 from lib.run.resume import check_settings
 from lib.run.tracking import read_log
 from lib.runtime.atomic import write_atomically
@@ -57,6 +57,9 @@ NAMES = (
 )
 """What a sweep writes into its folder."""
 
+LONGEST_PART = 40
+"""Characters of the varied options that a sweep adds to the names of its runs; digits stand for what is longer."""
+
 MAY_CHANGE = {"seeds", "trials", "finalists", "output_dir", "gpus", "max_parallel", "list"}
 """Options with which a sweep may be started again: more seeds and trials keep the runs that are there."""
 
@@ -72,7 +75,15 @@ class PlannedRun:
 
     @property
     def more(self) -> list[str]:
-        return [*([] if self.score_test else ["--score_test", "False"]), *(["--fold", self.fold] if self.fold else [])]
+        own = [*([] if self.score_test else ["--score_test", "False"]), *(["--fold", self.fold] if self.fold else [])]
+        if not self.recipe.unsaid:
+            return own
+        said = "-".join(f"{name}_{value}" for name, value in self.recipe.varied if name in self.recipe.unsaid)
+        part = re.sub(r"[^\w.-]+", "_", said).strip("_")
+        if len(part) > LONGEST_PART:
+            part = f"{part[:LONGEST_PART]}_{hashlib.sha256(said.encode()).hexdigest()[:6]}"
+        name = run_name(self.recipe.config(self.seed, *own)).rpartition("-s")[0]
+        return [*own, "--run_name", f"{name[:70]}-{part}-s{self.seed}"]
 
     @property
     def flags(self) -> list[str]:
@@ -84,7 +95,7 @@ class PlannedRun:
 
     @functools.cached_property
     def folder(self) -> Path:
-        return run_folder(self.config)
+        return Path("outputs") / run_name(self.config)
 
     def __str__(self) -> str:
         return f"{self.recipe} seed={self.seed}" + (f" fold={self.fold}" if self.fold else "")
@@ -136,7 +147,7 @@ class Sweep:
     """The runs of a sweep by stages, and their scores."""
 
     def __init__(self, config: SweepConfig, recipes: Sequence[Recipe]) -> None:
-        self.config, self.recipes = config, recipes
+        self.config, self.recipes = config, name_recipes(recipes)
         self.folder = Path(config.output_dir or Path("sweeps") / (config.name or sweep_name(config, recipes)))
         self.data: dict[tuple[str, DataConfig], Data] = {}
         self.failed: dict[PlannedRun, str] = {}
@@ -279,15 +290,16 @@ class Sweep:
         Raises Stopped once its runs have saved, if a signal came. After an error of the sweep itself they save, too.
         """
         waiting = [job for job in jobs if not job.is_done and job.run not in self.failed]
-        if not waiting:
-            return
         running: list[Running] = []
-        with Bar(self, jobs) as bar, interruptible() as stop:
-            bar.show(len(jobs) - len(waiting))
-            try:
-                self.carry_out(waiting, running, slots, bar, stop)
-            finally:
-                end_runs(running, bar)
+        if waiting:
+            with Bar(self, jobs) as bar, interruptible() as stop:
+                bar.show(len(jobs) - len(waiting))
+                try:
+                    self.carry_out(waiting, running, slots, bar, stop)
+                finally:
+                    end_runs(running, bar)
+        for job in jobs:
+            self.remove_claim(job)
 
     def carry_out(
         self, waiting: list[Job], running: list["Running"], slots: Slots, bar: "Bar", stop: threading.Event
@@ -343,6 +355,14 @@ class Sweep:
             return None
         return lock
 
+    def remove_claim(self, job: Job) -> None:
+        """Remove the file of a claim that a sweep left when it was killed, of a run that has come to its end since."""
+        lock = FolderLock(self.folder / "claims" / job.run.folder.name)
+        if lock.path.exists() and job.is_done:
+            with contextlib.suppress(InUse):
+                lock.take()
+                lock.release()
+
     def note(self, ended: "Running", waiting: list[Job], bar: "Bar") -> None:
         """Note how a run ended: done, stopped, taken over by another machine, or failed."""
         job, code = ended.job, ended.process.returncode
@@ -353,7 +373,7 @@ class Sweep:
         else:
             with contextlib.suppress(InUse):
                 check_free(job.run.folder)
-                self.failed[job.run] = last_line(self.log_of(job.run)) or f"exit code {code}"
+                self.failed[job.run] = how_it_ended(code, self.log_of(job.run))
                 bar.failed(job, self.failed[job.run])
                 return
             waiting.append(job)  # another machine has it
@@ -452,6 +472,16 @@ class Bar:
             self.bar.write(line, file=sys.stderr)
 
 
+def name_recipes(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The recipes with the varied options that the names of their runs do not tell apart, such as the columns of the data."""
+    alike: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        alike.setdefault(run_name(recipe.config(0)), []).append(recipe)
+    pairs = [(dict(group[0].varied), dict(other.varied)) for group in alike.values() for other in group[1:]]
+    unsaid = tuple(name for name, _ in recipes[0].varied if any(a[name] != b[name] for a, b in pairs))
+    return [dataclasses.replace(recipe, unsaid=unsaid) for recipe in recipes]
+
+
 def read_options(path: Path) -> dict[str, Any] | None:
     """The options in a sweep.yaml; None if it is that of no sweep."""
     try:
@@ -470,6 +500,15 @@ def sweep_name(config: SweepConfig, recipes: Sequence[Recipe]) -> str:
     name = "-".join([model_name(first.model.model), dataset_name(first.data), *varied])
     plain = re.sub(r"[^\w.-]+", "_", name)
     return f"{plain[:80]}-{digits}"
+
+
+def how_it_ended(code: int, log: Path) -> str:
+    """Why a run failed: the signal that killed it, else the last line of its log."""
+    if code == -signal.SIGKILL:
+        return "killed by SIGKILL, as the system does when memory is short (dmesg says so)"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return last_line(log) or f"exit code {code}"
 
 
 def last_line(log: Path) -> str:

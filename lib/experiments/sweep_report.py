@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from lib.runtime.screen import json_line
 SIZES = "max_train_samples"
 """A grid over it is a learning curve."""
 MOST_CURVES = 12
+BASELINES = "baselines/"
+"""What simple methods score, in results.json of a run: `baselines/{method}/{metric}`."""
 
 
 def write_report(sweep: Sweep) -> str:
@@ -37,7 +40,7 @@ def write_report(sweep: Sweep) -> str:
     curve = learning_curve(groups)
     if curve is not None:
         results["learning_curve"] = curve
-    text = format_sweep(sweep, ranked, curve)
+    text = format_sweep(sweep, ranked, curve, records)
     lines = "".join(json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records)
     write_atomically(sweep.folder / "runs.jsonl", lines)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -49,6 +52,8 @@ def write_report(sweep: Sweep) -> str:
     ]
     where = f"written to {printable(str(sweep.folder))}: table.md, results.json, runs.jsonl, curves.png"
     short = {key: value for key, value in results.items() if key != "recipes"}
+    if curve is not None:
+        short["learning_curve"] = {key: value for key, value in curve.items() if key != "fit"}
     return "\n".join([text, "", *notes, where, json_line(finite(short))])
 
 
@@ -60,12 +65,14 @@ def describe(sweep: Sweep, run: PlannedRun) -> dict[str, Any]:
         "folder": str(run.folder),
         "settings": dict(run.recipe.varied),
         "seed": run.seed,
+        **({"fold": run.fold} if run.fold else {}),
         "status": "finished" if results else "failed" if run in sweep.failed else "paused" if run.step() else "missing",
         "step": results.get("steps", 0) if results else run.step(),
         f"eval/{sweep.metric}": score,
     }
     if results:
-        record |= {key: value for key, value in results.items() if key.startswith(("test/", "run/data_fingerprint"))}
+        kept = ("test/", BASELINES, "run/data_fingerprint", "run/device", "run/mixed_precision")
+        record |= {key: value for key, value in results.items() if key.startswith(kept)}
         record["train_seconds"] = results.get("train_seconds")
     return record | ({"error": sweep.failed[run]} if run in sweep.failed else {})
 
@@ -81,7 +88,7 @@ def group_records(sweep: Sweep, records: Sequence[dict[str, Any]]) -> list[dict[
                 done = [record for record in members if record["status"] == "finished" or stage == "trials"]
                 columns = [
                     f"eval/{sweep.metric}",
-                    *(key for key in dict.fromkeys(k for r in done for k in r) if key.startswith("test/")),
+                    *(key for key in dict.fromkeys(k for r in done for k in r) if key.startswith(("test/", BASELINES))),
                 ]
                 groups.append(
                     {"stage": stage, "settings": dict(recipe.varied), "seeds": [record["seed"] for record in done]}
@@ -120,8 +127,13 @@ def rank(groups: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     )
 
 
-def format_sweep(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str, Any] | None) -> str:
-    """The table: a row for each recipe, the best first."""
+def format_sweep(
+    sweep: Sweep,
+    ranked: Sequence[dict[str, Any]],
+    curve: dict[str, Any] | None,
+    records: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The tables: a row for each recipe, the best first, and simple methods; then each seed of the best recipe."""
     shown, chooses = f"eval/{sweep.metric}", sweep.config.chooses is not None
     tests = list(
         dict.fromkeys(key for group in ranked for key in group if key.startswith("test/") and key != "test/loss")
@@ -133,10 +145,49 @@ def format_sweep(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str
         rows.append(
             [*([group["stage"]] if chooses else []), recipe, str(len(group["seeds"])), str(group["step"]), *cells]
         )
+    best = ranked[0] if ranked else {}
+    for method, scores in baselines_of(best).items():
+        split = "test" if tests else "eval"
+        cells = [
+            plain_cell(scores.get(key.removeprefix(f"{split}/")) if key.startswith(split) else None)
+            for key in (shown, *tests)
+        ]
+        rows.append([*([""] if chooses else []), printable(method), "", "", *cells])
     lines = [format_table(rows), "mean ± standard deviation over the seeds; the best by validation first"]
+    if any(baselines_of(group) != baselines_of(best) for group in ranked if baselines_of(group)):
+        lines.append(
+            f"simple methods on the data of {printable(recipe_name(best))}; those of other recipes: results.json"
+        )
+    members = [record for record in records if record["folder"] in best.get("folders", ())]
+    if len(members) > 1:
+        by_run = [["run", shown, *tests]]
+        for record in members:
+            label = f"seed {record['seed']}" + (f", fold {record['fold']}" if "fold" in record else "")
+            by_run.append([label, *(score_cell(record.get(key)) for key in (shown, *tests))])
+        lines += ["", f"runs of {printable(recipe_name(best))}", format_table(by_run)]
+    devices = dict.fromkeys(
+        f"{record['run/device']}, precision {record['run/mixed_precision']}"
+        for record in records
+        if "run/device" in record
+    )
+    lines += [printable("; ".join(devices))] if devices else []
     if curve is not None:
         lines.append(curve["sentence"])
     return "\n".join(lines)
+
+
+def baselines_of(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of simple methods in a group, by method and metric."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, score in group.items():
+        if key.startswith(BASELINES):
+            method, _, metric = key.removeprefix(BASELINES).rpartition("/")
+            found.setdefault(method, {})[metric] = score
+    return found
+
+
+def score_cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
 
 
 def recipe_name(group: dict[str, Any]) -> str:
@@ -147,6 +198,11 @@ def cell(score: dict[str, Any] | None) -> str:
     if score is None or not score["n"]:
         return ""
     return f"{score['mean']:.4f}" + (f" ± {score['deviation']:.4f}" if score["deviation"] is not None else "")
+
+
+def plain_cell(score: dict[str, Any] | None) -> str:
+    """A score of a simple method, which is the same for all seeds unless they learn from other data."""
+    return cell(score | {"deviation": score["deviation"] or None}) if score else ""
 
 
 def learning_curve(groups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -170,9 +226,11 @@ def learning_curve(groups: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
     try:
         start = (signed.max(), max(float(np.ptp(signed)), 1e-3), 0.5)
-        found, _ = curve_fit(
-            power_law, sizes, signed, p0=start, bounds=([-np.inf, 0, 0.01], [np.inf, np.inf, 2]), maxfev=20_000
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # equal scores leave the form of the curve open
+            found, _ = curve_fit(
+                power_law, sizes, signed, p0=start, bounds=([-np.inf, 0, 0.01], [np.inf, np.inf, 2]), maxfev=20_000
+            )
     except RuntimeError:
         return None
     sign, twice = (-1 if lower else 1), 2 * sizes[-1]
@@ -230,6 +288,12 @@ def draw_curves(sweep: Sweep, ranked: Sequence[dict[str, Any]], curve: dict[str,
             panels[1].plot(*curve["fit"], label="power law")
             panels[1].axvline(2 * curve["sizes"][-1], color="gray", linestyle=":", label="twice the data")
             panels[1].set(xscale="log", xlabel="training samples", ylabel=f"validation {sweep.metric}")
+            sizes = [*curve["sizes"], 2 * curve["sizes"][-1]]
+            panels[1].set_xticks(sizes, [f"{size:,}" for size in sizes])
+            panels[1].set_xticks([], minor=True)
+            reached = [*curve["scores"], curve["expected_at_twice"]]
+            low, high = min(reached), max(reached)
+            panels[1].set_ylim(low - 0.1 * (high - low) - 0.005, high + 0.1 * (high - low) + 0.005)
             panels[1].legend()
         with replacing(sweep.folder / "curves.png") as file:
             figure.savefig(file, dpi=120)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, and a tracker (W&B, TensorBoard, Trackio) that gets a copy and never stops the run."""
+"""metrics.jsonl, and a tracker (W&B, SwanLab, TensorBoard, Trackio) that gets a copy and never stops the run."""
 
 import contextlib
 import importlib.util
@@ -7,26 +7,30 @@ import logging
 import os
 import secrets
 import shlex
+import string
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from lib.config.cli import load_config
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.config.train import TrackingConfig
+from lib.config.train import TrackingConfig, TrainConfig
 from lib.data.load import Data
-from lib.errors import UserError, first_line, redact
+from lib.errors import UserError, first_line, redact, require
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import worst_rows
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.evaluation.scoring import Scored, prefix
-from lib.evaluation.tables import MOST_CLASSES, confusion_table, label_table
-from lib.run.record import bounded
+from lib.evaluation.tables import MOST_CLASSES, NAME_WIDTH, confusion_table, label_table
+from lib.run.record import LISTED, bounded
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
+from lib.runtime.screen import shorten
 from lib.runtime.startup import when_script_fails
 from lib.runtime.variables import variables
 
@@ -38,13 +42,15 @@ TRACKED = "tracker.json"
 """The file in the folder of a run that names the tracker's run, also before there is a checkpoint."""
 MOST_POINTS = 10_000
 """Points of a plot and rows of a table: W&B keeps no more."""
+PROJECT = "finetune"
+PROJECTS = {"wandb": ("WANDB_PROJECT",), "swanlab": ("SWANLAB_PROJECT_NAME", "SWANLAB_PROJ_NAME")}
+"""Variables of a tracker that name the project; `--project` wins over them."""
 
 
 def check_tracker(name: str) -> None:
     """Raise UserError if the tracker is not installed, which Accelerate would ignore, or W&B does not take its variables."""
-    package = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}.get(name)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(f"--report_to {name}: not installed; run: pip install {package}, or use --report_to none")
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise UserError(f"--report_to {name}: not installed; run: pip install {name}, or use --report_to none")
     if name == "wandb" and (given := variables("WANDB_")):
         check_wandb_variables(given)
 
@@ -119,11 +125,41 @@ class RunLog:
                 kwargs: dict[str, Any] = {}
                 if self.tracker == "trackio":
                     _, resumed = self.name_run(settings, name)  # by name alone it would begin a second one
-                    resume = "allow" if resumed else "never"
-                    kwargs = {"trackio": {"name": name, "group": group_name(name), "resume": resume}}
-                self.accelerator.init_trackers(self.config.project, config=plain, init_kwargs=kwargs)
+                    kwargs = {"name": name, "group": group_name(name), "resume": "allow" if resumed else "never"}
+                if self.tracker == "swanlab":
+                    kwargs = self.swanlab_settings(settings)
+                self.accelerator.init_trackers(self.project, config=plain, init_kwargs={self.tracker: kwargs})
         except Exception as error:  # a tracker must never stop a run
             self.give_up("start", error)
+
+    @property
+    def project(self) -> str:
+        """`--project`, else that of the tracker's variables."""
+        return self.config.project or project_of(str(self.tracker))
+
+    def swanlab_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Options of `swanlab.init`. What SwanLab's variables name wins over our defaults, and loses to flags."""
+        given, mode = variables("SWANLAB_"), swanlab_mode()
+        wanted, known = given.get("SWANLAB_RUN_ID") or self.run_id, bool(given.get("SWANLAB_RUN_ID") or self.run_id)
+        fresh = "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(21))  # its form of an id
+        self.run_id, _ = self.name_run(settings, wanted or fresh, known)
+        logs = Path(given.get("SWANLAB_LOG_DIR") or self.folder / "swanlog")
+        logs.mkdir(parents=True, exist_ok=True)
+        if mode == "offline":
+            logger.info("SwanLab is offline; to upload this run later: swanlab sync %s/run-*", shlex.quote(str(logs)))
+        named = given.get("SWANLAB_EXPERIMENT_NAME") or given.get("SWANLAB_EXP_NAME")
+        tags = list(self.config.tags) or list(filter(None, given.get("SWANLAB_TAGS", "").split(",")))
+        return {
+            "experiment_name": self.config.run_name or named or settings["run_name"],
+            "description": self.config.notes or given.get("SWANLAB_DESCRIPTION"),
+            "group": given.get("SWANLAB_GROUP") or group_name(settings["run_name"]),
+            "job_type": given.get("SWANLAB_JOB_TYPE") or "train",
+            "tags": tags or None,
+            "logdir": str(logs),
+            "mode": mode,
+            "id": self.run_id,
+            "resume": "allow",
+        }
 
     def start_wandb(self, settings: dict[str, Any], metrics: Sequence[str]) -> None:
         import wandb
@@ -133,9 +169,6 @@ class RunLog:
         # Named by us, so that it stays one run when it cannot start online.
         wanted, known = given.get("WANDB_RUN_ID") or self.run_id, bool(given.get("WANDB_RUN_ID") or self.run_id)
         self.run_id, resumed = self.name_run(settings, wanted or secrets.token_hex(4), known)
-        project = self.config.project
-        if project == TrackingConfig.project:
-            project = given.get("WANDB_PROJECT") or project
         kwargs: dict[str, Any] = ({"resume": "allow"} if resumed else {}) | {
             "id": self.run_id,
             "name": self.config.run_name or given.get("WANDB_NAME") or settings["run_name"],
@@ -145,18 +178,10 @@ class RunLog:
             "notes": self.config.notes or given.get("WANDB_NOTES"),
             "dir": given.get("WANDB_DIR") or str(self.folder),
             "mode": mode,
-            "settings": wandb.Settings(
-                init_timeout=WANDB_INIT_SECONDS,
-                finish_timeout=WANDB_FINISH_SECONDS,
-                console="off",
-                save_code=False,
-                quiet=True,  # online, the addresses of the run remain
-                silent=mode == "offline",  # the line below says how to upload the run
-                **git_address(self.folder),
-            ),
+            "settings": wandb_settings(mode, self.folder),
         }
         try:
-            self.accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": kwargs})
+            self.accelerator.init_trackers(self.project, config=settings, init_kwargs={"wandb": kwargs})
         except Exception as error:
             if mode != "online":
                 raise
@@ -164,7 +189,7 @@ class RunLog:
             wandb.teardown()
             self.accelerator.trackers.clear()  # else the one that failed would be started again
             mode = kwargs["mode"] = "offline"
-            self.accelerator.init_trackers(project, config=settings, init_kwargs={"wandb": kwargs})
+            self.accelerator.init_trackers(self.project, config=settings, init_kwargs={"wandb": kwargs})
         run = self.accelerator.get_tracker("wandb", unwrap=True)
         run.define_metric("samples_seen")
         run.define_metric("*", step_metric="samples_seen")
@@ -172,12 +197,7 @@ class RunLog:
             best = "min" if name in LOWER_IS_BETTER else "max"
             run.define_metric(f"eval/{name}", step_metric="samples_seen", summary=best)
         if mode == "offline":
-            # A run that was resumed has a folder for each start.
-            logger.info(
-                "W&B is offline; to upload this run later: wandb sync %s/offline-run-*-%s",
-                shlex.quote(str(Path(run.dir).parents[1])),
-                self.run_id,
-            )
+            tell_upload(run)
 
     def name_run(self, settings: dict[str, Any], wanted: str, known: bool = False) -> tuple[str, bool]:
         """The id of the tracker's run, and whether an earlier start began it; the id is on disk before the tracker has it.
@@ -186,15 +206,12 @@ class RunLog:
         it was killed before its first checkpoint. Steps that it logged are not sent again, also where WANDB_RUN_ID names it.
         """
         file, marks = self.folder / TRACKED, {"tracker": self.tracker, "experiment": settings.get("run/experiment")}
-        try:
-            begun = json.loads(file.read_text(encoding="utf-8"))
-            found = begun.get("run_id") if marks.items() <= begun.items() else None
-        except (OSError, ValueError, AttributeError, RecursionError):
-            found = None
+        begun = read_object(file)
+        found = begun.get("run_id") if marks.items() <= begun.items() else None
         if isinstance(found, str) and (not known or (found == wanted and self.run_id is None)):
             self.tracked_step = max(self.tracked_step, self.logged_step)
             return found, True
-        write_atomically(file, json.dumps(marks | {"run_id": wanted}) + "\n")
+        write_atomically(file, json.dumps(marks | {"run_id": wanted, "project": self.project}) + "\n")
         return wanted, known
 
     def log(self, step: int, samples_seen: int, values: dict[str, float]) -> None:
@@ -226,16 +243,28 @@ class RunLog:
                 logger.warning("metrics.jsonl may lack lines after a power failure: %s", first_line(error))
 
     def finish(self, results: dict[str, Any], scored: dict[str, Scored], data: Data) -> None:
-        """Send results, a plot and the worst errors to W&B; end the tracker's run in bounded time."""
-        if self.tracker == "wandb":
+        """Send the results to the tracker, to W&B with a plot and the worst errors; end its run in bounded time.
+
+        Beside results.json these are, from the reports, the 95 % intervals and the scores of each class or label.
+        """
+        if self.tracker is not None:
             try:
-                self.log_report(results, scored, data)
+                everything = results | report_values(self.folder, scored)
+                if self.tracker == "wandb":
+                    self.log_report(results, scored, data)
+                    self.accelerator.get_tracker("wandb", unwrap=True).summary.update(everything)
+                else:
+                    numbers = {key: value for key, value in everything.items() if is_score(key, value)}
+                    # Names of classes and methods may hold characters that a tracker does not take: after the scores.
+                    named = {key for key in numbers if key.startswith("baselines/") or key.count("/") > 2}
+                    for keys in filter(None, (numbers.keys() - named, named)):
+                        self.accelerator.log({key: numbers[key] for key in sorted(keys)}, step=results["steps"])
             except Exception as error:
                 self.give_up("log the report", error)
         self.close()
 
     def close(self, failure: BaseException | None = None) -> None:
-        """End the tracker's run in bounded time, in W&B with exit code 1 after a failure; again, it does nothing."""
+        """End the tracker's run in bounded time, after a failure with its first line; again, it does nothing."""
         if self.file is not None:
             with contextlib.suppress(OSError):  # it was said
                 self.file.close()
@@ -247,7 +276,11 @@ class RunLog:
                 if failure is not None and self.tracker == "wandb":
                     tracker.tracker.summary["run/failure"] = first_line(failure)
                     tracker.tracker.finish(exit_code=1)
+                elif failure is not None and self.tracker == "swanlab":
+                    tracker.tracker.finish(state="crashed", error=first_line(failure))
                 else:
+                    if failure is not None:
+                        tracker.log({"run/failure": first_line(failure)}, step=max(self.logged_step, self.tracked_step))
                     tracker.finish()
         except Exception as error:
             self.give_up("finish", error)
@@ -264,7 +297,6 @@ class RunLog:
             logged |= {key: value for key, value in results.items() if key.startswith(f"{prefix(split)}/")}
             logged |= {f"{prefix(split)}/{name}": item for name, item in media.items()}
         run.log(logged, step=results["steps"])
-        run.summary.update(results)
         if variables("WANDB_").get("WANDB_LOG_MODEL", "false").lower() in ("end", "checkpoint", "true", "1"):
             artifact = wandb.Artifact(f"model-{self.run_id}", "model", metadata=finite(results))
             artifact.add_dir(str(self.folder / "model"))
@@ -301,6 +333,141 @@ def wandb_picture(predictions: Predictions, label_names: list[str]) -> dict[str,
         return {"labels": wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])}
     matrix = wandb.plot.confusion_matrix(y_true=gold, preds=predicted, class_names=label_names)
     return {"confusion_matrix": matrix}
+
+
+def is_score(key: str, value: Any) -> bool:
+    """Whether a value of the results is one that every tracker can plot: a score, not a setting."""
+    return "/" in key and not key.startswith("run/") and type(value) in (int, float)
+
+
+def report_values(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
+    """What the reports of the splits have beside the scores: `test/accuracy/low` and `/high`, `test/classes/NAME/f1`.
+
+    Of more than a hundred classes or labels nothing: report.json has them.
+    """
+    found: dict[str, Any] = {}
+    for split in splits:
+        path = folder / f"eval-{split}" / "report.json"
+        report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name, (low, high) in report.get("intervals_95", {}).items():
+            found |= {f"{prefix(split)}/{name}/low": low, f"{prefix(split)}/{name}/high": high}
+        for table, key in (("classes", "class"), ("labels", "label")):
+            rows = report.get(table, [])
+            for row in rows if len(rows) <= LISTED else ():
+                named = f"{prefix(split)}/{table}/{shorten(row[key], NAME_WIDTH)}"
+                found |= {f"{named}/{column}": value for column, value in row.items() if column != key}
+    return found
+
+
+def send_scores(folder: Path, name: str, scores: dict[str, float]) -> None:
+    """Add scores of a finished run to its own run in the tracker, as `evals/{name}/{metric}`; nothing if it has none.
+
+    A tracker that fails is reported and stops nothing. In W&B they are in the summary; offline they are another piece of
+    the run, which its `wandb sync` uploads with the others.
+    """
+    values = {f"evals/{name}/{metric}": value for metric, value in scores.items()}
+    tracker = "the tracker"
+    try:
+        tracking = load_config(TrainConfig, folder / "config.yaml").tracking
+        tracker = tracking.report_to
+        begun = read_object(folder / TRACKED)
+        project = tracking.project or (begun.get("project") or project_of(tracker))
+        TrackingConfig(project=project)  # of a folder that may be a stranger's
+        events = tracker == "tensorboard" and any((folder / project).glob("events.out.*"))
+        if tracker == "none" or not (events or begun.get("tracker") == tracker):
+            return
+        check_tracker(tracker)
+        link = next((path for name in ("wandb", "swanlog", project) if (path := folder / name).is_symlink()), None)
+        require(link is None, f"{link} is a link")
+        if tracker == "wandb":
+            add_to_wandb(folder, project, begun["run_id"], values)
+            return
+        step = read_object(folder / "results.json").get("steps", 0)
+        kwargs: dict[str, Any] = {}
+        if tracker == "trackio":
+            kwargs = {"name": begun["run_id"], "resume": "must"}
+        if tracker == "swanlab":
+            logs, mode = folder / "swanlog", swanlab_mode()
+            kwargs = {"id": begun["run_id"], "resume": "allow" if mode == "offline" else "must"}
+            kwargs |= {"logdir": str(logs), "mode": mode}
+        kind = LOGGER_TYPE_TO_CLASS[tracker]
+        opened = kind(project, *([folder] if kind.requires_logging_directory else []), **kwargs)
+        opened.start()
+        opened.log(values, step=step)
+        opened.finish()
+    except Exception as error:
+        logger.warning("%s did not get these scores (%s); the report has them", tracker, first_line(error))
+
+
+def add_to_wandb(folder: Path, project: str, run_id: str, values: dict[str, Any]) -> None:
+    """Add values to the summary of a run: on the server, or as another piece of it in `folder`."""
+    import wandb
+
+    mode: Any = wandb_mode()
+    kwargs: dict[str, Any] = {
+        "project": project,
+        "id": run_id,
+        "dir": variables("WANDB_").get("WANDB_DIR", str(folder)),
+    }
+    try:
+        # Only a run that is there: the folder may be a stranger's.
+        resume: Any = "must" if mode == "online" else "allow"
+        run = wandb.init(**kwargs, mode=mode, resume=resume, settings=wandb_settings(mode, folder))
+    except Exception as error:
+        if mode != "online":
+            raise
+        logger.warning("W&B did not open the run (%s); its new scores are kept offline", first_line(error))
+        wandb.teardown()
+        mode = "offline"
+        run = wandb.init(**kwargs, mode="offline", resume="allow", settings=wandb_settings(mode, folder))
+    run.summary.update(values)
+    if mode == "offline":
+        tell_upload(run)
+    run.finish()
+
+
+def wandb_settings(mode: str, folder: Path) -> Any:
+    """W&B's settings for each of our processes: quiet, and bounded in time."""
+    import wandb
+
+    return wandb.Settings(
+        init_timeout=WANDB_INIT_SECONDS,
+        finish_timeout=WANDB_FINISH_SECONDS,
+        console="off",
+        save_code=False,
+        quiet=True,  # online, the addresses of the run remain
+        silent=mode == "offline",  # `tell_upload` says how to upload the run
+        **git_address(folder),
+    )
+
+
+def tell_upload(run: Any) -> None:
+    """Say how to upload a run that W&B has offline: all its folders, one of each start and of each eval.py."""
+    folders = shlex.quote(str(Path(run.dir).parents[1]))
+    logger.info("W&B is offline; to upload this run later: wandb sync %s/offline-run-*-%s", folders, run.id)
+
+
+def project_of(tracker: str) -> str:
+    """The project that the tracker's variables name."""
+    given = variables("")
+    return next((given[name] for name in PROJECTS.get(tracker, ()) if given.get(name)), PROJECT)
+
+
+def swanlab_mode() -> str:
+    """SWANLAB_MODE if it is set, else cloud with a login and offline without one, so that SwanLab never prompts."""
+    given = variables("SWANLAB_")
+    home = Path(given.get("SWANLAB_ROOT") or given.get("SWANLAB_SAVE_DIR") or Path.home() / ".swanlab")
+    logged_in = given.get("SWANLAB_API_KEY") or (home / ".netrc").is_file()
+    return given.get("SWANLAB_MODE") or ("cloud" if logged_in else "offline")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

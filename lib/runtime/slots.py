@@ -24,6 +24,12 @@ OWN_MIB = 1024
 LAUNCHED = {*MPI_SIZES, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
 """Variables by which a process knows that it is one of several; a run is not, though srun may have started its sweep."""
 
+OF_ONE_RUN = {
+    *("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH"),
+    *("SWANLAB_RUN_ID", "SWANLAB_RUN_RESUME", "SWANLAB_RESUME", "SWANLAB_EXPERIMENT_NAME", "SWANLAB_EXP_NAME"),
+}
+"""Variables of a tracker that name one run: all runs of a sweep would be that one. Project, group and tags are for all."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
@@ -54,7 +60,7 @@ class Slot:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={name: value for name, value in os.environ.items() if name not in LAUNCHED} | self.variables,
+                env={k: v for k, v in os.environ.items() if k not in LAUNCHED | OF_ONE_RUN} | self.variables,
                 pass_fds=() if self.lock is None else (self.lock,),
                 start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
             )

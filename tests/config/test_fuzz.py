@@ -13,6 +13,7 @@ from lib.config.eval import EvalConfig
 from lib.config.hub import COMMANDS
 from lib.config.other_names import OTHER_NAMES
 from lib.config.predict import PredictConfig
+from lib.config.sweep import SweepConfig
 from lib.config.train import TrainConfig
 
 VALUES = [
@@ -100,6 +101,7 @@ VALUES = [
     *("sst2", "user/name", "roberta-base", "focal", "lora", "fp16", "wandb", "ner", "auto", "hub"),
 ]
 KINDS = {"train": TrainConfig, "eval": EvalConfig, "predict": PredictConfig, "compare": CompareConfig} | COMMANDS
+KINDS |= {"sweep": SweepConfig}
 
 
 def random_flag(rng: random.Random, flags: list[str]) -> str:

@@ -150,6 +150,39 @@ def test_command_prints_the_recipes_and_writes_text_numbers_and_picture(runs, ca
     assert f"{accuracy['differences'][0]['value']:+.4f}" in (runs / "out" / "comparison.md").read_text()
 
 
+def test_settings_that_differ_stand_in_a_table_with_the_value_of_each_group(runs, call):
+    write_run(runs / "third", class_rows(300, 1, 9), 1, 3e-4)
+    lines = [line.split() for line in call("compare.py", "slow", "fast", "third").stdout.splitlines()]
+    assert ["setting", "A", "B", "C"] in lines
+    assert [line[1:] for line in lines if line[:1] == ["learning_rate"]] == [["2e-05", "0.0001", "0.0003"]]
+
+
+def test_table_with_stars_has_those_of_the_corrected_p_values(runs, call):
+    call("compare.py", runs / "slow", runs / "fast", "--output_dir", runs / "out")
+    written = json.loads((runs / "out" / "comparison.json").read_text())
+    p_values = [metric["differences"][0]["p_several"] for metric in written["metrics"]]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in (runs / "out" / "comparison.md").read_text().splitlines()
+        if line[:1] == "|"
+    ]
+    assert rows[0][-2:] == ["accuracy", "f1_macro"]
+    stars = [cell.count("*") for cell in rows[3][-2:]]
+    assert stars == [sum(p < level for level in (0.05, 0.01, 0.001)) for p in p_values]
+    assert min(stars) > 0
+    assert not any("*" in cell for cell in rows[2])
+
+
+def test_smallest_difference_is_named_for_every_method(runs):
+    def named(*folders):
+        groups = load_groups(list(map(str, folders)), "test")
+        return [metric.differences[0].detectable for metric in compare_groups(groups, CompareConfig(("runs",)))]
+
+    found = named(runs / "slow" / "s1", runs / "fast" / "s1") + named(runs / "slow", runs / "fast")
+    assert len(found) == 4
+    assert all(0.05 < value < 0.2 for value in found)
+
+
 def test_one_seed_each_is_compared_by_the_exact_mcnemar_test_with_the_bootstrap_interval(runs, call):
     done = call("compare.py", runs / "slow" / "s1", runs / "fast" / "s1", "--metrics", "accuracy")
     assert "McNemar" in done.stdout

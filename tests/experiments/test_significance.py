@@ -76,6 +76,7 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one_of_many_samples():
         error = gaps.std() / np.sqrt(3000)
         expected = (gaps.mean() - 1.96 * error, gaps.mean() + 1.96 * error)
         assert (found.low, found.high) == pytest.approx(expected, abs=0.1 * error)
+        assert found.detectable == pytest.approx((1.96 + 0.84) * error, rel=0.05)
 
 
 def test_multi_bootstrap_is_more_careful_than_two_way():

@@ -18,7 +18,7 @@ from lib.config.sweep import SweepConfig, build_recipes
 from lib.config.train import TrainConfig
 from lib.errors import UserError
 from lib.evaluation.scores import Metrics
-from lib.experiments.sweep import Job, PlannedRun, Sweep
+from lib.experiments.sweep import Job, PlannedRun, Sweep, name_recipes
 from lib.experiments.sweep_report import learning_curve, write_report
 from lib.run.checkpoint import list_checkpoints
 from lib.run.record import run_name
@@ -75,11 +75,40 @@ def test_search_fills_each_range_evenly_and_more_trials_keep_the_first():
         (["--", "--seed", "3"], "--seeds"),
         (["--", "--run-name=x"], "name of its own"),
         (["--gpus", "all of them"], "--gpus"),
+        (["--grid", "metrics=[accuracy,f1"], "not closed"),
+        (["--grid", 'metrics=[accuracy],"f1'], "not closed"),
+        (["--grid", "metrics=[accuracy]f1"], "not closed"),
+        (["--grid", "lr=[1e-5,2e-5]"], "takes one value"),
+        (["--grid", "metrics=[accuracy,f1],[accuracy,f1]"], "twice"),
+        (["--search", "metrics=[accuracy,"], "not closed"),
     ],
 )
 def test_what_cannot_be_swept_is_refused_and_names_the_option(flags, word):
     with pytest.raises(UserError, match=word):
         recipes(*flags)
+
+
+def test_values_of_an_option_that_takes_several_stand_in_brackets_and_commas_in_quotes():
+    found = recipes("--grid", "metrics=[f1_macro, accuracy],[accuracy]", "config_overrides=num_hidden_layers=1,[]")
+    assert [recipe.config(0).metrics for recipe in found[::2]] == [("f1_macro", "accuracy"), ("accuracy",)]
+    assert [recipe.config(0).model.config_overrides for recipe in found[:2]] == [("num_hidden_layers=1",), ()]
+    both = recipes("--search", "config_overrides=[num_hidden_layers=1,hidden_size=8],[num_hidden_layers=2]", "lr=0:1")
+    assert {recipe.config(0).model.config_overrides for recipe in both} == {
+        ("num_hidden_layers=1", "hidden_size=8"),
+        ("num_hidden_layers=2",),
+    }
+    quoted = recipes("--grid", 'notes="a, b",c', "--", "--lr", "1")
+    assert [recipe.config(0).tracking.notes for recipe in quoted] == ["a, b", "c"]
+
+
+def test_runs_whose_default_names_are_equal_have_folders_of_their_own_and_others_keep_theirs():
+    grid = recipes("--grid", "lr=1e-5,2e-5", "metrics=[f1_macro,accuracy],[accuracy]")
+    runs = [PlannedRun(recipe, 3) for recipe in name_recipes(grid)]
+    assert len({run.folder for run in runs}) == 4
+    assert all(run.folder.name.endswith("-s3") for run in runs)  # what W&B groups by
+    assert all(run.config.tracking.run_name == run.folder.name for run in runs)
+    (plain,) = name_recipes(recipes("--grid", "lr=1e-5"))
+    assert "--run_name" not in PlannedRun(plain, 0).flags
 
 
 @pytest.mark.parametrize("line", ["pause_at_step: 3", "score_test: false", "fold: 1/2", "seed: 7", "run_name: mine"])
@@ -186,6 +215,30 @@ def test_failed_run_is_recorded_with_its_reason_and_the_others_go_on(pretend):
     assert Counter(record["status"] for record in records) == {"finished": 4, "failed": 4}
     assert all("too little memory" in record["error"] for record in records if record["status"] == "failed")
     assert "too little memory" in text
+
+
+def test_table_has_every_seed_of_the_best_recipe_and_simple_methods_beside_it(pretend):
+    carry_out(sweep := pretend("--grid", "lr=0.1,0.2", "--seeds", "2"))
+    table = [line.split() for line in (sweep.folder / "table.md").read_text().splitlines()]
+    assert ["seed", "1", "0.2000", "0.2000"] in table
+    assert ["most", "frequent", "answer", "0.0500"] in table
+    found = json.loads((sweep.folder / "results.json").read_text())["recipes"]
+    assert [group["baselines/most frequent answer/accuracy"]["mean"] for group in found] == [0.05, 0.05]
+
+
+def test_claim_that_a_killed_sweep_left_of_a_finished_run_is_removed(pretend):
+    carry_out(sweep := pretend("--grid", "lr=0.1,0.2", "--name", "one"))
+    left = sweep.folder / "claims" / sweep.runs[0].folder.name / ".lock"
+    left.write_text('{"pid": 0}')
+    carry_out(pretend("--grid", "lr=0.1,0.2", "--name", "one"))
+    assert not left.exists()
+
+
+def test_run_that_the_system_killed_is_called_so(pretend, monkeypatch):
+    shell(monkeypatch, lr1="echo step 7; kill -9 $$")
+    carry_out(sweep := pretend("--grid", "lr=0.1,0.2"))
+    errors = [record["error"] for record in read_lines(sweep.folder / "runs.jsonl") if record["status"] == "failed"]
+    assert "SIGKILL" in errors[0]
 
 
 def test_all_runs_failed_is_said_with_the_log(pretend):
@@ -363,12 +416,13 @@ def test_gpus_are_asked_once_for_a_place_however_many_there_are(tmp_path, monkey
 
 
 def test_run_is_alone_though_its_sweep_is_one_of_several_processes(tmp_path, monkeypatch):
-    names = ("PMI_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    names = ("PMI_SIZE", "RANK", "WORLD_SIZE", "LOCAL_RANK", "WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME")
+    monkeypatch.setenv("WANDB_RUN_GROUP", "lab")
     for name in names:
         monkeypatch.setenv(name, "4")
     Slot("CPU", {"OMP_NUM_THREADS": "3"}).start(["env"], tmp_path / "log.txt").wait(30)
     lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert "OMP_NUM_THREADS=3" in lines
+    assert {"OMP_NUM_THREADS=3", "WANDB_RUN_GROUP=lab"} <= {*lines}
     assert not {line.partition("=")[0] for line in lines} & set(names)
 
 

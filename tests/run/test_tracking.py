@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from lib.run.tracking import RunLog, check_tracker, git_address, group_name, tru
 from lib.runtime import startup
 from tests.conftest import ROOT, Command, read_lines, sentences, write_csv
 from tests.evaluation.samples import class_predictions, label_predictions, number_predictions
+from tests.wandb_files import wandb_records
 
 SETTINGS = {"run_name": "minilm-s7", "learning_rate": 1e-4, "model": None, "run/devices": ["CPU"]}
 PREDICTIONS = Predictions(np.eye(2, dtype=np.float32), np.array([0, 1]), np.zeros(2, dtype=np.float32))
@@ -92,7 +93,8 @@ def log_run(folder: Path, tracker: FakeTracker) -> None:
 def test_tracker_gets_everything_once(tmp_path: Path) -> None:
     tracker = FakeTracker()
     log_run(tmp_path, tracker)
-    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "log", "log", "finish"]
+    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "log", "log", "log", "finish"]
+    assert tracker.calls[5] == ("log", 3, {"test/accuracy": 1.0})
     assert tracker.calls[2] == ("log", 1, {"samples_seen": 8, "train/loss": 1.0})
     assert tracker.calls[1][1]["learning_rate"] == 1e-4
     assert all(isinstance(value, (int, float, str)) for value in tracker.calls[1][1].values())
@@ -148,7 +150,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+@pytest.mark.parametrize("name", ["wandb", "swanlab", "tensorboard", "trackio"])
 def test_missing_tracker_package_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
     with pytest.raises(UserError, match=f"--report_to {name}.*pip install {name}"):
@@ -319,6 +321,12 @@ LAB |= {"WANDB_TAGS": "b,a", "WANDB_NOTES": "why", "WANDB_RUN_ID": "abc123", "WA
             {"run_name": "own", "project": "mine", "tags": ["c"], "notes": "because"},
             LAB,
             ["own", "all", "mine", "sweep", ["c"], "because", "abc123", 1],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"project": "finetune"},  # as without a variable, and yet it was asked for
+            LAB,
+            ["theirs", "all", "finetune", "sweep", ["a", "b"], "why", "abc123", 1],
             marks=pytest.mark.slow,
         ),
         pytest.param({}, {}, ["mine-s1", "mine", "finetune", "train", [], None, None, 0], marks=pytest.mark.slow),
@@ -507,15 +515,6 @@ def steps_of(path: Path) -> list[int]:
     return steps
 
 
-def wandb_records(path: Path) -> Iterator[Any]:
-    from wandb.proto import wandb_internal_pb2
-
-    for data in records_of(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        yield record
-
-
 def exit_codes(path: Path) -> list[int]:
     return [record.exit.exit_code for record in wandb_records(path) if record.WhichOneof("record_type") == "exit"]
 
@@ -566,7 +565,8 @@ def test_failure_of_a_script_closes_the_tracker_once(
 
     with contextlib.suppress(RuntimeError, KeyboardInterrupt):
         startup.run_script(main, None)
-    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "finish"]
+    assert [call[0] for call in tracker.calls] == ["start", "settings", "log", "log", "finish"]
+    assert "run/failure" in tracker.calls[3][2]
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
 
 
@@ -591,22 +591,6 @@ def test_wandb_gets_a_bounded_table_of_many_classes(predictions: Predictions, ke
 def test_wandb_gets_a_bounded_plot_of_many_numbers() -> None:
     plot = wandb_picture(number_predictions(12_000), ["stars"])["scatter"]
     assert len(plot.table.data) == 10_000
-
-
-def records_of(content: bytes) -> Iterator[bytes]:
-    """Records of LevelDB's log format, after W&B's header of 7 bytes: blocks of 32 KiB, each piece after a header of 7 bytes."""
-    position, pieces = 7, b""
-    while position + 7 <= len(content):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
-        pieces += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
-            yield pieces
-            pieces = b""
 
 
 def test_variable_that_wandb_refuses_with_an_error_of_its_own_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
