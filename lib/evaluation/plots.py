@@ -23,6 +23,8 @@ PICTURES = (*FILES.values(), RELIABILITY, ROC)
 CLASSES_SHOWN = 40
 """Of more than MOST_CLASSES classes, the matrix has those with the most mistakes."""
 MOST_CURVES = 20
+COLORS = 10
+"""Of matplotlib; more curves are dashed in the same ones."""
 WIDEST = 20.0
 """Inches: a picture of many classes has smaller cells instead of more pixels."""
 NAME_WIDTH = 30
@@ -84,8 +86,8 @@ def build_figure(name: str, predictions: Predictions, tables: dict[str, Any], la
     margin = 0.07 * max(0, max(map(cell_len, labels.values())) - 12)  # for long names
     side = min(2.5 + 0.7 * len(labels) + margin, WIDEST)
     curves, problem = (8.0 + margin, 5.0), predictions.problem_type
-    sizes = {FILES[CLASSIFICATION]: (side + 1, side), FILES[REGRESSION]: (6.0, 5.0), PRECISION_RECALL: curves}
-    figure = Figure(figsize=sizes.get(name, (6.0, 5.0)), layout="constrained")
+    sizes = {FILES[CLASSIFICATION]: (side + 1, side), FILES[REGRESSION]: (6.0, 5.0)}
+    figure = Figure(figsize=sizes.get(name, curves), layout="constrained")
     axes = figure.subplots()
     if name == FILES[CLASSIFICATION]:
         draw_confusion_matrix(axes, predictions, labels)
@@ -178,7 +180,7 @@ def draw_curve_of_two(axes: Any, name: str, predictions: Predictions, row: dict[
     recall, precision = hit / max(1, gold.sum()), hit / max(1, predicted.sum())
     area, kind, short = row["roc_auc"], RocCurveDisplay, "AUC"
     point = ((~gold & predicted).sum() / max(1, (~gold).sum()), recall)
-    x, y = "share of other samples that are predicted (false positive rate)", "recall (true positive rate)"
+    x, y = "false positive rate", "recall (true positive rate)"
     if name == PRECISION_RECALL:
         area, kind, short = row["average_precision"], PrecisionRecallDisplay, "AP"
         point, x, y = (recall, precision), "recall", "precision"
@@ -201,8 +203,9 @@ def draw_curves(axes: Any, predictions: Predictions, rows: Sequence[dict[str, An
     for place in sorted(labels, key=lambda place: -rows[place]["samples"]):
         row = rows[place]
         if np.isfinite(row["average_precision"]):
+            style = {"linestyle": "-" if len(lines) < COLORS else "--"}
             display = PrecisionRecallDisplay.from_predictions(
-                predictions.labels[:, place], predictions.probabilities_of(place), ax=axes
+                predictions.labels[:, place], predictions.probabilities_of(place), ax=axes, curve_kwargs=style
             )
             axes.plot(row["recall"], row["precision"], "o", color=display.line_.get_color())
             lines.append(display.line_)

@@ -68,6 +68,8 @@ def test_legend_lies_beside_the_curves_and_inside_the_picture(count: int, length
     assert not box.overlaps(axes)
     assert len(legend.get_texts()) == min(count, plots.MOST_CURVES)
     assert axes.width > 250
+    looks = [(line.get_color(), line.get_linestyle()) for line in legend.get_lines()]
+    assert len({*looks}) == len(looks)
     for low, high in ((box.min, box.max), (axes.min, axes.max)):
         assert (low >= 0).all()
         assert (high <= figure.bbox.max).all()
