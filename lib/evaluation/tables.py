@@ -71,6 +71,9 @@ def format_tables(
         blocks += [format_rows(rows, "{:.3f}"), note]
     if tables["coverage"]:
         blocks.append(format_rows(tables["coverage"], "{:.4f}"))
+    if "curves" in tables:
+        areas = "area under the ROC curve {roc_auc:.4f}, average precision {average_precision:.4f}"
+        blocks.append(f"{printable(names[1])}: {areas.format(**tables['curves'])}.")
     if predictions.thresholds is not None:
         threshold = f"{printable(names[1])} is predicted from a probability of {predictions.thresholds[1]:.4f} on"
         of = "--threshold" if predictions.thresholds_given else "the best F1 on validation, where scores are optimistic"

@@ -104,7 +104,9 @@ def test_threshold_of_two_classes_is_told_with_where_it_comes_from() -> None:
 
 def test_areas_of_two_classes_equal_scikit_learn() -> None:
     made = dataclasses.replace(class_predictions(80, 2), temperature=3.0)
-    row, second = build_tables(made, ["no", "yes"])["curves"], made.probabilities[:, 1]
+    tables, second = build_tables(made, ["no", "yes"]), made.probabilities[:, 1]
+    row = tables["curves"]
+    assert f"{row['roc_auc']:.4f}" in "".join(format_tables(tables, made, ["no", "yes"]))
     assert row["roc_auc"] == pytest.approx(roc_auc_score(made.labels, second))
     assert row["average_precision"] == pytest.approx(average_precision_score(made.labels, second))
     one = build_tables(made.take(made.labels == 1), ["no", "yes"])["curves"]
