@@ -214,11 +214,11 @@ def test_coverage_is_what_abstaining_below_the_probability_leaves(classes: int) 
 
 
 def test_coverage_counts_the_probability_of_what_a_threshold_predicts() -> None:
-    made = from_probabilities([[0.6, 0.4], [0.9, 0.1], [0.2, 0.8]], [1, 0, 1])
+    made = from_probabilities([[0.6, 0.4], [0.45, 0.55], [0.2, 0.8]], [0, 1, 1])
     rows = coverage_table(dataclasses.replace(made, thresholds=np.array([0.7, 0.3])))
-    assert rows[-1]["abstain_below"] == pytest.approx(0.8999, abs=2e-4)
+    assert [row["abstain_below"] for row in rows] == pytest.approx([0, 0.55, 0.8], abs=2e-4)
     assert [row["samples"] for row in rows] == [3, 2, 1]
-    assert [row["accuracy"] for row in rows] == [1, 1, 1]
+    assert [row["accuracy"] for row in rows] == pytest.approx([2 / 3, 1, 1])
 
 
 def test_equal_probabilities_are_kept_or_left_together() -> None:
