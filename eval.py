@@ -28,6 +28,7 @@ from lib.data.trained_on import as_in_training
 from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
+from lib.evaluation.thresholds import choose_thresholds, stored_thresholds
 from lib.model.folder import check_vocabulary
 from lib.model.load import label_names, load_classifier, load_tokenizer
 from lib.run.finished import eval_folder, find_scored_model
@@ -55,12 +56,15 @@ def main(config: EvalConfig) -> None:
         names, problem = label_names(model), model_problem(model.config)
         data = load_data(options, tokenizer, (config.split,), names, problem, trained.trained_on)
     metrics = choose_metrics(config.metrics, config.data, data, trained=trained.trained_on.metrics)
+    stored = stored_thresholds(model.config)
+    thresholds = choose_thresholds(config.threshold, data.problem_type, data.label_names, stored)
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
     batches, batch_size = Batches(data, collator), config.per_device_eval_batch_size
     batches = check_padding(accelerator, model, batches, tokenizer)
-    scored = evaluate(accelerator, model, batches.split(config.split), metrics.names, batch_size)
+    split = batches.split(config.split)
+    scored = evaluate(accelerator, model, split, metrics.names, batch_size, thresholds=thresholds)
     if accelerator.is_main_process:
         with locked_folder(folder, wait=60), explaining(folder, AGAIN):
             report = report_evaluation(accelerator, config, trained, batches.data, metrics, scored)

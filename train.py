@@ -32,6 +32,7 @@ from lib.data.load import load_data
 from lib.data.loader import Batches, MicroBatch, StepBatch, build_collator
 from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
+from lib.evaluation.thresholds import check_tuned
 from lib.model.build import build_classifier, check_trainable
 from lib.model.forward import compute_logits
 from lib.model.load import load_tokenizer
@@ -63,6 +64,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
     if run.is_finished(data):
         return run.results
     metrics = choose_metrics(config.metrics, config.data, data, config.training.metric_for_best_model)
+    check_tuned(config.training.threshold, data)
 
     # Model, objective, optimizer, schedule. Nothing is trained yet; `start` resumes if there is a checkpoint.
     seed_everything(config.training.seed)

@@ -159,6 +159,12 @@ def test_eval_on_two_processes_gives_the_numbers_of_training(
         for key in ("loss", *KEYS[name]):
             assert scored[f"test/{key}"] == pytest.approx(results[f"test/{key}"], abs=1e-6)
         assert (folder / "again" / PICTURES[name]).is_file()
+        reports = [json.loads((folder / part / "report.json").read_text()) for part in ("again", "eval-test")]
+        assert reports[0].get("temperature") == reports[1].get("temperature")
+        assert ("temperature" in reports[0]) == (name == "multi-label")
+        rows = [read_lines(folder / part / "predictions.jsonl") for part in ("again", "eval-test")]
+        for one, other in zip(*rows, strict=True):
+            assert one.get("probabilities") == pytest.approx(other.get("probabilities"), abs=2e-6)
 
 
 def test_predict_gives_the_answers_of_eval(finished: tuple) -> None:
@@ -274,6 +280,7 @@ def test_resumed_run_on_two_processes_equals_an_uninterrupted_one(run: Command, 
         assert differences(folder / "whole", folder / "parts") == []
         configs = [json.loads((folder / part / "model" / "config.json").read_text()) for part in ("whole", "parts")]
         assert configs[0] == configs[1]
+        assert ("calibration_temperature" in configs[0]) == (name == "multi-label")
 
 
 # ---------------------------------------------------------------------------------------------------- GLUE

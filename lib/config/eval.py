@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lib.config.cli import Given, read_yaml
-from lib.config.limits import COUNT, INPUT_PATH, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_values
+from lib.config.limits import COUNT, INPUT_PATH, OUTPUT_NAME, OUTPUT_PATH, SEED, Within, check_thresholds, check_values
 from lib.config.sections import DataConfig, HubConfig, ModelSource, Precision, alias
 from lib.errors import printable, require
 
@@ -43,6 +43,9 @@ class EvalConfig:
     """Split to score: train, validation, test, or another one of the data set."""
     metrics: tuple[str, ...] | None = None
     """Metrics to compute; see train.py --help."""
+    threshold: tuple[str, ...] = ()
+    """Least probability at which a label, or the second of two classes, is predicted: a number, or label=number for some.
+    [default: those stored with the model, else 0.5]"""
     per_device_eval_batch_size: Annotated[int, COUNT] = 64
     """Samples per forward pass."""
     bootstrap_samples: Annotated[int, Within("[1, 1000000]")] = 1000
@@ -58,6 +61,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_thresholds(self.threshold)
         require((self.run is None) != (self.model.model is None), "give either --run FOLDER or --model ID_OR_FOLDER")
 
     @property

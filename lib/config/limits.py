@@ -105,6 +105,19 @@ def check_settings(flag: str, items: tuple[str, ...]) -> None:
         require(abs(number) < 2**127 and not tiny, f"{flag} {name}={shorten(text)}: the number is out of range")
 
 
+def check_thresholds(items: tuple[str, ...]) -> None:
+    """Raise UserError unless --threshold has numbers from 0 to 1: one at most for all labels, or label=number."""
+    for item in items:
+        name, named, text = item.rpartition("=")
+        try:
+            inside = 0 <= float(text) <= 1 and bool(name or not named)
+        except ValueError:
+            inside = False
+        require(inside, f"--threshold takes a number from 0 to 1, or label=number, got {shorten(item)!r}")
+    alone = [item for item in items if "=" not in item]
+    require(len(alone) < 2, f"--threshold takes one number for all labels, got {shorten(' '.join(alone))}")
+
+
 def shorten(value: Any) -> str:
     """`value` as text of at most 80 characters."""
     text = str(value) if not isinstance(value, int) or abs(value) < 10**80 else "a number of more than 80 digits"

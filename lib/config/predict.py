@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.config.limits import COUNT, INPUT_PATH, NUMBER, OUTPUT_PATH, SEED, Within, check_settings, check_values
+from lib.config.limits import (
+    COUNT,
+    INPUT_PATH,
+    NUMBER,
+    OUTPUT_PATH,
+    SEED,
+    Within,
+    check_settings,
+    check_thresholds,
+    check_values,
+)
 from lib.config.sections import (
     FILE_FORMATS,
     HubConfig,
@@ -192,7 +202,13 @@ class PredictConfig:
     top_k: Annotated[int | None, COUNT] = None
     """Number of answers, the likeliest first. [default: 5 for fill-mask, all labels of a classifier, else 1]"""
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = None
-    """Function from a classifier's logits to probabilities; none: give logits. [default: as the model was trained]"""
+    """Function from a classifier's logits to probabilities; none: give logits. The temperature stored with a model is for
+    the function that it was trained with, no other. [default: as the model was trained]"""
+    threshold: tuple[str, ...] = ()
+    """Least probability at which a label, or the second of two classes, is predicted: a number, or label=number for some.
+    [default: those stored with the model, else 0.5]"""
+    abstain_below: Annotated[float | None, Within("[0, 1]")] = None
+    """Give no label (null; in csv an empty cell) where the probability of the predicted class is below this."""
     max_length: Annotated[int | None, COUNT] = None
     """Longest input in tokens; longer texts are truncated or read in windows. [default: the run's, else the model's]"""
     embedding: EmbeddingConfig = dataclasses.field(default_factory=EmbeddingConfig)
@@ -247,6 +263,13 @@ class PredictConfig:
         require(self.top_k is None or task not in ("ner", "feature-extraction"), f"--task {task} has no --top_k")
         fits = self.function_to_apply is None or task == "sentiment-analysis"
         require(fits, "--function_to_apply is for --task sentiment-analysis")
+        check_thresholds(self.threshold)
+        classifies = task == "sentiment-analysis" and not (self.explain_tokens or self.export_onnx)
+        require(classifies or not self.threshold, "--threshold is for predictions of --task sentiment-analysis")
+        abstains = self.abstain_below is not None
+        require(classifies or not abstains, "--abstain_below is for predictions of --task sentiment-analysis")
+        fits = not abstains or self.function_to_apply != "none"
+        require(fits, "--abstain_below compares probabilities, and --function_to_apply none gives logits; choose one")
         beams, wanted = self.generate.num_beams, self.top_k or 1
         fits = task not in GENERATING or beams is None or beams >= wanted
         require(fits, f"--top_k {wanted} needs --num_beams {wanted} or more, got {beams}")

@@ -126,6 +126,8 @@ class TrainingConfig:
     """Evaluate every n steps. [default: after each epoch]"""
     metric_for_best_model: str | None = None
     """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
+    threshold: Literal["tuned"] | None = None
+    """Two classes. `tuned`: the second one is predicted from the probability with the best F1 on validation, not from 0.5."""
     early_stopping_patience: Annotated[int | None, COUNT] = None
     """Stop after n evaluations in a row without a better metric."""
     save_steps: Annotated[int | None, COUNT] = None

@@ -27,8 +27,13 @@ class Predictions:
     seconds: float = 0.0
     """Wall-clock time of the forward passes, until all processes have the results."""
     problem_type: str = CLASSIFICATION
+    temperature: float | None = None
+    """Divides the logits before they become probabilities, see `calibration`; None: the model has none, as with 1."""
     thresholds: np.ndarray | None = None
-    """Multi-label: the least probability at which each label is predicted, float64 (labels,); None: 0.5 for all."""
+    """The least probability at which each label, or each of two classes, is predicted, float64 (outputs,), those of two
+    classes with the sum 1; None: 0.5 for all labels, the most probable class."""
+    thresholds_given: bool = False
+    """Whether the thresholds are the user's own, and not those that were tuned on validation."""
 
     @property
     def predicted(self) -> np.ndarray:
@@ -38,24 +43,33 @@ class Predictions:
         if self.problem_type == MULTI_LABEL:
             thresholds = DEFAULT_THRESHOLD if self.thresholds is None else self.thresholds
             return np.concatenate([(block.probabilities >= thresholds).astype(np.int64) for block in self.blocks()])
+        if self.thresholds is not None:  # of two classes
+            return (self.probabilities_of(1) >= self.thresholds[1]).astype(np.int64)
         return np.concatenate(
             [block.logits.argmax(axis=1) for block in self.blocks()]
         )  # argmax copies what it is given
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64 (samples, outputs): the softmax, or for multi-label the sigmoid, of the logits."""
+        """float64 (samples, outputs): softmax(logits / temperature), or for multi-label the sigmoid."""
         # SciPy is imported late: not before something is scored.
         from scipy.special import expit, softmax
 
-        logits = self.logits.astype(np.float64)
+        logits = self.logits.astype(np.float64) / (self.temperature or 1.0)
         return expit(logits) if self.problem_type == MULTI_LABEL else softmax(logits, axis=1)
 
     def probabilities_of(self, output: int) -> np.ndarray:
-        """Multi-label: the probabilities of one label, float64 (samples,)."""
+        """The probabilities of one label, or of one class, float64 (samples,)."""
         from scipy.special import expit
 
-        return expit(self.logits[:, output].astype(np.float64))
+        if self.problem_type != MULTI_LABEL:
+            return np.concatenate([block.probabilities[:, output] for block in self.blocks()])
+        return expit(self.logits[:, output].astype(np.float64) / (self.temperature or 1.0))
+
+    @property
+    def uncalibrated(self) -> "Predictions":
+        """The same with the probabilities of the bare logits."""
+        return dataclasses.replace(self, temperature=None)
 
     def blocks(self) -> Iterator["Predictions"]:
         """The predictions of consecutive samples, few enough that their probabilities take little memory."""

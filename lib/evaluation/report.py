@@ -8,32 +8,39 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from lib.config.sections import CLASSIFICATION, REGRESSION
+from lib.config.sections import REGRESSION
 from lib.data.load import Data
+from lib.evaluation.calibration import cross_entropy, expected_calibration_error
 from lib.evaluation.intervals import Interval
-from lib.evaluation.plots import FILES, draw
+from lib.evaluation.plots import PICTURES, draw
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import Scored
 from lib.evaluation.tables import MOST_PROBABILITIES, MOST_ROWS, build_tables, format_table, format_tables
 from lib.runtime.atomic import finite, remove_drafts, replacing, write_atomically
 
-FILE_NAMES = ("report.json", "predictions.jsonl", *FILES.values())
+FILE_NAMES = ("report.json", "predictions.jsonl", *PICTURES)
 """The files of a report."""
-BINS = 15
 DIGITS = 6
 
 
 def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, Interval], data: Data) -> str:
-    """Write `report.json`, `predictions.jsonl` and the picture to `folder`; return the report as text of bounded size."""
+    """Write `report.json`, `predictions.jsonl` and the pictures to `folder`; return the report as text of bounded size."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_drafts(folder, FILE_NAMES)
     (scores, predictions), names = scored, data.label_names
     size = len(predictions.labels)
-    if predictions.problem_type == CLASSIFICATION:
-        scores = scores | {"calibration_error": expected_calibration_error(predictions)}
+    temperature = predictions.temperature
+    if predictions.problem_type != REGRESSION:
+        scores = scores | {"calibration_error": expected_calibration_error(predictions.uncalibrated)}
+    if temperature is not None:
+        scores |= {"loss_at_temperature": cross_entropy(predictions)}
+        scores |= {"calibration_error_at_temperature": expected_calibration_error(predictions)}
     write_predictions(folder / "predictions.jsonl", predictions, data.texts[split], names)
     tables = build_tables(predictions, names)
     notes = draw(predictions, tables, names, f"{split}, {size} samples", folder)
+    if temperature is not None:
+        where = ", which is this split, so that the scores at it are optimistic" if split == "validation" else ""
+        notes.append(f"Probabilities are those at the temperature {temperature:.4g}, fitted on validation{where}.")
     if broken := int(np.isnan(predictions.logits).any(axis=1).sum()):
         notes.append(
             f"The outputs for {broken:,} of {size:,} samples are NaN, and what is predicted for them means nothing: the "
@@ -41,7 +48,8 @@ def write_report(folder: Path, split: str, scored: Scored, intervals: dict[str, 
         )
     if len(names) > MOST_PROBABILITIES:
         notes.append(f"predictions.jsonl has the {MOST_ROWS} largest probabilities of each sample.")
-    record = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
+    record: dict[str, Any] = {"split": split, "samples": size, "scores": scores, "intervals_95": intervals}
+    record |= {} if temperature is None else {"temperature": temperature}
     text = json.dumps(finite(record | tables), indent=2, ensure_ascii=False)
     write_atomically(folder / "report.json", text + "\n")
     shown = format_tables(tables, predictions, names, str(folder / "report.json"))
@@ -57,21 +65,11 @@ def format_report(split: str, scored: Scored, intervals: dict[str, Interval], bl
     return "\n\n".join([format_table(rows), *blocks])
 
 
-def expected_calibration_error(predictions: Predictions) -> float:
-    """Mean gap between confidence and accuracy over 15 equal bins of the highest probability (Guo et al., ICML 2017)."""
-    confidence = np.concatenate([block.probabilities.max(axis=1) for block in predictions.blocks()])
-    correct = predictions.predicted == predictions.labels
-    if np.isnan(confidence).any():
-        return float("nan")
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=confidence - correct, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
 def write_predictions(path: Path, predictions: Predictions, texts: Dataset, names: Sequence[str]) -> None:
     """One JSON object per line, in input order: index, text, gold, predicted and, except for numbers, probabilities.
 
-    Of more than MOST_PROBABILITIES probabilities the MOST_ROWS largest are written, the largest first.
+    Probabilities are those at the temperature. Of more than MOST_PROBABILITIES the MOST_ROWS largest are written, the
+    largest first.
     """
     rows = zip(row_texts(texts), named_rows(predictions, names), strict=True)
     with replacing(path) as file:

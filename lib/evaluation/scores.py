@@ -152,8 +152,11 @@ def is_finite(module: str, predictions: Predictions) -> bool:
 
 
 def metric_input(module: str, predictions: Predictions) -> np.ndarray:
-    """What the module compares with the labels: probabilities for average precision, else what was predicted."""
-    return predictions.probabilities if module == "average_precision" else predictions.predicted
+    """What the module compares with the labels: probabilities for average precision, else what was predicted.
+
+    A temperature keeps their order, but may round two of them to one number.
+    """
+    return predictions.uncalibrated.probabilities if module == "average_precision" else predictions.predicted
 
 
 def metric_settings(name: str, outputs: int, problem_type: str = CLASSIFICATION) -> tuple[str, dict[str, Any]]:

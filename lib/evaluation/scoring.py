@@ -14,9 +14,10 @@ from torch import nn
 from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.data.batching import Indices, eval_batches
 from lib.data.loader import Split, Tensors, build_loader, to_device
+from lib.evaluation.calibration import fit_temperature, store_temperature, stored_temperature
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
-from lib.evaluation.thresholds import store_thresholds, stored_thresholds, tune_thresholds
+from lib.evaluation.thresholds import has_thresholds, store_thresholds, stored_thresholds, tune_thresholds
 from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
 from lib.runtime.memory import halve, is_out_of_memory
@@ -39,18 +40,27 @@ def evaluate(
     metrics: Sequence[str],
     batch_size: int,
     tune_thresholds_first: bool = False,
+    two_classes: bool = False,
+    thresholds: np.ndarray | None = None,
 ) -> Scored:
     """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process.
 
-    A multi-label model uses the thresholds stored with it. With `tune_thresholds_first`, for validation only, they are
-    tuned on this split before and stored.
+    A model uses the temperature and the thresholds stored with it. With `tune_thresholds_first`, for validation only, they
+    are fitted on this split before and stored; the threshold of two classes only with `two_classes`. `thresholds` are the
+    user's own, in place of those that are stored.
     """
     predictions = predict(accelerator, model, split, batch_size)
-    if split.problem_type == MULTI_LABEL:
-        config = accelerator.unwrap_model(model).config
+    config, problem = accelerator.unwrap_model(model).config, split.problem_type
+    if problem != REGRESSION:
         if tune_thresholds_first:
+            store_temperature(config, fit_temperature(predictions))
+        predictions = dataclasses.replace(predictions, temperature=stored_temperature(config))
+    if has_thresholds(problem, split.num_outputs):
+        if tune_thresholds_first and (problem == MULTI_LABEL or two_classes):
             store_thresholds(config, tune_thresholds(predictions))
-        predictions = dataclasses.replace(predictions, thresholds=stored_thresholds(config))
+        own = thresholds is not None
+        used = thresholds if own else stored_thresholds(config)
+        predictions = dataclasses.replace(predictions, thresholds=used, thresholds_given=own)
     scores = [compute_metrics(predictions, metrics) if accelerator.is_main_process else None]
     return Scored(broadcast_object_list(scores)[0], predictions)
 

@@ -8,8 +8,9 @@ from rich.cells import cell_len
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.errors import printable
+from lib.evaluation.calibration import coverage_table
 from lib.evaluation.predictions import DEFAULT_THRESHOLD, Predictions
-from lib.runtime.screen import align, shorten
+from lib.runtime.screen import align, list_some, shorten
 
 RANGES = 5
 MOST_CLASSES = 60
@@ -20,6 +21,8 @@ MOST_ROWS = 20
 """Rows on the screen of a table that is not whole, and probabilities of a sample where not all are written."""
 MOST_PROBABILITIES = 200
 """Of more classes or labels, predictions.jsonl has the MOST_ROWS largest probabilities of a sample."""
+NEVER = 10
+"""Names of classes that are never predicted, on the screen."""
 NAME_WIDTH = 40
 """Columns of a name on the screen, at most."""
 Row = dict[str, Any]
@@ -36,6 +39,9 @@ def build_tables(predictions: Predictions, names: Sequence[str]) -> dict[str, An
         tables["confusion_matrix"] = confusion_matrix(predictions).tolist()
     if len(names) > MOST_COLUMNS:
         tables["confusions"] = confusion_table(predictions, names)
+    tables["coverage"] = coverage_table(predictions)
+    if len(names) == 2:
+        tables["curves"] = curve_table(predictions, names)
     return tables
 
 
@@ -48,19 +54,42 @@ def format_tables(
     if predictions.problem_type == MULTI_LABEL:
         if predictions.thresholds is None:
             note = f"Thresholds: the model has none of its own, {DEFAULT_THRESHOLD} is used."
+        elif predictions.thresholds_given:
+            note = "Thresholds: as --threshold says; of other labels those of the model, or 0.5."
         else:
             note = "Thresholds: those of the best F1 on validation, where scores that use them are optimistic."
-        return [*format_outputs(tables["labels"], "labels", predictions, file), note]
+        blocks = [*format_outputs(tables["labels"], "labels", predictions, file), note]
+        return [*blocks, *never_predicted(tables["labels"], predictions)]
     blocks = format_outputs(tables["classes"], "classes", predictions, file)
     if "confusions" not in tables:
         shown = [shorten(name, NAME_WIDTH) for name in names]
         rows = [[name, *map(str, row)] for name, row in zip(shown, tables["confusion_matrix"], strict=True)]
-        return [*blocks, format_table([["gold \\ predicted", *shown], *rows])]
-    if tables["confusions"]:
+        blocks.append(format_table([["gold \\ predicted", *shown], *rows]))
+    elif tables["confusions"]:
         rows, total = tables["confusions"][:MOST_ROWS], len(tables["confusions"])
         note = f"{len(rows)} of {total:,} pairs of confused classes, the most frequent; confusions in {printable(file)} has all."
         blocks += [format_rows(rows, "{:.3f}"), note]
-    return blocks
+    if tables["coverage"]:
+        blocks.append(format_rows(tables["coverage"], "{:.4f}"))
+    if "curves" in tables:
+        areas = "area under the ROC curve {roc_auc:.4f}, average precision {average_precision:.4f}"
+        blocks.append(f"{printable(names[1])}: {areas.format(**tables['curves'])}.")
+    if predictions.thresholds is not None:
+        threshold = f"{printable(names[1])} is predicted from a probability of {predictions.thresholds[1]:.4f} on"
+        of = "--threshold" if predictions.thresholds_given else "the best F1 on validation, where scores are optimistic"
+        blocks.append(f"Threshold: {threshold}, that of {of}.")
+    return [*blocks, *never_predicted(tables["classes"], predictions)]
+
+
+def never_predicted(rows: Sequence[Row], predictions: Predictions) -> list[str]:
+    """A line that names the classes or labels which some samples have and the model predicts for none."""
+    predicted, several = predictions.predicted, predictions.problem_type == MULTI_LABEL
+    counts = predicted.sum(axis=0) if several else np.bincount(predicted, minlength=len(rows))
+    lost = [row for row, count in zip(rows, counts, strict=True) if row["samples"] and not count]
+    if not lost:
+        return []
+    listed = list_some([f"{shorten(next(iter(row.values())), NAME_WIDTH)} ({row['samples']:,})" for row in lost], NEVER)
+    return [f"Never predicted, though samples have them: {listed}."]
 
 
 def format_outputs(rows: Sequence[Row], what: str, predictions: Predictions, file: str) -> list[str]:
@@ -118,6 +147,19 @@ def class_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
     ]
 
 
+def curve_table(predictions: Predictions, names: Sequence[str]) -> Row:
+    """Areas under the curves of the second of two classes: ROC AUC and average precision; NaN where they are not defined."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    gold, probabilities = predictions.labels == 1, predictions.uncalibrated.probabilities_of(1)
+    defined = 0 < gold.sum() < len(gold) and np.isfinite(probabilities).all()
+    areas = (
+        float(area(gold, probabilities)) if defined else np.nan for area in (roc_auc_score, average_precision_score)
+    )
+    threshold = DEFAULT_THRESHOLD if predictions.thresholds is None else float(predictions.thresholds[1])
+    return {"class": names[1], "threshold": threshold} | dict(zip(("roc_auc", "average_precision"), areas, strict=True))
+
+
 def range_table(predictions: Predictions) -> list[Row]:
     """Mean prediction and mean absolute error in five equally wide ranges of the gold number; empty ranges are left out."""
     gold, predicted = predictions.labels.astype(np.float64), predictions.predicted.astype(np.float64)
@@ -149,7 +191,7 @@ def label_table(predictions: Predictions, names: Sequence[str]) -> list[Row]:
     columns = precision_recall_fscore_support(gold, predictions.predicted, average=None, zero_division=0)
     rows = []
     for number, (name, p, r, f, n) in enumerate(zip(names, *columns, strict=True)):
-        probabilities = predictions.probabilities_of(number)
+        probabilities = predictions.uncalibrated.probabilities_of(number)
         defined = n > 0 and np.isfinite(probabilities).all()
         area = average_precision_score(gold[:, number], probabilities) if defined else np.nan
         values = {"threshold": thresholds[number], "precision": p, "recall": r, "f1": f, "average_precision": area}

@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from transformers.pipelines import PipelineException
 
-from lib.config.sections import MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
 from lib.data.encoding import Encoder, model_inputs
 from lib.data.loader import build_collator, to_device
 from lib.data.tokenization import check_windows, stored_windows
 from lib.errors import UserError
+from lib.evaluation.calibration import stored_temperature
 from lib.evaluation.padding import try_padding
 from lib.evaluation.predictions import DEFAULT_THRESHOLD
-from lib.evaluation.thresholds import stored_thresholds
+from lib.evaluation.thresholds import choose_thresholds, has_thresholds, stored_thresholds
 from lib.inference.inputs import Example
 from lib.inference.load import Task
 from lib.inference.stream import Predict, Prediction
@@ -29,9 +30,11 @@ logger = logging.getLogger(__name__)
 def build_classification(task: Task) -> Predict:
     """Predictions with `label` and `probabilities` by class; multi-label: `labels`, those that reach their threshold.
 
-    Thresholds are those in the model's configuration, else 0.5. With --function_to_apply none there are `logits` instead
-    of `probabilities`. Regression gives `score`, or `scores` by name if there are several. Token ids, batches and forward
-    are those of evaluation, so that the numbers are, too.
+    Thresholds are those of --threshold, else those in the model's configuration, else 0.5. Logits are divided by the
+    temperature there before they become probabilities, by the function that the model was trained with. The label is None
+    below --abstain_below. With --function_to_apply none there are `logits` instead of `probabilities`. Regression gives
+    `score`, or `scores` by name if there are several. Token ids, batches and forward are those of evaluation, so that the
+    numbers are, too. Raises UserError for --threshold and --abstain_below where the model does not fit.
     """
     config, tokenizer, model = task.config, task.tokenizer, task.model
     names, problem, limit = label_names(model), model.config.problem_type, tokenizer.model_max_length
@@ -41,12 +44,18 @@ def build_classification(task: Task) -> Predict:
     leak = try_padding(model, tokenizer, collator, limit) if config.inputs.several else None
     if leak is not None:
         logger.warning(NOTES[leak])
-    function = config.function_to_apply or usual_function(model.config)
+    usual = usual_function(model.config)
+    function = config.function_to_apply or usual
     key = "logits" if config.function_to_apply == "none" else "scores" if function == "none" else "probabilities"
-    stored = stored_thresholds(model.config)
-    thresholds = np.full(len(names), DEFAULT_THRESHOLD) if stored is None else stored
-    if key == "logits":
-        thresholds = np.log(thresholds) - np.log1p(-thresholds)
+    kind = problem or CLASSIFICATION
+    stored = stored_thresholds(model.config) if has_thresholds(kind, len(names)) else None
+    own = choose_thresholds(config.threshold, kind, names, stored)
+    found = stored if own is None else own
+    thresholds = np.full(len(names), DEFAULT_THRESHOLD) if found is None else found
+    temperature = 1.0 if usual == "none" else stored_temperature(model.config) or 1.0
+    if config.abstain_below is not None and (kind != CLASSIFICATION or len(names) == 1):
+        what = words(kind) if kind != CLASSIFICATION else "a single output"
+        raise UserError(f"--abstain_below is for models that give one class of several, this is {what}")
 
     @torch.inference_mode()
     def predict(examples: list[Example]) -> list[Prediction]:
@@ -62,14 +71,18 @@ def build_classification(task: Task) -> Predict:
         return [to_prediction(row) for row in pool_logits(torch.cat(logits), counts).cpu().numpy()]
 
     def to_prediction(logits: np.ndarray) -> Prediction:
-        scores = apply_function(function, logits)
+        probable = apply_function(usual, logits.astype(np.float64) / temperature)
+        scores = probable if function == usual else apply_function(function, logits)
         if key == "scores" and len(names) == 1:
             return {"score": float(scores[0])}
         ranked = np.argsort(-logits, kind="stable").tolist()
-        if problem == MULTI_LABEL:
-            chosen: Prediction = {"labels": [names[i] for i in ranked if scores[i] >= thresholds[i]]}
-        else:
-            chosen = {"label": names[ranked[0]]} if len(names) > 1 else {}
+        chosen: Prediction = {}
+        if kind == MULTI_LABEL:
+            chosen = {"labels": [names[i] for i in ranked if probable[i] >= thresholds[i]]}
+        elif len(names) > 1:
+            place = ranked[0] if found is None else int(probable[1] >= thresholds[1])
+            abstains = config.abstain_below is not None and not scores[place] >= config.abstain_below
+            chosen = {"label": None if abstains else names[place]}
         listed = ranked[: config.top_k] if config.top_k else range(len(names))
         return chosen | {key: {names[i]: float(scores[i]) for i in listed}}
 

@@ -56,12 +56,18 @@ VERSIONS = ("torch", "transformers", "accelerate", "datasets")
 
 
 def write_model_card(
-    folder: Path, dataset: str, settings: dict[str, Any], results: dict[str, Any], thresholds: Sequence[float] = ()
+    folder: Path,
+    dataset: str,
+    settings: dict[str, Any],
+    results: dict[str, Any],
+    thresholds: Sequence[float] = (),
+    temperature: float | None = None,
 ) -> None:
     """Write README.md with metadata for the Hub into the folder of a model; paths on this machine are left out.
 
     `dataset` is the name of the data, `settings` holds the options of the run by flag and its record under `run/`,
-    `results` the numbers of the finished run, such as `test/accuracy`, `thresholds` those of a multi-label model.
+    `results` the numbers of the finished run, such as `test/accuracy`, `thresholds` those of the labels or of two classes,
+    and `temperature` what logits are divided by.
     """
     problem = settings.get("run/problem_type", CLASSIFICATION)
     base_name, base_id = base_model(settings)
@@ -93,6 +99,7 @@ def write_model_card(
         f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
         *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name)), ""),
         *output_lines(problem, names, thresholds),
+        *probability_lines(problem, temperature),
         *data_lines(settings),
         *("", "## Training", ""),
         *markdown_table(["option", "value"], [[key, plain(str(settings[key]))] for key in options]),
@@ -160,7 +167,7 @@ def usage_lines(adapter: str | None, base: str) -> list[str]:
 
 
 def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]) -> list[str]:
-    """What the outputs of the model are; those of a multi-label model with their thresholds, where these were tuned."""
+    """What the outputs of the model are, with their thresholds where these were tuned."""
     if problem == REGRESSION:
         return [f"The only output is {code(names[0])}, in the units of the data."]
     if problem == MULTI_LABEL and thresholds:
@@ -173,8 +180,28 @@ def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]
             *markdown_table(["label", "threshold"], rows[:MOST_LABELS]),
             *(["", f"`config.json` has {len(rows) - MOST_LABELS:,} more."] if len(rows) > MOST_LABELS else []),
         ]
+    if thresholds:  # of two classes
+        return [
+            f"The labels are {code(names[0])} and {code(names[1])}, the second one from a probability of "
+            f"{thresholds[1]:.4f} on:",
+            "tuned to its best F1 on validation, where scores are too high. `config.json` stores it in `thresholds`;",
+            "`predict.py` and `eval.py` use it, other programs take the more probable class.",
+        ]
     more = " of them in `config.json`" if len(names) > MOST_LABELS else ""
     return [f"Labels, in the order of the outputs: {list_some([code(name) for name in names], MOST_LABELS)}{more}."]
+
+
+def probability_lines(problem: str, temperature: float | None) -> list[str]:
+    """How probabilities follow from the logits."""
+    if temperature is None:
+        return []
+    function = "sigmoid" if problem == MULTI_LABEL else "softmax"
+    return [
+        "",
+        f"Probabilities are {function}(logits / {temperature:.4f}): the temperature was fitted on validation and stands in",
+        "`config.json` as `calibration_temperature`. `predict.py` and `eval.py` use it; other programs give the",
+        f"{function} of the logits themselves, which {'have' if problem == MULTI_LABEL else 'has'} the same order.",
+    ]
 
 
 def plain(text: str) -> str:

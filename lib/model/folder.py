@@ -147,10 +147,20 @@ def stored_labels(source: ModelSource, content: dict[str, Any], file: Path) -> l
 
 
 def check_outputs(source: ModelSource, hf_config: Any, file: Path) -> None:
-    """Raise UserError for a problem type or thresholds in a trained model's config.json that give its outputs no meaning."""
+    """Raise UserError for what gives the outputs of a trained model no meaning in its config.json.
+
+    These are the problem type, the temperature and the thresholds.
+    """
     problem, thresholds = getattr(hf_config, "problem_type", None), getattr(hf_config, "thresholds", None)
     if problem is not None and problem not in PROBLEMS:
         raise unusable(source, f"problem_type in {file} is {problem!r}; correct it: one of {', '.join(PROBLEMS)}")
+    temperature = getattr(hf_config, "calibration_temperature", None)
+    if temperature is not None and not (type(temperature) in (int, float) and 1e-6 <= temperature <= 1e6):
+        raise unusable(
+            source,
+            f"calibration_temperature in {file} is {str(temperature)[:80]}; it is a number above 0, a million at most: "
+            "correct it, or remove it for 1",
+        )
     if thresholds is None:
         return
     count = hf_config.num_labels
@@ -162,6 +172,12 @@ def check_outputs(source: ModelSource, hf_config: Any, file: Path) -> None:
             source,
             f"thresholds in {file} is {str(thresholds)[:80]}; it holds {count} numbers from 0 to 1, one for each label: "
             "correct it, or remove it for 0.5",
+        )
+    if problem in (None, CLASSIFICATION) and count == 2 and abs(sum(thresholds) - 1) > 1e-6:
+        raise unusable(
+            source,
+            f"thresholds in {file} is {str(thresholds)[:80]}; those of two classes have the sum 1: correct it, or remove it "
+            "for 0.5",
         )
 
 

@@ -53,7 +53,13 @@ USUAL_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "chunk_size
 
 NOT_OF_THE_MODEL = {
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"),
-    *(*LABEL_SETTINGS, "problem_type", "thresholds", KEY),  # of the data that it was trained on before
+    *(
+        *LABEL_SETTINGS,
+        "problem_type",
+        "thresholds",
+        "calibration_temperature",
+        KEY,
+    ),  # of the data that it was trained on before
     *USUAL_OUTPUTS,
 }
 """Settings of config.json that a model which is trained here does not depend on."""

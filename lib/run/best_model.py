@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
+from lib.evaluation.calibration import restore_temperature
 from lib.evaluation.thresholds import restore_thresholds
 from lib.model.weights import reload_model, save_model
 from lib.runtime.atomic import (
@@ -78,7 +79,7 @@ def copy_model(source: Path, files: Entries, folder: Path) -> None:
 def restore_model(
     accelerator: Accelerator, model: nn.Module, folder: Path, state: State, checkpoints: Iterable[tuple[Path, int]] = ()
 ) -> None:
-    """Load what `publish_model` saved into `model`, in place: weights, and thresholds of a multi-label model.
+    """Load what `publish_model` saved into `model`, in place: weights, temperature and thresholds.
 
     What is damaged or gone is taken from the first of `checkpoints` (each with the step of its best model) that has it.
     Raises UserError on every process if none has it, and if no evaluation of the run had a finite loss, so that no model
@@ -108,4 +109,5 @@ def restore_model(
         raise UserError(problem or "the first process could not restore the best model")
     inner = accelerator.unwrap_model(model)
     reload_model(inner, folder)
+    restore_temperature(inner.config, folder)
     restore_thresholds(inner.config, folder)

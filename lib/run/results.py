@@ -13,7 +13,7 @@ from lib.data.catalog import ROLES, catalog_entry, own_files
 from lib.data.load import Data
 from lib.errors import printable
 from lib.evaluation.intervals import bootstrap_intervals
-from lib.evaluation.plots import FILES
+from lib.evaluation.plots import picture_names
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, prefix
@@ -52,6 +52,7 @@ def build_results(
         by_split[entry.validation] = state.best_scores
     flat = {f"{prefix(part)}/{name}": value for part, values in by_split.items() for name, value in values.items()}
     thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), None)
+    temperature = next((p.temperature for _, p in scored.values() if p.temperature is not None), None)
     tuned = {} if thresholds is None else dict(zip(settings["run/label_names"], thresholds.tolist(), strict=True))
     return flat | {
         **({"chosen_by": "loss"} if state.best_metric is None else {}),  # its metric was not defined
@@ -66,6 +67,7 @@ def build_results(
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         **{name: bounded(settings[name]) for name in REPEATED if name in settings},
         **({"run/thresholds": bounded(tuned)} if tuned else {}),
+        **({"run/temperature": temperature} if temperature is not None else {}),
     }
 
 
@@ -104,7 +106,8 @@ def report_evaluation(
         **{f"run/{name}": bounded(value) for name, value in describe_data(data, metrics).items()},
         **{f"run/{name}": value for name, value in model_origin(trained.source).items()},
     }
-    written = f"\nwritten to {printable(str(folder))}: report.json, predictions.jsonl, {FILES[data.problem_type]}"
+    files = ["report.json", "predictions.jsonl", *picture_names(data.problem_type, len(data.label_names))]
+    written = f"\nwritten to {printable(str(folder))}: {', '.join(files)}"
     notes = [f"columns: {describe_columns(data)}", f"length: {describe_length(data)}", *data.notes]
     length = trained.trained_on.max_length
     if length not in (None, data.max_length):

@@ -242,9 +242,11 @@ class Run:
         texts.append(text)
         texts += draw_learning_curves(self.folder, self.metrics.best, best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
-        write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist())
+        temperature = results.get("run/temperature")
+        write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist(), temperature)
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
-        write_record(self.folder, self.settings, {"thresholds": named, "best_step": best_step})
+        outcome = {"thresholds": named, "temperature": temperature, "best_step": best_step}
+        write_record(self.folder, self.settings, outcome)
         return texts, baselines
 
     def write_end(self, results: dict[str, Any]) -> list[str]:

@@ -82,9 +82,12 @@ class Learner:
         self.meter.add(loss_sum, grad_norm, batch, self.state)
 
     def evaluate(self, split: Split, metrics: Metrics, tune_thresholds: bool = False) -> Scored:
-        """Score a split; a batch size that did not fit in memory is not tried again."""
-        size = self.state.eval_batch_size
-        scored = evaluate(self.accelerator, self.model, split, metrics.names, size, tune_thresholds)
+        """Score a split; a batch size that did not fit in memory is not tried again.
+
+        With `tune_thresholds`, for validation only, temperature and thresholds of the model are fitted on it before.
+        """
+        size, two_classes = self.state.eval_batch_size, self.plan.config.threshold is not None
+        scored = evaluate(self.accelerator, self.model, split, metrics.names, size, tune_thresholds, two_classes)
         self.state.eval_batch_size = scored.predictions.batch_size
         return scored
 

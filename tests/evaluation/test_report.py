@@ -1,5 +1,6 @@
 """The files and the text of a report, its calibration error, and the worst rows."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ import pytest
 from datasets import Dataset
 
 from lib.data.load import Data
+from lib.evaluation.calibration import cross_entropy, expected_calibration_error
 from lib.evaluation.intervals import bootstrap_intervals
-from lib.evaluation.plots import FILES, draw
+from lib.evaluation.plots import draw, picture_names
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import (
-    expected_calibration_error,
     format_report,
     row_texts,
     worst_rows,
@@ -73,7 +74,7 @@ def test_report_file_with_an_undefined_score_is_strict_json(tmp_path: Path) -> N
 
 def test_report_text_names_every_score_interval_and_class(tmp_path: Path, three: Predictions) -> None:
     text = report(tmp_path, three, METRICS, text=["x", "y", "z"])
-    scores, classes, matrix = (block.splitlines() for block in text.split("\n\n"))
+    scores, classes, matrix, coverage, *_ = (block.splitlines() for block in text.split("\n\n"))
     assert [line.split()[0] for line in scores[1:]] == ["loss", *METRICS, "calibration_error"]
     assert "test (3 samples)" in scores[0]
     assert all(" to " in line for line in scores[1:-1])
@@ -83,7 +84,34 @@ def test_report_text_names_every_score_interval_and_class(tmp_path: Path, three:
         ["good", "0", "0", "1"],
         ["größer", "0", "1", "0"],
     ]
-    assert all(len({len(line) for line in block}) == 1 for block in (scores, classes, matrix))
+    assert coverage[0].split() == ["abstain_below", "coverage", "accuracy", "samples"]
+    assert all(len({len(line) for line in block}) == 1 for block in (scores, classes, matrix, coverage))
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions])
+def test_report_has_calibration_before_and_after_the_temperature(tmp_path: Path, make: Any) -> None:
+    bare = make(90)
+    made = dataclasses.replace(bare, temperature=2.5)
+    text = report(tmp_path, made, ["accuracy"], text=["x"] * 90)
+    record = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    scores = record["scores"]
+    assert scores["loss"] == pytest.approx(bare.losses.mean(), rel=1e-5)
+    assert scores["loss_at_temperature"] == pytest.approx(cross_entropy(made))
+    assert scores["calibration_error"] == pytest.approx(expected_calibration_error(bare))
+    assert scores["calibration_error_at_temperature"] == pytest.approx(expected_calibration_error(made))
+    assert record["temperature"] == 2.5
+    assert all(name in text for name in scores)
+    assert "2.5, fitted on validation." in text
+    for row, probabilities in zip(lines(tmp_path), made.probabilities, strict=True):
+        assert list(row["probabilities"].values()) == pytest.approx(probabilities, abs=1e-6)
+    assert "temperature" not in report(tmp_path, bare, ["accuracy"], text=["x"] * 90)
+
+
+def test_report_says_that_the_temperature_was_fitted_on_the_split_itself(tmp_path: Path) -> None:
+    made = dataclasses.replace(class_predictions(30), temperature=1.5)
+    data = Data("made up", {"validation": Dataset.from_dict({"text": ["x"] * 30})}, {}, {}, NAMES, ("text",), ())
+    text = write_report(tmp_path, "validation", Scored(compute_metrics(made, []), made), {}, data)
+    assert "which is this split" in text
 
 
 def test_report_text_leaves_out_unknown_intervals(three: Predictions) -> None:
@@ -174,8 +202,12 @@ def test_picture_is_a_png_also_of_logits_that_are_not_finite(
         predictions = predictions.take(np.arange(50))
         predictions.logits[3] = broken
     names = [f"name {index}" for index in range(predictions.logits.shape[1])]
-    draw(predictions, build_tables(predictions, names), names, "a title", tmp_path)
-    assert (tmp_path / FILES[predictions.problem_type]).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    predictions = dataclasses.replace(predictions, temperature=1.5)
+    assert draw(predictions, build_tables(predictions, names), names, "a title", tmp_path) == []
+    wanted = picture_names(predictions.problem_type, len(names))
+    assert {path.name for path in tmp_path.iterdir()} == {*wanted}
+    for name in wanted:
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n"), name
 
 
 @pytest.mark.parametrize("make", [class_predictions, label_predictions], ids=["classes", "labels"])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.cells import cell_len
-from sklearn.metrics import average_precision_score, f1_score
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from lib.config.sections import REGRESSION
 from lib.evaluation.predictions import Predictions
@@ -90,6 +90,43 @@ def test_text_tells_where_thresholds_come_from() -> None:
     assert "none of its own" in format_tables(tables, without, LABELS)[1]
 
 
+def test_threshold_of_two_classes_is_told_with_where_it_comes_from() -> None:
+    made = dataclasses.replace(class_predictions(40, 2), thresholds=np.array([0.7, 0.3]))
+    tables = build_tables(made, ["no", "yes"])
+    assert tables["curves"]["threshold"] == 0.3
+    (said,) = (block for block in format_tables(tables, made, ["no", "yes"]) if "Threshold" in block)
+    assert "yes" in said
+    assert "0.3" in said
+    assert "validation" in said
+    given = dataclasses.replace(made, thresholds_given=True)
+    assert "--threshold" in "".join(format_tables(tables, given, ["no", "yes"]))
+
+
+def test_areas_of_two_classes_equal_scikit_learn() -> None:
+    made = dataclasses.replace(class_predictions(80, 2), temperature=3.0)
+    tables, second = build_tables(made, ["no", "yes"]), made.probabilities[:, 1]
+    row = tables["curves"]
+    assert f"{row['roc_auc']:.4f}" in "".join(format_tables(tables, made, ["no", "yes"]))
+    assert row["roc_auc"] == pytest.approx(roc_auc_score(made.labels, second))
+    assert row["average_precision"] == pytest.approx(average_precision_score(made.labels, second))
+    one = build_tables(made.take(made.labels == 1), ["no", "yes"])["curves"]
+    assert np.isnan(one["roc_auc"])
+
+
+def test_class_that_is_never_predicted_is_named_with_its_samples() -> None:
+    predicted, gold = np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 2, 1])
+    made = Predictions(np.eye(4, dtype=np.float32)[predicted], gold, np.zeros(5))
+    names = ["bad", "good", "lost", "absent"]
+    (said,) = (block for block in format_tables(build_tables(made, names), made, names) if "Never" in block)
+    assert "lost (2)" in said
+    assert "absent" not in said
+    assert "bad" not in said
+    labels = label_predictions(60)
+    nothing = dataclasses.replace(labels, thresholds=np.array([1.0, 0.5, 0.5]))
+    assert "rare" in format_tables(build_tables(nothing, LABELS), nothing, LABELS)[-1]
+    assert "Never" not in "".join(format_tables(build_tables(labels, LABELS), labels, LABELS))
+
+
 def test_confusions_and_classes_with_mistakes_by_hand() -> None:
     gold, predicted = np.array([0, 0, 1, 2, 2, 3]), np.array([0, 1, 1, 0, 0, 3])
     predictions = Predictions(np.eye(4, dtype=np.float32)[predicted], gold, np.zeros(6))
@@ -140,5 +177,5 @@ def test_name_cannot_break_a_table_or_move_the_cursor() -> None:
     predictions, names = class_predictions(50), ["a\tb", "c\nd\r", "\x1b[2Je\u202e\u2028"]
     text = "\n\n".join(format_tables(build_tables(predictions, names), predictions, names))
     assert text.replace("\n", "").isprintable()
-    assert len(text.splitlines()) == 4 + 1 + 4
+    assert len(text.splitlines()) == 4 + 1 + 4 + 1 + (1 + len(build_tables(predictions, names)["coverage"]))
     assert all(shown in text for shown in ("a\\tb", "c\\nd\\r", "\\x1b[2Je\\u202e"))

@@ -129,6 +129,18 @@ def test_names_on_the_card_are_code_whatever_they_hold(tmp_path):
     assert r"| `a\|b` | 0.5000 |" in rows
 
 
+@pytest.mark.parametrize(("problem", "function"), [(CLASSIFICATION, "softmax"), (MULTI_LABEL, "sigmoid")])
+def test_card_says_how_probabilities_and_answers_follow_from_the_logits(tmp_path, problem, function):
+    record = settings() | {"run/problem_type": problem}
+    write_model_card(tmp_path, "reviews", record, RESULTS, [0.7, 0.3], 1.25)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"{function}(logits / 1.25" in text
+    assert "calibration_temperature" in text
+    assert "0.3000" in text
+    write_model_card(tmp_path, "reviews", record, RESULTS)
+    assert "temperature" not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("problem", [CLASSIFICATION, MULTI_LABEL])
 def test_card_of_thousands_of_labels_is_short_and_says_how_many_there_are(tmp_path, problem):
     names = [f"label {number}" * 40 for number in range(5000)]

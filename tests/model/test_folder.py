@@ -17,6 +17,7 @@ from lib.model import folder as folders
 from lib.model.folder import check_vocabulary
 from lib.model.load import build_model, label_names, load_classifier, load_tokenizer
 from lib.model.source import loading_errors
+from tests import tiny_models
 from tests.tiny_models import NAMES
 
 Damage = Callable[[Path], object]
@@ -266,12 +267,28 @@ def test_label_names_without_a_clear_meaning_are_refused_by_file(copy: Path, sto
         {"thresholds": "x"},
         {"thresholds": [0.5]},
         {"thresholds": [None] * 3},
+        {"calibration_temperature": "x"},
+        {"calibration_temperature": 0},
+        {"calibration_temperature": -1.5},
+        {"calibration_temperature": True},
+        {"calibration_temperature": float("nan")},
+        {"calibration_temperature": float("inf")},
+        {"calibration_temperature": 1e-300},
     ],
 )
 def test_outputs_without_a_clear_meaning_are_refused_by_file(copy: Path, stored: dict[str, Any]) -> None:
     settings(**stored)(copy)
     with pytest.raises(UserError, match=f"{next(iter(stored))} in .*config.json"):
         load_classifier(ModelConfig(str(copy)))
+
+
+def test_thresholds_of_two_classes_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    folder = tiny_models.classifier(tmp_path / "two", num_labels=2, **tiny_models.labels(["bad", "good"]))
+    settings(thresholds=[0.7, 0.3])(folder)
+    assert load_classifier(ModelConfig(str(folder))).config.thresholds == [0.7, 0.3]
+    settings(thresholds=[0.7, 0.7])(folder)
+    with pytest.raises(UserError, match=r"thresholds in .*config.json"):
+        load_classifier(ModelConfig(str(folder)))
 
 
 def test_roberta_without_a_padding_token_counts_positions_from_that_of_its_tokenizer(
