@@ -47,7 +47,7 @@ def main(config: PredictConfig) -> None:
     if config.explain_tokens:
         print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))
         return
-    accelerator = build_accelerator(trained.precision, cpu_kernels=False)
+    accelerator = build_accelerator(trained.precision, cpu_kernels=False, attention=trained.source.attn_implementation)
     task = load_task(config, trained, accelerator.device)
     if config.export_onnx:
         if accelerator.is_main_process:

@@ -52,7 +52,7 @@ class EvalConfig:
     output_dir: Annotated[str | None, OUTPUT_PATH] = None
     """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
     mixed_precision: Precision = "auto"
-    """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
+    """`auto`: the precision of the run, else the launcher's setting, else what train.py takes on this device."""
 
     def __post_init__(self) -> None:
         check_values(self)
