@@ -16,7 +16,7 @@ from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError, require
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
-from lib.runtime.attention import stored_attention
+from lib.runtime.attention import has_attention
 from lib.runtime.precision import uses_gpu
 
 
@@ -96,7 +96,7 @@ def run_attention(folder: Path, asked: Attention, precision: str) -> Attention:
     if asked != "auto":
         return asked
     stored = load_config(TrainConfig, folder / "config.yaml").model.attn_implementation
-    return stored if stored == "auto" else stored_attention(stored, precision)
+    return stored if has_attention(stored, precision) else "auto"
 
 
 def eval_folder(config: EvalConfig) -> Path:

@@ -6,7 +6,6 @@ import os
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from lib.config.sections import Attention
 from lib.errors import UserError
 from lib.runtime.precision import uses_gpu
 
@@ -43,14 +42,12 @@ def check_attention(implementation: str, mixed_precision: str) -> None:
         )
 
 
-def stored_attention(implementation: Attention, mixed_precision: str) -> Attention:
-    """The implementation that a run was trained with where this machine has it, else `auto`, which is said."""
+def has_attention(implementation: str, mixed_precision: str) -> bool:
+    """Whether this machine has the implementation that a run was trained with; where it has not, that is said."""
     reason = missing(implementation, mixed_precision)
-    if reason is None:
-        return implementation
-    if os.environ.get("RANK", "0") == "0":
+    if reason is not None and os.environ.get("RANK", "0") == "0":
         logger.warning("the run was trained with %s, which is not used here: %s", implementation, reason)
-    return "auto"
+    return reason is None
 
 
 def choose_kernels(device_type: str) -> None:

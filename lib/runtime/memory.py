@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from lib.errors import UserError
+from lib.runtime.processes import has_lost_another
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if not isinstance(error, RuntimeError) or isinstance(error, torch.distributed.DistError):
+    if not isinstance(error, RuntimeError) or has_lost_another(error):
         return False
     return should_reduce_batch_size(error) or OUT_OF_MEMORY.search(str(error)) is not None
 
