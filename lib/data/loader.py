@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, List, Value
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lib.data.batching import ROUNDED, Indices, micro_batches, rank_slice, sort_by_length
 from lib.data.load import Data
@@ -185,7 +186,9 @@ class WindowCollator(DataCollatorWithPadding):
 
     pinned: bool = False
 
-    def __call__(self, features: list[dict[str, Any]]) -> Any:
+    def __call__(self, features: Any) -> Any:
+        if isinstance(features, dict):
+            return self.pad(features)
         if "num_windows" not in features[0]:
             short = max(len(sample["input_ids"]) for sample in features) < ROUNDED
             multiple = None if short else self.pad_to_multiple_of
@@ -196,6 +199,73 @@ class WindowCollator(DataCollatorWithPadding):
         for name in PER_SAMPLE:
             batch[name] = torch.tensor([sample[name] for sample in features])
         return batch
+
+    def pad(self, columns: dict[str, list[Any]]) -> Tensors:
+        """The same for columns of `FlatTokens`: what `tokenizer.pad` returns, without a Python object for each token."""
+        lengths = np.array([len(row) for row in columns["input_ids"]])
+        longest = int(lengths.max())
+        if self.padding == "max_length":
+            longest = self.max_length or longest
+        elif longest >= ROUNDED and self.pad_to_multiple_of:
+            longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        positions = np.arange(longest)
+        left = self.tokenizer.padding_side == "left"
+        mask = positions >= longest - lengths[:, None] if left else positions < lengths[:, None]
+        batch = {name: torch.tensor(values) for name, values in columns.items() if name not in TOKENS}
+        for name in TOKENS.keys() & columns.keys():
+            padded = np.full(mask.shape, getattr(self.tokenizer, TOKENS[name]), dtype=np.int64)
+            padded[mask] = np.concatenate(columns[name])
+            batch[name] = torch.from_numpy(padded)
+        if "attention_mask" in self.tokenizer.model_input_names:
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return batch
+
+
+TOKENS = {"input_ids": "pad_token_id", "token_type_ids": "pad_token_type_id"}
+"""Columns with a value per token, and the attribute of a tokenizer that they are padded with."""
+
+
+class FlatTokens:
+    """A table whose tokens are views of its memory, which is mapped to its file."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        columns = {name: dataset.data.column(name) for name in dataset.column_names}
+        self.chunks = {
+            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in columns[name].chunks]
+            for name in TOKENS.keys() & columns.keys()
+        }
+        self.starts = np.cumsum([0, *map(len, columns["input_ids"].chunks)])
+        self.others = {
+            name: column.to_numpy() if isinstance(dataset.features[name], Value) else column
+            for name, column in columns.items()
+            if name not in TOKENS
+        }
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, list[Any]]:
+        """The columns of some rows."""
+        places = np.searchsorted(self.starts, indices, side="right") - 1
+        found = list(zip(places.tolist(), (indices - self.starts[places]).tolist(), strict=True))
+        columns: dict[str, list[Any]] = {
+            name: column[indices].tolist() if isinstance(column, np.ndarray) else column.take(indices).to_pylist()
+            for name, column in self.others.items()
+        }
+        for name, chunks in self.chunks.items():
+            columns[name] = [chunks[c][1][chunks[c][0][row] : chunks[c][0][row + 1]] for c, row in found]
+        return columns
+
+    @staticmethod
+    def fits(dataset: Any, collator: Any) -> bool:
+        """Whether `dataset` is such a table, and `collator` pads with a tokenizer that has no way of its own."""
+        if not (isinstance(dataset, Dataset) and isinstance(collator, WindowCollator) and len(dataset)):
+            return False
+        kind, features = type(collator.tokenizer), dataset.features
+        plain = all(getattr(kind, name, 0) is getattr(PreTrainedTokenizerBase, name) for name in ("pad", "_pad"))
+        lists = {name for name in features if isinstance(features[name], List)} - {"labels"}
+        flat = {name for name in lists if isinstance(features[name].feature, Value)}
+        return plain and dataset._indices is None and "input_ids" in lists and lists == flat <= TOKENS.keys()
 
 
 def build_collator(
@@ -260,6 +330,8 @@ def build_loader(
 
     The loader has a generator of its own: drawing batches never touches the random numbers of the model.
     """
+    if num_workers == 0 and FlatTokens.fits(dataset, collator):  # a worker would be sent the tokens, not the file
+        dataset = FlatTokens(dataset)
     return DataLoader(
         dataset,
         batch_sampler=(piece.tolist() for piece in pieces),

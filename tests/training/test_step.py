@@ -130,6 +130,10 @@ def test_texts_in_several_windows_are_cut_between_texts_until_they_fit(experimen
     tried = fail_above(monkeypatch, 5)
     experiment.step(batch)
     assert tried == [8, 5, 3]
+    experiment.learner.state = State()
+    fail_above(monkeypatch, 4)
+    with pytest.raises(UserError, match="with a single sample"):  # not for ever: the long text stays as large as it is
+        experiment.step(batch)
 
 
 @pytest.mark.parametrize("message", ["RuntimeError", "does not have a deterministic implementation, but you set"])
