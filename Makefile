@@ -6,13 +6,14 @@
 # make seeds   three seeds of the default run, with their mean; ARGS="--seeds 5 -- --lr 1e-4" for others
 # make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make start   seconds to the first step with 1,000 and 1,000,000 rows, about ten minutes
+# make gpu-check  is it right on a GPU, and how fast: nine minutes on one; ARGS=--tiny for a trial without
 # make lint    ruff and mypy                        make clean       remove the environment
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test test-slow lint format faults kills kill-sweeps seeds start bench clean
+.PHONY: train test test-slow lint format faults kills kill-sweeps seeds start bench gpu-check clean
 
 # All of the launcher's values are named: it warns of those it has to choose. train.py --mixed_precision chooses bf16 itself.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
@@ -53,6 +54,9 @@ start: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt

@@ -52,7 +52,12 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
     accelerator = build_accelerator(
-        config.mixed_precision, config.tracking.report_to, run_folder(config), config.training.cpu_kernels
+        config.mixed_precision,
+        config.tracking.report_to,
+        run_folder(config),
+        config.training.cpu_kernels,
+        config.model.attn_implementation,
+        config.training.deterministic,
     )
     run = Run(config, accelerator)
     check_trainable(config, accelerator.num_processes)
@@ -109,11 +114,11 @@ def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     """One optimizer step over all processes: the same step on any number of them, in micro-batches of any size."""
     accelerator, model, optimizer, state = learner.accelerator, learner.model, learner.optimizer, learner.state
     for attempt in attempts(learner, batch):  # again in smaller micro-batches where memory was too short
-        with attempt as micro_batches, accelerator.no_sync(model):  # gradients are summed below, once
+        with attempt as micro_batches:
             for index, micro_batch in enumerate(micro_batches):
                 seed_everything(config.training.seed, state.step, index, accelerator.process_index)  # dropout
                 attempt.loss += forward_backward(learner, micro_batch, batch.weight)
-    sum_gradients(accelerator, model)
+    sum_gradients(accelerator, model)  # over processes, once
     grad_norm = clip_gradients(accelerator, optimizer, config.optim.max_grad_norm)
     optimizer.step()  # leaves the weights as they are if a gradient is not finite
     learner.step_schedule(grad_norm)

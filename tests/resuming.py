@@ -62,7 +62,7 @@ def checkpointer(accelerator: Accelerator, folder: Path, model: PreTrainedModel,
     optimizer.step()
     scheduler.step()
     sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 64} | settings
-    state = State(step=3, micro_batch_size=2, eval_batch_size=16)
+    state = State(step=3, micro_batch_positions=2, eval_batch_size=16)
     plan = Plan(TrainingConfig(), np.ones(8))
     learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     return Checkpointer(folder, TrainingConfig(), sizes, learner)

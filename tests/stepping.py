@@ -61,8 +61,8 @@ def batches_of(tokens: Any, collator: Any, weights: Any = None) -> Batches:
 
 
 def add_gradients(
-    model: torch.nn.Module, batch: StepBatch, loss: Loss = plain_cross_entropy, size: int | None = None
+    model: torch.nn.Module, batch: StepBatch, loss: Loss = plain_cross_entropy, positions: int | None = None
 ) -> float:
-    """Forward and backward of one process's share of a step, cut to `size` samples; returns its summed loss."""
+    """Forward and backward of one process's share of a step, cut to `positions`; returns its summed loss."""
     learner: Any = SimpleNamespace(accelerator=Accelerator(cpu=True), model=model, objective=Objective(loss))
-    return sum(float(forward_backward(learner, piece, batch.weight)) for piece in batch.pieces(size))
+    return sum(float(forward_backward(learner, piece, batch.weight)) for piece in batch.pieces(positions))

@@ -57,7 +57,7 @@ class EvalConfig:
     report_to: Literal["auto", "none"] = "auto"
     """`auto`: the scores of a run are added to its own run in its tracker, if it has one."""
     mixed_precision: Precision = "auto"
-    """`auto`: the precision of the run, else the launcher's setting, else bf16 if the device is fast at it."""
+    """`auto`: the precision of the run, else the launcher's setting, else what train.py takes on this device."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -220,7 +220,7 @@ class PredictConfig:
     seed: Annotated[int, SEED] = 42
     """Seed for sampling with do_sample=True."""
     mixed_precision: Precision = "auto"
-    """Precision; auto: that of the run, else the launcher's choice, else bf16 if the device is fast at it."""
+    """Precision; auto: that of the run, else the launcher's choice, else what train.py takes on this device."""
     explain_tokens: tuple[str, ...] = ()
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
     export_onnx: Annotated[str | None, OUTPUT_PATH] = None
@@ -257,6 +257,11 @@ class PredictConfig:
             )
         fits = self.merge_adapter is None or task == "sentiment-analysis"
         require(fits, "--merge_adapter is for text classifiers; leave --task out")
+        flash = self.model.attn_implementation.startswith("flash")
+        require(
+            not (self.export_onnx and flash),
+            "--export_onnx: ONNX has no FlashAttention; use --attn_implementation sdpa",
+        )
         fits = self.export_onnx is None or task not in (*GENERATING, "zero-shot-classification")
         require(fits, f"--export_onnx is for models that need one forward pass per text, not for --task {task}")
 

@@ -29,6 +29,7 @@ MULTI_LABEL = "multi_label_classification"
 
 ProblemType = Literal["auto", "single_label_classification", "regression", "multi_label_classification"]
 Precision = Literal["auto", "no", "fp16", "bf16"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 ModelHub = Literal["hub", "modelscope"]
 
 
@@ -82,6 +83,9 @@ class ModelSource:
     """Allow pickled weights (.bin) if there are no safetensors. Loading a pickle can run arbitrary code."""
     trust_remote_code: bool = False
     """Run the Python code in the model's repository. A Hub model also needs --model_revision COMMIT."""
+    attn_implementation: Attention = "auto"
+    """What computes attention: PyTorch (sdpa), plain products (eager), or the package flash-attn on a GPU. `auto`: sdpa where
+    the architecture has it, else eager; for a trained run what it was trained with, where this machine has it."""
 
     def __post_init__(self) -> None:
         check_values(self)

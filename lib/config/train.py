@@ -163,6 +163,9 @@ class TrainingConfig:
     cpu_kernels: bool = True
     """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
     same up to rounding and dropout masks."""
+    deterministic: bool = True
+    """On a GPU: compute by deterministic algorithms, so that equal runs are equal bit by bit. A CPU does anyway. False:
+    whatever is fastest."""
     seed: Annotated[int, SEED] = 42
     """Random seed of the new head, the order of samples and dropout."""
 
@@ -222,7 +225,8 @@ class TrainConfig:
     Classes: accuracy, f1, f1_macro, f1_micro, f1_weighted, precision_*, recall_*, matthews_correlation, cohen_kappa.
     Regression: pearson, spearman, mse, mae, r2. Multi-label: average_precision, f1_samples, f1_micro, f1_macro."""
     mixed_precision: Precision = "auto"
-    """`auto`: the launcher's setting, else bf16 if the device is fast at it. Weights are always float32."""
+    """`auto`: the launcher's setting, else bf16 if the device is fast at it, else fp16 on GPUs with tensor cores (V100, T4).
+    Weights are always float32."""
 
     def __post_init__(self) -> None:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")

@@ -18,6 +18,13 @@ BATCHES_PER_MEGABATCH = 100
 MIN_LENGTH_RATIO = 0.92
 """An evaluation batch ends at the first text shorter than this share of its longest."""
 
+ROUNDED = 128
+"""Tokens from which on the length of a batch is rounded up, where a multiple is asked for.
+
+Below, it would cost more than it gains: of texts of 25 tokens, 11 % more positions in every product, for aligned rows in
+attention's own, which are 1 % of a step there.
+"""
+
 Indices = np.ndarray
 """Row numbers of a split."""
 
@@ -72,9 +79,10 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
 def padding_share(
     lengths: np.ndarray, pieces: Sequence[Indices], multiple: int | None = None, window: int | None = None
 ) -> float:
-    """Share of padding among the positions of `pieces`, each padded to its longest member, rounded up to `multiple`.
+    """Share of padding among the positions of `pieces`, each padded to its longest member.
 
-    A sample of more than `window` tokens takes several rows of at most `window`.
+    From ROUNDED tokens on, its length is rounded up to `multiple`. A sample of more than `window` tokens takes several rows
+    of at most `window`.
     """
     pieces = [piece for piece in pieces if len(piece)]
     if not pieces:
@@ -83,7 +91,8 @@ def padding_share(
     taken, multiple = lengths[order], multiple or 1
     longest = np.maximum.reduceat(np.minimum(taken, window or taken), starts)
     rows = np.add.reduceat(count_windows(taken, window), starts)
-    positions = int((-(-longest // multiple) * multiple * rows).sum())
+    longest = np.where(longest < ROUNDED, longest, -(-longest // multiple) * multiple)
+    positions = int((longest * rows).sum())
     return 1.0 - int(taken.sum()) / float(positions)
 
 

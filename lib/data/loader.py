@@ -2,18 +2,21 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, List, Value
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lib.data.batching import Indices, micro_batches, rank_slice, sort_by_length
+from lib.data.batching import ROUNDED, Indices, micro_batches, rank_slice, sort_by_length
 from lib.data.load import Data
 from lib.errors import UserError, first_line
+from lib.runtime.precision import DTYPES, TENSOR_CORES
 from lib.runtime.signals import quiet_worker
 
 Tensors = dict[str, torch.Tensor]
@@ -49,13 +52,32 @@ class MicroBatch:
         labels, weights = (tensor.to(device, non_blocking=True) for tensor in (self.labels, self.weights))
         return MicroBatch(to_device(self.inputs, device), labels, weights)
 
-    def split(self, size: int) -> list["MicroBatch"]:
-        """The same samples in pieces of at most `size`."""
-        counts = self.inputs.get("num_windows", torch.ones(len(self), dtype=torch.int64))
-        windows = [int(piece.sum()) for piece in counts.split(size)]
-        cuts = {n: tensor.split(size if n in PER_SAMPLE else windows) for n, tensor in self.inputs.items()}
+    @property
+    def windows(self) -> list[int]:
+        """The rows of `inputs` that each sample takes."""
+        counts = self.inputs.get("num_windows")
+        return [1] * len(self) if counts is None else counts.tolist()
+
+    @property
+    def positions(self) -> int:
+        """Rows x padded length: what memory grows with."""
+        return sum(self.windows) * self.inputs["input_ids"].shape[1]
+
+    def split(self, positions: int) -> list["MicroBatch"]:
+        """The same samples in pieces of at most `positions`, and of one sample at least."""
+        windows, most = self.windows, positions // self.inputs["input_ids"].shape[1]
+        sizes, rows = [0], 0
+        for count in windows:
+            if sizes[-1] and rows + count > most:
+                sizes, rows = [*sizes, 0], 0
+            sizes[-1], rows = sizes[-1] + 1, rows + count
+        if len(sizes) == 1:
+            return [self]
+        ends = np.cumsum([0, *sizes])
+        by_row = [sum(windows[start:end]) for start, end in itertools.pairwise(ends)]
+        cuts = {n: tensor.split(sizes if n in PER_SAMPLE else by_row) for n, tensor in self.inputs.items()}
         pieces = [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
-        return list(map(MicroBatch, pieces, self.labels.split(size), self.weights.split(size)))
+        return list(map(MicroBatch, pieces, self.labels.split(sizes), self.weights.split(sizes)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +91,11 @@ class StepBatch:
     num_samples: int
     weight: float
 
-    def pieces(self, size: int | None) -> list[MicroBatch]:
-        """The micro-batches, cut to at most `size` samples where a size is given."""
-        if size is None:
+    def pieces(self, positions: int | None) -> list[MicroBatch]:
+        """The micro-batches, cut to at most `positions` each where a number is given."""
+        if positions is None:
             return self.micro_batches
-        return [piece for micro_batch in self.micro_batches for piece in micro_batch.split(size)]
+        return [piece for micro_batch in self.micro_batches for piece in micro_batch.split(positions)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,28 +176,107 @@ def to_device(tensors: Tensors, device: torch.device) -> Tensors:
     return {n: t if n == "num_windows" else t.to(device, non_blocking=True) for n, t in tensors.items()}
 
 
+@dataclasses.dataclass
 class WindowCollator(DataCollatorWithPadding):
-    """Pads a batch; samples with `num_windows` become one row per window."""
+    """Pads a batch; samples with `num_windows` become one row per window.
 
-    def __call__(self, features: list[dict[str, Any]]) -> Any:
+    Only batches of ROUNDED tokens or more are padded to `pad_to_multiple_of`. `pinned`: batches are put into page-locked
+    memory, from where a GPU copies them while the CPU goes on.
+    """
+
+    pinned: bool = False
+
+    def __call__(self, features: Any) -> Any:
+        if isinstance(features, dict):
+            return self.pad(features)
         if "num_windows" not in features[0]:
-            return super().__call__(features)
+            short = max(len(sample["input_ids"]) for sample in features) < ROUNDED
+            multiple = None if short else self.pad_to_multiple_of
+            return DataCollatorWithPadding(self.tokenizer, self.padding, self.max_length, multiple)(features)
         names = [name for name in features[0] if name not in PER_SAMPLE]
         rows = [{name: sample[name][i] for name in names} for sample in features for i in range(sample["num_windows"])]
-        batch = super().__call__(rows)
+        batch = self(rows)
         for name in PER_SAMPLE:
             batch[name] = torch.tensor([sample[name] for sample in features])
         return batch
+
+    def pad(self, columns: dict[str, list[Any]]) -> Tensors:
+        """The same for columns of `FlatTokens`: what `tokenizer.pad` returns, without a Python object for each token."""
+        lengths = np.array([len(row) for row in columns["input_ids"]])
+        longest = int(lengths.max())
+        if self.padding == "max_length":
+            longest = self.max_length or longest
+        elif longest >= ROUNDED and self.pad_to_multiple_of:
+            longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        positions = np.arange(longest)
+        left = self.tokenizer.padding_side == "left"
+        mask = positions >= longest - lengths[:, None] if left else positions < lengths[:, None]
+        batch = {name: torch.tensor(values) for name, values in columns.items() if name not in TOKENS}
+        for name in TOKENS.keys() & columns.keys():
+            padded = np.full(mask.shape, getattr(self.tokenizer, TOKENS[name]), dtype=np.int64)
+            padded[mask] = np.concatenate(columns[name])
+            batch[name] = torch.from_numpy(padded)
+        if "attention_mask" in self.tokenizer.model_input_names:
+            batch["attention_mask"] = torch.from_numpy(mask.astype(np.int64))
+        return batch
+
+
+TOKENS = {"input_ids": "pad_token_id", "token_type_ids": "pad_token_type_id"}
+"""Columns with a value per token, and the attribute of a tokenizer that they are padded with."""
+
+
+class FlatTokens:
+    """A table whose tokens are views of its memory, which is mapped to its file."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        columns = {name: dataset.data.column(name) for name in dataset.column_names}
+        self.chunks = {
+            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in columns[name].chunks]
+            for name in TOKENS.keys() & columns.keys()
+        }
+        self.starts = np.cumsum([0, *map(len, columns["input_ids"].chunks)])
+        self.others = {
+            name: column.to_numpy() if isinstance(dataset.features[name], Value) else column
+            for name, column in columns.items()
+            if name not in TOKENS
+        }
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitems__(self, indices: list[int]) -> dict[str, list[Any]]:
+        """The columns of some rows."""
+        places = np.searchsorted(self.starts, indices, side="right") - 1
+        found = list(zip(places.tolist(), (indices - self.starts[places]).tolist(), strict=True))
+        columns: dict[str, list[Any]] = {
+            name: column[indices].tolist() if isinstance(column, np.ndarray) else column.take(indices).to_pylist()
+            for name, column in self.others.items()
+        }
+        for name, chunks in self.chunks.items():
+            columns[name] = [chunks[c][1][chunks[c][0][row] : chunks[c][0][row + 1]] for c, row in found]
+        return columns
+
+    @staticmethod
+    def fits(dataset: Any, collator: Any) -> bool:
+        """Whether `dataset` is such a table, and `collator` pads with a tokenizer that has no way of its own."""
+        if not (isinstance(dataset, Dataset) and isinstance(collator, WindowCollator) and len(dataset)):
+            return False
+        kind, features = type(collator.tokenizer), dataset.features
+        plain = all(getattr(kind, name, 0) is getattr(PreTrainedTokenizerBase, name) for name in ("pad", "_pad"))
+        lists = {name for name in features if isinstance(features[name], List)} - {"labels"}
+        flat = {name for name in lists if isinstance(features[name].feature, Value)}
+        return plain and dataset._indices is None and "input_ids" in lists and lists == flat <= TOKENS.keys()
 
 
 def build_collator(
     tokenizer: Any, mixed_precision: str, device: torch.device, length: int | None = None
 ) -> WindowCollator:
-    """Pads a batch to its longest text, to a multiple of 8 for tensor cores; or to a fixed `length`."""
+    """Pads a batch to its longest text, a long one to a multiple of 8 for tensor cores; or to a fixed `length`."""
+    pinned = device.type == "cuda"  # of this run: a GPU that is visible and not used would get a context
     if length is not None:
-        return WindowCollator(tokenizer, padding="max_length", max_length=length)
-    tensor_cores = device.type == "cuda" and mixed_precision in ("fp16", "bf16")
-    return WindowCollator(tokenizer, pad_to_multiple_of=8 if tensor_cores else None)
+        return WindowCollator(tokenizer, padding="max_length", max_length=length, pinned=pinned)
+    tensor_cores = pinned and mixed_precision in DTYPES and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    return WindowCollator(tokenizer, pad_to_multiple_of=8 if tensor_cores else None, pinned=pinned)
 
 
 def load(dataset: Any, pieces: Sequence[Indices], collator: Collator, num_workers: int) -> Iterator[Tensors]:
@@ -189,7 +290,7 @@ def load(dataset: Any, pieces: Sequence[Indices], collator: Collator, num_worker
     try:
         for arrays in build_loader(dataset, pieces, functools.partial(as_arrays, collator), num_workers):
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            yield {n: t.pin_memory() for n, t in tensors.items()} if torch.cuda.is_available() else tensors
+            yield {n: t.pin_memory() for n, t in tensors.items()} if is_pinned(collator) else tensors
     except RuntimeError as error:
         if lost := lost_worker(error):
             raise UserError(lost) from error
@@ -200,6 +301,10 @@ def load(dataset: Any, pieces: Sequence[Indices], collator: Collator, num_worker
         raise UserError(
             f"a worker of the data loader cannot be started or heard: {error}; {WITHOUT_WORKERS}"
         ) from error
+
+
+def is_pinned(collator: Callable[..., Any]) -> bool:
+    return getattr(collator, "pinned", False)
 
 
 def as_arrays(collator: Collator, samples: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -225,6 +330,8 @@ def build_loader(
 
     The loader has a generator of its own: drawing batches never touches the random numbers of the model.
     """
+    if num_workers == 0 and FlatTokens.fits(dataset, collator):  # a worker would be sent the tokens, not the file
+        dataset = FlatTokens(dataset)
     return DataLoader(
         dataset,
         batch_sampler=(piece.tolist() for piece in pieces),
@@ -233,6 +340,6 @@ def build_loader(
         # Of a server that forks (Python's default from 3.14 on) a worker would be no child of this process, see `quiet_worker`.
         multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         worker_init_fn=quiet_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=is_pinned(collator),
         generator=torch.Generator().manual_seed(seed),
     )

@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lib.config.train import TrainConfig
 from lib.data.load import Data
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapt, adapter_folder
+from lib.model.attention import check_dropout, set_attention
 from lib.model.compilation import compile_layers
 from lib.model.load import build_model
 from lib.model.overrides import override
@@ -37,6 +39,8 @@ def check_trainable(config: TrainConfig, processes: int) -> None:
         return  # refused when the model is built
     hf_config = load_hf_config(source)
     override(hf_config, source.config_overrides)
+    set_attention(source, AutoModelForSequenceClassification, hf_config)
+    check_dropout(source, hf_config)
     quantization = getattr(hf_config, "quantization_config", None)
     if quantization and config.adapter.adapter is None:
         method = quantization.get("quant_method", "no method") if isinstance(quantization, dict) else quantization

@@ -33,7 +33,6 @@ def compile_layers(model: nn.Module, wanted: bool, device: torch.device) -> nn.M
     if torch._dynamo.config.disable:
         raise UserError("TORCH_COMPILE_DISABLE=1 turns --compile off: unset it, or leave --compile out")
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    torch._dynamo.config.optimize_ddp = False  # `sum_gradients` adds up gradients, not DDP
     torch._inductor.config.fallback_random = True  # dropout with the random numbers of an uncompiled run
     symbols.use_duck_shape = False  # equal sizes, as in 32 texts of 32 tokens, are a coincidence
     check_compiler(device.type)

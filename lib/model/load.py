@@ -18,6 +18,7 @@ from lib.config.sections import CLASSIFICATION, ModelConfig, ModelSource
 from lib.data.trained_on import KEY
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter, read_json
+from lib.model.attention import set_attention
 from lib.model.folder import check_settings, check_vocabulary, limited_memory
 from lib.model.forward import attend_by_length
 from lib.model.layers import backbone_of, freeze
@@ -138,6 +139,7 @@ def build_model(
 
 def build_from_scratch(config: ModelConfig, hf_config: Any) -> tuple[PreTrainedModel, LoadingInfo]:
     """A classifier with random weights. Raises UserError if memory does not suffice."""
+    set_attention(config, AutoModelForSequenceClassification, hf_config)
     settings = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": config.trust_remote_code}
     with loading_errors(config):
         with limited_memory(config, Path(resolve_model(config)), changed=True), torch.device("meta"):
@@ -190,7 +192,7 @@ def load_classifier(source: ModelSource, tokenizer: Any = None) -> Any:
     if folder is None:
         model: Any = load_trained(source, AutoModelForSequenceClassification, "classifier", tokenizer)
     else:
-        model = attend_by_length(load_adapter(folder))
+        model = attend_by_length(load_adapter(folder, source.attn_implementation))
         if tokenizer is not None:
             set_padding(model.config, tokenizer)
     return model

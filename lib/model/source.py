@@ -28,6 +28,7 @@ from lib.hub.cache.layout import Repo, find_snapshot, is_repo_id
 from lib.hub.endpoint import configure_endpoint
 from lib.hub.modelscope import modelscope_folder, read_record
 from lib.hub.needs import Need
+from lib.model.attention import set_attention
 from lib.model.folder import (
     LABEL_SETTINGS,
     check_outputs,
@@ -251,6 +252,7 @@ def load_pretrained(
     """
     folder = resolve_model(source)
     check_stored_types(source, Path(folder), hf_config)
+    set_attention(source, kind, hf_config)
     with loading_errors(source), limited_memory(source, Path(folder), changed):
         model, info = kind.from_pretrained(
             folder,

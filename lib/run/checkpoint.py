@@ -166,7 +166,7 @@ class Checkpointer:
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
-        kept = {"micro_batch_size": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
+        kept = {"micro_batch_positions": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
         for name, value in record["state"].items():
             # A size learned from an out-of-memory error holds until the user sets another one.
             if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:

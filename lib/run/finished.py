@@ -4,17 +4,19 @@ import dataclasses
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from lib.config.cli import load_config
 from lib.config.eval import EvalConfig, is_run
-from lib.config.sections import DataConfig, ModelSource, flatten
+from lib.config.sections import Attention, DataConfig, ModelSource, flatten
 from lib.config.train import TrainConfig
 from lib.data.catalog import DEFAULT, dataset_name, own_files
 from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError, require
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
+from lib.runtime.attention import has_attention
 from lib.runtime.precision import uses_gpu
 
 
@@ -34,12 +36,14 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
     """
     folder = Path(source.model)
     if is_run(source.model):
-        return run_model(folder, "--model", precision)
+        return run_model(folder, "--model", precision, source.attn_implementation)
     if is_lost_folder(source.model):
         raise UserError(f"--model {source.model}: no such folder")
     home = folder.resolve().parent
     if folder.resolve().name == "model" and is_run(str(home)):
-        return TrainedModel(source, run_trained_on(home), run_precision(home, precision))
+        precision = run_precision(home, precision)
+        attention = run_attention(home, source.attn_implementation, precision)
+        return TrainedModel(replace(source, attn_implementation=attention), run_trained_on(home), precision)
     return TrainedModel(source, read_trained_on(Path(resolve_model(source)) / "config.json"), precision)
 
 
@@ -50,14 +54,17 @@ def find_scored_model(config: EvalConfig) -> TrainedModel:
     """
     if config.run is None:
         return find_model(config.model, config.mixed_precision)
-    return run_model(Path(config.run), "--run", config.mixed_precision)
+    return run_model(Path(config.run), "--run", config.mixed_precision, config.model.attn_implementation)
 
 
-def run_model(folder: Path, flag: str, precision: str) -> TrainedModel:
+def run_model(folder: Path, flag: str, precision: str, attention: Attention) -> TrainedModel:
     """The model of a run, named by `flag`. Raises UserError if there is none yet."""
     if not (folder / "model" / "config.json").is_file():
         raise UserError(f"{flag} {folder} has no model folder yet; let train.py reach its first evaluation")
-    return TrainedModel(ModelSource(str(folder / "model")), run_trained_on(folder), run_precision(folder, precision))
+    precision = run_precision(folder, precision)
+    attention = run_attention(folder, attention, precision)
+    source = ModelSource(str(folder / "model"), attn_implementation=attention)
+    return TrainedModel(source, run_trained_on(folder), precision)
 
 
 def run_trained_on(folder: Path) -> TrainedOn:
@@ -82,6 +89,14 @@ def run_precision(folder: Path, asked: str) -> str:
         return asked
     usable = precision in ("no", "bf16") or (precision == "fp16" and uses_gpu())
     return precision if usable else asked
+
+
+def run_attention(folder: Path, asked: Attention, precision: str) -> Attention:
+    """The implementation of attention that was asked for; `auto` is that of the run in `folder`, if this machine has it."""
+    if asked != "auto":
+        return asked
+    stored = load_config(TrainConfig, folder / "config.yaml").model.attn_implementation
+    return stored if has_attention(stored, precision) else "auto"
 
 
 def eval_folder(config: EvalConfig) -> Path:

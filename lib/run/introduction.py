@@ -10,16 +10,21 @@ from lib.model.load import summarize_weight_names
 from lib.model.source import LoadingInfo
 from lib.run.record import run_folder, run_name
 from lib.runtime.accelerator import describe_devices
+from lib.runtime.attention import describe_attention
+from lib.runtime.determinism import describe_determinism
 from lib.runtime.precision import describe_precision
 from lib.runtime.processes import describe_processes
 from lib.training.learner import Learner
+
+FEW_SAMPLES = 16
+"""Samples per process and step below which a GPU mostly waits for the CPU."""
 
 
 def describe_run(
     config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: LoadingInfo
 ) -> str:
     """Devices, precision, batch, data, model, and notes about them, one line each."""
-    accelerator, plan, notes = learner.accelerator, learner.plan, settings["run/notes"]
+    accelerator, plan, notes = learner.accelerator, learner.plan, [*settings["run/notes"], *few_samples(learner)]
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
     epochs = "epoch" if plan.num_epochs == 1 else "epochs"
@@ -28,6 +33,10 @@ def describe_run(
         "devices": "; ".join(describe_devices(accelerator)),
         "processes": describe_processes(accelerator),
         "precision": f"{describe_precision(accelerator.mixed_precision)} (asked for: {config.mixed_precision})",
+        "attention": describe_attention(
+            learner.inner_model.config._attn_implementation, accelerator.device.type, config.training.cpu_kernels
+        ),
+        "equal runs": describe_determinism(accelerator.device.type),
         "batch": plan.sentence(),
         "steps": f"{plan.total_steps:,} in {plan.num_epochs} {epochs} of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
@@ -49,6 +58,18 @@ def describe_run(
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"- {note}" for note in notes]
     return "\n".join(map(printable, lines))
+
+
+def few_samples(learner: Learner) -> list[str]:
+    """A warning where a step gives several GPUs so few samples that they wait for the CPU most of the time."""
+    plan, on_gpu = learner.plan, learner.accelerator.device.type == "cuda"
+    share = plan.config.train_batch_size / plan.world_size
+    if not on_gpu or plan.world_size == 1 or share >= FEW_SAMPLES:
+        return []
+    return [
+        f"warning: {share:g} samples per step and process keep a GPU busy for a part of the time; fewer processes may be as "
+        "fast, and a larger --train_batch_size, which changes the result, uses them better"
+    ]
 
 
 def describe_columns(data: Data) -> str:

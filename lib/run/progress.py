@@ -21,9 +21,12 @@ class Progress:
 
     def step(self, state: State) -> None:
         """One more step; adds to the training time in `state`, which includes the time before an interruption."""
-        state.train_seconds = self.seconds_before + time.perf_counter() - self.started
+        self.count_seconds(state)
         if self.bar is not None:
             self.bar.update()
+
+    def count_seconds(self, state: State) -> None:
+        state.train_seconds = self.seconds_before + time.perf_counter() - self.started
 
     def show(self, learner: Learner) -> dict[str, float]:
         """Show and return loss, gradient norm, learning rate and speed since the last log line.
@@ -32,6 +35,7 @@ class Progress:
         """
         state, plan = learner.state, learner.plan
         values = learner.meter.read()
+        self.count_seconds(state)  # again: only now has a GPU done the steps that it was given
         values |= {"train/learning_rate": state.learning_rate, "train/epoch": state.step / plan.steps_per_epoch}
         loss, rate = f"{values['train/loss']:.4f}", f"{state.learning_rate:.2e}"
         speed = f"{values['train/samples_per_second']:.0f}"

@@ -37,7 +37,7 @@ HARMLESS = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "pad_to_max_length"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
-    *("no_cache_features", "feature_cache_gib", "cpu_kernels", "gradient_checkpointing"),
+    *("no_cache_features", "feature_cache_gib", "cpu_kernels", "gradient_checkpointing", "deterministic"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "pause_at_step"),
     "ddp_timeout",
 }
@@ -139,6 +139,7 @@ def run_settings(
     padding = padding_shares(config.training, data, multiple)
     padding["evaluation"] = evaluation_padding(config.training, data, multiple)
     record = run_record(accelerator) | describe_data(data, metrics)
+    record["attention"] = learner.inner_model.config._attn_implementation
     record["notes"] += [redact(note) for note in learner.objective.notes]
     record |= {"metric_for_best_model": metrics.best, "trainable_parameters": trainable, "parameters": total}
     record |= {"new_weights": summarize_weight_names(weights.new)} if weights.new else {}

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
 from lib.errors import UserError
+from lib.runtime.attention import check_attention, choose_kernels
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import tune_cpu
+from lib.runtime.determinism import request_determinism
 from lib.runtime.launch_checks import check_device, check_launch, truth
 from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
@@ -24,24 +26,32 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(
-    mixed_precision: str, log_with: str = "none", folder: Path | None = None, cpu_kernels: bool = True
+    mixed_precision: str,
+    log_with: str = "none",
+    folder: Path | None = None,
+    cpu_kernels: bool = True,
+    attention: str = "auto",
+    deterministic: bool = False,
 ) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files; `cpu_kernels` is for training, see `use_cpu_kernels`.
-    Gradient accumulation stays with the training loop, which knows the samples of a whole step. Raises UserError if the
-    launcher was told what is not followed here, if GPUs were asked for and none is visible, if processes outnumber GPUs, or
-    if each process believes it is alone.
+    `log_with` is the tracker and `folder` the place for its files; `cpu_kernels` and `deterministic` are for training, see
+    `use_cpu_kernels` and `request_determinism`; `attention` is `--attn_implementation`. Gradient accumulation stays with
+    the training loop, which knows the samples of a whole step. Raises UserError if the launcher was told what is not
+    followed here, if GPUs were asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed
+    as asked, or if each process believes it is alone.
     """
     follow_launcher()
     notes = check_launch()
     notes_of_one = check_devices()
     tune_cpu()
+    request_determinism(deterministic)
     precision, launchers = resolve_precision(mixed_precision), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launchers not in ("no", precision):
         notes.append(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
+    check_attention(attention, precision)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
         join_again(attempt, "nccl" if uses_gpu() else "gloo")
@@ -52,11 +62,7 @@ def build_accelerator(
         step_scheduler_with_optimizer=False,
         # Else a number in the environment would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[
-            # Encoders' buffers are constants: no need to broadcast them before every forward.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     show_log(accelerator)
     notes += check_device(accelerator)
@@ -64,6 +70,7 @@ def build_accelerator(
         logger.info(note)
     quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
+    choose_kernels(accelerator.device.type)
     use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
@@ -128,23 +135,31 @@ def show_log(accelerator: Accelerator) -> None:
 
 
 def describe_devices(accelerator: Accelerator) -> list[str]:
-    """The devices of this machine that the run uses: GPUs with name and free memory, or the CPU with its threads."""
+    """The devices of this machine that the run uses: GPUs with name and memory, or the CPU with its threads.
+
+    A process says how much memory is free on its own GPU alone: asking another one would make a context there, which takes
+    hundreds of MiB from the process whose GPU it is.
+    """
     device = accelerator.device
     if device.type == "cpu":
         unused = ", no GPU is visible" if torch.version.cuda else ""
         return [f"CPU, {torch.get_num_threads()} threads{unused}"]
     if device.type != "cuda":
         return [str(device)]
+    own = device.index or 0
     if accelerator.num_processes == 1:
-        return [describe_gpu(device.index or 0)]
+        return [describe_gpu(own, own=True)]
     local = min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return [describe_gpu(index) for index in range(local)]
+    return [describe_gpu(index, index == own) for index in range(local)]
 
 
-def describe_gpu(index: int) -> str:
-    """Index, name, free and total memory of a visible GPU."""
-    free, total = torch.cuda.mem_get_info(index)
-    return f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+def describe_gpu(index: int, own: bool) -> str:
+    """Index, name and memory of a visible GPU; how much is free on this process's `own`."""
+    properties = torch.cuda.get_device_properties(index)
+    memory = f"{properties.total_memory / 2**30:.0f} GiB"
+    if own:
+        memory = f"{torch.cuda.mem_get_info(index)[0] / 2**30:.0f} of {memory} free"
+    return f"GPU {index}: {properties.name}, {memory}"
 
 
 def peak_memory_gib(accelerator: Accelerator) -> float:

@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import re
 from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from lib.errors import UserError
+from lib.runtime.processes import has_lost_another
 
 logger = logging.getLogger(__name__)
 
@@ -17,20 +19,38 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of the machine."""
-    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
+OUT_OF_MEMORY = re.compile(
+    r"(CUDA|HIP|XPU|MPS)[^.]{0,40}out of memory"  # "CUDA error: out of memory" is the driver's, without the allocator
+    r"|(CUBLAS|CUBLASLT|CUDNN|CUSOLVER|CUSPARSE|HIPBLAS|ROCBLAS|MIOPEN)_STATUS_(ALLOC_FAILED|MEMORY_ERROR)",
+    re.IGNORECASE,
+)
+"""What libraries of a GPU say when they cannot allocate, beside what `should_reduce_batch_size` knows."""
 
 
-def halve(size: int, flag: str) -> int:
-    """Free unused memory and return half as many samples per forward, rounded down; raises UserError if `size` is 1."""
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the machine.
+
+    Not where processes exchange data: what one of them tries again alone would never be answered.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError) or has_lost_another(error):
+        return False
+    return should_reduce_batch_size(error) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def halve(size: int, flag: str, unit: str = "samples") -> int:
+    """Free unused memory and return half as many samples, or other units, per forward, rounded down.
+
+    Raises UserError if `size` is below 2: there is nothing to halve.
+    """
     clear_device_cache(garbage_collection=True)
-    if size == 1:
+    if size < 2:
         raise UserError(
             "out of memory with a single sample per forward; try a shorter --max_length, --mixed_precision bf16, "
             "--freeze, a smaller --model, or a device with more free memory"
         )
-    logger.warning("out of memory with %d samples per forward: going on with %d (%s)", size, size // 2, flag)
+    logger.warning("out of memory with %d %s per forward: going on with %d (%s)", size, unit, size // 2, flag)
     return size // 2
 
 

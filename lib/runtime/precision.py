@@ -13,6 +13,8 @@ from lib.errors import UserError
 from lib.runtime.launch_checks import truth
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TENSOR_CORES = (7, 0)
+"""Compute capability of the first GPUs with them, for fp16."""
 
 
 def uses_gpu() -> bool:
@@ -21,24 +23,33 @@ def uses_gpu() -> bool:
 
 
 def resolve_precision(choice: str) -> str:
-    """`choice`, where `auto` means the launcher's choice, else bf16 if the device is fast at it, else no.
+    """`choice`, where `auto` means the launcher's choice, else bf16 or fp16 if the device is fast at it, else no.
 
     The launcher exports "no" even if it was not told, so only its fp16 and bf16 count. Raises UserError for fp16 without
     a GPU.
     """
     asked, launcher = choice, os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     on_gpu = uses_gpu()
-    if choice == "auto":
-        fast = (
-            torch.cuda.is_bf16_supported(including_emulation=False)
-            if on_gpu
-            else cpu_is_fast_at_bf16(cpu_description())
-        )
-        choice = launcher if launcher in ("fp16", "bf16") else ("bf16" if fast else "no")
+    if choice == "auto" and launcher in ("fp16", "bf16"):
+        choice = launcher
+    elif choice == "auto":
+        choice = gpu_precision() if on_gpu else "bf16" if cpu_is_fast_at_bf16(cpu_description()) else "no"
     if choice == "fp16" and not on_gpu:
         origin = "" if asked == "fp16" else " of the launcher"
         raise UserError(f"--mixed_precision fp16{origin} needs a GPU; use --mixed_precision bf16 or no")
     return choice
+
+
+def gpu_precision() -> str:
+    """What the GPUs of this machine that the launch uses are all fast at: bf16, else fp16, else no.
+
+    bf16 needs compute capability 8, an Ampere: a V100 (7.0) and a T4 (7.5) only emulate it, and have tensor cores for fp16.
+    """
+    count = min(torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    lowest = min(torch.cuda.get_device_capability(index) for index in range(count))
+    if lowest >= (8, 0) and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16"
+    return "fp16" if lowest >= TENSOR_CORES else "no"
 
 
 def use_tf32(device_type: str, mixed_precision: str) -> None:

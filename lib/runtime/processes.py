@@ -138,8 +138,8 @@ def check_shared(accelerator: Accelerator, folder: Path, token: str) -> None:
 def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
     """Replace the gradients of every process by their sum over processes.
 
-    Call it after all processes agreed that their backward passes succeeded. DDP would exchange gradients within the last
-    backward pass, where a process that runs out of memory leaves the others waiting.
+    Call it after all processes agreed that their backward passes succeeded. DDP, which is not used, would exchange
+    gradients within the last backward pass, where a process that runs out of memory leaves the others waiting.
     """
     if accelerator.num_processes == 1:
         return
@@ -150,9 +150,24 @@ def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
         pending.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
     for bucket, flat, work in pending:
         work.wait()
-        parts = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        copy_from(flat, bucket)
+
+
+def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
+    """Give every process the parameters and buffers of the first one, as DDP does when it is built."""
+    if accelerator.num_processes == 1:
+        return
+    for bucket in buckets([tensor.detach() for tensor in (*model.parameters(), *model.buffers())]):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        torch.distributed.broadcast(flat, 0)
+        if not accelerator.is_main_process:
+            copy_from(flat, bucket)
+
+
+def copy_from(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    """Fill `tensors` with the numbers of `flat`, in order: on a GPU with one kernel for many of them."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -4,15 +4,20 @@ import torch
 
 
 def seed_everything(*key: int) -> None:
-    """Seed PyTorch from `key`: equal keys give equal random numbers, whatever was drawn before.
+    """Seed PyTorch on the CPU and on this process's device: equal keys give equal random numbers, whatever was drawn before.
 
     Dropout uses (seed, step, micro-batch, process). Hence a resumed run needs no saved generator, and an extra evaluation
     changes nothing.
     """
-    if torch.accelerator.is_available():
-        torch.manual_seed(mix(*key))
+    seed = mix(*key)
+    if torch.cuda.is_initialized():
+        # `torch.manual_seed` gives equal numbers, but asks every kind of device and seeds all GPUs, in each micro-batch.
+        torch.default_generator.manual_seed(seed)
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+    elif torch.accelerator.is_available():
+        torch.manual_seed(seed)
     else:  # `torch.manual_seed` would record a stack trace each time, for accelerators that may be initialized later
-        torch.default_generator.manual_seed(mix(*key))
+        torch.default_generator.manual_seed(seed)
 
 
 def mix(*key: int) -> int:

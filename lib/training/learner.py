@@ -16,6 +16,7 @@ from lib.evaluation.scoring import Scored, evaluate
 from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
 from lib.runtime.precision import keep_in_dtype
+from lib.runtime.processes import share_weights
 from lib.training.meter import Meter, not_finite
 from lib.training.objective import Objective
 from lib.training.optimizer import (
@@ -114,7 +115,9 @@ def build_learner(
     keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    # In evaluation mode, without DDP: gradients are summed by `sum_gradients`, and DDP's buckets are as large as they are.
+    model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
+    share_weights(accelerator, model)
     set_train_mode(model)
     state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
     return Learner(accelerator, model, objective, optimizer, scheduler, plan, state)

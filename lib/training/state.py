@@ -25,8 +25,8 @@ class State:
     """The step of the best model; 0: there is none."""
     best_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     evals_since_best: int = 0
-    micro_batch_size: int | None = None
-    """Samples per forward after an out-of-memory error; None: as planned."""
+    micro_batch_positions: int | None = None
+    """Positions (rows x padded length) per forward after an out-of-memory error; None: micro-batches as planned."""
     eval_batch_size: int = 64
 
     @property

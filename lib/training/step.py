@@ -1,6 +1,7 @@
 """What an optimizer step needs besides its forward and backward in train.py: retries when memory is short, and clipping."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -11,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
+from lib.runtime.determinism import relax
 from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
-from lib.runtime.processes import any_process, lowest
+from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
 
@@ -32,35 +34,42 @@ class Attempt:
 
     def __enter__(self) -> Iterator[MicroBatch]:
         device = self.learner.accelerator.device
-        return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_size))
+        return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_positions))
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.failed = isinstance(error, Exception) and is_out_of_memory(error)
+        self.failed = is_out_of_memory(error)
         return self.failed
+
+    def largest(self) -> int:
+        """Positions of the largest micro-batch that can still be cut, 0 if there is none; without limit unless it failed."""
+        pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
+        return max((piece.positions for piece in pieces if len(piece) > 1), default=0) if self.failed else sys.maxsize
 
 
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
     """Attempts at the gradients of a step until one fits in memory on all processes; `phase` is what the watchdog shows.
 
-    If memory was too short on one process, all of them drop their gradients, halve their micro-batches and try again; the
-    smaller size is kept for later steps. Raises UserError if a single sample does not fit.
+    If memory was too short on one process, all of them drop their gradients and try again with at most half the positions
+    per forward. That limit is kept: later steps of longer texts are cut, those of shorter ones are not. Raises UserError if
+    a single sample does not fit.
     """
     accelerator, state = learner.accelerator, learner.state
     beat(phase or f"step {state.step + 1}")
     while True:
         attempt = Attempt(learner, batch)
         yield attempt
-        if not any_process(accelerator, attempt.failed):
+        largest = lowest(accelerator, attempt.largest())
+        if largest == sys.maxsize:
             return
         learner.optimizer.zero_grad()
-        largest = max(map(len, batch.pieces(state.micro_batch_size)))
-        state.micro_batch_size = halve(-lowest(accelerator, -largest), "--per_device_train_batch_size")
+        state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:
     """On a GPU, forward and backward of the longest samples, so that a lack of memory shows now; nothing is learned.
 
-    Room is left for AdamW's two moments, which the first step makes.
+    Room is left for AdamW's two moments, which the first step makes. Where the model has no deterministic algorithm,
+    training goes on without, and says so.
     """
     accelerator, model = learner.accelerator, learner.model
     if not has_own_memory(accelerator.device):
@@ -68,11 +77,18 @@ def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: Forw
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     made = bool(learner.optimizer.state)
     moments = None if made else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
-    for attempt in attempts(learner, batch, "trying the longest batch"):
-        with attempt as micro_batches, accelerator.no_sync(model):
-            for micro_batch in micro_batches:
-                forward_backward(learner, micro_batch, batch.weight)
-    learner.optimizer.zero_grad()
+    done = False
+    while not done:
+        try:
+            for attempt in attempts(learner, batch, "trying the longest batch"):
+                with attempt as micro_batches:
+                    for micro_batch in micro_batches:
+                        forward_backward(learner, micro_batch, batch.weight)
+            done = True
+        except RuntimeError as error:
+            if not relax(error):  # every process has the same model, so all of them come here, or none
+                raise
+        learner.optimizer.zero_grad()
     del moments
 
 

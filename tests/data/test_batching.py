@@ -236,7 +236,8 @@ def test_padding_share_is_the_one_computed_by_hand() -> None:
     lengths = np.array([3, 5, 8, 2])
     pieces = [np.array([0, 1]), np.array([2, 3])]
     assert padding_share(lengths, pieces) == pytest.approx(1 - 18 / (10 + 16))
-    assert padding_share(lengths, pieces, multiple=8) == pytest.approx(1 - 18 / (16 + 16))
+    assert padding_share(lengths, pieces, multiple=8) == padding_share(lengths, pieces)  # short: not rounded up
+    assert padding_share(100 * lengths, pieces, multiple=64) == pytest.approx(1 - 1800 / (2 * 512 + 2 * 832))
     assert padding_share(lengths, [np.array([i]) for i in range(4)]) == 0
     assert padding_share(lengths[:0], []) == 0
 
@@ -249,15 +250,33 @@ def test_padding_shares_of_all_strategies_are_those_computed_by_hand() -> None:
     (first, second) = epoch_batches(lengths, 2, 0, 0, "random")
     by_hand = 1 - 24 / (2 * lengths[first].max() + 2 * lengths[second].max())
     assert shares == pytest.approx({"group_by_length": 0.0, "random": by_hand, "pad_to_max_length": 1 - 6 / 16})
-    assert padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"] == 0.25
+    data = dataclasses.replace(data, lengths={"train": np.array([124, 132, 124, 132])}, max_length=256)
+    share = padding_shares(TrainingConfig(train_batch_size=2), data, multiple=8)["group_by_length"]
+    assert share == pytest.approx(1 - 512 / (248 + 272))
 
 
 @pytest.mark.parametrize(
     ("device", "precision", "multiple"),
-    [("cpu", "bf16", None), ("cuda", "no", None), ("cuda", "bf16", 8), ("cuda", "fp16", 8)],
+    [("cpu", "bf16", None), ("cuda", "no", None), ("cuda", "bf16", 8), ("cuda", "fp16", 8), ("older", "fp16", None)],
 )
-def test_only_tensor_cores_pad_to_multiples_of_8(device: str, precision: str, multiple: int | None) -> None:
-    assert build_collator(Padder(), precision, torch.device(device)).pad_to_multiple_of == multiple
+def test_only_tensor_cores_pad_to_multiples_of_8(
+    device: str, precision: str, multiple: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1) if device == "older" else (7, 5))
+    kind = torch.device("cuda" if device == "older" else device)
+    assert build_collator(Padder(), precision, kind).pad_to_multiple_of == multiple
+
+
+@pytest.mark.parametrize(("longest", "padded"), [(17, 17), (127, 127), (128, 128), (129, 136)])
+def test_only_long_batches_are_padded_to_a_multiple(
+    longest: int, padded: int, roberta: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    collator = build_collator(AutoTokenizer.from_pretrained(roberta), "bf16", torch.device("cuda"))
+    rows = [{"input_ids": [5] * length, "labels": 0} for length in (3, longest)]
+    assert collator(rows)["input_ids"].shape == (2, padded)
+    share = padding_share(np.array([3, longest]), [np.array([0, 1])], collator.pad_to_multiple_of)
+    assert share == pytest.approx(1 - (3 + longest) / (2 * padded))
 
 
 def test_pad_to_max_length_gives_one_length_on_every_device(roberta: Path) -> None:

@@ -37,9 +37,9 @@ def test_batch_size_learned_from_out_of_memory_is_kept_until_the_user_sets_anoth
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)
     for settings, kept in (({}, (2, 16)), ({"per_device_train_batch_size": 4}, (None, 16))):
         later = checkpointer(accelerator, tmp_path, build(roberta), **settings)
-        later.learner.state.micro_batch_size, later.learner.state.eval_batch_size = None, 64
+        later.learner.state.micro_batch_positions, later.learner.state.eval_batch_size = None, 64
         later.load(tmp_path / "checkpoints" / "step-3")
-        assert (later.learner.state.micro_batch_size, later.learner.state.eval_batch_size) == kept
+        assert (later.learner.state.micro_batch_positions, later.learner.state.eval_batch_size) == kept
 
 
 def test_checkpoint_does_not_overwrite_hyper_parameters(

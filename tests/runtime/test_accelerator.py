@@ -131,6 +131,28 @@ def test_one_process_on_the_cpu_is_described_by_its_threads() -> None:
     assert describe_processes(accelerator) == "1"
 
 
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (1, 1), (0, 2), (1, 2)])
+def test_process_asks_its_own_gpu_alone_for_its_free_memory(
+    rank: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question makes a context, which takes hundreds of MiB from the process whose GPU it is."""
+    asked = []
+
+    def mem_get_info(index: int) -> tuple[int, int]:
+        asked.append(index)
+        return 50 * 2**30, 80 * 2**30
+
+    pretend_gpus(monkeypatch, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    card = SimpleNamespace(name="H100", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    accelerator = SimpleNamespace(device=torch.device("cuda", rank), num_processes=processes)
+    own, other = f"GPU {rank}: H100, 50 of 80 GiB free", f"GPU {1 - rank}: H100, 80 GiB"
+    assert describe_devices(accelerator) == ([own] if processes == 1 else sorted([own, other]))
+    assert asked == [rank]
+
+
 @pytest.mark.parametrize(
     ("device", "backend", "words"), [("cpu", "gloo", "2 (gloo, CPU)"), ("cuda", "nccl", "2 (nccl, GPUs)")]
 )

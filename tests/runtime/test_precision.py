@@ -32,9 +32,12 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, visible: bool, bf16: bool = True) -> None:
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, visible: bool, *capabilities: tuple[int, int]) -> None:
+    capabilities = capabilities or ((9, 0),)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: capabilities[index])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capabilities[0] >= (8, 0))
 
 
 # ---------------------------------------------------------------------------------------------------- which one
@@ -60,15 +63,33 @@ def test_this_cpu_is_described_with_its_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "bf16", "expected"),
-    [("no", True, "bf16"), ("no", False, "no"), ("fp16", True, "fp16"), ("bf16", False, "bf16"), (None, True, "bf16")],
+    ("launcher", "capability", "expected"),
+    [
+        ("no", (9, 0), "bf16"),
+        ("no", (8, 6), "bf16"),
+        ("no", (7, 5), "fp16"),  # T4: bf16 is emulated
+        ("no", (7, 0), "fp16"),  # V100
+        ("no", (6, 1), "no"),
+        ("fp16", (9, 0), "fp16"),
+        ("bf16", (7, 0), "bf16"),
+        (None, (8, 0), "bf16"),
+    ],
 )
 def test_auto_on_a_gpu_is_the_choice_of_the_launcher_else_what_is_fast(
-    launcher: str | None, bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+    launcher: str | None, capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend_gpu(monkeypatch, True, bf16)
+    pretend_gpu(monkeypatch, True, capability)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert resolve_precision("auto") == expected
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(1, "bf16"), (2, "fp16")])
+def test_processes_on_different_gpus_agree_on_what_all_are_fast_at(
+    processes: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_gpu(monkeypatch, True, (8, 0), (7, 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert resolve_precision("auto") == expected
 
 

@@ -31,6 +31,28 @@ def test_mix_flips_half_of_the_bits_between_neighbors() -> None:
     assert all(0 <= mix(seed, 5) < 2**63 for seed in range(1000))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_with_a_gpu_seeds_its_own_generators_with_the_numbers_of_manual_seed(rank, monkeypatch) -> None:
+    def refuse(_: int) -> None:
+        raise AssertionError("torch.manual_seed asks every device, in each micro-batch")
+
+    gpus = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    for name, value in (
+        ("is_initialized", lambda: True),
+        ("current_device", lambda: rank),
+        ("default_generators", gpus),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    wanted = torch.Generator().manual_seed(mix(42, 3, 0, rank))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "manual_seed", refuse)
+        seed_everything(42, 3, 0, rank)
+    expected = torch.rand(9, generator=wanted)
+    assert torch.equal(torch.rand(9), expected)
+    assert torch.equal(torch.rand(9, generator=gpus[rank]), expected)
+    assert gpus[1 - rank].initial_seed() == 1
+
+
 def dropped(*key: int) -> torch.Tensor:
     seed_everything(*key)
     return dropout(torch.ones(200), 0.5)

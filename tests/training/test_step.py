@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train
 from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
-from lib.data.loader import StepBatch
+from lib.data.loader import MicroBatch, StepBatch
 from lib.errors import UserError
 from lib.model.forward import compute_logits
 from lib.model.losses import plain_cross_entropy
@@ -78,13 +79,86 @@ def test_step_that_does_not_fit_in_memory_is_the_same_step_in_smaller_micro_batc
     learner.optimizer.optimizer.state.clear()
     learner.state, tried = State(), fail_above(monkeypatch, 3)
     pieces, _ = experiment.step(batches[0])
+    length = batches[0].micro_batches[0].inputs["input_ids"].shape[1]
     assert tried == [8, 4, 2, 2, 2, 2]
-    assert (learner.state.step, learner.state.samples_seen, learner.state.micro_batch_size) == (1, 8, 2)
+    assert (learner.state.step, learner.state.samples_seen, learner.state.micro_batch_positions) == (1, 8, 2 * length)
     assert pieces == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(weights(learner.model), wanted, atol=1e-4, rtol=0)
-    tried.clear()
-    experiment.step(batches[1])
-    assert max(tried) == 2  # the smaller size is kept
+
+
+def test_micro_batches_are_cut_by_positions_so_that_steps_of_short_texts_stay_whole(experiment, batches, monkeypatch):
+    """Memory grows with rows x padded length: what a long batch does not fit in says nothing of a short one."""
+    learner, micro = experiment.learner, batches[1].micro_batches[0]
+    cut_off = {name: tensor[:, :6] for name, tensor in micro.inputs.items()}
+    short = StepBatch([MicroBatch(cut_off, micro.labels, micro.weights)], len(micro), float(len(micro)))
+    long = max(batches, key=lambda batch: batch.micro_batches[0].positions)
+    batches = [long, short, long, short]
+    shapes = [tuple(batch.micro_batches[0].inputs["input_ids"].shape) for batch in batches]
+    most = max(rows * length for rows, length in shapes) - 1
+    assert min(rows * length for rows, length in shapes) <= most // 2
+    before = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+    whole = [experiment.step(batch) for batch in batches]
+    wanted = weights(learner.model)
+
+    learner.model.load_state_dict(before)
+    learner.optimizer.optimizer.state.clear()
+    learner.state, tried = State(), []
+
+    def limited(model, inputs):
+        tried.append(tuple(inputs["input_ids"].shape))
+        if inputs["input_ids"].numel() > most:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return compute_logits(model, inputs)
+
+    monkeypatch.setattr(train, "compute_logits", limited)
+    cut = []
+    for batch, shape in zip(batches, shapes, strict=True):
+        tried.clear()
+        cut.append(experiment.step(batch))
+        assert (tried == [shape]) == (batch is short)
+    assert learner.state.micro_batch_positions == (most + 1) // 2
+    np.testing.assert_allclose(cut, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights(learner.model), wanted, atol=1e-4, rtol=0)
+
+
+def test_texts_in_several_windows_are_cut_between_texts_until_they_fit(experiment, batches, monkeypatch):
+    """A text of many windows cannot be cut: the others beside it are."""
+    micro = batches[0].micro_batches[0]
+    counts = torch.tensor([5, 1, 2])
+    inputs = {name: tensor[:1].expand(8, -1) for name, tensor in micro.inputs.items()} | {"num_windows": counts}
+    batch = StepBatch([MicroBatch(inputs, micro.labels[:3], torch.ones(3))], 3, 3.0)
+    tried = fail_above(monkeypatch, 5)
+    experiment.step(batch)
+    assert tried == [8, 5, 3]
+    experiment.learner.state = State()
+    fail_above(monkeypatch, 4)
+    with pytest.raises(UserError, match="with a single sample"):  # not for ever: the long text stays as large as it is
+        experiment.step(batch)
+
+
+@pytest.mark.parametrize("message", ["RuntimeError", "does not have a deterministic implementation, but you set"])
+def test_model_without_deterministic_algorithms_is_trained_without_and_says_so(
+    experiment, message, monkeypatch, caplog
+):
+    monkeypatch.setattr(step, "has_own_memory", lambda _: True)
+    done = []
+
+    def forward_backward(*arguments):
+        if torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(f"cumsum_cuda_kernel {message}")
+        done.append(arguments)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        if message == "RuntimeError":
+            with pytest.raises(RuntimeError, match="cumsum"):
+                step.try_longest_batch(experiment.learner, experiment.batches.longest(4), forward_backward)
+        else:
+            step.try_longest_batch(experiment.learner, experiment.batches.longest(4), forward_backward)
+            assert len(done) == 1
+            assert "cumsum_cuda_kernel" in caplog.text
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_single_sample_that_does_not_fit_in_memory_ends_the_run_with_advice(experiment, batches, monkeypatch):
@@ -143,7 +217,8 @@ def test_trying_the_longest_samples_finds_the_size_that_fits_and_learns_nothing(
     assert longest.micro_batches[0].inputs["attention_mask"].sum(dim=1).tolist() == sorted(lengths)[:-9:-1]
     step.try_longest_batch(learner, longest, train.forward_backward)
     assert tried == [8, 4, 4]
-    assert (learner.state.step, learner.state.micro_batch_size) == (0, 4)
+    length = longest.micro_batches[0].inputs["input_ids"].shape[1]
+    assert (learner.state.step, learner.state.micro_batch_positions) == (0, 4 * length)
     assert torch.equal(weights(learner.model), before)
     assert all(parameter.grad is None for parameter in learner.model.parameters())
     assert not learner.optimizer.optimizer.state
@@ -190,7 +265,8 @@ def test_norm_of_a_large_gradient_is_exact():
     exact = sum(gradient.double().square().sum() for gradient in gradients).sqrt()
     assert abs(gradient_norm(gradients).double() - exact) < 2e-5 * exact
     ascending = torch.linspace(0, 1, 30_522 * 384).square()  # small numbers first: the worst order for float32 sums
-    assert abs(gradient_norm([ascending]).double() - ascending.double().norm()) < 1e-6 * ascending.double().norm()
+    # What the docstring proves for every order of additions; how much of it is used depends on the processor.
+    assert abs(gradient_norm([ascending]).double() - ascending.double().norm()) < 2e-5 * ascending.double().norm()
 
 
 def test_norm_of_a_gradient_does_not_depend_on_threads():

@@ -20,6 +20,8 @@ from lib.data.load import Data, load_data
 from lib.model.load import load_tokenizer
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import finish
+from lib.runtime.seeds import seed_everything
+from tests import stepping
 from tests.conftest import sentences, write_csv
 from tests.stepping import build_experiment
 
@@ -45,6 +47,9 @@ def shorten(data: Data, size: int) -> Data:
 
 def train(accelerator, config: TrainConfig, data: Data) -> dict:
     experiment = build_experiment(config, accelerator, data)
+    assert (
+        experiment.learner.model is experiment.learner.inner_model
+    )  # no DDP, whose buckets are as large as the gradients
     learner, losses, norms, rates = experiment.learner, [], [], []
     for batch in experiment.plan.step_batches(experiment.batches):
         loss, norm = experiment.step(batch)
@@ -58,6 +63,8 @@ def train(accelerator, config: TrainConfig, data: Data) -> dict:
 
 def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_flags: str) -> None:
     accelerator = build_accelerator("no")
+    rank = accelerator.process_index
+    stepping.seed_everything = lambda seed: seed_everything(seed + rank)  # another new head: that of process 0 counts
     gc.freeze()  # `free_memory` collects garbage after each training; it need not scan the imported modules
     fixed = [*FIXED.split(), "--model", model_folder, "--per_device_train_batch_size", micro_batch_size]
     with accelerator.main_process_first():

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lib.config.sections import AdapterConfig, ModelSource
+from lib.config.sections import AdapterConfig, Attention, ModelSource
 from lib.errors import UserError
 from lib.hub.needs import named_base
 from lib.model.adapters.adapterhub import (
@@ -126,12 +126,12 @@ def base_of(folder: Path) -> ModelSource:
     return ModelSource(model=base, model_revision=revision)
 
 
-def load_adapter(folder: Path) -> Any:
+def load_adapter(folder: Path, attention: Attention = "auto") -> Any:
     """A trained classifier in float32: the base model with the adapter and the head of `folder`.
 
     Raises UserError if base model or adapter cannot be loaded, do not fit each other, or have no trained head.
     """
-    base = base_of(folder)
+    base = dataclasses.replace(base_of(folder), attn_implementation=attention)
     is_peft = "peft_type" in read_json(folder / "adapter_config.json")
     head = {} if is_peft else read_head(folder)
     if (folder / "config.json").is_file():

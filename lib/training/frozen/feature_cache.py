@@ -39,6 +39,7 @@ def model_digest(model: Any, *facts: Any) -> str:
     These are weights, configuration, class, versions of the libraries, remote code, and `facts`.
     """
     settings = {key: value for key, value in model.config.to_dict().items() if key not in NAMES_ONLY}
+    settings["attn_implementation"] = model.config._attn_implementation  # to_dict leaves it out
     program = [type(model).__module__, type(model).__qualname__, torch.__version__, transformers.__version__]
     program += [inspect.getsource(module) for module in remote_modules(model)]
     digest = hashlib.sha256(json.dumps([settings, program, facts], sort_keys=True, default=str).encode())
