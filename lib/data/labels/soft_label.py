@@ -184,7 +184,7 @@ def read_table(dataset: Dataset, columns: tuple[str, ...], split: str) -> Table:
         )
     if width:
         values = np.zeros((len(rows), width))
-        values[~missing] = [row for row in rows if row]
+        values[~missing] = np.array([row for row in rows if row])
         return Table(None, values, missing)
     by_name = [row for row in rows if isinstance(row, dict) and row]
     orders = {tuple(row) for row in by_name}
