@@ -96,7 +96,7 @@ class EvalConfig:
         if not NAMES_DATA & set(values):
             shared |= {field.name for field in dataclasses.fields(DataConfig)} | {"seed"}
         for one, other in (("label_column", "label_columns"), ("label_columns", "label_column")):
-            shared -= {other} if one in values else set()
+            shared -= {other, "soft_labels"} if one in values else set()
         return [given for given in read_yaml(str(path), "--run") if given.flag.removeprefix("--") in shared]
 
 

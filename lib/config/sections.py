@@ -187,6 +187,9 @@ class DataConfig:
     """The label column. [default: guessed from the names]"""
     label_columns: tuple[str, ...] | None = None
     """Multi-label data: two or more columns of 0 and 1, one for each label."""
+    soft_labels: tuple[str, ...] | None = None
+    """Probabilities of the classes in place of labels: a column for each class, or one with all, such as `probabilities` in the
+    output of predict.py. Splits without these columns have labels."""
     label_order: tuple[str, ...] | None = None
     """All labels in the order of the outputs. For a model whose outputs have no names (LABEL_0), the labels they stand for."""
     problem_type: ProblemType = "auto"
@@ -229,11 +232,15 @@ class DataConfig:
         several = self.label_columns
         require(not (self.label_column and several), "--label_column and --label_columns exclude each other")
         require(several is None or len(several) > 1, "--label_columns takes two or more columns, separated by spaces")
-        for name in ("text_columns", "label_columns", "label_order"):
+        for name in ("text_columns", "label_columns", "soft_labels", "label_order"):
             given = getattr(self, name) or ()
             twice = next((value for value in given if given.count(value) > 1), None)
             require(twice is None, f"--{name} names {twice} twice")
-        for name, labels in (("label_column", (self.label_column,)), ("label_columns", several or ())):
+        for name, labels in (
+            ("label_column", (self.label_column,)),
+            ("label_columns", several or ()),
+            ("soft_labels", self.soft_labels or ()),
+        ):
             both = next((column for column in self.text_columns or () if column in labels), None)
             require(
                 both is None, f"--text_columns {both} is also --{name}: a model would read the answer; name another"
@@ -243,7 +250,10 @@ class DataConfig:
             "--label_order takes two or more labels, separated by spaces",
         )
         numbers = self.problem_type == REGRESSION
-        require(not (self.label_order and numbers), "--label_order is for classes, not for --problem_type regression")
+        for name in ("label_order", "soft_labels"):
+            given = getattr(self, name) is not None
+            require(not (given and numbers), f"--{name} is for classes, not for --problem_type regression")
+        require(self.soft_labels != (), "--soft_labels takes one column, or two or more, separated by spaces")
 
 
 @dataclasses.dataclass(frozen=True)

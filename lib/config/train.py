@@ -75,14 +75,18 @@ class OptimConfig:
 class ObjectiveConfig:
     """Loss of training. Evaluation always reports the plain loss (cross entropy or squared error), so runs can be compared."""
 
-    loss: Literal["cross_entropy", "focal", "ordinal"] = "cross_entropy"
-    """`focal`: hard samples weigh more. `ordinal`: for ordered classes such as stars; far misses cost more than near ones."""
+    loss: Literal["cross_entropy", "focal", "ordinal", "kl"] = "cross_entropy"
+    """`focal`: hard samples weigh more. `ordinal`: for ordered classes such as stars; far misses cost more than near ones.
+    `kl`: for --soft_labels; the gradients of cross entropy, and 0 where predictions equal the labels."""
     focal_gamma: Annotated[float, Within("[0, 100]")] = 2.0
     """focal: the higher, the less weight for easy samples; 0 is cross entropy."""
     class_weights: tuple[str, ...] = ()
     """`balanced` (rare classes weigh more), or class=weight for some classes, such as negative=2; the others weigh 1."""
     label_smoothing_factor: Annotated[float, Within("[0, 1)")] = 0.0
     """cross_entropy: share of the target probability that is spread evenly over all labels."""
+    distill_temperature: Annotated[float, Within("[0.01, 1000]")] = 1.0
+    """With --soft_labels: temperature of labels and predictions in the loss, cross_entropy or kl. Above 1, small
+    probabilities count for more."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -90,6 +94,9 @@ class ObjectiveConfig:
         require(not smoothing or self.loss == "cross_entropy", "--label_smoothing_factor is for --loss cross_entropy")
         untouched = self.focal_gamma == ObjectiveConfig.focal_gamma
         require(untouched or self.loss == "focal", "--focal_gamma is for --loss focal")
+        if self.distill_temperature != 1:
+            plain = self.loss in ("cross_entropy", "kl") and not smoothing
+            require(plain, "--distill_temperature is for --loss cross_entropy or kl, without --label_smoothing_factor")
         for item in self.class_weights if self.class_weights != ("balanced",) else ():
             require(
                 is_weight(item.rpartition("=")[2]) and "=" in item,
@@ -230,6 +237,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
+        if self.data.soft_labels is None:
+            flag = "--loss kl" if self.objective.loss == "kl" else "--distill_temperature"
+            plain = self.objective.loss != "kl" and self.objective.distill_temperature == 1
+            require(plain, f"{flag} is for soft labels; name the columns of probabilities with --soft_labels")
         random = self.adapter.adapter and self.model.from_scratch
         require(not random, "--adapter trains no weights of the model, which --from_scratch makes random; choose one")
         recomputed = self.training.gradient_checkpointing

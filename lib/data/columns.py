@@ -1,6 +1,7 @@
 """Which splits and columns of a stored data set are used: those named, those of the catalog, or obvious guesses."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from lib.config.sections import DataConfig
 from lib.data.catalog import ROLES, catalog_entry, dataset_name, split_candidates
 from lib.data.labels.names import folded, listed, quoted, resembling, shown
 from lib.data.labels.numerals import read_number
+from lib.data.labels.soft_label import soft_columns
 from lib.data.trained_on import TrainedOn, columns_note
 from lib.errors import UserError
 
@@ -52,7 +54,21 @@ def find_columns(
     They are those that the options name, else those of the model's training where the data has them, else those of the
     catalog, else guesses. Raises UserError when there is no obvious guess.
     """
-    entry, dataset, notes = catalog_entry(config), next(iter(raw.values())), list[str]()
+    entry, dataset, notes, wanted = (
+        catalog_entry(config),
+        next(iter(raw.values())),
+        list[str](),
+        config.soft_labels or (),
+    )
+    soft = find_soft(raw, wanted)
+    if wanted and not soft:
+        if wanted != trained_on.soft_labels:
+            raise UserError(
+                f"--soft_labels {' '.join(map(shown, wanted))}: no split has such a column; there are: "
+                f"{listed(dataset.features)}{resembling(wanted[0], dataset.features)}"
+            )
+        notes.append(f"the model was trained on the soft labels {' '.join(wanted)}, which are not there")
+    labeled = next((other for split, other in raw.items() if split not in soft), None)  # in the usual way
 
     def trained(columns: tuple[str, ...]) -> tuple[str, ...] | None:
         return columns if columns and set(columns) <= {*dataset.features} else None
@@ -60,16 +76,20 @@ def find_columns(
     texts = config.text_columns or trained(trained_on.text_columns) or (entry.text_columns if entry else None)
     labels = config.label_columns or ((config.label_column,) if config.label_column else None)
     from_training = trained(trained_on.label_columns) if labels is None else None
-    lost = trained_on.label_columns if labels is None and from_training is None else ()
+    lost = trained_on.label_columns if labels is None and from_training is None and labeled is not None else ()
     labels = labels or from_training or ((entry.label_column,) if entry else None)
     if texts is None:
-        texts, others = guess_text_columns(dataset, labels or ())
+        texts, others = guess_text_columns(dataset, (*(labels or ()), *itertools.chain(*soft.values())))
         left = f"; {listed(others)} is not used" if others else ""
         notes.append(f"text columns: {' '.join(map(shown, texts))} (guessed{left}; set --text_columns to change)")
     change = columns_note(texts, trained_on, config.text_columns is not None, dataset_name(config))
     notes += [change] if change else []
-    if labels is None:
-        labels, others = guess_label_column(dataset.features, texts)
+    if labeled is None:
+        if labels and from_training is None and not entry:
+            notes.append(f"the label {' '.join(map(shown, labels))} is not used, since every split has soft labels")
+        labels = ()
+    elif labels is None:
+        labels, others = guess_label_column(labeled.features, texts)
         if labels[0] not in OBVIOUS or others:
             left = f"; {listed(others)} is not used" if others else ""
             notes.append(f"label column: {shown(labels[0])} (guessed{left}; set --label_column to change)")
@@ -79,6 +99,12 @@ def find_columns(
             f"warning: the model was trained on the label {' '.join(lost)}, which is not there; {used} is used"
         )
     return texts, labels, tuple(notes)
+
+
+def find_soft(splits: dict[str, Dataset], wanted: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The columns of --soft_labels in each split that has them."""
+    found = {split: soft_columns(dataset, wanted) for split, dataset in splits.items()}
+    return {split: columns for split, columns in found.items() if columns}
 
 
 def guess_label_column(features: Features, texts: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -171,10 +197,15 @@ def choose_splits(
     return chosen, tuple(notes)
 
 
-def check_columns(splits: dict[str, Dataset], text_columns: Sequence[str], label_columns: Sequence[str]) -> None:
+def check_columns(
+    splits: dict[str, Dataset],
+    text_columns: Sequence[str],
+    label_columns: Sequence[str],
+    soft: Collection[str] = (),
+) -> None:
     """Raise UserError for an empty split, a missing column, a text column of another type, and a row without text.
 
-    So does a column that is named twice, or as text and as label.
+    So does a column that is named twice, or as text and as label. Splits in `soft` need no label columns.
     """
     label_flag = "--label_columns" if len(label_columns) > 1 else "--label_column"
     both = next((column for column in text_columns if column in label_columns), None)
@@ -191,7 +222,8 @@ def check_columns(splits: dict[str, Dataset], text_columns: Sequence[str], label
         have = listed(dataset.features)
         if not len(dataset):
             raise UserError(f"the {split} split is empty")
-        for flag, columns in (("--text_columns", text_columns), (label_flag, label_columns)):
+        labels = () if split in soft else label_columns
+        for flag, columns in (("--text_columns", text_columns), (label_flag, labels)):
             for column in columns:
                 if column not in dataset.features:
                     raise UserError(

@@ -17,9 +17,10 @@ from datasets.utils import tqdm
 from lib.config.sections import CLASSIFICATION, REGRESSION, DataConfig
 from lib.data.batching import count_windows, permutation
 from lib.data.catalog import ROLES, catalog_entry, dataset_name, own_files
-from lib.data.columns import check_columns, choose_splits, find_columns
+from lib.data.columns import check_columns, choose_splits, find_columns, find_soft
 from lib.data.labels.problem_types import encode_targets, find_problem
-from lib.data.labels.targets import as_arrow
+from lib.data.labels.soft_label import encode_soft_labels, soft_problem
+from lib.data.labels.targets import as_arrow, feature_of, hard_labels
 from lib.data.prepared import (
     find_or_prepare,
     open_table,
@@ -47,7 +48,8 @@ class Data:
 
     `texts[split]` holds the text columns as stored. `tokens[split]` holds input_ids (lists of int), labels, and
     token_type_ids if the tokenizer makes them; with windows, a list of these for each text, and num_windows. Labels are
-    class numbers (int), numbers (float), or multi-hot lists of float. `lengths[split]` counts the tokens of each text.
+    class numbers (int), numbers (float), or lists of float: multi-hot, or the probabilities of a split with soft labels.
+    `lengths[split]` counts the tokens of each text.
     `notes` are sentences for the log.
     """
 
@@ -61,6 +63,9 @@ class Data:
     problem_type: str = CLASSIFICATION
     """As in a transformers configuration."""
     label_columns: tuple[str, ...] = ()
+    """Those of splits without soft labels."""
+    soft_labels: tuple[str, ...] = ()
+    """Where soft labels are, as --soft_labels; empty if no split has any."""
     max_length: int = 0
     """Most tokens that a text, or a window of one, can have."""
     window_stride: int | None = None
@@ -78,9 +83,20 @@ class Data:
             return self.lengths[split]
         return count_windows(self.lengths[split], self.max_length) * self.max_length
 
-    def labels(self, split: str) -> np.ndarray:
-        """The labels of a split: int64 (rows,), float32 (rows,), or multi-hot float32 (rows, labels)."""
+    def targets(self, split: str) -> np.ndarray:
+        """What a model learns of a split: int64 (rows,), float32 (rows,), or float32 (rows, labels), multi-hot or soft."""
         return read_column(self.tokens[split], "labels")
+
+    def labels(self, split: str) -> np.ndarray:
+        """The labels of a split that scores count: int64 (rows,), float32 (rows,), or multi-hot float32 (rows, labels)."""
+        return hard_labels(self.targets(split), self.problem_type)
+
+    def is_soft(self, split: str) -> bool:
+        """Whether the targets of a split are probabilities."""
+        if not self.soft_labels:
+            return False
+        targets = self.targets(split)
+        return targets.ndim == 2 if self.problem_type == CLASSIFICATION else not np.isin(targets, (0, 1)).all()
 
     def fingerprint(self) -> str:
         """Hash of all token ids, labels and label names, in order: equal exactly when the model sees equal data."""
@@ -133,6 +149,8 @@ def load_data(
     identity, trained = data_identity(config), label_names is not None
     asked = Asked(tuple(splits), label_names, model_problem, trained_on)
     windows = stored_windows(tokenizer) if trained else None
+    if not (config.soft_labels or config.label_column or config.label_columns):
+        config = dataclasses.replace(config, soft_labels=trained_on.soft_labels or None)
     key = None if identity is None else prepared_key(identity, config, tokenizer, windows and windows.stride, asked)
 
     def prepare(folder: Path) -> None:
@@ -156,10 +174,16 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
     # A fold is a part of what is left of train after validation.
     raw, unused = choose_splits(raw, config, ROLES[:2] if config.fold else splits)
     notes += unused
-    check_columns(raw, text_columns, label_columns)
-    order = config.label_order or ()
-    problem, found = find_problem(raw, label_columns, config.problem_type, asked.model_problem, label_names or order)
-    targets = encode_targets(raw, label_columns, problem, label_names, order)
+    soft, order = find_soft(raw, config.soft_labels or ()), config.label_order or ()
+    check_columns(raw, text_columns, label_columns, soft)
+    if soft:
+        problem, found = soft_problem(config.problem_type, asked.model_problem), tuple[str, ...]()
+        targets = encode_soft_labels(raw, soft, label_columns, problem, label_names, order)
+    else:
+        problem, found = find_problem(
+            raw, label_columns, config.problem_type, asked.model_problem, label_names or order
+        )
+        targets = encode_targets(raw, label_columns, problem, label_names, order)
     labeled = {
         split: Rows(raw[split].select_columns(list(text_columns)).with_format("arrow"), labels)
         for split, labels in targets.labels.items()
@@ -193,9 +217,9 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
     with tqdm(total=sum(map(len, texts.values())), desc="tokenize", unit=" texts") as progress:
         for split, rows in labeled.items():
             batches = tokenize(columns_of(texts[split]), tokenizer, limit, windows, config.preprocessing_num_workers)
-            tables = label_tables(batches, rows.labels, targets.feature, progress)
+            tables = label_tables(batches, rows.labels, progress)
             first = next(tables)
-            features = Features(Features.from_arrow_schema(first.schema) | {"labels": targets.feature})
+            features = Features(Features.from_arrow_schema(first.schema) | {"labels": feature_of(rows.labels)})
             write_table(folder / f"tokens-{split}.arrow", features, itertools.chain([first], tables))
             tokens[split] = open_table(folder / f"tokens-{split}.arrow")
     notes += truncation_notes(tokens, limit, config, windows)
@@ -205,6 +229,7 @@ def prepare_data(folder: Path, config: DataConfig, tokenizer: Any, asked: Asked)
         label_names=targets.names,
         text_columns=tuple(text_columns),
         label_columns=tuple(label_columns),
+        soft_labels=tuple(config.soft_labels or ()) if soft else (),
         notes=notes,
         problem_type=problem,
         max_length=windows.max_length if windows else limit,
@@ -272,11 +297,11 @@ def columns_of(texts: Dataset) -> Iterator[list[list[str]]]:
         yield [column.to_pylist() for column in table.columns]
 
 
-def label_tables(tables: Iterator[pa.Table], labels: np.ndarray, feature: Any, progress: Any) -> Iterator[pa.Table]:
+def label_tables(tables: Iterator[pa.Table], labels: np.ndarray, progress: Any) -> Iterator[pa.Table]:
     """`tables` with the labels of their rows."""
     start = 0
     for table in tables:
-        column = as_arrow(labels[start : start + len(table)], feature)
+        column = as_arrow(labels[start : start + len(table)])
         start += len(table)
         progress.update(len(table))
         yield table.add_column(0, "labels", column)
@@ -316,6 +341,7 @@ def assign_folds(labels: np.ndarray, problem: str, total: int) -> np.ndarray:
 
 def by_label(labels: np.ndarray, problem: str) -> tuple[np.ndarray, np.ndarray]:
     """What is stratified by, and the rows in an order of it that is random within equal ones: both (rows,)."""
+    labels = hard_labels(labels, problem)
     kinds = labels if problem == REGRESSION else np.unique(labels, axis=0, return_inverse=True)[1].ravel()
     order = permutation(len(labels), 0)
     return kinds, order[np.argsort(kinds[order], kind="stable")]

@@ -444,19 +444,20 @@ def load_columns(
     files: dict[str, list[Source]], config: DataConfig, features: dict[str, Features] | None = None
 ) -> dict[str, Dataset]:
     """The rows of files. A column with faults is refused where the run needs it."""
-    needed = needed_columns(config)
+    needed, objects = needed_columns(config), config.soft_labels or ()
     try:
-        return load_tables(files, features, needed)
+        return load_tables(files, features, needed, objects)
     except FaultyColumn as fault:
         if needed is not None:
             raise
         try:
-            texts, labels, *_ = find_columns(load_tables(files, features, set()), config, UNKNOWN)
+            texts, labels, *_ = find_columns(load_tables(files, features, set(), objects), config, UNKNOWN)
         except UserError:
             raise fault from None
-        if fault.column in (*texts, *labels, *NAME_COLUMNS):
+        read = {*texts, *labels, *NAME_COLUMNS, *objects}
+        if fault.column in read:
             raise
-        return load_tables(files, features, {*texts, *labels, *NAME_COLUMNS})
+        return load_tables(files, features, read, objects)
 
 
 def needed_columns(config: DataConfig) -> set[str] | None:
@@ -466,7 +467,7 @@ def needed_columns(config: DataConfig) -> set[str] | None:
     labels = (
         config.label_columns or (config.label_column and (config.label_column,)) or (entry and (entry.label_column,))
     )
-    return {*texts, *labels, *NAME_COLUMNS} if texts and labels else None
+    return {*texts, *labels, *NAME_COLUMNS, *(config.soft_labels or ())} if texts and labels else None
 
 
 def root_cause(error: BaseException) -> str:

@@ -37,6 +37,8 @@ class TrainedOn:
     """Most tokens of a text, or of a window of one."""
     metrics: tuple[str, ...] = ()
     pad_to_max_length: bool = False
+    soft_labels: tuple[str, ...] = ()
+    """Columns of probabilities, as --soft_labels; `label_columns` are those of splits without them."""
 
 
 UNKNOWN = TrainedOn()
@@ -46,6 +48,8 @@ UNKNOWN = TrainedOn()
 def store_trained_on(config: Any, trained_on: TrainedOn) -> None:
     """Put the record into a model's configuration, which is saved with the model."""
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(trained_on).items()}
+    if not trained_on.soft_labels:
+        del plain["soft_labels"]
     setattr(config, KEY, plain)
 
 
@@ -56,13 +60,14 @@ def read_trained_on(file: Path, key: str | None = KEY) -> TrainedOn:
         stored = stored if key is None else stored[key]
         dataset, length = stored["dataset"], stored["max_length"]
         lists = [stored[name] for name in ("text_columns", "label_columns", "metrics")]
+        lists.append(stored.get("soft_labels", []))  # not known to earlier versions
         padded = stored["pad_to_max_length"] is True
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return UNKNOWN
     known = isinstance(dataset, str) and type(length) is int and length > 0
     known = known and all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
-    texts, labels, metrics = map(tuple, lists) if known else ((), (), ())
-    return TrainedOn(dataset, texts, labels, length, metrics, padded) if len(texts) in (1, 2) else UNKNOWN
+    texts, labels, metrics, soft = map(tuple, lists) if known else ((), (), (), ())
+    return TrainedOn(dataset, texts, labels, length, metrics, padded, soft) if len(texts) in (1, 2) else UNKNOWN
 
 
 def input_length(asked: int | None, trained_on: TrainedOn, tokenizer: Any) -> int:

@@ -21,7 +21,9 @@ class Predictions:
     labels: np.ndarray
     """Classes int64 (samples,), numbers float32 (samples,), or 0 and 1 int64 (samples, labels)."""
     losses: np.ndarray
-    """float32 (samples,): cross entropy in nats, squared error, or binary cross entropy averaged over the labels."""
+    """float32 (samples,): cross entropy in nats, squared error, or binary cross entropy averaged over the labels.
+
+    Of soft labels they are those of the probabilities; `labels` are then the most probable ones."""
     batch_size: int = 0
     """Samples per forward pass that fitted into memory."""
     seconds: float = 0.0

@@ -13,6 +13,7 @@ from torch import nn
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
 from lib.data.batching import Indices, eval_batches
+from lib.data.labels.targets import hard_labels
 from lib.data.loader import Split, Tensors, build_loader, to_device
 from lib.evaluation.calibration import fit_temperature, store_temperature, stored_temperature
 from lib.evaluation.predictions import Predictions
@@ -88,7 +89,8 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     table = summed.cpu().numpy()
     check_counts(table[:, -1])
     seconds = time.perf_counter() - started
-    labels = np.asarray(split.tokens["labels"][:], dtype=np.float32 if split.problem_type == REGRESSION else np.int64)
+    labels = hard_labels(np.asarray(split.tokens["labels"][:]), split.problem_type)
+    labels = labels.astype(np.float32 if split.problem_type == REGRESSION else np.int64)
     logits, losses = table[:, : split.num_outputs], table[:, split.num_outputs]
     return Predictions(logits, labels, losses, batch_size, seconds, split.problem_type)
 

@@ -30,9 +30,17 @@ LOSSES = {
 MINILM_ID = "sentence-transformers/all-MiniLM-L6-v2"
 
 CLASSIFICATION_OPTIONS = ("loss", "focal_gamma", "class_weights", "label_smoothing_factor")
+SOFT_OPTIONS = ("loss", "distill_temperature")
 OPTIONS = (
     *("learning_rate", "train_batch_size", "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_steps"),
-    *("weight_decay", "max_grad_norm", *CLASSIFICATION_OPTIONS, "layerwise_lr_decay", "head_learning_rate"),
+    *(
+        "weight_decay",
+        "max_grad_norm",
+        *CLASSIFICATION_OPTIONS,
+        "distill_temperature",
+        "layerwise_lr_decay",
+        "head_learning_rate",
+    ),
     *("window_stride", "max_length", "seed", "config_overrides", "from_scratch", "freeze", "adapter"),
 )
 """Options in the table of the card."""
@@ -83,9 +91,9 @@ def write_model_card(
         [split, *(shown.get((split, metric), "") for metric in metrics)]
         for split in dict.fromkeys(s for s, *_ in scores)
     ]
-    options = [key for key in OPTIONS if key in settings]
-    if problem != CLASSIFICATION:
-        options = [key for key in options if key not in CLASSIFICATION_OPTIONS]
+    left_out = {*(CLASSIFICATION_OPTIONS if problem != CLASSIFICATION else ()), "distill_temperature"}
+    left_out -= {*(SOFT_OPTIONS if settings.get("run/soft_labels") else ())}
+    options = [key for key in OPTIONS if key in settings and key not in left_out]
     chosen_by = " by its loss (the metric was not defined)" if results.get("chosen_by") == "loss" else ""
     lines = [
         f"# {plain(settings['run_name'])}",
@@ -224,8 +232,11 @@ def data_lines(settings: dict[str, Any]) -> list[str]:
     stride, length = settings["run/window_stride"], settings["run/max_length"]
     longer = "cut" if stride is None else f"read in windows that share {stride}"
     columns = {
-        name: ", ".join(code(column) for column in settings[f"run/{name}_columns"]) for name in ("text", "label")
+        name: ", ".join(map(code, settings.get(key) or ()))
+        for name, key in (("text", "run/text_columns"), ("label", "run/label_columns"), ("soft", "run/soft_labels"))
     }
+    labels = [f"label in {columns['label']}"] if columns["label"] else []
+    labels += [f"probabilities of labels in {columns['soft']}"] if columns["soft"] else []
     counts, names = settings["run/class_counts"], settings["run/label_names"]
     shown = names if settings["run/problem_type"] != REGRESSION and len(names) <= SHOWN_CLASSES else []
     rows = [
@@ -234,7 +245,7 @@ def data_lines(settings: dict[str, Any]) -> list[str]:
     ]
     return [
         *("", "## Data", ""),
-        f"Text in {columns['text']}, label in {columns['label']}; at most {length:,} tokens, longer texts are {longer}.",
+        f"Text in {columns['text']}, {', '.join(labels)}; at most {length:,} tokens, longer texts are {longer}.",
         "",
         *markdown_table(["split", "rows", *map(code, shown)], rows),
         *([""] if settings["run/notes"] else []),

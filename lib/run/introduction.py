@@ -73,7 +73,8 @@ def few_samples(learner: Learner) -> list[str]:
 
 
 def describe_columns(data: Data) -> str:
-    return f"text {' '.join(data.text_columns)}; label {' '.join(data.label_columns)}"
+    kinds = {"text": data.text_columns, "label": data.label_columns, "soft labels": data.soft_labels}
+    return "; ".join(f"{kind} {' '.join(columns)}" for kind, columns in kinds.items() if columns)
 
 
 def describe_length(data: Data) -> str:

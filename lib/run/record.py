@@ -160,6 +160,7 @@ def describe_data(data: Data, metrics: Metrics) -> dict[str, Any]:
         "data_fingerprint": data.fingerprint(),
         "text_columns": list(data.text_columns),
         "label_columns": list(data.label_columns),
+        **({"soft_labels": list(data.soft_labels)} if data.soft_labels else {}),
         "label_names": data.label_names,
         "problem_type": data.problem_type,
         "max_length": data.max_length,
@@ -177,7 +178,7 @@ def describe_data(data: Data, metrics: Metrics) -> dict[str, Any]:
 def trained_on(data: Data, metrics: Metrics) -> TrainedOn:
     """What is stored with a model, so that whoever uses it reads text as its training did."""
     columns, padded = (data.text_columns, data.label_columns), data.pad_to_max_length
-    return TrainedOn(data.name, *columns, data.max_length, metrics.names, padded)
+    return TrainedOn(data.name, *columns, data.max_length, metrics.names, padded, data.soft_labels)
 
 
 def bounded(value: Any) -> Any:

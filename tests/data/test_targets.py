@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Features, List, Value
 
-from lib.data.labels.targets import as_arrow
+from lib.data.labels.targets import as_arrow, feature_of
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from lib.data.labels.targets import as_arrow
     ],
 )
 def test_labels_become_arrow_arrays_of_their_own_type(labels: np.ndarray, feature: object) -> None:
-    column = as_arrow(labels, feature)
+    column = as_arrow(labels)
+    assert feature_of(labels) == feature
     assert column.to_pylist() == labels.tolist()
     assert column.type == Features({"labels": feature}).arrow_schema.field("labels").type

@@ -6,9 +6,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, one_hot
 
-from lib.model.losses import Loss, focal_loss, ordinal_loss, plain_cross_entropy
+from lib.model.losses import (
+    Loss,
+    distillation_loss,
+    focal_loss,
+    kl_divergence,
+    mean_binary_cross_entropy,
+    mean_binary_kl_divergence,
+    ordinal_loss,
+    plain_cross_entropy,
+)
 
 
 def random_batch(samples: int = 50, classes: int = 5, scale: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,6 +96,73 @@ def test_ordinal_loss_is_lowest_for_the_true_probabilities() -> None:
     for i, j in itertools.permutations(range(4), 2):
         shift = 0.01 * (torch.eye(4)[i] - torch.eye(4)[j])
         assert expected(truth + shift) > expected(truth)
+
+
+def random_probabilities(samples: int = 50, classes: int = 5) -> torch.Tensor:
+    """Distributions, of which the first ones are certain."""
+    generator = torch.Generator().manual_seed(classes)
+    probabilities = torch.randn(samples, classes, generator=generator).mul(2).softmax(-1)
+    probabilities[:classes] = torch.eye(classes)
+    return probabilities
+
+
+@pytest.mark.parametrize("loss", [plain_cross_entropy, ordinal_loss])
+def test_certain_probabilities_have_the_loss_and_gradient_of_hard_labels_bit_by_bit(loss: Loss) -> None:
+    logits, labels = random_batch()
+    hard, soft = loss(logits, labels), loss(logits, one_hot(labels, 5).float())
+    assert torch.equal(hard, soft)
+    assert torch.equal(gradient(hard, logits), gradient(soft, logits))
+
+
+def test_kl_divergence_is_that_of_pytorch_and_has_the_gradient_of_cross_entropy() -> None:
+    logits, _ = random_batch()
+    wanted = random_probabilities()
+    ours = kl_divergence(logits, wanted)
+    torch.testing.assert_close(ours, kl_div(logits.log_softmax(-1), wanted, reduction="none").sum(-1))
+    plain = cross_entropy(logits, wanted, reduction="none")
+    assert torch.equal(gradient(ours, logits), gradient(plain, logits))
+    torch.testing.assert_close(kl_divergence(wanted[5:].log(), wanted[5:]), torch.zeros(45), atol=1e-6, rtol=0)
+
+
+def test_binary_kl_divergence_has_the_gradient_of_binary_cross_entropy_and_is_0_at_best() -> None:
+    logits, _ = random_batch()
+    wanted = random_probabilities()
+    ours, plain = mean_binary_kl_divergence(logits, wanted), mean_binary_cross_entropy(logits, wanted)
+    assert torch.equal(gradient(ours, logits), gradient(plain, logits))
+    torch.testing.assert_close(
+        mean_binary_kl_divergence(wanted.logit(1e-6), wanted), torch.zeros(50), atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 10.0])
+def test_distillation_loss_is_that_of_hinton_2015(temperature: float) -> None:
+    logits, _ = random_batch()
+    teacher = torch.randn(50, 5, generator=torch.Generator().manual_seed(1)).mul(2)
+    ours = distillation_loss(logits, teacher.softmax(-1), kl_divergence, temperature, exclusive=True)
+    student, softened = (logits / temperature).log_softmax(-1), (teacher / temperature).softmax(-1)
+    theirs = temperature**2 * kl_div(student, softened, reduction="none").sum(-1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    ours = distillation_loss(logits, teacher.sigmoid(), mean_binary_cross_entropy, temperature, exclusive=False)
+    theirs = binary_cross_entropy_with_logits(logits / temperature, (teacher / temperature).sigmoid(), reduction="none")
+    torch.testing.assert_close(ours, temperature**2 * theirs.mean(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+def test_distillation_of_certain_probabilities_is_finite_and_at_temperature_1_the_loss_itself(exclusive: bool) -> None:
+    logits, _ = random_batch()
+    wanted = random_probabilities()
+    loss = plain_cross_entropy if exclusive else mean_binary_cross_entropy
+    losses = distillation_loss(logits, wanted, loss, 4.0, exclusive)
+    assert losses.isfinite().all()
+    assert gradient(losses, logits).isfinite().all()
+    torch.testing.assert_close(distillation_loss(logits, wanted, loss, 1.0, exclusive), loss(logits, wanted))
+
+
+def test_ordinal_loss_of_probabilities_is_the_distance_of_the_cumulative_distributions() -> None:
+    logits, _ = random_batch()
+    wanted = random_probabilities()
+    theirs = (logits.softmax(-1).cumsum(-1) - wanted.cumsum(-1)).square().sum(-1)
+    torch.testing.assert_close(ordinal_loss(logits, wanted), theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("loss", [plain_cross_entropy, functools.partial(focal_loss, gamma=2.0), ordinal_loss])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 
-from lib.config.sections import ModelConfig
-from lib.config.train import ObjectiveConfig
+from lib.config.sections import DataConfig, ModelConfig
+from lib.config.train import ObjectiveConfig, TrainConfig
 from lib.data.load import Data
 from lib.data.loader import Share, build_collator
 from lib.errors import UserError
@@ -36,7 +36,8 @@ def test_cross_entropy_with_smoothing_equals_that_of_pytorch_bit_by_bit(smoothin
 
 
 def data_of(labels: np.ndarray, names: list[str] = NAMES) -> Data:
-    train = Dataset.from_dict({"labels": labels.tolist()})
+    feature = Value("int64") if labels.ndim == 1 else List(Value("float32"))
+    train = Dataset.from_dict({"labels": labels.tolist()}, features=Features({"labels": feature}))
     return Data("", {}, {"train": train}, {}, names, ("text",), ())
 
 
@@ -93,6 +94,53 @@ def test_classification_objectives_are_refused_for_other_problem_types(settings:
     data = dataclasses.replace(data_of(LABELS), problem_type="regression")
     with pytest.raises(UserError, match=r"--(loss|label|class).* is for data with one label per text"):
         build_objective(ObjectiveConfig(**settings), data)
+
+
+SOFT = np.random.default_rng(0).dirichlet(np.ones(3), 12).astype(np.float32)
+
+
+def soft_data(probabilities: np.ndarray = SOFT) -> Data:
+    return dataclasses.replace(data_of(probabilities), soft_labels=("p",))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_loss_of_soft_labels_is_that_of_pytorch_bit_by_bit(smoothing: float) -> None:
+    logits, wanted = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.from_numpy(SOFT)
+    ours = build_objective(ObjectiveConfig(label_smoothing_factor=smoothing), soft_data()).loss(logits, wanted)
+    assert torch.equal(ours, cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing))
+
+
+def test_class_weights_of_certain_probabilities_are_those_of_hard_labels() -> None:
+    for given in (("balanced",), ("bad=2", "2=0.5")):
+        hard = build_objective(ObjectiveConfig(class_weights=given), data_of(LABELS))
+        soft = build_objective(ObjectiveConfig(class_weights=given), soft_data(np.eye(3, dtype=np.float32)[LABELS]))
+        np.testing.assert_allclose(soft.weights, hard.weights, rtol=1e-6)
+    weights = class_weights(["balanced"], SOFT, NAMES)
+    np.testing.assert_allclose(weights, 12 / (3 * SOFT.sum(axis=0)), rtol=1e-6)
+    objective = build_objective(ObjectiveConfig(class_weights=("balanced",)), soft_data())
+    np.testing.assert_allclose(objective.weights, SOFT @ weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "kl"}, {"distill_temperature": 2.0}])
+def test_distillation_is_refused_where_the_labels_of_train_are_hard(settings: dict) -> None:
+    flag = f"--{next(iter(settings))}"
+    hard = np.eye(3, dtype=np.float32)[LABELS]
+    multi = dataclasses.replace(soft_data(hard), problem_type="multi_label_classification")
+    for data in (data_of(LABELS), dataclasses.replace(data_of(LABELS), soft_labels=("p",)), multi):
+        with pytest.raises(UserError, match=flag):
+            build_objective(ObjectiveConfig(**settings), data)
+    with pytest.raises(UserError, match=f"{flag}.*--soft_labels"):
+        TrainConfig(objective=ObjectiveConfig(**settings))
+
+
+def test_what_is_not_defined_for_soft_labels_is_refused() -> None:
+    with pytest.raises(UserError, match="--loss focal"):
+        build_objective(ObjectiveConfig(loss="focal"), soft_data())
+    for settings in ({"loss": "ordinal"}, {"label_smoothing_factor": 0.1}):
+        with pytest.raises(UserError, match="--distill_temperature"):
+            ObjectiveConfig(distill_temperature=2.0, **settings)
+    with pytest.raises(UserError, match=r"--soft_labels.*regression"):
+        DataConfig(soft_labels=("p",), problem_type="regression")
 
 
 @pytest.mark.parametrize("micro_batch_size", [3, 12])

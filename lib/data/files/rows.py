@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lib.data.files.delimited import read_delimited
@@ -58,8 +58,10 @@ def text_lines(text: Text) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def parquet_batches(source: Source, size: int) -> Iterator[Any]:
+def parquet_batches(source: Source, size: int, objects: Collection[str] = ()) -> Iterator[Any]:
     """Record batches of a parquet file: the columns of plain values or lists of them, at most `size` rows each.
+
+    Columns in `objects` may hold others.
 
     Raises UserError for a damaged file.
     """
@@ -70,7 +72,7 @@ def parquet_batches(source: Source, size: int) -> Iterator[Any]:
         try:
             stored = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
             schema = stored.schema_arrow
-            names = [field.name for field in schema if is_plain(field.type)]
+            names = [field.name for field in schema if is_plain(field.type) or field.name in objects]
             twice = next((name for name in names if names.count(name) > 1), None)
             require(twice is None, f"{source.name} has two columns named {twice!r}; rename one of them")
             fields = [schema.field(name).with_type(without_views(schema.field(name).type)) for name in names]

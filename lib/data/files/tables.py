@@ -42,18 +42,20 @@ def load_tables(
     files: dict[str, list[Source]],
     features: dict[str, Features] | None = None,
     needed: Collection[str] | None = None,
+    objects: Collection[str] = (),
 ) -> dict[str, Dataset]:
     """The rows of each split's files as a data set, in order, mapped from a file in the cache of `datasets`.
 
     csv fields are text as written, and empty ones are missing. A column of JSON has the type that all its values in all
     splits have; where text and numbers mix, it is text as written. Parquet keeps its types, unless the other files have
-    text. Columns that hold objects are left out. `features` describe the columns of a split; their ClassLabels are kept.
+    text. Columns that hold objects are left out, but those in `objects`, which are text as JSON; parquet keeps these as they
+    are. `features` describe the columns of a split; their ClassLabels are kept.
     Where `needed` is given, faults in other columns do not matter.
 
     Raises UserError with the file, and the line where there is one, for whatever cannot be read.
     """
     features = features or {}
-    key = tables_key(files, features, needed)
+    key = tables_key(files, features, needed, objects)
     place = datasets_cache() / "files" / key
     damage = find_damage(place) if place.is_dir() else "absent"
     if damage:
@@ -61,9 +63,10 @@ def load_tables(
             logger.warning("warning: the tables in %s were damaged and are made again: %s", place, damage)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            make_folder(place, Builder(files, features, needed).build)
+            make_folder(place, Builder(files, features, needed, objects).build)
         except OSError:  # a cache that may not be written
-            return {split: table_of(written) for split, written in Builder(files, features, needed).build(None).items()}
+            tables = Builder(files, features, needed, objects).build(None)
+            return {split: table_of(written) for split, written in tables.items()}
         remove_unused(place.parent, KEPT_BYTES, keep=place)
     with contextlib.suppress(OSError):
         os.utime(place / MANIFEST)  # used now: others go first
@@ -72,9 +75,14 @@ def load_tables(
     }
 
 
-def tables_key(files: dict[str, list[Source]], features: dict[str, Features], needed: Collection[str] | None) -> str:
+def tables_key(
+    files: dict[str, list[Source]],
+    features: dict[str, Features],
+    needed: Collection[str] | None,
+    objects: Collection[str],
+) -> str:
     """Hash of all that the tables depend on: the contents of the files, not their dates."""
-    parts = [READER, str(features), sorted(needed) if needed is not None else None]
+    parts = [READER, str(features), sorted(needed) if needed is not None else None, sorted(objects)]
     listed = {
         split: [[source.format, source.encoding, source.options, *file_identity(source)] for source in sources]
         for split, sources in files.items()
@@ -108,9 +116,13 @@ class Builder:
     """Reads files into tables: once if the types seen first hold to the end, else again, once all values are known."""
 
     def __init__(
-        self, files: dict[str, list[Source]], features: dict[str, Features], needed: Collection[str] | None
+        self,
+        files: dict[str, list[Source]],
+        features: dict[str, Features],
+        needed: Collection[str] | None,
+        objects: Collection[str],
     ) -> None:
-        self.files, self.features, self.needed = files, features, needed
+        self.files, self.features, self.needed, self.objects = files, features, needed, objects
         self.kinds: Kinds = {}
         self.columns: dict[str, dict[str, None]] = {split: {} for split in files}
         self.stored: dict[str, dict[str, Any]] = {split: {} for split in files}
@@ -212,6 +224,7 @@ class Builder:
                 records = [record for _, record in chunk]
                 names = dict.fromkeys(itertools.chain.from_iterable(records))
                 columns = {name: [record.get(name) for record in records] for name in names}
+                columns |= {name: list(map(object_text, columns[name])) for name in self.objects if name in columns}
                 self.note_columns(names, {name: value_kinds(cells) for name, cells in columns.items()}, None, split)
                 require(
                     len(self.columns[split]) <= MOST_COLUMNS,
@@ -220,7 +233,7 @@ class Builder:
                 yield columns, numbers
 
     def parquet(self, source: Source, split: str) -> Iterator[tuple[dict[str, Any], Any]]:
-        batches = parquet_batches(source, 10_000)
+        batches = parquet_batches(source, 10_000, self.objects)
         schema, start = next(batches), 1
         with contextlib.suppress(ValueError, KeyError, TypeError):  # features of a later version of `datasets`
             stored = {
@@ -304,6 +317,11 @@ def chunks(items: Iterable[Any], text: Any) -> Iterator[list[Any]]:
 def text_array(cells: Any, empty_is_missing: bool) -> Any:
     array = pa.array(cells, pa.string())
     return pc.if_else(pc.equal(array, ""), pa.scalar(None, pa.string()), array) if empty_is_missing else array
+
+
+def object_text(cell: Any) -> Any:
+    """An object or a list of JSON as text; all else as it is."""
+    return json.dumps(cell, ensure_ascii=False) if isinstance(cell, dict | list) else cell
 
 
 def value_kinds(cells: list[Any]) -> set[Any]:

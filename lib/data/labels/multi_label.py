@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, List, Value
+from datasets import ClassLabel, Dataset, Value
 
 from lib.data.labels.names import (
     check_names,
+    flag_values,
     in_order,
     is_blank,
     listed,
@@ -126,7 +127,7 @@ def encode_label_sets(
     unused = [name for name, count in by_name.items() if not count]
     if "train" in encoded and unused:
         notes += (f"warning: no train row has the label {listed(unused)}",)
-    return Targets(encoded, List(Value("float32")), outputs, notes)
+    return Targets(encoded, outputs, notes)
 
 
 def read_flags(dataset: Dataset, columns: tuple[str, ...], split: str) -> LabelSets:
@@ -142,7 +143,8 @@ def read_flags(dataset: Dataset, columns: tuple[str, ...], split: str) -> LabelS
             if flag is None:
                 raise UserError(
                     f"--label_columns {column}: row {stored.row(place)} of the {split} split holds "
-                    f"{stored.values[place]!r}; these columns hold 0 or 1"
+                    f"{stored.values[place]!r}; these columns hold 0 or 1. Probabilities are given with --soft_labels "
+                    f"{flag_values(columns)}"
                 )
         kinds = np.array(flags, dtype=np.int64)[stored.places]
         given[:, number] = kinds == 1

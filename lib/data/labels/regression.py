@@ -46,7 +46,7 @@ def encode_numbers(splits: dict[str, Dataset], column: str, model_names: list[st
     train = labels.get("train")
     if train is not None and bool((train == train[0]).all()):
         raise UserError(f"--label_column {column} holds one value only, {train[0]:g}")
-    return Targets(labels, Value("float32"), model_names or [column], notes)
+    return Targets(labels, model_names or [column], notes)
 
 
 def read_numbers(stored: Stored, split: str, column: str) -> np.ndarray:

@@ -85,7 +85,7 @@ def encode_classes(
         notes += noted
     counts = np.bincount(np.concatenate([encoded[split] for split in known]), minlength=len(outputs)).tolist()
     notes += look_alike_notes({name: count for name, count in zip(outputs, counts, strict=True) if count})
-    return Targets(encoded, Value("int64"), outputs, notes)
+    return Targets(encoded, outputs, notes)
 
 
 def read_classes(dataset: Dataset, column: str) -> Stored:

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features
+from datasets import Features, List, Value
 
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL
 from lib.data.labels.names import is_blank, quoted
 from lib.data.labels.numerals import INTEGER, WHOLE
 from lib.data.labels.stored import Stored
@@ -18,26 +19,40 @@ LEFT_OUT = "the test split has no labels and is left out; results are those on v
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The encoded labels of each split, their `datasets` feature, and the names of the model's outputs.
+    """The encoded labels of each split, and the names of the model's outputs.
 
-    Labels are class numbers, int64 (rows,); numbers, float32 (rows,); or multi-hot, float32 (rows, names). `notes` are
-    sentences for the log.
+    Labels are class numbers, int64 (rows,); numbers, float32 (rows,); or multi-hot or probabilities, float32 (rows, names).
+    `notes` are sentences for the log.
     """
 
     labels: dict[str, np.ndarray]
-    feature: Any
     names: list[str]
     notes: tuple[str, ...] = ()
 
 
-def as_arrow(labels: np.ndarray, feature: Any) -> Any:
-    """Labels as an Arrow array of the type of `feature`; a matrix becomes a list for each row."""
-    kind = Features({"labels": feature}).arrow_schema.field("labels").type
+def feature_of(labels: np.ndarray) -> Any:
+    """The `datasets` feature of encoded labels: a matrix becomes a list for each row."""
+    return Value(str(labels.dtype)) if labels.ndim == 1 else List(Value(str(labels.dtype)))
+
+
+def as_arrow(labels: np.ndarray) -> Any:
+    """Labels as an Arrow array of the type of `feature_of`."""
+    kind = Features({"labels": feature_of(labels)}).arrow_schema.field("labels").type
     if labels.ndim == 1:
         return pa.array(labels, type=kind)
     ends = np.arange(len(labels) + 1, dtype=np.int64) * labels.shape[1]
     rows = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(labels.ravel(), type=kind.value_type))
     return rows.cast(kind)
+
+
+def hard_labels(labels: np.ndarray, problem: str) -> np.ndarray:
+    """The labels that scores count: of probabilities the most probable class, the first of equal ones.
+
+    Of multi-label probabilities 1 where they are 0.5 or more, else 0; all other labels stay as they are.
+    """
+    if problem == CLASSIFICATION and labels.ndim == 2:
+        return labels.argmax(axis=1)
+    return (labels >= 0.5).astype(labels.dtype) if problem == MULTI_LABEL else labels
 
 
 def is_hidden_mark(value: Any) -> bool:
