@@ -12,7 +12,8 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from scipy import stats
-from sklearn.metrics import average_precision_score, f1_score
+from scipy.special import expit, logit
+from sklearn.metrics import average_precision_score, f1_score, log_loss
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelConfig
 from lib.data.load import Data
@@ -104,8 +105,11 @@ def test_scores_equal_those_of_the_reference_libraries(finished: tuple) -> None:
             "average_precision": average_precision_score(hot["gold"], probabilities, average="macro"),
             "f1_micro": f1_score(hot["gold"], hot["predicted"], average="micro"),
             "f1_macro": f1_score(hot["gold"], hot["predicted"], average="macro"),
-            "loss": -np.log(of_gold).mean(),
         }
+        report = json.loads((folder / "eval-test" / "report.json").read_text())
+        assert report["scores"]["loss_at_temperature"] == pytest.approx(-np.log(of_gold).mean(), abs=1e-4)
+        logits = logit(probabilities) * report["temperature"]
+        expected["loss"] = log_loss(hot["gold"].ravel(), expit(logits).ravel())
     for key, value in expected.items():
         assert results[f"test/{key}"] == pytest.approx(value, abs=1e-4), key
 

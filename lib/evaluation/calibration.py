@@ -107,7 +107,8 @@ def bin_answers(predictions: Predictions) -> Bins:
         bins = np.minimum((chances * BINS).astype(int), BINS - 1)
         for total, weights in zip(sums, (chances - right, chances, right, None), strict=True):
             total += np.bincount(bins, weights=weights, minlength=BINS)
-    return Bins(*sums, unknown)
+    gaps, probabilities, answers, counts = sums
+    return Bins(gaps, probabilities, answers, counts, unknown)
 
 
 def expected_calibration_error(predictions: Predictions) -> float:

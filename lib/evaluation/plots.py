@@ -199,7 +199,8 @@ def draw_curves(axes: Any, predictions: Predictions, rows: Sequence[dict[str, An
     """A curve for each label, the most frequent first, with a point at its threshold."""
     from sklearn.metrics import PrecisionRecallDisplay
 
-    lines, entries = [], []
+    lines: list[Any] = []
+    entries = []
     for place in sorted(labels, key=lambda place: -rows[place]["samples"]):
         row = rows[place]
         if np.isfinite(row["average_precision"]):

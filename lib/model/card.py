@@ -208,7 +208,7 @@ def probability_lines(problem: str, temperature: float | None) -> list[str]:
         "",
         f"Probabilities are {function}(logits / {temperature:.4f}): the temperature was fitted on validation and stands in",
         "`config.json` as `calibration_temperature`. `predict.py` and `eval.py` use it; other programs give the",
-        f"{function} of the logits themselves, which {'have' if problem == MULTI_LABEL else 'has'} the same order.",
+        f"{function} of the logits themselves.",
     ]
 
 
