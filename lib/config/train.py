@@ -126,6 +126,9 @@ class TrainingConfig:
     """Evaluate every n steps. [default: after each epoch]"""
     metric_for_best_model: str | None = None
     """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
+    average_checkpoints: Annotated[int, Within("[0, 100]")] = 0
+    """Keep the weights of the best n evaluations, and average them at the end of training: the best first, each only if the
+    validation metric rises (greedy soup). 0: no averaging."""
     early_stopping_patience: Annotated[int | None, COUNT] = None
     """Stop after n evaluations in a row without a better metric."""
     save_steps: Annotated[int | None, COUNT] = None
@@ -163,6 +166,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        require(
+            self.average_checkpoints != 1, "--average_checkpoints 1 averages nothing: give 2 or more, or 0 for none"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
