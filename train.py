@@ -104,6 +104,12 @@ def main(config: TrainConfig) -> dict[str, Any]:
             if plan.is_save_step(state):
                 run.save_checkpoint()
 
+    # With --average_checkpoints: means of the weights of the best evaluations, kept as long as they get better.
+    for steps in run.averages(learner):
+        scores, _ = learner.evaluate(batches.split("validation"), metrics, tune_thresholds=True)
+        if learner.update_average(steps, scores):
+            run.save_best(learner, tokenizer)
+
     # Final test of the best model, and the report.
     run.load_best(learner)
     scored = {split: learner.evaluate(batches.split(split), metrics) for split in final_splits(data)}

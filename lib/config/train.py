@@ -135,6 +135,9 @@ class TrainingConfig:
     """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
     threshold: Literal["tuned"] | None = None
     """Two classes. `tuned`: the second one is predicted from the probability with the best F1 on validation, not from 0.5."""
+    average_checkpoints: Annotated[int, Within("[0, 100]")] = 0
+    """Keep the weights of the best n evaluations, and average them at the end of training: the best first, each only if the
+    validation metric rises (greedy soup). 0: no averaging."""
     early_stopping_patience: Annotated[int | None, COUNT] = None
     """Stop after n evaluations in a row without a better metric."""
     save_steps: Annotated[int | None, COUNT] = None
@@ -178,6 +181,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        require(
+            self.average_checkpoints != 1, "--average_checkpoints 1 averages nothing: give 2 or more, or 0 for none"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -103,9 +103,13 @@ def check_defined(metric: str, labels: np.ndarray, data: Data) -> None:
 
 
 def default_metrics(config: DataConfig, problem_type: str = CLASSIFICATION) -> tuple[str, ...]:
-    """The usual metrics of a known classification data set, else those of the problem type."""
+    """The usual metrics of a known classification data set, then those of the problem type.
+
+    Macro F1 stands beside accuracy for all classes: where some are rare, accuracy says little about them.
+    """
     entry = catalog_entry(config)
-    return entry.metrics if entry and problem_type == CLASSIFICATION else DEFAULT_METRICS[problem_type]
+    usual = entry.metrics if entry and problem_type == CLASSIFICATION else ()
+    return tuple(dict.fromkeys([*usual, *DEFAULT_METRICS[problem_type]]))
 
 
 def check_metrics(names: Sequence[str], outputs: int, problem_type: str = CLASSIFICATION) -> None:

@@ -105,6 +105,7 @@ def write_model_card(
         "",
         f"One run with seed {settings['seed']}: the best model on validation{chosen_by}, after "
         f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
+        *average_lines(results.get("averaged_steps", [])),
         *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name)), ""),
         *output_lines(problem, names, thresholds),
         *probability_lines(problem, temperature),
@@ -172,6 +173,16 @@ def usage_lines(adapter: str | None, base: str) -> list[str]:
         ]
     call = 'pipeline("text-classification", model="FOLDER")("A film that earns its tears.")'
     return ["```python", "from transformers import pipeline", "", call, "```"]
+
+
+def average_lines(steps: Sequence[int]) -> list[str]:
+    """Which weights the model is the mean of, if it is one."""
+    if len(steps) < 2:
+        return []
+    return [
+        f"Its weights are the mean of those after steps {', '.join(map(str, steps))}: the best, and each that made the mean",
+        "better on validation (greedy soup, Wortsman et al. 2022), so that validation scores are a little too high.",
+    ]
 
 
 def output_lines(problem: str, names: Sequence[str], thresholds: Sequence[float]) -> list[str]:

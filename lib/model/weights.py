@@ -1,11 +1,13 @@
 """The weights of a model on disk: in checkpoints, and exported for any program that uses transformers."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_model as safetensors_load_model
 from torch import nn
 from transformers import AutoModelForSequenceClassification
@@ -65,6 +67,25 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     if missing or unexpected:
         lacking, unknown = (", ".join(sorted(names)) or "nothing" for names in (missing, unexpected))
         raise UserError(f"{folder} does not hold the weights of this model: {lacking} is missing, {unknown} is unknown")
+
+
+def load_mean(model: nn.Module, files: Sequence[Path]) -> None:
+    """Load the mean of the trained weights in `files`, which `save_weights` wrote, in place.
+
+    The mean is computed in float64 and rounded once; what counts, such as the batches that a batch norm has seen, is taken
+    from the first file.
+    """
+    opened = [safe_open(file, framework="pt") for file in files]
+    mean = {}
+    for name in opened[0].keys():  # noqa: SIM118
+        first, *others = (file.get_tensor(name) for file in opened)
+        if first.is_floating_point():
+            total = first.double()
+            for other in others:
+                total += other
+            first = (total / len(files)).to(first.dtype)
+        mean[name] = first
+    model.load_state_dict(mean, strict=False)
 
 
 def save_model(model: Any, folder: Path) -> None:

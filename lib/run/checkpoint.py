@@ -1,9 +1,10 @@
 """Checkpoints to resume from, published atomically.
 
-    OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/
+    OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/  ingredients/
 
-A checkpoint is complete: `best` is the best model at that step. Its weights, and the frozen parameters in
-frozen.safetensors, are written once by a process, and hard-linked into its later checkpoints.
+A checkpoint is complete: `best` is the best model at that step, `ingredients` the weights of earlier evaluations that
+`--average_checkpoints` keeps. These, and the frozen parameters in frozen.safetensors, are written once by a process, and
+hard-linked into its later checkpoints.
 """
 
 import contextlib
@@ -47,8 +48,10 @@ from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
 """The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
-CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, "state.json", "optimizer.pt"}
-"""What a checkpoint holds; frozen.safetensors and best are not always there."""
+INGREDIENTS = "ingredients"
+"""The folder in a checkpoint with the weights that are averaged at the end; those of its own step are its own."""
+CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", "optimizer.pt"}
+"""What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
 
 
 @dataclasses.dataclass
@@ -56,7 +59,8 @@ class Checkpointer:
     """Saves and restores a learner; `settings` are the settings of the run, compared when it resumes.
 
     `last` is the last checkpoint that this process wrote, `last_best` the step of the best model in it. Only its files
-    are hard-linked, so that damage to files of an earlier process does not spread.
+    are hard-linked, so that damage to files of an earlier process does not spread. `kept` has the weights that are to be
+    averaged by their step: the checkpoint that holds them, which was written or loaded last, and their name there.
     """
 
     folder: Path
@@ -65,6 +69,7 @@ class Checkpointer:
     learner: Learner
     last: Path | None = None
     last_best: int = 0
+    kept: dict[int, tuple[Path, str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.place = identity(self.folder)
@@ -118,12 +123,13 @@ class Checkpointer:
             text = json.dumps(record | {"settings": self.settings}, indent=2)
             (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
             best = self.keep_best(fresh / BEST) if state.best_scores else {}
-            known = {f"{BEST}/{name}": entry for name, entry in best.items()}
+            known = {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh)
             write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
             if os.path.lexists(target) and not is_ours(target):
                 remove_checkpoint(target)
             publish_folder(fresh, target)
         self.last, self.last_best = target, state.best_step
+        self.kept = {step: (target, name) for step, name in ingredient_names(state).items()}
         rotate(checkpoints, state.step, self.config.save_total_limit)
 
     def keep_best(self, folder: Path) -> Entries:
@@ -152,6 +158,37 @@ class Checkpointer:
             "saved without it. The same command resumes from the checkpoint before"
         )
 
+    def keep_ingredients(self, folder: Path) -> Entries:
+        """Put the weights of earlier evaluations that are to be averaged into the new checkpoint; returns their files.
+
+        What is gone is left out: `find_ingredients` says so at the end. What is damaged stays so by its entry.
+        """
+        entries: Entries = {}
+        for step, name in ingredient_names(self.learner.state).items():
+            checkpoint, before = self.kept.get(step, (folder, name))
+            entry = listed_files(checkpoint).get(before)
+            if name == WEIGHTS or entry is None:
+                continue
+            (folder / INGREDIENTS).mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # deleted by somebody
+                if checkpoint != self.last or not link_file(checkpoint / before, folder / name):
+                    shutil.copyfile(checkpoint / before, folder / name)
+                entries[name] = entry
+        return entries
+
+    def find_ingredients(self) -> dict[int, Path]:
+        """The weights to average by their step, the best first; those that are gone or damaged are named and left out."""
+        found = {}
+        for item in self.learner.state.ingredients:
+            checkpoint, name = self.kept.get(item["step"], (self.folder, ""))
+            entry = listed_files(checkpoint).get(name)
+            damage = find_difference(checkpoint, {name: entry}) if entry else "they are gone"
+            if damage is None:
+                found[item["step"]] = checkpoint / name
+            else:
+                print(f"warning: the weights of step {item['step']} are not averaged: {damage}", flush=True)
+        return found
+
     def load(self, checkpoint: Path) -> str | None:
         """Restore everything from a valid checkpoint; returns the id of the tracker's run. Every process must call this.
 
@@ -171,6 +208,9 @@ class Checkpointer:
             # A size learned from an out-of-memory error holds until the user sets another one.
             if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:
                 setattr(learner.state, name, value)
+        if not self.config.average_checkpoints:
+            learner.state.ingredients = []
+        self.kept = {step: (checkpoint, name) for step, name in ingredient_names(learner.state).items()}
         learner.meter.restore(record["interval"])
         lost = problem = ""
         if accelerator.is_main_process:
@@ -212,6 +252,12 @@ class Checkpointer:
             )
         copy_model(place, best_files(checkpoint), model)
         return ""
+
+
+def ingredient_names(state: State) -> dict[int, str]:
+    """The names, in a checkpoint of this state, of the weights that are to be averaged, by their step."""
+    steps = [item["step"] for item in state.ingredients]
+    return {step: WEIGHTS if step == state.step else f"{INGREDIENTS}/step-{step}.safetensors" for step in steps}
 
 
 def best_folders(folder: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from lib.runtime.accelerator import describe_devices, peak_memory_gib
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.screen import json_line
 from lib.training.learner import Learner
+from lib.training.state import State
 
 REPEATED = (
     *("run/data_fingerprint", "run/trainable_parameters", "run/parameters"),
@@ -57,6 +58,7 @@ def build_results(
     return flat | {
         **({"chosen_by": "loss"} if state.best_metric is None else {}),  # its metric was not defined
         "best_step": state.best_step,
+        **describe_average(state),
         "steps": state.step,
         "samples_seen": state.samples_seen,
         "train_seconds": round(state.train_seconds, 2),
@@ -69,6 +71,17 @@ def build_results(
         **({"run/thresholds": bounded(tuned)} if tuned else {}),
         **({"run/temperature": temperature} if temperature is not None else {}),
     }
+
+
+def describe_average(state: State) -> dict[str, Any]:
+    """The steps whose weights the best model is the mean of, and the validation scores of the best of them alone.
+
+    Empty where means were not looked for.
+    """
+    alone = [item["scores"] for item in state.ingredients if item["step"] == state.best_step]
+    if not state.averaged_steps:
+        return {}
+    return {"averaged_steps": state.averaged_steps} | {f"before_averaging/{k}": v for k, v in alone[0].items()}
 
 
 def next_commands(folder: Path) -> str:

@@ -12,7 +12,7 @@ from lib.data.load import Data
 from lib.errors import UserError, one_message
 from lib.model.source import model_identity
 from lib.run.best_model import BEST, KIND
-from lib.run.checkpoint import find_best_of, list_checkpoints, read_record, remove_checkpoints
+from lib.run.checkpoint import INGREDIENTS, find_best_of, list_checkpoints, read_record, remove_checkpoints
 from lib.run.ownership import CONFIG, HEARTBEATS, MODEL, RESULTS, RUN_FILES, check_run_folder, is_cut_config
 from lib.run.record import IDENTITY, LENGTH, compare_settings, read_identity
 from lib.run.tracking import read_log
@@ -146,7 +146,7 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, settings: dict[str, 
 def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
     """The newest valid checkpoint for `auto`, `must`, `never` or a path; damaged ones are named and skipped.
 
-    Its best model may be damaged: that costs the best model, not the training.
+    Its best model may be damaged, and weights that are to be averaged: that costs these, not the training.
     `never` removes all checkpoints, so that no later start resumes from them. Raises UserError if `must` or a path finds
     none.
     """
@@ -156,13 +156,13 @@ def find_checkpoint(wanted: str, checkpoints: Path) -> Path | None:
     if wanted not in ("auto", "must"):
         path = Path(wanted)
         if (path / MANIFEST).exists() or not (path / "checkpoints").is_dir():
-            damage = find_damage(path, leaving_out=(f"{BEST}/",))
+            damage = find_damage(path, leaving_out=(f"{BEST}/", f"{INGREDIENTS}/"))
             if damage:
                 raise UserError(f"--resume_from_checkpoint {wanted}: no valid checkpoint there: {damage}")
             return path
         checkpoints = path / "checkpoints"
     for path in list_checkpoints(checkpoints):
-        damage = find_damage(path, leaving_out=(f"{BEST}/",))
+        damage = find_damage(path, leaving_out=(f"{BEST}/", f"{INGREDIENTS}/"))
         if damage is None:
             return path
         print(one_message(f"warning: {path} is damaged and is not used: {damage}"), flush=True)

@@ -22,6 +22,7 @@ from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
 from lib.model.source import LoadingInfo
+from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
 from lib.run.checkpoint import Checkpointer, read_best_steps, remove_checkpoints
 from lib.run.introduction import describe_run
@@ -199,10 +200,43 @@ class Run:
         self.on_first(self.checkpointer.check_folder)
         publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
 
+    def averages(self, learner: Learner) -> Iterator[list[int]]:
+        """Means of kept weights, each loaded into the model and given as the steps it is the mean of; ask before the next.
+
+        The greedy soup of Wortsman et al. (2022): the best weights, to which the others are added one by one in the order of
+        their scores, and stay if the mean is better. None without `--average_checkpoints`.
+        """
+        state, metric = learner.state, self.metrics.best
+        if not (self.config.training.average_checkpoints and state.best_step):
+            return
+        files = self.on_first(self.checkpointer.find_ingredients)
+        if state.best_step not in files:
+            self.progress.write(
+                f"nothing is averaged: the weights of the best model, of step {state.best_step}, are not kept"
+            )
+            return
+        state.averaged_steps = [state.best_step]
+        for step in [step for step in files if step != state.best_step]:
+            steps, before = [*state.averaged_steps, step], state.best_scores
+            load_mean(learner.inner_model, [files[step] for step in steps])
+            yield steps
+            kept = state.averaged_steps == steps
+            found = "  ".join(
+                f"{name} {before[name]:.4f} -> {state.best_scores[name]:.4f}"
+                for name in dict.fromkeys([metric, "loss"])
+            )
+            self.progress.write(
+                f"mean of the weights of steps {', '.join(map(str, steps))}: "
+                + (f"better on validation, {found}" if kept else f"not better on validation; step {step} is left out")
+            )
+        scores = {f"average/{name}": value for name, value in state.best_scores.items()}
+        self.log.log(state.step, state.samples_seen, {"average/checkpoints": len(state.averaged_steps)} | scores)
+
     def load_best(self, learner: Learner) -> None:
         """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation had a finite loss."""
         self.on_first(self.checkpointer.check_folder)
-        checkpoints = read_best_steps(self.folder / "checkpoints")
+        is_mean = len(learner.state.averaged_steps) > 1  # which no checkpoint has
+        checkpoints = () if is_mean else read_best_steps(self.folder / "checkpoints")
         restore_model(self.accelerator, learner.model, self.folder / "model", learner.state, checkpoints)
 
     def finish(self, learner: Learner, scored: dict[str, Scored], data: Data) -> dict[str, Any]:
@@ -211,7 +245,7 @@ class Run:
         Ends the process group; returns the results.
         """
         results = build_results(self.config, self.settings, learner, scored)
-        shown, baselines = self.on_first(lambda: self.write_reports(results, scored, data, learner.state.best_step))
+        shown, baselines = self.on_first(lambda: self.write_reports(results, scored, data, learner.state))
         results |= {
             f"baselines/{name}/{key}": value for name, found in baselines.items() for key, value in found.items()
         }
@@ -224,7 +258,7 @@ class Run:
         return results
 
     def write_reports(
-        self, results: dict[str, Any], scored: dict[str, Scored], data: Data, best_step: int
+        self, results: dict[str, Any], scored: dict[str, Scored], data: Data, state: State
     ) -> tuple[list[str], dict[str, dict[str, float]]]:
         """Write the reports, the curves, the model card and the record.
 
@@ -240,12 +274,13 @@ class Run:
         split, (scores, _) = next(iter(scored.items()))
         baselines, text = compare_with_baselines(data, split, scores, self.metrics)
         texts.append(text)
-        texts += draw_learning_curves(self.folder, self.metrics.best, best_step)
+        texts += draw_learning_curves(self.folder, self.metrics.best, state.best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))
         temperature = results.get("run/temperature")
         write_model_card(self.folder / "model", data.name, self.settings, results, thresholds.tolist(), temperature)
         named = dict(zip(data.label_names, thresholds.tolist(), strict=False))
-        outcome = {"thresholds": named, "temperature": temperature, "best_step": best_step}
+        outcome = {"thresholds": named, "temperature": temperature, "best_step": state.best_step}
+        outcome |= {"averaged_steps": state.averaged_steps} if state.averaged_steps else {}
         write_record(self.folder, self.settings, outcome)
         return texts, baselines
 

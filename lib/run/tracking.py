@@ -480,7 +480,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def truncate_log(path: Path, last_step: int) -> int:
     """Delete the lines after `last_step` and what is no line of a log; returns the last step that was there before.
 
-    Blank, torn and foreign lines are deleted and told; the lines behind them stay.
+    The line of averaged weights goes too, since the end of training writes it anew. Blank, torn and foreign lines are
+    deleted and told; the lines behind them stay.
     """
     if not path.exists():
         return 0
@@ -493,7 +494,7 @@ def truncate_log(path: Path, last_step: int) -> int:
             broken += [number] if line or number < len(lines) else []
             continue
         seen = step
-        kept += [line + b"\n"] if step <= last_step else []
+        kept += [line + b"\n"] if step <= last_step and b'"average/' not in line else []
     if broken:
         named = f"lines {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''}"
         print(f"warning: {path}: {len(broken)} blank, torn or foreign lines were deleted ({named})", flush=True)

@@ -97,10 +97,16 @@ class Learner:
 
         Where the metric that chooses the model is not defined, such a schedule stays where it is.
         """
-        metric = self.plan.best_metric
+        metric, kept = self.plan.best_metric, self.plan.config.average_checkpoints
         if math.isfinite(scores[metric]):
             advance_on_metric(self.scheduler, scores[metric])
+        if kept:
+            self.state.update_ingredients(scores, metric, kept)
         return self.state.update_best(scores, metric)
+
+    def update_average(self, steps: list[int], scores: dict[str, float]) -> bool:
+        """Note the validation scores of the mean of the weights of `steps`; True if it is better than the best model."""
+        return self.state.update_average(steps, scores, self.plan.best_metric)
 
 
 def build_learner(

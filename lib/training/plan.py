@@ -109,8 +109,8 @@ class Plan:
         return state.step == self.total_steps or state.step % (self.config.eval_steps or self.steps_per_epoch) == 0
 
     def is_save_step(self, state: State) -> bool:
-        """Every `--save_steps`, by default after each evaluation; and the end of training."""
-        if self.is_finished(state):
+        """Every `--save_steps`, by default after each evaluation; the end of training; weights that are kept to be averaged."""
+        if self.is_finished(state) or state.is_ingredient():
             return True
         every = self.config.save_steps
         return state.step % every == 0 if every else self.is_eval_step(state)
@@ -126,6 +126,11 @@ def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: A
     if plan.total_steps >= 2**31:
         raise UserError(
             f"--num_train_epochs {config.training.num_train_epochs:g}: {plan.total_steps:,} steps are more than 2**31"
+        )
+    if config.training.average_checkpoints and plan.total_steps <= (config.training.eval_steps or plan.steps_per_epoch):
+        raise UserError(
+            f"--average_checkpoints {config.training.average_checkpoints}: training of {plan.total_steps:,} steps has one "
+            "evaluation, and nothing to average; train for more epochs, give a smaller --eval_steps, or leave it out"
         )
     if config.optim.lr_scheduler_type not in WITHOUT_WARMUP and config.optim.warmup_steps > plan.total_steps:
         raise UserError(

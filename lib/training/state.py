@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from lib.evaluation.scores import LOWER_IS_BETTER
 
@@ -27,6 +28,10 @@ class State:
     evals_since_best: int = 0
     micro_batch_positions: int | None = None
     """Positions (rows x padded length) per forward after an out-of-memory error; None: micro-batches as planned."""
+    ingredients: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """The evaluations whose weights `--average_checkpoints` keeps, the best first, each as its step and its scores."""
+    averaged_steps: list[int] = dataclasses.field(default_factory=list)
+    """After training, the steps whose weights the best model is the mean of; empty where means were not looked for."""
     eval_batch_size: int = 64
 
     @property
@@ -37,6 +42,7 @@ class State:
     def forget_best(self) -> None:
         """As if no evaluation had been made yet: the next one makes the best model."""
         self.best_metric, self.best_step, self.best_scores, self.evals_since_best = None, 0, {}, 0
+        self.ingredients = []
 
     def update_best(self, scores: dict[str, float], metric: str) -> bool:
         """Note an evaluation; True if it is the best so far by `metric`.
@@ -45,13 +51,47 @@ class State:
         loss is the best until the metric is defined for one. A model whose loss is not finite is never the best, though
         its accuracy may look like a number.
         """
-        value, best = scores[metric], self.best_metric
-        defined, better = math.isfinite(value), math.isfinite(scores["loss"])
-        if better and best is not None:
-            better = defined and (value < best if metric in LOWER_IS_BETTER else value > best)
-        elif better and self.best_step and not defined:
-            better = scores["loss"] < self.best_scores["loss"]
+        better = math.isfinite(scores["loss"])
+        if better and self.best_step:
+            better = rank(scores, metric) > rank(self.best_scores, metric)
         if better:
-            self.best_metric, self.best_step, self.best_scores = value if defined else None, self.step, scores
+            self.best_step = self.step
+            self.set_best(scores, metric)
         self.evals_since_best = 0 if better else self.evals_since_best + 1
         return better
+
+    def set_best(self, scores: dict[str, float], metric: str) -> None:
+        self.best_metric, self.best_scores = scores[metric] if math.isfinite(scores[metric]) else None, scores
+
+    def update_ingredients(self, scores: dict[str, float], metric: str, limit: int) -> None:
+        """Note an evaluation whose weights may be averaged: the best `limit` are kept, of equal ones the earlier.
+
+        One whose loss is not finite is never kept.
+        """
+        if math.isfinite(scores["loss"]):
+            found = [*self.ingredients, {"step": self.step, "scores": scores}]
+            self.ingredients = sorted(found, key=lambda item: rank(item["scores"], metric), reverse=True)[:limit]
+
+    def is_ingredient(self) -> bool:
+        """Whether the weights of this step are kept to be averaged."""
+        return any(item["step"] == self.step for item in self.ingredients)
+
+    def update_average(self, steps: list[int], scores: dict[str, float], metric: str) -> bool:
+        """Note the evaluation of the mean of the weights of `steps`; True if it is better than the best model.
+
+        It is if the metric is better, or the metric is equal and the loss lower.
+        """
+        ranks = [(rank(found, metric), -found["loss"]) for found in (scores, self.best_scores)]
+        better = math.isfinite(scores["loss"]) and ranks[0] > ranks[1]
+        if better:
+            self.averaged_steps = steps
+            self.set_best(scores, metric)
+        return better
+
+
+def rank(scores: dict[str, float], metric: str) -> tuple[bool, float]:
+    """A key that grows with the quality of an evaluation: the metric, or minus the loss where that is not defined."""
+    value = scores.get(metric, math.nan)
+    if not math.isfinite(value):
+        return False, -scores["loss"]
+    return True, -value if metric in LOWER_IS_BETTER else value

@@ -390,7 +390,9 @@ def test_fingerprint_changes_with_tokens_labels_names_rows_and_order(
     [
         (DataConfig(), "movie_reviews", ("accuracy", "f1_macro")),
         (DataConfig(dataset_config="binary"), "movie_reviews-binary", ("accuracy", "f1_macro")),
-        (DataConfig(dataset="mrpc"), "mrpc", ("accuracy", "f1")),
+        (DataConfig(dataset="mrpc"), "mrpc", ("accuracy", "f1", "f1_macro")),
+        (DataConfig(dataset="cola"), "cola", ("matthews_correlation", "accuracy", "f1_macro")),
+        (DataConfig(dataset="sst2"), "sst2", ("accuracy", "f1_macro")),
         (DataConfig(dataset="user/reviews"), "reviews", ("accuracy", "f1_macro")),
         (DataConfig(train_file="some/where/mine.csv"), "mine", ("accuracy", "f1_macro")),
         (DataConfig(test_file="heldout.jsonl"), "heldout", ("accuracy", "f1_macro")),

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +10,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.model.layers import freeze
-from lib.model.weights import load_weights, save_weights
+from lib.model.weights import load_mean, load_weights, save_weights
 from tests.tiny_models import build_from
 
 
@@ -47,6 +48,27 @@ def test_tied_weights_and_buffers_of_trained_parts_are_saved_and_loaded(tmp_path
     assert same_state(model, other)
     assert other.high.weight is other.low.weight
     assert other.decoder.weight is other.table.weight
+
+
+def test_mean_of_weights_equals_that_of_numpy_and_counts_are_those_of_the_first(tmp_path: Path) -> None:
+    model, files = Tied(1), []
+    frozen = model.table.weight.clone()
+    for step in range(3):
+        with torch.no_grad():
+            model.low.weight.add_(torch.randn(4, 4))
+        model.norm(torch.randn(3, 4))
+        (tmp_path / str(step)).mkdir()
+        save_weights(model, tmp_path / str(step))
+        files.append(tmp_path / str(step) / "model.safetensors")
+    load_mean(model, files[::-1])
+    saved, found = [load_file(file) for file in files], model.state_dict()
+    for name in saved[0]:
+        mean = np.mean([tensors[name].numpy() for tensors in saved], axis=0, dtype=np.float64).astype(np.float32)
+        assert np.array_equal(found[name].numpy(), saved[2][name].numpy() if "num_batches" in name else mean), name
+    assert not torch.equal(found["norm.running_mean"], saved[2]["norm.running_mean"])
+    assert model.norm.num_batches_tracked == 4
+    assert torch.equal(model.table.weight, frozen)
+    assert model.high.weight is model.low.weight
 
 
 @pytest.mark.parametrize(("then", "now"), [(None, "backbone"), ("backbone", None), ("1", "embeddings")])

@@ -28,11 +28,13 @@ from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import plain_cross_entropy
+from lib.model.weights import WEIGHTS
 from lib.run import best_model, checkpoint
 from lib.run.best_model import publish_model
 from lib.run.checkpoint import Checkpointer
 from lib.run.resume import find_checkpoint
 from lib.runtime import atomic
+from lib.runtime.atomic import find_damage
 from lib.training.learner import Learner
 from lib.training.objective import Objective
 from lib.training.plan import Plan
@@ -55,18 +57,20 @@ def kill_at(number: int) -> None:
 
 
 def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
-    """What train.py does at an evaluation with a new best model."""
+    """What train.py does at an evaluation with a new best model; weights of earlier ones are kept to be averaged."""
     accelerator = Accelerator(cpu=True)
     optimizer = AdamW(model.parameters(), fused=True)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float(step))
     optimizer.step()
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
-    state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0})
+    kept = [{"step": number, "scores": {"loss": 1.0}} for number in range(step, 0, -1)]
+    state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0}, ingredients=kept)
     plan = Plan(TrainingConfig(save_total_limit=1), np.ones(8))
     learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     publish_model(accelerator, model, tokenizer, folder / "model")
-    Checkpointer(folder, plan.config, {}, learner).save(None)
+    before = {number: (folder / "checkpoints" / f"step-{number}", WEIGHTS) for number in range(1, step)}
+    Checkpointer(folder, plan.config, {}, learner, kept=before).save(None)
 
 
 def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
@@ -105,6 +109,8 @@ def main(out: str, broken: str = "") -> None:
         if found is not None:
             left["old" if found.name == "step-1" else "new"] += 1
             assert json.loads((found / "state.json").read_text())["state"]["step"] == int(found.name[-1])
+            assert find_damage(found) is None
+            assert (found / "ingredients" / "step-1.safetensors").is_file() == (found.name == "step-2")
         try:
             load_file(folder / "model" / "model.safetensors")
         except OSError:
