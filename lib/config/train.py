@@ -1,7 +1,8 @@
 """Options of train.py: the shared sections, and those of the optimizer, the loss, training and tracking."""
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from lib.config.limits import (
     COUNT,
@@ -222,3 +223,29 @@ class TrainConfig:
         require(not (self.adapter.adapter and self.model.freeze), "--adapter freezes the rest; leave --freeze out")
         random = self.adapter.adapter and self.model.from_scratch
         require(not random, "--adapter trains no weights of the model, which --from_scratch makes random; choose one")
+        if self.model.head_solver:
+            check_solved(self)
+
+
+IN_TRAINING = (
+    *("num_train_epochs", "max_steps", "train_batch_size", "per_device_train_batch_size", "train_sampling_strategy"),
+    *("eval_steps", "early_stopping_patience", "save_steps", "pause_at_step", "dataloader_num_workers"),
+    *("no_cache_features", "compile", "cpu_kernels"),
+)
+"""Options of training by steps."""
+
+
+def check_solved(config: TrainConfig) -> None:
+    """Raise UserError for an option that has no effect with --head_solver, which makes one step over all samples."""
+    sections: list[tuple[Any, Sequence[str]]] = [
+        (config.optim, [field.name for field in dataclasses.fields(OptimConfig)]),
+        (config.objective, ["loss", "focal_gamma", "label_smoothing_factor"]),
+        (config.training, IN_TRAINING),
+        (config.tracking, ["logging_steps"]),
+    ]
+    for section, names in sections:
+        for name in names:
+            require(
+                getattr(section, name) == getattr(type(section), name),
+                f"--{name} has no effect with --head_solver, which solves for the head in one step; leave it out",
+            )

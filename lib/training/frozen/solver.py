@@ -1,0 +1,232 @@
+"""`--head_solver lbfgs`: the last linear layer over a frozen backbone is solved for instead of trained.
+
+On vectors that do not change, its loss is convex: for each strength of regularization there is one best layer. Validation
+chooses the strength, and which vectors the layer reads: those that it reads in the model as it was loaded, or those that
+a square layer with an activation below it reads (the pooler of BERT, the dense layer in the head of RoBERTa), which then
+becomes an identity. The result is an ordinary model of its architecture.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+from lib.data.batching import eval_batches
+from lib.data.loader import Batches, StepBatch, Tensors, build_loader, to_device
+from lib.errors import UserError
+from lib.evaluation.linear import STRENGTHS, Linear, choose_best, fit_linear, predictions_of
+from lib.evaluation.scores import Metrics
+from lib.evaluation.scoring import check_counts, share_batches
+from lib.model.forward import pool_logits
+from lib.model.layers import set_train_mode
+from lib.model.padding import TOLERANCE, same_logits
+from lib.runtime.memory import halve
+from lib.runtime.precision import DTYPES, cast_weights
+from lib.runtime.watchdog import beat
+from lib.training.frozen.stand_in import views
+from lib.training.learner import Learner
+
+LOADED = "the vectors that the last layer reads"
+IDENTITY = "the vectors below the pooling layer"
+
+IDENTITIES = ((2.0**-10, 0.0), (1.0, 16.0))
+"""(scale, shift) with which an activation is linear: tanh near 0, ReLU and GELU far above it."""
+
+PROBE = 8
+"""Samples on which the layers of a head are found."""
+
+Call = tuple[nn.Linear, torch.Tensor]
+"""A linear layer and what it was given."""
+
+
+def solve_head(learner: Learner, batches: Batches, metrics: Metrics) -> None:
+    """Set the last layer of the model to the best one for its frozen vectors, and count that as one step over all samples.
+
+    Every process computes a share of the vectors, and the main process solves. Nothing is random. Raises UserError if the
+    logits are not a linear layer of one vector, or the vectors take more memory than `--feature_cache_gib`.
+    """
+    accelerator, data, model = learner.accelerator, batches.data, learner.inner_model
+    labels, weights = data.labels("train"), batches.weights
+    model.eval()
+    with torch.no_grad():
+        head = find_head(learner, batches)
+        vectors = {split: read_vectors(learner, batches, head, split) for split in ("train", "validation")}
+    set_train_mode(model)
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        problem, outputs, best = data.problem_type, len(data.label_names), -np.inf
+        for place, name in enumerate(head.names):
+            beat(f"solving the head on {name}")
+            train, validation = (vectors[split][:, place] for split in ("train", "validation"))
+            solutions = list(fit_linear(train, labels, problem, outputs, weights, head.last.bias is not None))
+            number, value = choose_best(
+                [predictions_of(solution(validation), data.labels("validation"), problem) for solution in solutions],
+                metrics.best,
+            )
+            print(
+                f"- head on {name}: {metrics.best} {abs(value):.4f} on validation, strength {STRENGTHS[number]:g}",
+                flush=True,
+            )
+            if value > best:
+                losses = predictions_of(solutions[number](train), labels, problem).losses
+                loss = float((losses * (1 if weights is None else weights)).sum(dtype=np.float64))
+                best, found = value, [(name, solutions[number], loss)]
+    name, solution, loss = broadcast_object_list(found)[0]
+    head.install(name, solution)
+    weight = float(len(labels) if weights is None else weights.sum(dtype=np.float64))
+    share = torch.tensor(loss if accelerator.is_main_process else 0.0, device=accelerator.device)
+    learner.count_step(StepBatch([], len(labels), weight), share, torch.zeros((), device=accelerator.device))
+
+
+@dataclasses.dataclass
+class Head:
+    """The last linear layer of a model, and the square layer below it that can become an identity, if there is one."""
+
+    model: Any
+    last: nn.Linear
+    position: str | None
+    """Of which token the last layer is given the vector, where it is given those of all tokens."""
+    square: nn.Linear | None = None
+    scale: float = 1.0
+    shift: float = 0.0
+
+    @property
+    def names(self) -> list[str]:
+        """The vectors that the last layer can read, in words."""
+        return [LOADED] if self.square is None else [LOADED, IDENTITY]
+
+    def vectors(self, inputs: Tensors) -> torch.Tensor:
+        """float32 (samples, names, size): the vectors of a batch; of a text in several windows their mean."""
+        counts = inputs.get("num_windows")
+        rows = {name: tensor for name, tensor in inputs.items() if name != "num_windows"}
+        with recording(self.model) as calls:
+            self.model(**rows)
+        given = dict(calls)  # the last input of each layer
+        found = [given[self.last] if self.position is None else self.pick(given[self.last], rows)]
+        if self.square is not None:
+            found.append(given[self.square])
+        stacked = torch.stack([vectors.float() for vectors in found], dim=1)
+        # Logits are linear in these vectors, and those of a text are the mean over its windows.
+        return stacked if counts is None else pool_logits(stacked, counts.tolist())
+
+    def pick(self, states: torch.Tensor, rows: Tensors) -> torch.Tensor:
+        return views((states,), rows, self.model.config.pad_token_id)[str(self.position)]
+
+    def make_identity(self, scale: float, shift: float) -> None:
+        """Have the square layer with its activation return scale * vector + shift."""
+        assert self.square is not None
+        self.scale, self.shift = scale, shift
+        with torch.no_grad():
+            self.square.weight.copy_(torch.eye(self.square.in_features) * scale)
+            self.square.bias.fill_(shift)
+
+    def install(self, name: str, solution: Linear) -> None:
+        """Have the last layer read the vectors of this name, and give it the solution for them."""
+        weight, bias = solution.weight, solution.bias
+        if name == IDENTITY:
+            self.make_identity(self.scale, self.shift)
+            weight = weight / self.scale
+            bias = bias - self.shift * weight.sum(axis=1)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.from_numpy(weight))
+            if self.last.bias is not None:
+                self.last.bias.copy_(torch.from_numpy(bias))
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[Call]]:
+    """The calls of linear layers within, in their order."""
+    calls: list[Call] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda layer, given: calls.append((layer, given[0].detach())))
+        for module in model.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield calls
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def find_head(learner: Learner, batches: Batches) -> Head:
+    """The layers of a head, found by trying: what they are called differs between architectures.
+
+    Raises UserError if the logits are not one linear layer of one vector.
+    """
+    model, accelerator = learner.inner_model, learner.accelerator
+    dtype = DTYPES.get(accelerator.mixed_precision, torch.float32)
+    indices = np.arange(min(PROBE, len(batches.data.tokens["train"])))
+    batch = next(iter(build_loader(batches.data.tokens["train"], [indices], batches.collator)))
+    batch = to_device(batch, accelerator.device)
+    rows = {name: tensor for name, tensor in batch.items() if name not in ("labels", "num_windows")}
+    with recording(model) as calls:
+        logits = model(**rows).logits.float()
+    head = None
+    for last, given in reversed(calls):
+        if last.out_features == logits.shape[-1] and head is None:
+            choices = {None: given} if given.dim() == 2 else views((given,), rows, model.config.pad_token_id)
+            for position, vectors in choices.items():
+                if head is None and len(vectors) == len(logits):
+                    head = Head(model, last, position) if same_logits(logits, apply(last, vectors), dtype) else None
+    if head is None or batches.unpadded:
+        raise UserError(
+            f"--head_solver lbfgs: the logits of {type(model).__name__} are not one linear layer of one vector of a text; "
+            "leave it out: --freeze backbone alone trains any head"
+        )
+    place = [layer for layer, _ in calls].index(head.last)
+    below, given = calls[place - 1] if place else (head.last, logits)
+    size = head.last.in_features
+    if given.dim() == 2 and (below.in_features, below.out_features) == (size, size) and below.bias is not None:
+        head.square = below
+        kept = [parameter.detach().clone() for parameter in (below.weight, below.bias)]
+        for scale, shift in IDENTITIES:
+            head.make_identity(scale, shift)
+            with recording(model) as calls:
+                model(**rows)
+            returned = (dict(calls)[head.last].float() - shift) / scale
+            linear = bool((returned - given).abs().max() <= TOLERANCE[dtype] * given.abs().max())
+            if linear:
+                break
+        below.weight.copy_(kept[0])
+        below.bias.copy_(kept[1])
+        head.square = below if linear else None
+    return head
+
+
+def apply(layer: nn.Linear, vectors: torch.Tensor) -> torch.Tensor:
+    """What a layer makes of vectors, in float32."""
+    return nn.functional.linear(
+        vectors.float(), layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    )
+
+
+def read_vectors(learner: Learner, batches: Batches, head: Head, split: str) -> np.ndarray:
+    """float32 (rows, names, size): the vectors of a split, each computed once by one of the processes."""
+    accelerator, source, limit = learner.accelerator, batches.split(split), learner.plan.config.feature_cache_gib
+    table = torch.empty(len(source.tokens), len(head.names), head.last.in_features, device="meta")
+    if table.nbytes > limit * 2**30:
+        raise UserError(
+            f"--head_solver lbfgs: the vectors of {split} take {table.nbytes / 2**30:.2f} GiB, --feature_cache_gib allows "
+            f"{limit:g}; allow more, or train the head without it"
+        )
+    table = torch.zeros(table.shape, device=accelerator.device)
+    counts = torch.zeros(len(table), device=accelerator.device)
+
+    def compute(indices: torch.Tensor, batch: Tensors) -> None:
+        table[indices] = head.vectors({name: tensor for name, tensor in batch.items() if name != "labels"})
+        counts[indices] += 1
+
+    size, what = learner.state.eval_batch_size, f"vectors of {split}"
+    with cast_weights(head.model, accelerator.mixed_precision):
+        while not share_batches(accelerator, source, eval_batches(source.positions, size), compute, what):
+            size = halve(min(size, len(source.tokens)), "--per_device_eval_batch_size")
+            table.zero_()
+            counts.zero_()
+    check_counts(accelerator.reduce(counts, "sum").cpu().numpy())
+    return accelerator.reduce(table, "sum").cpu().numpy()  # x + 0 is exact
