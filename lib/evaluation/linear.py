@@ -89,9 +89,9 @@ def fit_linear(
 
 def predictions_of(outputs: np.ndarray, labels: np.ndarray, problem_type: str) -> Predictions:
     """Logits or numbers as predictions, with the losses of a model that has these outputs."""
-    gold = labels.astype(np.float32 if problem_type == REGRESSION else np.int64)
+    gold = labels.astype(np.float32 if problem_type == REGRESSION else np.int64)  # a copy, which PyTorch may have
     outputs = outputs.astype(np.float32, copy=False)
-    losses = PLAIN[problem_type](torch.from_numpy(outputs), torch.from_numpy(labels)).numpy()
+    losses = PLAIN[problem_type](torch.from_numpy(outputs), torch.from_numpy(gold)).numpy()
     return Predictions(outputs, gold, losses, problem_type=problem_type)
 
 

@@ -1,6 +1,7 @@
 """--head_solver: the head of any architecture computes scikit-learn's solution, alone and on several processes."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +22,14 @@ from lib.config.train import TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.evaluation.linear import STRENGTHS
 from lib.training.frozen import solver
-from lib.training.frozen.solver import IDENTITY, LOADED, solve_head
+from lib.training.frozen.solver import solve_head
 from tests.conftest import read_lines, results_of, sentences, write_csv
 from tests.resuming import run_flags
 from tests.stepping import METRICS, build_experiment
 from tests.tiny_models import any_classifier
 
-WITH_IDENTITY = ["bert", "roberta", "distilbert", "deberta", "electra", "albert"]
+WITH_MEANS = ["bert", "roberta", "electra"]
+WITH_IDENTITY = ["distilbert", "deberta", "albert"]
 WITHOUT = ["modernbert", "modernbert-mean", "gpt2", "llama"]
 SOLVED = ["--freeze", "backbone", "--head_solver", "lbfgs"]
 
@@ -49,9 +51,9 @@ def settings(model: Path, tmp_path: Path, **data: Any) -> TrainConfig:
     )
 
 
-def solve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str | None = None) -> SimpleNamespace:
-    """Solve as train.py does, for the vectors of `name` if one is given; what was installed, and the model's logits."""
-    found, order = SimpleNamespace(), iter(range(2))
+def solve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, place: int | None = None) -> SimpleNamespace:
+    """Solve as train.py does, for the vectors at `place` of the names if given; what was installed, and the model's logits."""
+    found, order = SimpleNamespace(), itertools.count()
     install, choose = solver.Head.install, solver.choose_best
 
     def spy(head: Any, chosen: str, solution: Any) -> None:
@@ -60,7 +62,7 @@ def solve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str | None
 
     def prefer(predictions: Any, metric: str) -> tuple[int, float]:
         number, value = choose(predictions, metric)
-        return number, value if name is None else next(order) * (1 if name == IDENTITY else -1)
+        return number, value if place is None else -abs(place - next(order))
 
     AcceleratorState._reset_state(reset_partial_state=True)
     experiment = build_experiment(config, Accelerator(cpu=True, mixed_precision=config.mixed_precision))
@@ -77,36 +79,56 @@ def solve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, name: str | None
     return found
 
 
-@pytest.mark.parametrize("name", WITH_IDENTITY + WITHOUT)
-@pytest.mark.parametrize("chosen", [LOADED, IDENTITY])
-def test_model_computes_the_solution_for_the_vectors_it_was_found_on(name, chosen, tmp_path, monkeypatch):
-    if chosen == IDENTITY and name in WITHOUT:
-        pytest.skip("no layer to make an identity")
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        *((name, 0) for name in (*WITH_MEANS, *WITH_IDENTITY, *WITHOUT)),
+        *((name, 1) for name in (*WITH_MEANS, *WITH_IDENTITY)),
+        *((name, place) for name in WITH_MEANS for place in (2, 3)),
+    ],
+)
+def test_model_computes_the_solution_for_the_vectors_it_was_found_on(name, place, tmp_path, monkeypatch):
     kept: dict[str, np.ndarray] = {}
     read = solver.read_vectors
 
     def keep(learner: Any, batches: Any, head: Any, split: str) -> np.ndarray:
         kept[split] = read(learner, batches, head, split)
-        assert head.names == ([LOADED, IDENTITY] if name in WITH_IDENTITY else [LOADED])
+        assert len(head.names) == (4 if name in WITH_MEANS else 2 if name in WITH_IDENTITY else 1)
         return kept[split]
 
     monkeypatch.setattr(solver, "read_vectors", keep)
-    found = solve(settings(any_classifier(name, tmp_path / "model"), tmp_path), monkeypatch, chosen)
-    assert found.name == chosen
-    vectors = kept["validation"][:, [LOADED, IDENTITY].index(chosen)]
+    model = any_classifier(name, tmp_path / "model", 4 if name in WITH_MEANS else 2)
+    found = solve(settings(model, tmp_path), monkeypatch, place)
+    assert found.name == found.head.names[place]
+    vectors = kept["validation"][:, place]
     assert vectors.std(axis=0).min() > 0
     np.testing.assert_allclose(found.logits, found.solution(vectors), atol=5e-3, rtol=1e-3)
-    layers = {found.head.last} | ({found.head.square} if chosen == IDENTITY else set())
-    ours = {key for key, module in found.learner.model.named_modules() if module in layers}
-    assert {key.rpartition(".")[0] for key in found.changed} == ours
+    if place < 2:  # nothing below the head is changed
+        layers = {found.head.last, *([found.head.square] if place else [])}
+        ours = {key for key, module in found.learner.model.named_modules() if module in layers}
+        assert {key.rpartition(".")[0] for key in found.changed} == ours
     assert found.state.step == 1
     assert found.state.samples_seen == 45
     assert 0 < found.values["train/loss"] < np.log(3)
 
 
+def test_mean_after_a_layer_is_that_of_the_pretrained_model(tmp_path, monkeypatch):
+    folder = any_classifier("bert", tmp_path / "model", 4)
+    kept: list[np.ndarray] = []
+    read = solver.read_vectors
+    monkeypatch.setattr(solver, "read_vectors", lambda *given: kept.append(read(*given)) or kept[-1])
+    found = solve(settings(folder, tmp_path), monkeypatch, 3)
+    assert found.name.endswith("layer 3")
+    backbone = AutoModel.from_pretrained(folder).eval()
+    for ids, vector in zip(found.data.tokens["validation"]["input_ids"][:], kept[1][:, 3], strict=True):
+        with torch.no_grad():
+            mean = backbone(torch.tensor([ids]), output_hidden_states=True).hidden_states[3][0].mean(dim=0)
+        assert np.corrcoef(mean, vector)[0, 1] > 0.99
+
+
 def test_logits_are_those_of_scikit_learn_on_the_first_token_of_the_pretrained_model(tmp_path, monkeypatch):
     folder = any_classifier("roberta", tmp_path / "model")
-    found = solve(settings(folder, tmp_path), monkeypatch, IDENTITY)
+    found = solve(settings(folder, tmp_path), monkeypatch, 1)
     backbone = AutoModel.from_pretrained(folder).eval()
     vectors = {}
     for split in ("train", "validation"):
@@ -129,7 +151,7 @@ def test_text_in_windows_has_the_mean_of_their_logits(tmp_path, monkeypatch):
     kept: list[np.ndarray] = []
     read = solver.read_vectors
     monkeypatch.setattr(solver, "read_vectors", lambda *given: kept.append(read(*given)) or kept[-1])
-    found = solve(config, monkeypatch, IDENTITY)
+    found = solve(config, monkeypatch, 1)
     assert max(found.data.tokens["validation"]["num_windows"]) > 1
     np.testing.assert_allclose(found.logits, found.solution(kept[1][:, 1]), atol=5e-3, rtol=1e-3)
 
@@ -154,9 +176,11 @@ def test_head_of_another_form_is_refused_and_so_is_too_little_memory(tmp_path, m
         ([*SOLVED, "--pause_at_step", "3"], "--pause_at_step has no effect"),
     ],
 )
-def test_options_of_training_by_steps_are_refused(flags, words):
-    with pytest.raises(UserError, match=words):
+def test_options_of_training_by_steps_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
         parse_cli(TrainConfig, flags)
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_run_equals_itself_and_a_run_on_two_processes(run, roberta_without_dropout, tmp_path):
