@@ -43,6 +43,7 @@ from lib.runtime.accelerator import build_accelerator
 from lib.runtime.processes import agree_to_stop, sum_gradients
 from lib.runtime.seeds import seed_everything
 from lib.training.frozen.features import cache_features
+from lib.training.frozen.solver import solve_head
 from lib.training.learner import Learner, build_learner
 from lib.training.objective import build_objective
 from lib.training.plan import build_plan
@@ -88,7 +89,10 @@ def main(config: TrainConfig) -> dict[str, Any]:
         try_longest_batch(learner, batches.longest(plan.micro_batch_size), forward_backward)
         for batch in plan.steps(batches, state):
             if batch is not None:  # None: a resumed run was stopped between a step and what follows it
-                train_step(learner, batch, config)
+                if config.model.head_solver:
+                    solve_head(learner, batches, metrics)
+                else:
+                    train_step(learner, batch, config)
                 run.progress.step(state)
             agree_to_stop(accelerator)
             if plan.is_log_step(state):

@@ -106,9 +106,13 @@ class ModelConfig(ModelSource):
     """Start from random weights instead of the pretrained ones; config and tokenizer are kept."""
     freeze: str | None = None
     """What not to train: `backbone` (all but the head), `embeddings`, or a number n (embeddings and lowest n layers)."""
+    head_solver: Literal["lbfgs"] | None = None
+    """With --freeze backbone: solve for the last layer instead of training it, with scikit-learn; seconds, no learning rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        solvable = self.head_solver is None or self.freeze == "backbone"
+        require(solvable, "--head_solver needs --freeze backbone: it solves for the last layer over a frozen model")
         known = self.freeze in (None, "backbone", "embeddings") or str(self.freeze).isdecimal()
         require(known, f"--freeze takes backbone, embeddings or a number of layers, got {self.freeze!r}")
         require(

@@ -1,7 +1,8 @@
 """Options of train.py: the shared sections, and those of the optimizer, the loss, training and tracking."""
 
 import dataclasses
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 from lib.config.limits import (
     COUNT,
@@ -254,3 +255,29 @@ class TrainConfig:
             not (recomputed and self.adapter.adapter == "prefix"),
             "--gradient_checkpointing: a layer that is computed again does not read the prefix; use --adapter prompt or lora",
         )
+        if self.model.head_solver:
+            check_solved(self)
+
+
+IN_TRAINING = (
+    *("num_train_epochs", "max_steps", "train_batch_size", "per_device_train_batch_size", "train_sampling_strategy"),
+    *("eval_steps", "early_stopping_patience", "save_steps", "pause_at_step", "dataloader_num_workers"),
+    *("no_cache_features", "compile", "cpu_kernels", "gradient_checkpointing", "average_checkpoints"),
+)
+"""Options of training by steps."""
+
+
+def check_solved(config: TrainConfig) -> None:
+    """Raise UserError for an option that has no effect with --head_solver, which makes one step over all samples."""
+    sections: list[tuple[Any, Sequence[str]]] = [
+        (config.optim, [field.name for field in dataclasses.fields(OptimConfig)]),
+        (config.objective, ["loss", "focal_gamma", "label_smoothing_factor", "distill_temperature"]),
+        (config.training, IN_TRAINING),
+        (config.tracking, ["logging_steps"]),
+    ]
+    for section, names in sections:
+        for name in names:
+            require(
+                getattr(section, name) == getattr(type(section), name),
+                f"--{name} has no effect with --head_solver, which solves for the head in one step; leave it out",
+            )

@@ -1,4 +1,7 @@
-"""What simple methods score on the same split: the most frequent answer, and logistic regression on words.
+"""What simple methods score on the same split: the most frequent answer, and logistic regression on words and on vectors.
+
+The vectors are those of the packaged MiniLM as it is, whatever model the run trains: they tell how far its texts are
+solved without any training of a transformer, and they are the same for all runs on a data set.
 
 A model that does not beat them is not worth its time. They take seconds, of large data half a minute, once for each data
 set: how much they learn from is bounded.
@@ -14,19 +17,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import AutoModel
 
-from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
-from lib.data.batching import permutation
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelSource
+from lib.data.batching import eval_batches, permutation
+from lib.data.encoding import Encoder
 from lib.data.load import Data
 from lib.errors import first_line, printable
+from lib.evaluation.linear import choose_best, fit_linear
+from lib.evaluation.linear import predictions_of as scored_outputs
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import row_texts
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, compute_metrics
 from lib.evaluation.tables import format_table
 from lib.hub.endpoint import datasets_cache
+from lib.model.load import load_tokenizer, load_trained
 from lib.runtime.atomic import finite, write_atomically
+from lib.runtime.cpu.tuning import use_all_cores
+from lib.runtime.precision import DTYPES, resolve_precision
 
-MAJORITY, TFIDF = "most frequent answer", "TF-IDF + logistic regression"
+MAJORITY, TFIDF, FROZEN = "most frequent answer", "TF-IDF + logistic regression", "frozen MiniLM + logistic regression"
+TFIDF_RIDGE, FROZEN_RIDGE = "TF-IDF + ridge regression", "frozen MiniLM + ridge regression"
+"""What these are called where numbers are predicted."""
 
 MOST_ROWS = 20_000
 """Training rows that TF-IDF learns from; of more, as many are drawn."""
@@ -43,6 +56,18 @@ MOST_FEATURES = 100_000
 MOST_OUTPUTS = 20
 """For more classes or labels there is no logistic regression: it would take minutes."""
 
+FEWEST_ROWS = 100
+"""For fewer training rows MiniLM is not loaded, which takes a second: what its 384 numbers would tell is chance."""
+
+TOKENS_OF_A_TEXT = 64
+"""Tokens that MiniLM reads of each text, or of each of a pair."""
+
+MOST_TOKENS = 150_000
+"""Of the training texts that MiniLM reads, about; of more, fewer rows are drawn."""
+
+MOST_SCORED_TOKENS = {"cpu": 75_000, "cuda": 5_000_000}
+"""Of a split that is scored, by device: where it has more, there are no frozen vectors, which would take minutes."""
+
 BLOCK = 10_000
 """Rows whose features are in memory at once."""
 
@@ -52,11 +77,12 @@ PATIENCE_SECONDS = 5.0
 STRENGTHS = (1.0, 4.0, 16.0)
 """Inverse strengths of regularization, of which validation chooses one."""
 
-VERSION = 2
+VERSION = 3
+CPU = torch.device("cpu")
 
 
 def compare_with_baselines(
-    data: Data, split: str, scores: dict[str, float], metrics: Metrics
+    data: Data, split: str, scores: dict[str, float], metrics: Metrics, device: torch.device = CPU
 ) -> tuple[dict[str, dict[str, float]], str]:
     """What simple methods score on a split, by method and metric, and that beside the model's `scores` as text.
 
@@ -67,7 +93,7 @@ def compare_with_baselines(
     timer.daemon = True
     timer.start()
     try:
-        found = find_baselines(data, split, metrics)
+        found = find_baselines(data, split, metrics, device)
     except Exception as error:
         return {}, f"simple methods were not scored: {printable(first_line(error))}"
     finally:
@@ -75,12 +101,15 @@ def compare_with_baselines(
     return found, format_baselines(found, scores, metrics)
 
 
-def find_baselines(data: Data, split: str, metrics: Metrics) -> dict[str, dict[str, float]]:
+def find_baselines(data: Data, split: str, metrics: Metrics, device: torch.device = CPU) -> dict[str, dict[str, float]]:
     """The scores of simple methods on a split, by method and metric; computed once for a data set, then read from disk.
 
-    They learn from the train split, and what they choose they choose on validation.
+    They learn from the train split, and what they choose they choose on validation. Only the frozen vectors are computed on
+    `device`.
     """
-    asked = [data.fingerprint(), split, metrics.names, metrics.best, VERSION]
+    numbers, few = data.problem_type == REGRESSION, len(data.label_names) <= MOST_OUTPUTS
+    with_vectors = few and len(data.texts["train"]) >= FEWEST_ROWS and few_tokens(data, split, device)
+    asked = [data.fingerprint(), split, metrics.names, metrics.best, with_vectors, VERSION]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     path = datasets_cache() / "baselines" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -89,8 +118,15 @@ def find_baselines(data: Data, split: str, metrics: Metrics) -> dict[str, dict[s
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scikit-learn: a label that all rows have, a fit that could go on
         scores = {MAJORITY: score(most_frequent(data, split), metrics)}
-        if len(data.label_names) <= MOST_OUTPUTS:
-            scores[TFIDF] = score(words_regression(data, split, metrics), metrics)
+        if few:
+            scores[TFIDF_RIDGE if numbers else TFIDF] = score(words_regression(data, split, metrics), metrics)
+        if with_vectors:
+            try:
+                found = score(vectors_regression(data, split, metrics, device), metrics)
+            except Exception as error:  # the model is not installed, or memory is short: the others are shown
+                print(f"{FROZEN} was not scored: {printable(first_line(error))}", file=sys.stderr, flush=True)
+                return scores
+            scores[FROZEN_RIDGE if numbers else FROZEN] = found
     with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run some seconds
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(finite(scores)))
@@ -172,6 +208,62 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
     ]
     (chosen,) = predictions([models[int(np.argmax(values))]], split)
     return chosen
+
+
+def few_tokens(data: Data, split: str, device: torch.device) -> bool:
+    """Whether MiniLM reads the splits that are scored in seconds; by the tokens of the run's own tokenizer, about as many."""
+    limit = MOST_SCORED_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+    lengths = (data.lengths[name] for name in {split, "validation"})
+    most = TOKENS_OF_A_TEXT * len(data.text_columns)
+    return max(int(np.minimum(found, most).sum()) for found in lengths) <= limit
+
+
+def vectors_regression(data: Data, split: str, metrics: Metrics, device: torch.device) -> Predictions:
+    """Logistic regression, or ridge regression of numbers, on the mean of MiniLM's token vectors.
+
+    Of a pair these are both vectors, their difference and their product, as in InferSent (Conneau et al. 2017).
+    """
+    rows = permutation(len(data.texts["train"]), 0)[:MOST_ROWS]
+    lengths = np.minimum(data.lengths["train"][rows], TOKENS_OF_A_TEXT * len(data.text_columns))
+    rows = rows[: max(1, int(np.searchsorted(np.cumsum(lengths), MOST_TOKENS, "right")))]
+    parts = {"train": rows} | {name: np.arange(len(data.texts[name])) for name in {split, "validation"}}
+    vectors = mean_vectors({name: data.texts[name].select(chosen) for name, chosen in parts.items()}, device)
+    problem, labels = data.problem_type, data.labels("train")[rows]
+    models = list(fit_linear(vectors["train"], labels, problem, len(data.label_names)))
+    gold = data.labels("validation")
+    found = [scored_outputs(model(vectors["validation"]), gold, problem) for model in models]
+    number, _ = choose_best(found, metrics.best)
+    return scored_outputs(models[number](vectors[split]), data.labels(split), problem)
+
+
+@torch.inference_mode()
+def mean_vectors(tables: dict[str, Any], device: torch.device) -> dict[str, np.ndarray]:
+    """float32 (rows, size): the mean of the token vectors of each row's text, for each table of texts."""
+    threads = torch.get_num_threads()
+    use_all_cores()  # a run with a small head has one
+    with torch.random.fork_rng(devices=[]):
+        model = load_trained(ModelSource(), AutoModel, "model").to(device).eval()
+    encoder = Encoder(load_tokenizer(ModelSource()), TOKENS_OF_A_TEXT)
+    dtype, found = DTYPES.get(resolve_precision("auto")), {}
+    for name, table in tables.items():
+        columns = []
+        for column in zip(*(text if isinstance(text, list) else [text] for text in row_texts(table)), strict=True):
+            ids = encoder([[text[:MOST_OF_A_TEXT] for text in column]])["input_ids"]
+            vectors = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
+            for rows in eval_batches(np.array([len(tokens) for tokens in ids]), 64):
+                tokens = [torch.tensor(ids[row]) for row in rows]
+                padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
+                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True).to(
+                    device
+                )
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+                vectors[rows] = ((states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)).cpu().numpy()
+            columns.append(vectors)
+        first, *second = columns
+        found[name] = np.hstack([first, *(np.hstack([other, abs(first - other), first * other]) for other in second)])
+    torch.set_num_threads(threads)
+    return found
 
 
 def text_blocks(data: Data, split: str) -> Iterator[list[str]]:

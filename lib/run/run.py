@@ -272,7 +272,7 @@ class Run:
             with locked_folder(folder, wait=600):  # eval.py may be writing there
                 texts.append(write_report(folder, split, result, intervals, data))
         split, (scores, _) = next(iter(scored.items()))
-        baselines, text = compare_with_baselines(data, split, scores, self.metrics)
+        baselines, text = compare_with_baselines(data, split, scores, self.metrics, self.accelerator.device)
         texts.append(text)
         texts += draw_learning_curves(self.folder, self.metrics.best, state.best_step)
         thresholds = next((p.thresholds for _, p in scored.values() if p.thresholds is not None), np.array([]))

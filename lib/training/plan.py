@@ -31,6 +31,8 @@ class Plan:
     logging_steps: int = 1
     rank: int = 0
     world_size: int = 1
+    is_solved: bool = False
+    """With --head_solver: one step over all samples, which reads no batches."""
 
     @property
     def micro_batch_size(self) -> int:
@@ -40,11 +42,13 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.lengths) / self.config.train_batch_size)
+        return 1 if self.is_solved else math.ceil(len(self.lengths) / self.config.train_batch_size)
 
     @property
     def total_steps(self) -> int:
         config = self.config
+        if self.is_solved:
+            return 1
         return config.max_steps or max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
 
     @property
@@ -54,6 +58,8 @@ class Plan:
     def sentence(self) -> str:
         """How a step is divided: `32 samples per step = 2 processes x 2 micro-batches x 8`."""
         batch_size = self.config.train_batch_size
+        if self.is_solved:
+            return f"all {len(self.lengths):,} samples in one step: the head is solved for"
         per_process = math.ceil(min(batch_size, len(self.lengths)) / self.world_size)
         pieces = math.ceil(per_process / self.micro_batch_size)
         size = min(self.micro_batch_size, per_process)
@@ -75,6 +81,9 @@ class Plan:
 
     def step_batches(self, batches: Batches, first_step: int = 0) -> Iterator[StepBatch]:
         """This process's share of all steps after `first_step`, epoch after epoch."""
+        if self.is_solved:
+            yield StepBatch([], len(self.lengths), float(len(self.lengths)))
+            return
         share = Share(self.micro_batch_size, self.rank, self.world_size)
         for epoch in range(first_step // self.steps_per_epoch, self.num_epochs):
             start = epoch * self.steps_per_epoch
@@ -122,7 +131,8 @@ def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: A
     if not len(lengths):
         raise UserError("the train split is empty")
     rank, world_size = accelerator.process_index, accelerator.num_processes
-    plan = Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size)
+    solved = config.model.head_solver is not None
+    plan = Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size, solved)
     if plan.total_steps >= 2**31:
         raise UserError(
             f"--num_train_epochs {config.training.num_train_epochs:g}: {plan.total_steps:,} steps are more than 2**31"

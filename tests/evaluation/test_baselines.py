@@ -4,16 +4,30 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from sklearn.dummy import DummyClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoModel
 
-from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelSource
 from lib.data.load import Data
+from lib.errors import UserError
 from lib.evaluation import baselines
-from lib.evaluation.baselines import MAJORITY, TFIDF, compare_with_baselines, find_baselines, format_baselines
+from lib.evaluation.baselines import (
+    FROZEN,
+    FROZEN_RIDGE,
+    MAJORITY,
+    TFIDF,
+    TFIDF_RIDGE,
+    compare_with_baselines,
+    find_baselines,
+    format_baselines,
+    mean_vectors,
+)
 from lib.evaluation.scores import Metrics
+from lib.model.load import load_tokenizer, load_trained
 
 WORDS = ("dull", "plain", "bright")
 
@@ -21,7 +35,13 @@ WORDS = ("dull", "plain", "bright")
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "datasets_cache", lambda: tmp_path)
+    monkeypatch.setattr(baselines, "FEWEST_ROWS", 10**9)  # MiniLM takes a second
     return tmp_path
+
+
+@pytest.fixture
+def with_vectors(monkeypatch):
+    monkeypatch.setattr(baselines, "FEWEST_ROWS", 100)
 
 
 def data_of(labels, texts, problem=CLASSIFICATION, names=WORDS):
@@ -69,8 +89,56 @@ def test_most_frequent_class_scores_as_scikit_learns_dummy():
 )
 def test_words_that_tell_the_label_are_learned_for_every_problem_type(problem, names, poor):
     found = find_baselines(reviews(problem), "test", Metrics(names, names[0]))
-    assert found[TFIDF][names[0]] > 0.95
+    method = TFIDF_RIDGE if problem == REGRESSION else TFIDF
+    assert set(found) == {MAJORITY, method}
+    assert found[method][names[0]] > 0.95
     assert found[MAJORITY][names[0]] < poor
+
+
+@pytest.mark.parametrize(
+    ("problem", "names"), [(CLASSIFICATION, ("accuracy",)), (REGRESSION, ("r2",)), (MULTI_LABEL, ("f1_macro",))]
+)
+def test_frozen_vectors_that_tell_the_label_are_learned_and_no_random_state_is_touched(problem, names, with_vectors):
+    torch.manual_seed(3)
+    np.random.seed(3)
+    before, threads = (torch.get_rng_state(), np.random.get_state()[1].tolist()), torch.get_num_threads()
+    found = find_baselines(reviews(problem), "test", Metrics(names, names[0]))
+    assert found[FROZEN_RIDGE if problem == REGRESSION else FROZEN][names[0]] > 0.9
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.get_num_threads() == threads
+
+
+def test_frozen_vectors_are_means_over_the_tokens_and_a_pair_has_difference_and_product(monkeypatch):
+    monkeypatch.setattr(baselines, "resolve_precision", lambda _: "no")
+    texts = ["a dull film", "bright and quick, from the first scene to the last", ""]
+    one = mean_vectors({"test": Dataset.from_dict({"text": texts})}, torch.device("cpu"))["test"]
+    source = ModelSource()
+    tokenizer, model = load_tokenizer(source), load_trained(source, AutoModel, "model").eval()
+    for text, vector in zip(texts, one, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        np.testing.assert_allclose(vector, states.mean(dim=0), atol=1e-4)
+    table = Dataset.from_dict({"first": texts, "second": texts[::-1]})
+    pair = mean_vectors({"test": table}, torch.device("cpu"))["test"]
+    first, second = one, one[::-1]
+    np.testing.assert_allclose(pair, np.hstack([first, second, abs(first - second), first * second]), atol=1e-4)
+
+
+def test_without_minilm_or_with_too_many_tokens_the_other_methods_are_shown(monkeypatch, capsys, with_vectors):
+    data, metrics = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy")
+
+    def missing(*_):
+        raise UserError("its package is not installed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "load_trained", missing)
+        assert list(find_baselines(data, "test", metrics)) == [MAJORITY, TFIDF]
+    assert "not installed" in capsys.readouterr().err
+    monkeypatch.setattr(baselines, "mean_vectors", missing)
+    monkeypatch.setattr(baselines, "MOST_SCORED_TOKENS", {"cpu": 39})
+    assert list(find_baselines(data, "test", metrics)) == [MAJORITY, TFIDF]
+    assert not capsys.readouterr().err
 
 
 def test_text_without_spaces_is_read_by_characters():

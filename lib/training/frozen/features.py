@@ -49,12 +49,12 @@ def cache_features(learner: Learner, batches: Batches, model: ModelConfig, train
     """Batches with which the model reads the output of its frozen part from memory instead of computing it.
 
     The output is computed once for every split, shared among processes, or loaded from disk. Samples, batches and dropout
-    above the frozen part stay the same. Returns `batches` unchanged if nothing is frozen, if `--no_cache_features` is
-    given, or if logits from the cache differ from those of the model; the main process prints why. The learner must be
-    prepared and hold its weights.
+    above the frozen part stay the same. Returns `batches` unchanged if nothing is frozen, if `--no_cache_features` or
+    `--head_solver` is given, or if logits from the cache differ from those of the model; the main process prints why. The
+    learner must be prepared and hold its weights.
     """
     accelerator, data, part = learner.accelerator, batches.data, model.freeze
-    if training.no_cache_features or part in (None, "embeddings", "0"):
+    if training.no_cache_features or part in (None, "embeddings", "0") or model.head_solver:
         return batches
     if "num_windows" in data.tokens["train"].column_names:
         say(accelerator, "- the frozen part runs in every step: --window_stride gives a text more than one input")
