@@ -279,12 +279,9 @@ def check_resume(runner: Runner, whole: Done, flags: tuple) -> None:
     if not resumed.results:
         runner.note("resume", False, why=resumed.end)
         return
-    start = int(first.name.split("-")[1])
-    equal = same_weights(whole.checkpoints[-1], resumed.checkpoints[-1])
-    runner.note(
-        "a resumed run is equal bit by bit",
-        equal and whole.logged()[start:] == resumed.logged()[-len(whole.logged()) + start :],
-    )
+    after = whole.logged()[int(first.name.split("-")[1]) :]
+    equal = same_weights(whole.checkpoints[-1], resumed.checkpoints[-1]) and after == resumed.logged()[-len(after) :]
+    runner.note("a resumed run is equal bit by bit", equal)
 
 
 def check_memory(runner: Runner, roomy: Done, flags: tuple) -> None:
