@@ -62,7 +62,7 @@ FEWEST_ROWS = 100
 TOKENS_OF_A_TEXT = 64
 """Tokens that MiniLM reads of each text, or of each of a pair."""
 
-MOST_TOKENS = 150_000
+MOST_TOKENS = 100_000
 """Of the training texts that MiniLM reads, about; of more, fewer rows are drawn."""
 
 MOST_SCORED_TOKENS = {"cpu": 75_000, "cuda": 5_000_000}
