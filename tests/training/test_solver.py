@@ -210,7 +210,7 @@ def test_options_of_training_by_steps_are_refused(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_run_equals_one_on_two_processes(run, roberta_without_dropout, tmp_path):
+def test_run_equals_one_on_two_processes_and_one_that_ended_before_its_report(run, roberta_without_dropout, tmp_path):
     env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     given = run_flags(tmp_path, roberta_without_dropout)
     kept = ("--model", "--train_file", "--validation_file", "--test_file", "--mixed_precision", "--report_to")
@@ -232,3 +232,9 @@ def test_run_equals_one_on_two_processes(run, roberta_without_dropout, tmp_path)
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=1e-3, rtol=1e-3)
     assert results[1]["test/loss"] == pytest.approx(results[0]["test/loss"], abs=1e-4)
+    (folders[0] / "results.json").unlink()  # as if it had been killed then: nothing is solved again
+    done = run("train.py", *flags, *SOLVED, "--output_dir", folders[0], env=env)
+    assert "head on" not in done.stdout
+    assert {key: value for key, value in results_of(done).items() if key[:5] in ("test/", "eval/")} == {
+        key: value for key, value in results[0].items() if key[:5] in ("test/", "eval/")
+    }

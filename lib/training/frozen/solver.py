@@ -112,7 +112,7 @@ class Head:
     square: nn.Linear | None = None
     scale: float = 1.0
     shift: float = 0.0
-    layers: nn.ModuleList | None = None
+    layers: Any = None
     """Those of a model made of BERT's layers, of which the square layer reads the first token."""
 
     @property
@@ -149,7 +149,6 @@ class Head:
 
     def mean(self, states: torch.Tensor, mask: torch.Tensor, number: int) -> torch.Tensor:
         """What the last layer writes into the first token once `average_after` has changed the layers."""
-        assert self.layers is not None
         norm = self.layers[-1].output.LayerNorm
 
         def standardize(vectors: torch.Tensor) -> torch.Tensor:
@@ -161,7 +160,6 @@ class Head:
 
     def average_after(self, number: int) -> None:
         """Have the last layer write the mean of the tokens after layer `number` into each of them."""
-        assert self.layers is not None
         for layer in self.layers[number:]:  # what they add is 0, and their norms have no weights
             for linear in (layer.attention.output.dense, layer.output.dense):
                 set_linear(linear, 0.0)
@@ -287,7 +285,7 @@ def find_head(learner: Learner, batches: Batches) -> Head:
     return head
 
 
-def layers_of_bert(model: Any) -> nn.ModuleList | None:
+def layers_of_bert(model: Any) -> Any:
     """The layers of a model that is made of those of BERT; None for another."""
     try:
         layers = find_layers(model, "--head_solver")
