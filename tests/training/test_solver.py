@@ -18,9 +18,10 @@ from transformers import AutoModel
 
 from lib.config.cli import parse_cli
 from lib.config.sections import DataConfig, ModelConfig
-from lib.config.train import TrainConfig, TrainingConfig
+from lib.config.train import ObjectiveConfig, TrainConfig, TrainingConfig
 from lib.errors import UserError
 from lib.evaluation.linear import STRENGTHS
+from lib.evaluation.scores import Metrics
 from lib.training.frozen import solver
 from lib.training.frozen.solver import solve_head
 from tests.conftest import read_lines, results_of, sentences, write_csv
@@ -82,9 +83,9 @@ def solve(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, place: int | Non
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        *((name, 0) for name in (*WITH_MEANS, *WITH_IDENTITY, *WITHOUT)),
-        *((name, 1) for name in (*WITH_MEANS, *WITH_IDENTITY)),
-        *((name, place) for name in WITH_MEANS for place in (2, 3)),
+        *((name, 0) for name in ("bert", *WITHOUT)),
+        *((name, 1) for name in ("roberta", *WITH_IDENTITY)),
+        *(("electra", 2), ("bert", 3), ("roberta", 3)),
     ],
 )
 def test_model_computes_the_solution_for_the_vectors_it_was_found_on(name, place, tmp_path, monkeypatch):
@@ -101,7 +102,7 @@ def test_model_computes_the_solution_for_the_vectors_it_was_found_on(name, place
     found = solve(settings(model, tmp_path), monkeypatch, place)
     assert found.name == found.head.names[place]
     vectors = kept["validation"][:, place]
-    assert vectors.std(axis=0).min() > 0
+    assert vectors.std(axis=0).mean() > 0.1
     np.testing.assert_allclose(found.logits, found.solution(vectors), atol=5e-3, rtol=1e-3)
     if place < 2:  # nothing below the head is changed
         layers = {found.head.last, *([found.head.square] if place else [])}
@@ -156,6 +157,32 @@ def test_text_in_windows_has_the_mean_of_their_logits(tmp_path, monkeypatch):
     np.testing.assert_allclose(found.logits, found.solution(kept[1][:, 1]), atol=5e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "balanced classes"])
+def test_every_problem_type_is_solved_the_same_way_each_time(problem, tmp_path, monkeypatch):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path)
+    if problem == "balanced classes":
+        config = dataclasses.replace(config, objective=ObjectiveConfig(class_weights=("balanced",)))
+    else:
+        for split, size in (("train", 45), ("validation", 12), ("test", 5)):
+            rows = [(text, float(label == "good"), 0.5 * (label != "bad")) for text, label in sentences(size, size)]
+            if problem == "regression":
+                write_csv(tmp_path / f"{split}.csv", [(text, good + half) for text, good, half in rows])
+            else:
+                header = ("text", "is_good", "is_not_bad")
+                write_csv(tmp_path / f"{split}.csv", [(t, int(g), int(h > 0)) for t, g, h in rows], header)
+        columns = None if problem == "regression" else ("is_good", "is_not_bad")
+        data = dataclasses.replace(config.data, problem_type=problem, label_columns=columns)
+        config = dataclasses.replace(config, data=data)
+    metric = {"regression": "mse", "multi_label_classification": "f1_macro"}.get(problem, "accuracy")
+    monkeypatch.setattr("tests.training.test_solver.METRICS", Metrics((metric,), metric))
+    first, again = (solve(config, monkeypatch) for _ in range(2))
+    assert np.array_equal(first.solution.weight, again.solution.weight)
+    assert np.array_equal(first.logits, again.logits)
+    if problem == "balanced classes":
+        assert first.batches.weights is not None
+    assert first.values["train/loss"] < {"regression": 0.4, "multi_label_classification": 0.69}.get(problem, np.log(3))
+
+
 def test_head_of_another_form_is_refused_and_so_is_too_little_memory(tmp_path, monkeypatch):
     config = settings(any_classifier("bert", tmp_path / "model"), tmp_path)
     little = dataclasses.replace(config, training=TrainingConfig(feature_cache_gib=1e-6))
@@ -183,7 +210,7 @@ def test_options_of_training_by_steps_are_refused(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_run_equals_itself_and_a_run_on_two_processes(run, roberta_without_dropout, tmp_path):
+def test_run_equals_one_on_two_processes_and_one_that_ended_before_its_report(run, roberta_without_dropout, tmp_path):
     env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     given = run_flags(tmp_path, roberta_without_dropout)
     kept = ("--model", "--train_file", "--validation_file", "--test_file", "--mixed_precision", "--report_to")
@@ -191,7 +218,7 @@ def test_run_equals_itself_and_a_run_on_two_processes(run, roberta_without_dropo
         item for flag, value in zip(given[::2], given[1::2], strict=True) if flag in kept for item in (flag, value)
     ]
     folders, results = [], []
-    for name, processes in (("one", None), ("again", None), ("two", 2)):
+    for name, processes in (("one", None), ("two", 2)):
         folder = tmp_path / name
         done = run("train.py", *flags, *SOLVED, "--output_dir", folder, processes=processes, env=env)
         results.append(results_of(done))
@@ -203,6 +230,11 @@ def test_run_equals_itself_and_a_run_on_two_processes(run, roberta_without_dropo
         assert (folder / "model" / "README.md").exists()
     weights = [load_file(folder / "model" / "model.safetensors") for folder in folders]
     for name, tensor in weights[0].items():
-        assert torch.equal(weights[1][name], tensor)
-        torch.testing.assert_close(weights[2][name], tensor, atol=1e-3, rtol=1e-3)
-    assert results[2]["test/loss"] == pytest.approx(results[0]["test/loss"], abs=1e-4)
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-3, rtol=1e-3)
+    assert results[1]["test/loss"] == pytest.approx(results[0]["test/loss"], abs=1e-4)
+    (folders[0] / "results.json").unlink()  # as if it had been killed then: nothing is solved again
+    done = run("train.py", *flags, *SOLVED, "--output_dir", folders[0], env=env)
+    assert "head on" not in done.stdout
+    assert {key: value for key, value in results_of(done).items() if key[:5] in ("test/", "eval/")} == {
+        key: value for key, value in results[0].items() if key[:5] in ("test/", "eval/")
+    }

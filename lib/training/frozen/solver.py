@@ -28,7 +28,7 @@ from lib.data.batching import eval_batches
 from lib.data.loader import Batches, StepBatch, Tensors, build_loader, to_device
 from lib.errors import UserError
 from lib.evaluation.linear import STRENGTHS, Linear, choose_best, fit_linear, predictions_of
-from lib.evaluation.scores import Metrics
+from lib.evaluation.scores import LOWER_IS_BETTER, Metrics
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.forward import pool_logits
 from lib.model.layers import find_layers, set_train_mode
@@ -77,6 +77,7 @@ def solve_head(learner: Learner, batches: Batches, metrics: Metrics) -> None:
     found: list[Any] = [None]
     if accelerator.is_main_process:
         problem, outputs, best = data.problem_type, len(data.label_names), -np.inf
+        sign = -1 if metrics.best in LOWER_IS_BETTER else 1
         for place, name in enumerate(head.names):
             beat(f"solving the head on {name}")
             train, validation = (vectors[split][:, place] for split in ("train", "validation"))
@@ -86,7 +87,7 @@ def solve_head(learner: Learner, batches: Batches, metrics: Metrics) -> None:
                 metrics.best,
             )
             print(
-                f"- head on {name}: {metrics.best} {abs(value):.4f} on validation, strength {STRENGTHS[number]:g}",
+                f"- head on {name}: {metrics.best} {value * sign:.4f} on validation, strength {STRENGTHS[number]:g}",
                 flush=True,
             )
             if value > best:
@@ -111,7 +112,7 @@ class Head:
     square: nn.Linear | None = None
     scale: float = 1.0
     shift: float = 0.0
-    layers: nn.ModuleList | None = None
+    layers: Any = None
     """Those of a model made of BERT's layers, of which the square layer reads the first token."""
 
     @property
@@ -130,13 +131,15 @@ class Head:
         """float32 (samples, names, size): the vectors of a batch; of a text in several windows their mean."""
         counts = inputs.get("num_windows")
         rows = {name: tensor for name, tensor in inputs.items() if name != "num_windows"}
-        with recording(self.model) as calls, outputs_of(self.layers or ()) as states:
+        below = [self.layers[number - 1] for number in self.middle] if self.layers else []
+        with recording([self.last, self.square]) as calls, outputs_of(below) as states:
             self.model(**rows)
         given = dict(calls)  # the last input of each layer
         found = [given[self.last] if self.position is None else self.pick(given[self.last], rows)]
         if self.square is not None:
             found.append(given[self.square])
-        found += [self.mean(states[number - 1], rows["attention_mask"], number) for number in self.middle]
+        for number, tokens in zip(self.middle, states, strict=True):
+            found.append(self.mean(tokens, rows["attention_mask"], number))
         stacked = torch.stack([vectors.float() for vectors in found], dim=1)
         # Logits are linear in these vectors, and those of a text are the mean over its windows.
         return stacked if counts is None else pool_logits(stacked, counts.tolist())
@@ -146,7 +149,6 @@ class Head:
 
     def mean(self, states: torch.Tensor, mask: torch.Tensor, number: int) -> torch.Tensor:
         """What the last layer writes into the first token once `average_after` has changed the layers."""
-        assert self.layers is not None
         norm = self.layers[-1].output.LayerNorm
 
         def standardize(vectors: torch.Tensor) -> torch.Tensor:
@@ -158,7 +160,6 @@ class Head:
 
     def average_after(self, number: int) -> None:
         """Have the last layer write the mean of the tokens after layer `number` into each of them."""
-        assert self.layers is not None
         for layer in self.layers[number:]:  # what they add is 0, and their norms have no weights
             for linear in (layer.attention.output.dense, layer.output.dense):
                 set_linear(linear, 0.0)
@@ -201,14 +202,14 @@ def set_linear(layer: nn.Linear, factor: float, shift: float = 0.0) -> None:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module) -> Iterator[list[Call]]:
-    """The calls of linear layers within, in their order."""
+def recording(modules: Iterable[nn.Module | None]) -> Iterator[list[Call]]:
+    """The calls within of those modules that are linear layers, in their order."""
     calls: list[Call] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, given: calls.append((layer, given[0].detach())))
-        for module in model.modules()
-        if isinstance(module, nn.Linear)
-    ]
+
+    def record(layer: Any, given: Any) -> None:
+        calls.append((layer, given[0].detach()))
+
+    hooks = [module.register_forward_pre_hook(record) for module in modules if isinstance(module, nn.Linear)]
     try:
         yield calls
     finally:
@@ -220,7 +221,11 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 def outputs_of(layers: Iterable[nn.Module]) -> Iterator[list[torch.Tensor]]:
     """The token vectors after each layer within, in their order."""
     states: list[torch.Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _, __, output: states.append(states_of(output))) for layer in layers]
+
+    def record(_: Any, __: Any, output: Any) -> None:
+        states.append(states_of(output))
+
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield states
     finally:
@@ -239,12 +244,14 @@ def find_head(learner: Learner, batches: Batches) -> Head:
     batch = next(iter(build_loader(batches.data.tokens["train"], [indices], batches.collator)))
     batch = to_device(batch, accelerator.device)
     rows = {name: tensor for name, tensor in batch.items() if name not in ("labels", "num_windows")}
-    with recording(model) as calls:
+    with recording(model.modules()) as calls:
         logits = model(**rows).logits.float()
     head = None
     for last, given in reversed(calls):
         if last.out_features == logits.shape[-1] and head is None:
-            choices = {None: given} if given.dim() == 2 else views((given,), rows, model.config.pad_token_id)
+            choices: dict[Any, torch.Tensor] = {None: given}
+            if given.dim() > 2:
+                choices = views((given,), rows, model.config.pad_token_id)
             for position, vectors in choices.items():
                 if head is None and len(vectors) == len(logits):
                     head = Head(model, last, position) if same_logits(logits, apply(last, vectors), dtype) else None
@@ -261,7 +268,7 @@ def find_head(learner: Learner, batches: Batches) -> Head:
         kept = [parameter.detach().clone() for parameter in (below.weight, below.bias)]
         for scale, shift in IDENTITIES:
             head.make_identity(scale, shift)
-            with recording(model) as calls:
+            with recording([head.last]) as calls:
                 model(**rows)
             returned = (dict(calls)[head.last].float() - shift) / scale
             linear = bool((returned - given).abs().max() <= TOLERANCE[dtype] * given.abs().max())
@@ -278,7 +285,7 @@ def find_head(learner: Learner, batches: Batches) -> Head:
     return head
 
 
-def layers_of_bert(model: Any) -> nn.ModuleList | None:
+def layers_of_bert(model: Any) -> Any:
     """The layers of a model that is made of those of BERT; None for another."""
     try:
         layers = find_layers(model, "--head_solver")
