@@ -38,8 +38,7 @@ from lib.model.load import build_model, load_tokenizer  # noqa: E402
 from lib.run import record as run  # noqa: E402
 from lib.runtime.precision import resolve_precision, uses_gpu  # noqa: E402
 from lib.runtime.seeds import seed_everything  # noqa: E402
-from lib.training.optimizer import warmup_steps  # noqa: E402
-from lib.training.plan import Plan  # noqa: E402
+from lib.training.plan import Plan, count_steps  # noqa: E402
 
 
 class Watch(TrainerCallback):
@@ -125,7 +124,7 @@ def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArgum
         adam_beta2=optim.adam_beta2,
         adam_epsilon=optim.adam_epsilon,
         lr_scheduler_type=optim.lr_scheduler_type,
-        warmup_steps=warmup_steps(optim, plan.total_steps),
+        warmup_steps=count_steps(optim.warmup_steps, plan.total_steps),
         max_grad_norm=optim.max_grad_norm or 0.0,
         label_smoothing_factor=config.objective.label_smoothing_factor,
         train_sampling_strategy=training.train_sampling_strategy,

@@ -91,6 +91,12 @@ def check_values(config: Any) -> None:
                 limit.check(f"--{field.name}", value)
 
 
+def check_steps(flag: str, steps: float | None) -> None:
+    """Raise UserError unless `steps` is a whole number, or a share of all steps below 1."""
+    whole = steps is None or steps < 1 or steps == int(steps)
+    require(whole, f"{flag} takes a whole number of steps, or a share below 1, got {steps}")
+
+
 def check_settings(flag: str, items: tuple[str, ...]) -> None:
     """Raise UserError unless each item is `name=value`, and a value that is a number is finite."""
     for item in items:

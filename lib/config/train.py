@@ -14,6 +14,7 @@ from lib.config.limits import (
     SEED,
     Within,
     check_settings,
+    check_steps,
     check_values,
     shorten,
 )
@@ -66,9 +67,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
-        warmup = self.warmup_steps
-        whole = warmup < 1 or warmup == int(warmup)
-        require(whole, f"--warmup_steps takes a whole number of steps, or a share below 1, got {warmup}")
+        check_steps("--warmup_steps", self.warmup_steps)
         check_settings("--lr_scheduler_kwargs", self.lr_scheduler_kwargs)
 
 
@@ -130,8 +129,8 @@ class TrainingConfig:
     """Samples per forward pass in evaluation."""
     train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
     """`group_by_length` makes batches of texts of similar length, which need less padding, and shuffles the batches."""
-    eval_steps: Annotated[int | None, COUNT] = None
-    """Evaluate every n steps. [default: after each epoch]"""
+    eval_steps: Annotated[float | None, Within("(0, 2147483647]")] = None
+    """Evaluate every n steps; a value below 1 is a share of all steps. [default: after each epoch]"""
     metric_for_best_model: str | None = None
     """Validation metric, or `loss`, that selects the best model. [default: the first of the metrics]"""
     threshold: Literal["tuned"] | None = None
@@ -182,6 +181,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_steps("--eval_steps", self.eval_steps)
         require(
             self.average_checkpoints != 1, "--average_checkpoints 1 averages nothing: give 2 or more, or 0 for none"
         )

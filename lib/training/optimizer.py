@@ -1,6 +1,5 @@
 """Parameter groups, AdamW, and a schedule counted in optimizer steps."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from lib.errors import UserError
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.model.layers import backbone_of, find_embeddings, find_layers
 from lib.runtime.processes import is_alone
+from lib.training.plan import count_steps
 
 LARGE_TABLE = 2**20
 """Size of an embedding table (numbers) above which zeroing its whole gradient costs more than zeroing the rows of a batch."""
@@ -142,7 +142,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimConfig, total_steps: int,
     Raises UserError if the schedule does not accept the given settings, or needs others.
     """
     name, settings = config.lr_scheduler_type, scheduler_settings(config)
-    warmup = warmup_steps(config, total_steps)
+    warmup = count_steps(config.warmup_steps, total_steps)
     if name in ("reduce_lr_on_plateau", "greedy"):
         settings.setdefault("mode", "min" if metric in LOWER_IS_BETTER else "max")
     if name == "greedy":
@@ -168,13 +168,6 @@ def check_rates(scheduler: Any, config: OptimConfig, total_steps: int) -> None:
             rate = shape(step) * config.learning_rate
             if isinstance(rate, complex) or not 0 <= rate <= 1000:
                 raise ValueError(f"the learning rate of step {step} would be {rate}")
-
-
-def warmup_steps(config: OptimConfig, total_steps: int) -> int:
-    """Warm-up steps: the setting itself, or if below 1 that share of all steps, rounded up."""
-    if config.warmup_steps >= 1:
-        return int(config.warmup_steps)
-    return math.ceil(round(config.warmup_steps * total_steps, 6))
 
 
 def scheduler_settings(config: OptimConfig) -> dict[str, Any]:

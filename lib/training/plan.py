@@ -52,6 +52,12 @@ class Plan:
         return config.max_steps or max(1, math.ceil(config.num_train_epochs * self.steps_per_epoch))
 
     @property
+    def eval_steps(self) -> int:
+        """Steps from one evaluation to the next."""
+        every = self.config.eval_steps
+        return self.steps_per_epoch if every is None else max(1, count_steps(every, self.total_steps))
+
+    @property
     def num_epochs(self) -> int:
         return math.ceil(self.total_steps / self.steps_per_epoch)
 
@@ -115,7 +121,7 @@ class Plan:
 
     def is_eval_step(self, state: State) -> bool:
         """Every `--eval_steps`, by default at the end of each epoch; and the last step."""
-        return state.step == self.total_steps or state.step % (self.config.eval_steps or self.steps_per_epoch) == 0
+        return state.step == self.total_steps or state.step % self.eval_steps == 0
 
     def is_save_step(self, state: State) -> bool:
         """Every `--save_steps`, by default after each evaluation; the end of training; weights that are kept to be averaged."""
@@ -123,6 +129,11 @@ class Plan:
             return True
         every = self.config.save_steps
         return state.step % every == 0 if every else self.is_eval_step(state)
+
+
+def count_steps(setting: float, total_steps: int) -> int:
+    """The steps that a setting means: itself, or if below 1 that share of all steps, rounded up."""
+    return int(setting) if setting >= 1 else math.ceil(round(setting * total_steps, 6))
 
 
 def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: Accelerator) -> Plan:
@@ -137,7 +148,7 @@ def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: A
         raise UserError(
             f"--num_train_epochs {config.training.num_train_epochs:g}: {plan.total_steps:,} steps are more than 2**31"
         )
-    if config.training.average_checkpoints and plan.total_steps <= (config.training.eval_steps or plan.steps_per_epoch):
+    if config.training.average_checkpoints and plan.total_steps <= plan.eval_steps:
         raise UserError(
             f"--average_checkpoints {config.training.average_checkpoints}: training of {plan.total_steps:,} steps has one "
             "evaluation, and nothing to average; train for more epochs, give a smaller --eval_steps, or leave it out"

@@ -65,6 +65,9 @@ def test_numbers_out_of_range_are_refused_with_the_flag(kind: Any, capsys: pytes
         ("--epochs", "1e12", "1,000,000"),
         ("--weight_decay", "1e38", "at most"),
         ("--warmup_steps", "10.5", "whole number"),
+        ("--eval_steps", "10.5", "whole number"),
+        ("--eval_steps", "0", "above 0"),
+        ("--average_checkpoints", "1", "averages nothing"),
         ("--seed", "4294967296", "4,294,967,295"),
         ("--bs", "1e3", "whole number"),
         ("--class_weights", "a=1e300", "--class_weights"),
@@ -90,6 +93,12 @@ def test_value_that_cannot_work_is_refused(
             ("--seed", "0"),
         ),
         *(("--epochs", "0.01"), ("--warmup_steps", "0"), ("--warmup_steps", "100"), ("--lr", "1e-12"), ("--lr", "2")),
+        *(
+            ("--eval_steps", "0.05"),
+            ("--eval_steps", "100"),
+            ("--average_checkpoints", "0"),
+            ("--average_checkpoints", "3"),
+        ),
         *(("--dataloader_num_workers", "0"), ("--window_stride", "0"), ("--label_smoothing_factor", "0.1")),
     ],
 )

@@ -24,8 +24,8 @@ from lib.training.optimizer import (
     parameter_groups,
     restore_optimizer,
     scheduler_settings,
-    warmup_steps,
 )
+from lib.training.plan import count_steps
 from lib.training.step import gradient_norm
 from tests.tiny_models import SETTINGS
 
@@ -110,7 +110,7 @@ def test_layer_learns_slower_than_the_one_above_it_and_the_head_at_its_own_rate(
 
 
 @pytest.mark.parametrize("kind", ["roberta", "modernbert"])
-@pytest.mark.parametrize("method", ["bottleneck", "lora"])
+@pytest.mark.parametrize("method", ["bottleneck", "lora", "dora"])
 def test_adapters_learn_at_the_rate_of_their_layer(kind: str, method: str, tmp_path: Path) -> None:
     """Names collide: ModernBERT calls its backbone `model`, and peft calls the adapted model so."""
     model = adapt(tiny_classifier(kind), AdapterConfig(adapter=method), ModelConfig(model=str(tmp_path)), [])
@@ -339,7 +339,7 @@ def test_linear_schedule_equals_its_closed_form(warmup: int) -> None:
     ("setting", "steps"), [(0, 0), (0.06, 2), (0.1, 2), (0.25, 5), (0.99, 20), (1, 1), (3, 3), (300, 300)]
 )
 def test_warmup_below_1_is_a_share_of_all_steps(setting: float, steps: int) -> None:
-    assert warmup_steps(OptimConfig(warmup_steps=setting), TOTAL_STEPS) == steps
+    assert count_steps(setting, TOTAL_STEPS) == steps
 
 
 def test_rate_rises_during_warmup_and_not_after() -> None:

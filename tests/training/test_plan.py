@@ -85,6 +85,22 @@ def test_early_stopping_ends_training_with_a_checkpoint() -> None:
     assert play(plan, State(), better=False).count("evaluate") == 2
 
 
+@pytest.mark.parametrize(
+    ("share", "steps"),
+    [
+        (0.5, [9, 18]),
+        (1 / 6, [3, 6, 9, 12, 15, 18]),
+        (0.1667, [4, 8, 12, 16, 18]),
+        (0.01, [*range(1, 19)]),
+        (7, [7, 14, 18]),
+    ],
+)
+def test_share_of_all_steps_says_how_often_a_run_is_evaluated(share: float, steps: list[int]) -> None:
+    """With 6 epochs of 3 steps, a sixth is an epoch."""
+    plan = plan_of(num_train_epochs=6, eval_steps=share)
+    assert [step for step in range(1, 19) if plan.is_eval_step(State(step=step))] == steps
+
+
 def test_train_split_without_samples_is_refused() -> None:
     empty: Any = SimpleNamespace(lengths={"train": np.zeros(0)})
     with pytest.raises(UserError, match="train split is empty"):
