@@ -123,7 +123,15 @@ def test_folder_of_a_run_decides_nothing_but_what_is_read_and_scored(data: list[
 def test_settings_that_evaluation_takes_from_a_run_are_about_its_data_and_scores() -> None:
     """Whoever adds an option of the data answers: can it send a secret, run code, or write elsewhere?"""
     files = {"dataset", "dataset_config", "revision", "train_file", "validation_file", "test_file", "encoding"}
-    reading = {"text_columns", "label_column", "label_columns", "soft_labels", "label_order", "problem_type", "max_length"}
+    reading = {
+        "text_columns",
+        "label_column",
+        "label_columns",
+        "soft_labels",
+        "label_order",
+        "problem_type",
+        "max_length",
+    }
     sizes = {
         "window_stride",
         "pad_to_max_length",
