@@ -68,11 +68,11 @@ def main(config: EvalConfig) -> None:
     if accelerator.is_main_process:
         with locked_folder(folder, wait=60), explaining(folder, AGAIN):
             report = report_evaluation(accelerator, config, trained, batches.data, metrics, scored)
-        if config.report_to == "auto" and config.run_folder is not None:
-            label = eval_folder(dataclasses.replace(config, output_dir=None)).name.removeprefix("eval-")
-            send_scores(config.run_folder, label, scored.scores)
         print(report, flush=True)
     finish(accelerator, model)
+    if accelerator.is_main_process and config.report_to == "auto" and config.run_folder is not None:
+        label = eval_folder(dataclasses.replace(config, output_dir=None)).name.removeprefix("eval-")
+        send_scores(config.run_folder, label, scored.scores)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,11 @@ class EvalConfig:
     def implied(values: dict[str, Any]) -> list[Given]:
         """Options of the run in `--run`: its data and metrics, so that it is scored as it was trained.
 
-        The folder may be a stranger's: no other option is taken from it, such as where reports go, which server is asked,
-        who gets the token, and whether code in a repository or in pickled weights runs. If `values`, the options that were
-        given, name other data, only options that are not about the data are taken; the columns of the training are kept
-        with the model. Raises UserError if the folder holds no run.
+        The folder may be a stranger's: no other option of eval.py is taken from it, such as where the report is written,
+        which server is asked, who gets the token, and whether code in a repository or in pickled weights runs. But it names
+        the tracker, the project and the run there that get the scores, unless `--report_to none` is given. If `values`, the
+        options that were given, name other data, only options that are not about the data are taken; the columns of the
+        training are kept with the model. Raises UserError if the folder holds no run.
         """
         for name in ("run", "model"):
             INPUT_PATH.check(f"--{name}", values.get(name) or "-")

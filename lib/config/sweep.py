@@ -140,7 +140,11 @@ def build_recipes(config: SweepConfig) -> list[Recipe]:
     varied = draw(config) if config.search else combine(config.grid)
     recipes = [Recipe(config.flags, settings) for settings in varied]
     for recipe in recipes:
-        recipe.config(0)
+        solved = recipe.config(0).model.head_solver is not None
+        require(
+            not (config.halving and solved),
+            "--halving pauses runs between their steps, and --head_solver makes only one; leave one of them out",
+        )
     wanted = config.chooses or 1
     require(len(recipes) >= wanted, f"--finalists {wanted} of {len(recipes)} recipes: there is nothing to choose")
     return recipes

@@ -214,7 +214,11 @@ class TrackingConfig:
         require(name is None or len(name) <= 128, f"--run_name takes at most 128 characters, got {len(name or '')}")
         project = self.project
         fits = project is None or (0 < len(project) <= 128 and not set("/\\#?%:") & set(project))
-        require(fits, f"--project takes up to 128 characters, none of / \\ # ? % :, got {shorten(self.project)!r}")
+        fits = fits and project not in (".", "..")
+        require(
+            fits,
+            f"--project takes up to 128 characters, none of / \\ # ? % :, and is not . or .., got {shorten(self.project)!r}",
+        )
         for tag in self.tags:
             require(0 < len(tag) <= 64, f"--tags takes tags of 1 to 64 characters, got {shorten(tag)!r}")
 

@@ -12,7 +12,7 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL
 from lib.errors import UserError
 from lib.evaluation.intervals import average_classes
 from lib.evaluation.scores import AVERAGED, check_metrics, load_metric, metric_settings
-from lib.experiments.groups import Group, Scored
+from lib.experiments.groups import Group, Scored, majority
 from lib.experiments.significance import (
     Difference,
     Score,
@@ -31,7 +31,7 @@ SAMPLE_SCORES = ("accuracy", "mse", "mae")
 class GroupScore:
     """A metric of one group: each seed's value, their mean with a 95 % interval, and that of the ensemble of the seeds.
 
-    `ensemble` averages probabilities or numbers; of multi-label predictions it takes the majority. NaN for one seed.
+    `ensemble` is the score of the seeds as one, see the function `ensemble`. NaN for one seed.
     """
 
     seeds: tuple[float, ...]
@@ -151,13 +151,18 @@ def weighted_score(scored: Scored, metric: str) -> Score:
 
 
 def ensemble(runs: Sequence[Scored]) -> Scored:
-    """The runs as one: the mean of probabilities or of numbers, of multi-label predictions the majority."""
+    """The runs as one: the mean of numbers, and the class of the largest mean probability.
+
+    For two classes, and each label of several, the `majority` of their answers, which hold their tuned thresholds.
+    """
     first = runs[0]
     if first.probabilities is None:
         return dataclasses.replace(first, predicted=np.mean([run.predicted for run in runs], axis=0))
     probabilities = np.mean([run.probabilities for run in runs if run.probabilities is not None], axis=0)
-    if first.problem_type == MULTI_LABEL:
-        predicted = (2 * np.sum([run.predicted for run in runs], axis=0) > len(runs)).astype(np.int64)
+    if first.problem_type == MULTI_LABEL or len(first.names) == 2:
+        share = probabilities if first.problem_type == MULTI_LABEL else probabilities[:, 1]
+        votes = np.sum([run.predicted for run in runs], axis=0)
+        predicted = majority(votes, share, len(runs)).astype(np.int64)
     else:
         predicted = probabilities.argmax(axis=1)
     return dataclasses.replace(first, predicted=predicted, probabilities=probabilities)

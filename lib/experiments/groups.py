@@ -17,6 +17,7 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, flatten
 from lib.config.train import TrainConfig
 from lib.errors import UserError, printable, require
 from lib.run.record import IDENTITY, PLACES, experiment, has_identity, read_identity, recipe
+from lib.run.tracking import read_object
 
 SHOWN = 4
 """How many differing settings a group's name lists."""
@@ -139,20 +140,19 @@ def load_run(folder: Path, split: str) -> FinishedRun:
             f"make them with: accelerate launch eval.py --run {shlex.quote(str(folder))} --split {shlex.quote(split)}, or "
             "compare another --split"
         )
-    found = read_object(results, "train it again")
+    found = read_object(results)
+    require(bool(found), f"{results} is damaged: it holds no JSON object; train it again")
     settings = experiment(flatten(load_config(TrainConfig, folder / "config.yaml")) | read_identity(folder))
     return FinishedRun(folder, settings, found, load_predictions(predictions))
 
 
-def read_object(path: Path, advice: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError with `advice` if it holds none."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object; {advice}")
-    return found
+def majority(votes: Any, probability: Any, seeds: int) -> Any:
+    """Whether an answer that has `votes` of so many seeds is that of all: more than half, or half and, on average, probable.
+
+    The answers of the seeds hold their tuned thresholds, which a mean of probabilities does not. Of one seed it is the
+    answer. Numbers, or arrays of them.
+    """
+    return 2 * votes + (probability >= 0.5) > seeds
 
 
 def load_predictions(path: Path) -> Scored:
@@ -192,7 +192,8 @@ def output_names(report: Path) -> tuple[str, ...]:
     """The names of all classes or labels in a report.json; empty if there is no such file."""
     if not report.is_file():
         return ()
-    tables = read_object(report, "score the run again with eval.py")
+    tables = read_object(report)
+    require(bool(tables), f"{report} is damaged: it holds no JSON object; score the run again with eval.py")
     return tuple(
         row[key] for key, table in (("class", "classes"), ("label", "labels")) for row in tables.get(table, [])
     )

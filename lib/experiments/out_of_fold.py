@@ -10,7 +10,7 @@ import numpy as np
 from lib.config.sections import CLASSIFICATION
 from lib.data.load import Data, assign_folds
 from lib.errors import UserError, require
-from lib.experiments.groups import load_predictions
+from lib.experiments.groups import load_predictions, majority
 from lib.experiments.sweep import PlannedRun, Sweep
 from lib.runtime.atomic import write_atomically
 
@@ -59,7 +59,10 @@ def collect(runs: Sequence[PlannedRun], data: Data, total: int) -> list[dict[str
 
 
 def merge(place: int, fold: int, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row from the predictions of the seeds."""
+    """One row from the predictions of the seeds: the mean of numbers, and the class of the largest mean probability.
+
+    For two classes, and each label of several, the `majority` of their answers, which hold their tuned thresholds.
+    """
     first = found[0]
     if any((line["text"], line["gold"]) != (first["text"], first["gold"]) for line in found):
         raise UserError(
@@ -72,10 +75,16 @@ def merge(place: int, fold: int, found: list[dict[str, Any]]) -> dict[str, Any]:
         name: round(float(np.mean([line["probabilities"].get(name, 0.0) for line in found])), 6)
         for name in first["probabilities"]
     }
-    several = isinstance(first["gold"], list)
-    predicted: Any = first["predicted"] if len(found) == 1 else max(means, key=lambda name: means[name])
-    if several and len(found) > 1:
-        predicted = [name for name, value in means.items() if value >= 0.5]
+    answers, names = [line["predicted"] for line in found], list(means)
+    predicted: Any = answers[0]
+    if isinstance(first["gold"], list):
+        known = dict.fromkeys([*names, *(name for answer in answers for name in answer)])
+        votes = {name: sum(name in answer for answer in answers) for name in known}
+        predicted = [name for name in known if majority(votes[name], means.get(name, 0.0), len(found))]
+    elif len(names) == 2:
+        predicted = names[majority(answers.count(names[1]), means[names[1]], len(found))]
+    elif len(found) > 1:
+        predicted = max(means, key=lambda name: means[name])
     return row | {"predicted": predicted, "probabilities": means}
 
 

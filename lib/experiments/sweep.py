@@ -38,7 +38,7 @@ from lib.run.learning_curves import is_number
 from lib.run.ownership import is_run_folder, refuse
 from lib.run.record import run_name
 from lib.run.resume import check_settings
-from lib.run.tracking import read_log
+from lib.run.tracking import read_log, read_object
 from lib.runtime.atomic import write_atomically
 from lib.runtime.lock import FolderLock, InUse, check_free, check_writable
 from lib.runtime.signals import EXIT_RESUME, SIGNALS, Stopped
@@ -121,7 +121,14 @@ class PlannedRun:
         return [(line["step"], line[key]) for line in lines if is_number(line.get(key))]
 
     def score(self, metric: str, until: int | None = None) -> float | None:
-        """The best validation score up to a step, as the run's own choice of its model; None without an evaluation."""
+        """The validation score of the model that the finished run saved, its mean of weights included.
+
+        Before, and up to the step `until`, the best evaluation so far; None without one.
+        """
+        results = read_object(self.folder / "results.json") if until is None else {}
+        if results:
+            saved = results.get(f"eval/{metric}")
+            return saved if is_number(saved) else None
         values = [value for step, value in self.evaluations(metric) if until is None or step <= until]
         choose = min if metric in LOWER_IS_BETTER else max
         return choose(values, default=None)

@@ -154,7 +154,8 @@ def format_sweep(
         ]
         rows.append([*([""] if chooses else []), printable(method), "", "", *cells])
     lines = [format_table(rows), "mean ± standard deviation over the seeds; the best by validation first"]
-    if any(baselines_of(group) != baselines_of(best) for group in ranked if baselines_of(group)):
+    shown_of = [shown_baselines(group) for group in ranked if group["stage"] == best["stage"]]  # of one split
+    if any(shown and shown != shown_of[0] for shown in shown_of):
         lines.append(
             f"simple methods on the data of {printable(recipe_name(best))}; those of other recipes: results.json"
         )
@@ -184,6 +185,11 @@ def baselines_of(group: dict[str, Any]) -> dict[str, dict[str, Any]]:
             method, _, metric = key.removeprefix(BASELINES).rpartition("/")
             found.setdefault(method, {})[metric] = score
     return found
+
+
+def shown_baselines(group: dict[str, Any]) -> dict[str, str]:
+    """The scores of simple methods in a group as they are shown, whatever the number of its seeds."""
+    return {key: plain_cell(score) for key, score in group.items() if key.startswith(BASELINES)}
 
 
 def score_cell(value: Any) -> str:

@@ -229,8 +229,6 @@ class Run:
                 f"mean of the weights of steps {', '.join(map(str, steps))}: "
                 + (f"better on validation, {found}" if kept else f"not better on validation; step {step} is left out")
             )
-        scores = {f"average/{name}": value for name, value in state.best_scores.items()}
-        self.log.log(state.step, state.samples_seen, {"average/checkpoints": len(state.averaged_steps)} | scores)
 
     def load_best(self, learner: Learner) -> None:
         """Load the model that `save_best` exported. Raises UserError if there is none: no evaluation had a finite loss."""

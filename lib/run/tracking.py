@@ -8,6 +8,8 @@ import os
 import secrets
 import shlex
 import string
+import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,7 +32,9 @@ from lib.evaluation.tables import MOST_CLASSES, NAME_WIDTH, confusion_table, lab
 from lib.run.record import LISTED, bounded
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
+from lib.runtime.lock import check_free
 from lib.runtime.screen import shorten
+from lib.runtime.signals import leave
 from lib.runtime.startup import when_script_fails
 from lib.runtime.variables import variables
 
@@ -38,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 WANDB_INIT_SECONDS = 20
 WANDB_FINISH_SECONDS = 60
+SEND_SECONDS = 120.0
+"""How long eval.py waits for a tracker that has no limit of its own."""
 TRACKED = "tracker.json"
 """The file in the folder of a run that names the tracker's run, also before there is a checkpoint."""
 MOST_POINTS = 10_000
@@ -362,11 +368,16 @@ def report_values(folder: Path, splits: Iterable[str]) -> dict[str, Any]:
 def send_scores(folder: Path, name: str, scores: dict[str, float]) -> None:
     """Add scores of a finished run to its own run in the tracker, as `evals/{name}/{metric}`; nothing if it has none.
 
-    A tracker that fails is reported and stops nothing. In W&B they are in the summary; offline they are another piece of
-    the run, which its `wandb sync` uploads with the others.
+    A run that is trained at the moment gets none: two processes would write one run of the tracker. Neither does one whose
+    tracker.json is of another experiment than its record.json. A tracker that fails is reported and stops nothing; if it
+    does not answer, this process ends, with code 0. Stdout is left to eval.py.
     """
     values = {f"evals/{name}/{metric}": value for metric, value in scores.items()}
     tracker = "the tracker"
+    late = f"the tracker did not answer within {SEND_SECONDS:g} seconds and may lack these scores; the report has them"
+    backstop = threading.Timer(SEND_SECONDS, leave, (late, 0))
+    backstop.daemon = True
+    backstop.start()
     try:
         tracking = load_config(TrainConfig, folder / "config.yaml").tracking
         tracker = tracking.report_to
@@ -376,31 +387,46 @@ def send_scores(folder: Path, name: str, scores: dict[str, float]) -> None:
         events = tracker == "tensorboard" and any((folder / project).glob("events.out.*"))
         if tracker == "none" or not (events or begun.get("tracker") == tracker):
             return
+        check_free(folder)
+        results, own = read_object(folder / "results.json"), read_object(folder / "record.json").get("experiment")
+        require("steps" in results, f"{folder} is not finished")
+        same = events or (own is not None and begun.get("experiment") == own)
+        require(same, f"{folder / TRACKED} is not of the run in this folder")
         check_tracker(tracker)
         link = next((path for name in ("wandb", "swanlog", project) if (path := folder / name).is_symlink()), None)
         require(link is None, f"{link} is a link")
-        if tracker == "wandb":
-            add_to_wandb(folder, project, begun["run_id"], values)
-            return
-        step = read_object(folder / "results.json").get("steps", 0)
-        kwargs: dict[str, Any] = {}
-        if tracker == "trackio":
-            kwargs = {"name": begun["run_id"], "resume": "must"}
-        if tracker == "swanlab":
-            logs, mode = folder / "swanlog", swanlab_mode()
-            kwargs = {"id": begun["run_id"], "resume": "allow" if mode == "offline" else "must"}
-            kwargs |= {"logdir": str(logs), "mode": mode}
-        kind = LOGGER_TYPE_TO_CLASS[tracker]
-        opened = kind(project, *([folder] if kind.requires_logging_directory else []), **kwargs)
-        opened.start()
-        opened.log(values, step=step)
-        opened.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            if tracker == "wandb":
+                add_to_wandb(folder, project, begun["run_id"], values)
+            else:
+                add_to_tracker(folder, tracker, project, begun.get("run_id"), values, results["steps"])
     except Exception as error:
         logger.warning("%s did not get these scores (%s); the report has them", tracker, first_line(error))
+    finally:
+        backstop.cancel()
+
+
+def add_to_tracker(folder: Path, tracker: str, project: str, run_id: Any, values: dict[str, Any], step: int) -> None:
+    """Log values at a step of a run in SwanLab, TensorBoard or Trackio, which must be there."""
+    kwargs: dict[str, Any] = {}
+    if tracker == "trackio":
+        kwargs = {"name": run_id, "resume": "must"}
+    if tracker == "swanlab":
+        logs, mode = folder / "swanlog", swanlab_mode()
+        kwargs = {"id": run_id, "resume": "allow" if mode == "offline" else "must"}
+        kwargs |= {"logdir": str(logs), "mode": mode}
+    kind = LOGGER_TYPE_TO_CLASS[tracker]
+    opened = kind(project, *([folder] if kind.requires_logging_directory else []), **kwargs)
+    opened.start()
+    opened.log(values, step=step)
+    opened.finish()
 
 
 def add_to_wandb(folder: Path, project: str, run_id: str, values: dict[str, Any]) -> None:
-    """Add values to the summary of a run: on the server, or as another piece of it in `folder`."""
+    """Add values to the summary of a run: on the server, or as another piece of it in `folder`.
+
+    `wandb sync` uploads such a piece with the others.
+    """
     import wandb
 
     mode: Any = wandb_mode()
@@ -480,8 +506,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def truncate_log(path: Path, last_step: int) -> int:
     """Delete the lines after `last_step` and what is no line of a log; returns the last step that was there before.
 
-    The line of averaged weights goes too, since the end of training writes it anew. Blank, torn and foreign lines are
-    deleted and told; the lines behind them stay.
+    Blank, torn and foreign lines are deleted and told; the lines behind them stay.
     """
     if not path.exists():
         return 0
@@ -494,7 +519,7 @@ def truncate_log(path: Path, last_step: int) -> int:
             broken += [number] if line or number < len(lines) else []
             continue
         seen = step
-        kept += [line + b"\n"] if step <= last_step and b'"average/' not in line else []
+        kept += [line + b"\n"] if step <= last_step else []
     if broken:
         named = f"lines {', '.join(map(str, broken[:5]))}{' …' if len(broken) > 5 else ''}"
         print(f"warning: {path}: {len(broken)} blank, torn or foreign lines were deleted ({named})", flush=True)

@@ -17,7 +17,7 @@ from lib.errors import UserError
 from lib.evaluation.report import write_report
 from lib.evaluation.scores import compute_metrics
 from lib.evaluation.scoring import Scored
-from lib.experiments.comparison import compare_groups, weighted_score
+from lib.experiments.comparison import compare_groups, ensemble, weighted_score
 from lib.experiments.groups import load_groups, load_predictions
 from tests.evaluation.samples import class_predictions, label_predictions
 
@@ -125,6 +125,28 @@ def test_scores_and_interval_of_a_comparison_are_those_of_scikit_learn(runs):
         assert metric.adjusted[0] < 0.05
         assert metric.groups[0].ensemble > metric.groups[0].mean  # averaging seeds helps
     assert [metric.differences[0].method.split()[0] for metric in compared] == ["seeds", *["Multi-Bootstrap"] * 4]
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_ensemble_of_two_classes_keeps_the_tuned_thresholds_of_its_seeds(tmp_path, seeds):
+    runs = []
+    for seed in range(seeds):
+        shares = np.random.default_rng(seed).uniform(size=50)
+        rows = [
+            {
+                "text": f"t{index}",
+                "gold": "yes",
+                "predicted": "yes" if share >= 0.2 else "no",
+                "probabilities": {"no": 1 - share, "yes": share},
+            }
+            for index, share in enumerate(shares)
+        ]
+        write_run(tmp_path / f"s{seed}", rows, seed)
+        runs.append(load_predictions(tmp_path / f"s{seed}" / "eval-test" / "predictions.jsonl"))
+    votes, mean = sum(run.predicted for run in runs), sum(run.probabilities[:, 1] for run in runs) / seeds
+    expected = np.where(2 * votes == seeds, mean >= 0.5, 2 * votes > seeds)
+    assert ensemble(runs).predicted.tolist() == expected.tolist()
+    assert expected.sum() > (mean >= 0.5).sum()
 
 
 def test_a_sample_that_counts_twice_is_scored_as_if_it_stood_there_twice(runs):

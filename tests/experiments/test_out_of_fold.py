@@ -5,7 +5,7 @@ import pytest
 
 from lib.config.cli import parse
 from lib.config.sweep import SweepConfig, build_recipes
-from lib.experiments.out_of_fold import NAME, SUSPECTS, find_suspects, write_out_of_fold
+from lib.experiments.out_of_fold import NAME, SUSPECTS, find_suspects, merge, write_out_of_fold
 from lib.experiments.sweep import Sweep
 from tests.conftest import read_lines, sentences
 from tests.resuming import run_flags
@@ -61,3 +61,35 @@ def test_without_cleanlab_the_predictions_are_written_and_the_package_is_named(c
         call("train.py", *job.run.flags)
     assert any("pip install cleanlab" in line for line in write_out_of_fold(sweep))
     assert len((tmp_path / "sweeps" / "folds" / NAME).read_text().splitlines()) == 37
+
+
+def test_answers_of_several_seeds_keep_their_tuned_thresholds():
+    def answer(share, tuned):
+        return {"text": "a", "gold": "no", "predicted": tuned, "probabilities": {"no": 1 - share, "yes": share}}
+
+    def predicted(*answers):
+        return merge(0, 1, [answer(*given) for given in answers])["predicted"]
+
+    assert predicted((0.35, "yes")) == "yes"  # a threshold of 0.3
+    assert predicted((0.35, "yes"), (0.4, "yes"), (0.1, "no")) == "yes"
+    assert predicted((0.6, "no"), (0.7, "no")) == "no"  # thresholds of 0.8
+    assert [predicted((0.6, "no"), (share, "yes")) for share in (0.3, 0.5)] == ["no", "yes"]  # the mean decides
+
+    def labels(*answers):
+        rows = [
+            {"text": "a", "gold": [], "predicted": given, "probabilities": dict(zip("xy", shares, strict=True))}
+            for given, *shares in answers
+        ]
+        return merge(0, 1, rows)["predicted"]
+
+    assert labels((["y"], 0.6, 0.2)) == ["y"]
+    assert labels((["y"], 0.6, 0.2), (["y"], 0.6, 0.3), (["x"], 0.9, 0.1)) == ["y"]
+    assert labels((["y"], 0.6, 0.2), (["x"], 0.9, 0.3)) == ["x"]
+
+
+def test_class_of_several_seeds_is_that_of_the_largest_mean_probability():
+    rows = [
+        {"text": "a", "gold": "u", "predicted": best, "probabilities": dict(zip("uvw", shares, strict=True))}
+        for best, shares in (("u", (0.4, 0.3, 0.3)), ("u", (0.4, 0.3, 0.3)), ("v", (0.0, 0.9, 0.1)))
+    ]
+    assert merge(0, 1, rows)["predicted"] == "v"

@@ -81,6 +81,14 @@ def test_search_fills_each_range_evenly_and_more_trials_keep_the_first():
         (["--grid", "lr=[1e-5,2e-5]"], "takes one value"),
         (["--grid", "metrics=[accuracy,f1],[accuracy,f1]"], "twice"),
         (["--search", "metrics=[accuracy,"], "not closed"),
+        (
+            ["--search", "max_length=32,64", "--halving", "2", "--", "--freeze", "backbone", "--head_solver", "lbfgs"],
+            "--head_solver",
+        ),
+        (
+            ["--grid", "head_solver=None,lbfgs", "--finalists", "1", "--halving", "2", "--", "--freeze", "backbone"],
+            "only",
+        ),
     ],
 )
 def test_what_cannot_be_swept_is_refused_and_names_the_option(flags, word):
@@ -224,6 +232,39 @@ def test_table_has_every_seed_of_the_best_recipe_and_simple_methods_beside_it(pr
     assert ["most", "frequent", "answer", "0.0500"] in table
     found = json.loads((sweep.folder / "results.json").read_text())["recipes"]
     assert [group["baselines/most frequent answer/accuracy"]["mean"] for group in found] == [0.05, 0.05]
+
+
+def test_finished_runs_are_ranked_and_shown_by_the_model_that_they_saved(pretend):
+    sweep = pretend("--grid", "lr=0.1,0.2", "--finalists", "1")
+    sweep.open()
+    jobs = next(sweep.stages())
+    sweep.run(jobs, Slots([], 2))
+    worse, better = (job.run for job in jobs)
+    path = worse.folder / "results.json"  # whose mean of weights is better than each evaluation
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eval/accuracy": 0.9}))
+    assert sweep.rank(jobs) == [(0.9, worse), (0.2, better)]
+    assert worse.score("accuracy", until=4) == 0.05  # where runs were paused, evaluations are compared
+    write_report(sweep)
+    assert [line["eval/accuracy"] for line in read_lines(sweep.folder / "runs.jsonl")] == [0.9, 0.2]
+    found = json.loads((sweep.folder / "results.json").read_text())
+    assert found["best"] == {"lr": "0.1"}
+    assert "0.9000" in (sweep.folder / "table.md").read_text()
+
+
+def test_simple_methods_of_other_recipes_are_named_only_where_the_data_differ(pretend):
+    carry_out(sweep := pretend("--grid", "lr=0.1,0.2", "--finalists", "2", "--seeds", "2"))
+
+    def score(run, value):
+        path = run.folder / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"baselines/most frequent answer/accuracy": value}))
+
+    for run in sweep.runs:  # trials are scored on validation, finalists on test
+        score(run, 0.04 if run.score_test else 0.05)
+    assert "other recipes" not in write_report(sweep)
+    (sweep.runs[-1].folder / "results.json").unlink()  # of one recipe there is one seed only
+    assert "other recipes" not in write_report(sweep)
+    score(sweep.runs[-2], 0.5)
+    assert "other recipes" in write_report(sweep)
 
 
 def test_claim_that_a_killed_sweep_left_of_a_finished_run_is_removed(pretend):

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from lib.config.cli import dump_config, parse
 from lib.config.train import TrainConfig
+from lib.errors import UserError
 from lib.run.tracking import send_scores
 from tests.conftest import ROOT, Command, results_of, sentences, write_csv
 from tests.wandb_files import wandb_records
@@ -47,8 +48,11 @@ def finished_run(folder: Path, tracker: str, *flags: str, **begun: str) -> Path:
     config = parse(TrainConfig, ["--report_to", tracker, *flags])
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "results.json").write_text('{"steps": 12}')
+    (folder / "record.json").write_text('{"experiment": "a"}')
     if begun:
-        (folder / "tracker.json").write_text(json.dumps({"tracker": tracker, "run_id": "abc"} | begun))
+        (folder / "tracker.json").write_text(
+            json.dumps({"tracker": tracker, "run_id": "abc", "experiment": "a"} | begun)
+        )
     return folder
 
 
@@ -98,6 +102,51 @@ def test_run_that_was_not_tracked_is_not_sent(
     assert not caplog.records
 
 
+def test_run_that_is_still_trained_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", recorder := Recorder())
+    folder = finished_run(tmp_path, "trackio", project="lab")
+    owner = "import pathlib, sys; from lib.runtime.lock import FolderLock; FolderLock(pathlib.Path(sys.argv[1])).take()"
+    command = [sys.executable, "-c", owner + "; print(1, flush=True); input()", str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as training:
+        assert training.stdout is not None
+        training.stdout.readline()
+        send_scores(folder, "test", {"accuracy": 0.5})  # for longer: there are results of before
+        training.communicate(b"\n", timeout=60)
+    (folder / "results.json").unlink()
+    send_scores(folder, "test", {"accuracy": 0.5})
+    assert recorder.calls == []
+    assert "not finished" in caplog.text
+    assert len(caplog.records) == 2
+
+
+HANGING = """
+import pathlib, time
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from lib.run import tracking
+
+
+class Hanging:
+    requires_logging_directory = False
+
+    def __init__(self, project, **settings):
+        print("project of the tracker")
+        time.sleep(300)
+
+
+LOGGER_TYPE_TO_CLASS["trackio"], tracking.SEND_SECONDS = Hanging, 0.5
+tracking.send_scores(pathlib.Path("run"), "test", {"accuracy": 0.25})
+"""
+
+
+def test_tracker_that_does_not_answer_is_not_waited_for(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run", "trackio", project="lab")
+    done = in_process(tmp_path, HANGING)
+    assert "did not answer" in done.stderr
+    assert done.stdout == ""  # it is for the results of eval.py
+
+
 def test_tracker_that_fails_stops_no_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,7 +175,7 @@ def test_eval_adds_its_scores_to_the_events_of_tensorboard_unless_told_not_to(
     assert [tag for tag in values if tag.startswith("baselines/")]
 
 
-def in_process(folder: Path, code: str, **environment: str) -> None:
+def in_process(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a process without anybody's login."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "SWANLAB"))}
     own = {"HOME": str(folder), "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)} | environment
@@ -140,6 +189,7 @@ def in_process(folder: Path, code: str, **environment: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    return done
 
 
 WANDB = """
@@ -213,5 +263,15 @@ def test_folder_of_a_stranger_has_nothing_written_elsewhere(
     folder = finished_run(tmp_path / "run", "trackio", project="lab")
     (folder / "wandb").symlink_to(tmp_path)
     send_scores(folder, "test", {"accuracy": 0.5})
-    assert recorder.calls == []
     assert "is a link" in caplog.text
+    (folder / "wandb").unlink()
+    (folder / "tracker.json").write_text('{"tracker": "trackio", "run_id": "abc", "experiment": "another"}')
+    send_scores(folder, "test", {"accuracy": 0.5})
+    assert "is not of the run" in caplog.text
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("project", [".", ".."])
+def test_project_that_is_a_place_among_folders_is_refused(project: str) -> None:
+    with pytest.raises(UserError, match="--project"):
+        parse(TrainConfig, ["--project", project])
