@@ -45,7 +45,7 @@ class EvalConfig:
     """Metrics to compute; see train.py --help."""
     threshold: tuple[str, ...] = ()
     """Least probability at which a label, or the second of two classes, is predicted: a number, or label=number for some.
-    [default: those stored with the model, else 0.5]"""
+    The report has a folder of its own. [default: those stored with the model, else 0.5]"""
     per_device_eval_batch_size: Annotated[int, COUNT] = 64
     """Samples per forward pass."""
     bootstrap_samples: Annotated[int, Within("[1, 1000000]")] = 1000
@@ -53,7 +53,8 @@ class EvalConfig:
     seed: Annotated[int, SEED] = 42
     """Random seed of the bootstrap."""
     output_dir: Annotated[str | None, OUTPUT_PATH] = None
-    """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}]"""
+    """Folder of the report. [default: {run}/eval-{split}, or outputs/eval-{model}-{dataset}-{split}; with
+    --threshold, followed by -threshold and the number]"""
     report_to: Literal["auto", "none"] = "auto"
     """`auto`: the scores of a run are added to its own run in its tracker, if it has one."""
     mixed_precision: Precision = "auto"

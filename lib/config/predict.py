@@ -269,7 +269,7 @@ class PredictConfig:
         fits = self.function_to_apply is None or task == "sentiment-analysis"
         require(fits, "--function_to_apply is for --task sentiment-analysis")
         check_thresholds(self.threshold)
-        classifies = task == "sentiment-analysis" and not (self.explain_tokens or self.export_onnx)
+        classifies = task == "sentiment-analysis" and not (self.explain_tokens or exported)
         require(classifies or not self.threshold, "--threshold is for predictions of --task sentiment-analysis")
         abstains = self.abstain_below is not None
         require(classifies or not abstains, "--abstain_below is for predictions of --task sentiment-analysis")

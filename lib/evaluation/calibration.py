@@ -1,8 +1,6 @@
 """Calibration: a temperature that makes probabilities say how often a model is right, and what is left where it abstains."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +20,9 @@ COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.25)
 def fit_temperature(predictions: Predictions) -> float:
     """The T with the least cross entropy of softmax(logits / T), for multi-label of the sigmoid, on these samples.
 
-    It divides all logits, so that no class is predicted in place of another (Guo et al., ICML 2017). 1 where the samples
-    have no best one: no mistake, one class only, no better than equal probabilities, a logit that is not finite.
+    With soft labels the cross entropy is that of their probabilities. T divides all logits, so that no class is predicted
+    in place of another (Guo et al., ICML 2017). 1 where the samples have no best one: no mistake, one class only, no better
+    than equal probabilities, a logit that is not finite.
     """
     from scipy.optimize import brentq  # not before something is tuned
 
@@ -49,16 +48,15 @@ def fit_temperature(predictions: Predictions) -> float:
 
 
 def of_gold(predictions: Predictions) -> np.ndarray:
-    """The logit of each sample's class, or the sum of those of its labels."""
-    if predictions.problem_type == MULTI_LABEL:
-        return (predictions.labels * predictions.logits).sum(axis=1)
-    return given_gold(predictions.logits, predictions.labels)
+    """The logit of each sample's class, or the sum of those of its labels; of soft labels weighted by them."""
+    wanted = predictions.wanted
+    return given_gold(predictions.logits, wanted) if wanted.ndim == 1 else (wanted * predictions.logits).sum(axis=1)
 
 
 def has_mistake(predictions: Predictions) -> bool:
-    """Whether a logit speaks for another class than the gold one, or against a label."""
+    """Whether a logit speaks for another class than the gold one, or against a label; of soft labels, not only for it."""
     if predictions.problem_type == MULTI_LABEL:
-        return bool((predictions.logits * (1 - 2 * predictions.labels) > 0).any())
+        return bool((np.maximum(predictions.logits, 0) > predictions.wanted * predictions.logits).any())
     return bool((predictions.logits.max(axis=1) > of_gold(predictions)).any())
 
 
@@ -68,16 +66,19 @@ def given_gold(table: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def cross_entropy(predictions: Predictions) -> float:
-    """The mean loss at the temperature, in nats, as evaluation has it without one; of multi-label averaged over labels."""
+    """The mean loss at the temperature, in nats, as evaluation has it without one: of soft labels that of `targets`.
+
+    Of multi-label it is averaged over labels.
+    """
     from scipy.special import log_softmax
 
     total = 0.0
     for block in predictions.blocks():
         logits = block.logits.astype(np.float64) / (predictions.temperature or 1.0)
         if predictions.problem_type == MULTI_LABEL:
-            total += float((np.logaddexp(0, logits) - logits * block.labels).mean(axis=1).sum())
+            total += float((np.logaddexp(0, logits) - logits * block.wanted).mean(axis=1).sum())
         else:
-            total -= float(given_gold(log_softmax(logits, axis=1), block.labels).sum())
+            total -= float(of_gold(dataclasses.replace(block, logits=log_softmax(logits, axis=1))).sum())
     return total / len(predictions.labels)
 
 
@@ -151,11 +152,3 @@ def store_temperature(config: Any, temperature: float) -> None:
 def stored_temperature(config: Any) -> float | None:
     """The temperature in a model's configuration; None where it has none, as in models trained elsewhere."""
     return getattr(config, KEY, None)
-
-
-def restore_temperature(config: Any, folder: Path) -> None:
-    """Make the temperature in `config` that of the model saved in `folder`; none where that has none."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(KEY)
-    vars(config).pop(KEY, None)
-    if saved is not None:
-        store_temperature(config, saved)

@@ -36,6 +36,13 @@ class Predictions:
     classes with the sum 1; None: 0.5 for all labels, the most probable class."""
     thresholds_given: bool = False
     """Whether the thresholds are the user's own, and not those that were tuned on validation."""
+    targets: np.ndarray | None = None
+    """The probabilities of soft labels, float64 (samples, outputs); None: the labels are hard."""
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """What the loss compares with: `targets`, or `labels` where they are hard."""
+        return self.labels if self.targets is None else self.targets
 
     @property
     def predicted(self) -> np.ndarray:
@@ -81,4 +88,5 @@ class Predictions:
 
     def take(self, rows: np.ndarray | slice) -> "Predictions":
         """The predictions of some samples, by index."""
-        return dataclasses.replace(self, logits=self.logits[rows], labels=self.labels[rows], losses=self.losses[rows])
+        names = ("logits", "labels", "losses") if self.targets is None else ("logits", "labels", "losses", "targets")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,23 +47,33 @@ def evaluate(
     """Scores and predictions of a split, equal on every process; metrics are computed once, on the main process.
 
     A model uses the temperature and the thresholds stored with it. With `tune_thresholds_first`, for validation only, they
-    are fitted on this split before and stored; the threshold of two classes only with `two_classes`. `thresholds` are the
-    user's own, in place of those that are stored.
+    are fitted on this split before, also on the main process, and stored; the threshold of two classes only with
+    `two_classes`. `thresholds` are the user's own, in place of those that are stored.
     """
     predictions = predict(accelerator, model, split, batch_size)
     config, problem = accelerator.unwrap_model(model).config, split.problem_type
-    if problem != REGRESSION:
-        if tune_thresholds_first:
-            store_temperature(config, fit_temperature(predictions))
-        predictions = dataclasses.replace(predictions, temperature=stored_temperature(config))
-    if has_thresholds(problem, split.num_outputs):
-        if tune_thresholds_first and (problem == MULTI_LABEL or two_classes):
-            store_thresholds(config, tune_thresholds(predictions))
-        own = thresholds is not None
-        used = thresholds if own else stored_thresholds(config)
-        predictions = dataclasses.replace(predictions, thresholds=used, thresholds_given=own)
-    scores = [compute_metrics(predictions, metrics) if accelerator.is_main_process else None]
-    return Scored(broadcast_object_list(scores)[0], predictions)
+    found: list[Any] = [None]
+    beat("evaluation, scores")
+    if accelerator.is_main_process:
+        temperature = used = None
+        if problem != REGRESSION:
+            temperature = fit_temperature(predictions) if tune_thresholds_first else stored_temperature(config)
+        predictions = dataclasses.replace(predictions, temperature=temperature)
+        if has_thresholds(problem, split.num_outputs):
+            tuned = tune_thresholds_first and (problem == MULTI_LABEL or two_classes)
+            used = tune_thresholds(predictions) if tuned else stored_thresholds(config)
+            used = used if thresholds is None else thresholds
+        predictions = dataclasses.replace(predictions, thresholds=used)
+        found = [(compute_metrics(predictions, metrics), temperature, used)]
+    scores, temperature, used = broadcast_object_list(found)[0]
+    if tune_thresholds_first and temperature is not None:
+        store_temperature(config, temperature)
+    if tune_thresholds_first and used is not None:
+        store_thresholds(config, used)
+    given = thresholds is not None
+    return Scored(
+        scores, dataclasses.replace(predictions, temperature=temperature, thresholds=used, thresholds_given=given)
+    )
 
 
 def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size: int) -> Predictions:
@@ -89,10 +99,12 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     table = summed.cpu().numpy()
     check_counts(table[:, -1])
     seconds = time.perf_counter() - started
-    labels = hard_labels(np.asarray(split.tokens["labels"][:]), split.problem_type)
+    wanted = np.asarray(split.tokens["labels"][:])
+    labels = hard_labels(wanted, split.problem_type)
+    targets = None if np.array_equal(labels, wanted) else wanted.astype(np.float64)  # of soft labels
     labels = labels.astype(np.float32 if split.problem_type == REGRESSION else np.int64)
     logits, losses = table[:, : split.num_outputs], table[:, split.num_outputs]
-    return Predictions(logits, labels, losses, batch_size, seconds, split.problem_type)
+    return Predictions(logits, labels, losses, batch_size, seconds, split.problem_type, targets=targets)
 
 
 @torch.inference_mode()

@@ -1,8 +1,6 @@
 """Thresholds: the probability at which each label, or the second of two classes, is predicted; kept with the model."""
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,9 @@ def tune_thresholds(predictions: Predictions) -> np.ndarray:
     """The threshold with the best F1 for each label, or for the second of two classes, float64 (outputs,).
 
     A threshold lies halfway between two probabilities of the bare logits, strictly between 0 and 1, and is then moved to
-    the temperature: what is predicted does not depend on that. Of equally good ones the nearest to 0.5 is taken; a label
-    that no row has, and one with a NaN, gets 0.5. Those of two classes have the sum 1.
+    the temperature: what is predicted does not depend on that, unless a temperature near 0 rounds probabilities to exactly
+    0 or 1, where they have no order. Of equally good ones the nearest to 0.5 is taken; a label that no row has, and one
+    with a NaN, gets 0.5. Those of two classes have the sum 1.
     """
     bare, temperature = predictions.uncalibrated, predictions.temperature
     if predictions.problem_type == CLASSIFICATION:
@@ -123,10 +122,3 @@ def stored_thresholds(config: Any) -> np.ndarray | None:
 def store_thresholds(config: Any, thresholds: np.ndarray) -> None:
     """Put thresholds into a model's configuration, which is saved with the model."""
     config.thresholds = [float(value) for value in thresholds]
-
-
-def restore_thresholds(config: Any, folder: Path) -> None:
-    """Copy the thresholds of the model saved in `folder`, if it has any, into `config`."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("thresholds")
-    if saved is not None:
-        store_thresholds(config, saved)

@@ -24,6 +24,7 @@ from lib.model.forward import attend_by_length
 from lib.model.layers import backbone_of, freeze
 from lib.model.overrides import override
 from lib.model.source import (
+    ANSWER_SETTINGS,
     LoadingInfo,
     load_hf_config,
     load_pretrained,
@@ -116,11 +117,7 @@ def build_model(
     hf_config.id2label = dict(enumerate(label_names))
     hf_config.label2id = {name: number for number, name in enumerate(label_names)}
     hf_config.problem_type = problem_type
-    for key in (
-        "thresholds",
-        "calibration_temperature",
-        KEY,
-    ):  # of the labels and the data that a trained checkpoint had
+    for key in (*ANSWER_SETTINGS, KEY):  # of the labels and the data that a trained checkpoint had
         vars(hf_config).pop(key, None)
     set_padding(hf_config, tokenizer)
     override(hf_config, config.config_overrides)

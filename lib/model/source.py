@@ -52,13 +52,15 @@ PACKAGES_OF_ATTENTION = {"flash_attention_2": "flash-attn", "flash_attention_3":
 USUAL_OUTPUTS = {"return_dict": True, "output_hidden_states": False, "chunk_size_feed_forward": 0}
 """Settings of config.json that no script here leaves to the model: they change the form of outputs, not the numbers."""
 
+ANSWER_SETTINGS = ("thresholds", "calibration_temperature")
+"""Settings of config.json that say how the outputs of one trained head become answers."""
+
 NOT_OF_THE_MODEL = {
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "dtype", "torch_dtype"),
     *(
         *LABEL_SETTINGS,
+        *ANSWER_SETTINGS,
         "problem_type",
-        "thresholds",
-        "calibration_temperature",
         KEY,
     ),  # of the data that it was trained on before
     *USUAL_OUTPUTS,

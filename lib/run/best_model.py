@@ -3,6 +3,7 @@
 Each checkpoint has a copy of it in `best/`. People may edit `model/`, so that it shares no file with them.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
-from lib.evaluation.calibration import restore_temperature
-from lib.evaluation.thresholds import restore_thresholds
+from lib.model.source import ANSWER_SETTINGS
 from lib.model.weights import reload_model, save_model
 from lib.runtime.atomic import (
     WRITE_ERRORS,
@@ -109,5 +109,13 @@ def restore_model(
         raise UserError(problem or "the first process could not restore the best model")
     inner = accelerator.unwrap_model(model)
     reload_model(inner, folder)
-    restore_temperature(inner.config, folder)
-    restore_thresholds(inner.config, folder)
+    restore_answers(inner.config, folder)
+
+
+def restore_answers(config: Any, folder: Path) -> None:
+    """Make temperature and thresholds in `config` those of the model saved in `folder`; none where that has none."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for key in ANSWER_SETTINGS:
+        vars(config).pop(key, None)
+        if saved.get(key) is not None:
+            setattr(config, key, saved[key])

@@ -95,22 +95,26 @@ def run_attention(folder: Path, asked: Attention, precision: str) -> Attention:
     """The implementation of attention that was asked for; `auto` is that of the run in `folder`, if this machine has it."""
     if asked != "auto":
         return asked
-    stored = load_config(TrainConfig, folder / "config.yaml").model.attn_implementation
+    try:
+        stored = load_config(TrainConfig, folder / "config.yaml").model.attn_implementation
+    except UserError:  # of another version, or damaged
+        return asked
     return stored if has_attention(stored, precision) else "auto"
 
 
 def eval_folder(config: EvalConfig) -> Path:
-    """The folder of eval.py's report: another one for each model and each data set.
+    """The folder of eval.py's report: another one for each model, each data set and each --threshold.
 
     Raises UserError for a link in the folder of a run, which may be a stranger's: it could name any file of the user's.
     """
     if config.output_dir:
         return Path(config.output_dir)
-    named = f"{data_label(config.data, config.split)}-{config.split}"
+    split = f"{config.split}{threshold_label(config.threshold)}"
+    named = f"{data_label(config.data, config.split)}-{split}"
     if config.run_folder is None:
         return Path("outputs") / f"eval-{model_label(config.source.model)}-{named}"
     own = own_data(config.data, load_config(TrainConfig, config.run_folder / "config.yaml").data)
-    folder = config.run_folder / f"eval-{config.split if own else named}"
+    folder = config.run_folder / f"eval-{split if own else named}"
     link = next((path for path in (folder, *folder.glob("*")) if path.is_symlink()), None)
     require(
         link is None,
@@ -141,11 +145,21 @@ def data_label(data: DataConfig, split: str) -> str:
     return plain("-".join(filter(None, [data.dataset or DEFAULT, data.dataset_config])))
 
 
+def threshold_label(given: tuple[str, ...]) -> str:
+    """--threshold in the name of a folder: its number, or digits for numbers of single labels; nothing without it."""
+    if not given:
+        return ""
+    if len(given) == 1 and "=" not in given[0]:
+        return f"-threshold{float(given[0])}"
+    return f"-threshold-{digits(*sorted(given))}"
+
+
 def plain(name: str) -> str:
     """`name` as the part of a file's name: user--name for a Hub id."""
     return re.sub(r"[^\w.-]+", "_", name.strip("/").replace("/", "--"))[:80]
 
 
-def digits(*paths: Path) -> str:
-    """Six digits that differ between paths."""
-    return hashlib.sha256("\n".join(str(path.resolve()) for path in paths).encode(errors="replace")).hexdigest()[:6]
+def digits(*parts: Path | str) -> str:
+    """Six digits that differ between paths, or texts."""
+    texts = (str(part.resolve()) if isinstance(part, Path) else part for part in parts)
+    return hashlib.sha256("\n".join(texts).encode(errors="replace")).hexdigest()[:6]

@@ -43,6 +43,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
         (["a", "--task", "fill-mask", "--abstain_below", "0.5"], "--abstain_below is for"),
         (["a", "--abstain_below", "0.5", "--function_to_apply", "none"], "choose one"),
         (["--export_onnx", "o", "--abstain_below", "0.5"], "--abstain_below is for"),
+        (["--merge_adapter", "o", "--abstain_below", "0.5"], "--abstain_below is for"),
+        (["--merge_adapter", "o", "--threshold", "0.3"], "--threshold is for"),
         (["a", "--top_k", "0"], "--top_k must be above 0, got 0"),
         (["a", "--generate_kwargs", "do_sample"], "--generate_kwargs takes name=value"),
     ],

@@ -1,13 +1,12 @@
 """The temperature is the best one on validation, changes no answer, and is kept with the model; abstaining by hand."""
 
 import dataclasses
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.frozen import FrozenEstimator
@@ -19,12 +18,12 @@ from lib.evaluation.calibration import (
     cross_entropy,
     expected_calibration_error,
     fit_temperature,
-    restore_temperature,
     store_temperature,
     stored_temperature,
 )
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.thresholds import tune_thresholds
+from lib.model.losses import PLAIN
 from tests.evaluation.samples import class_predictions, from_probabilities, label_predictions
 
 
@@ -124,6 +123,47 @@ def test_loss_without_a_temperature_is_that_of_evaluation(make: Any) -> None:
     assert np.array_equal(at(predictions, 1.0).probabilities, predictions.probabilities)
 
 
+def soft(predictions: Predictions, seed: int) -> Predictions:
+    """The same samples with probabilities as labels."""
+    rng = np.random.default_rng(seed)
+    if predictions.problem_type == MULTI_LABEL:
+        targets = rng.random(predictions.logits.shape)
+        return dataclasses.replace(predictions, targets=targets, labels=(targets >= 0.5).astype(np.int64))
+    targets = rng.dirichlet(np.full(predictions.logits.shape[1], 0.7), len(predictions.labels))
+    return dataclasses.replace(predictions, targets=targets, labels=targets.argmax(axis=1))
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions])
+@pytest.mark.parametrize("seed", range(10))
+def test_temperature_of_soft_labels_has_the_least_soft_loss(make: Any, seed: int) -> None:
+    """The loss is that of PyTorch; the labels follow the logits a little, so that some logits are too large."""
+    rng = np.random.default_rng(seed)
+    predictions = soft(make(60, int(rng.integers(2, 5)), seed=seed), seed)
+    predictions = dataclasses.replace(predictions, logits=np.float32(predictions.logits + 3 * predictions.targets))
+    predictions = scaled(predictions, float(np.exp(rng.normal())))
+    kind = PLAIN[predictions.problem_type]
+
+    def loss(temperature: float) -> float:
+        logits, targets = torch.from_numpy(predictions.logits).double(), torch.from_numpy(predictions.targets)
+        found = kind(logits / temperature, targets).mean().item()
+        assert cross_entropy(at(predictions, temperature)) == pytest.approx(found, rel=1e-6)
+        return found
+
+    temperature = fit_temperature(predictions)
+    assert temperature != 1
+    assert loss(temperature) <= loss(1)
+    assert loss(temperature) < min(loss(temperature * factor) for factor in (0.5, 0.9, 1.1, 2))
+
+
+@pytest.mark.parametrize("make", [class_predictions, label_predictions])
+def test_certain_soft_labels_have_the_temperature_and_loss_of_hard_ones(make: Any) -> None:
+    hard = make(60)
+    targets = np.eye(3)[hard.labels] if make is class_predictions else hard.labels.astype(np.float64)
+    certain = dataclasses.replace(hard, targets=targets)
+    assert fit_temperature(certain) == fit_temperature(hard)
+    assert cross_entropy(at(certain, 2.0)) == cross_entropy(at(hard, 2.0))
+
+
 def test_too_sure_model_gets_a_smaller_calibration_error() -> None:
     predictions = scaled(class_predictions(5000, skill=2.0), 5)
     calibrated = at(predictions, fit_temperature(predictions))
@@ -190,12 +230,6 @@ def test_temperature_is_saved_with_the_model_configuration(tmp_path: Path) -> No
     store_temperature(settings, 4 / 3)
     settings.save_pretrained(tmp_path)
     assert stored_temperature(AutoConfig.from_pretrained(tmp_path)) == 4 / 3
-    other = SimpleNamespace()
-    restore_temperature(other, tmp_path)
-    assert stored_temperature(other) == 4 / 3
-    (tmp_path / "config.json").write_text(json.dumps({"num_labels": 2}))
-    restore_temperature(other, tmp_path)  # the best model may be from a version that fitted none
-    assert stored_temperature(other) is None
 
 
 @pytest.mark.parametrize("classes", [2, 5])

@@ -10,10 +10,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib.config.sections import CLASSIFICATION, ModelConfig
+from lib.config.sections import CLASSIFICATION, MULTI_LABEL, ModelConfig
 from lib.data.batching import eval_batches
 from lib.data.load import Data
 from lib.data.loader import Batches, Collator, Split, build_collator
+from lib.evaluation.calibration import cross_entropy
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import check_counts, evaluate, predict
 from lib.model.layers import set_train_mode
@@ -142,6 +143,56 @@ def test_evaluate_scores_the_split_asked_for(accelerator: Accelerator, parts: tu
     assert len(predictions.labels) == 4
     assert scores["accuracy"] == (predictions.predicted == predictions.labels).mean()
     assert scores["loss"] == pytest.approx(predictions.losses.mean())
+
+
+@pytest.mark.parametrize("problem", [CLASSIFICATION, MULTI_LABEL])
+def test_soft_labels_are_kept_and_their_loss_is_no_worse_at_the_stored_temperature(
+    accelerator: Accelerator, parts: tuple, problem: str
+) -> None:
+    model, tokens, lengths, collator = parts
+    soft = np.random.default_rng(0).dirichlet(np.ones(3), SIZE).astype(np.float32).tolist()
+    certain = (np.eye(3)[tokens["labels"][:]] if problem == MULTI_LABEL else np.array(tokens["labels"][:])).tolist()
+    for labels in (soft, certain):
+        given = tokens.remove_columns("labels").add_column("labels", labels)
+        split = Split("validation", given, lengths, collator, 3, problem)
+        scores, predictions = evaluate(accelerator, model, split, [], 3, tune_thresholds_first=True)
+        bare, tuned = cross_entropy(predictions.uncalibrated), cross_entropy(predictions)
+        assert bare == pytest.approx(scores["loss"], rel=1e-5)
+        assert tuned <= bare
+        if labels is soft:
+            assert predictions.targets == pytest.approx(np.array(soft))
+            assert predictions.labels.shape == ((SIZE,) if problem == CLASSIFICATION else (SIZE, 3))
+        else:
+            assert predictions.targets is None
+    for key in ("thresholds", "calibration_temperature"):
+        vars(model.config).pop(key, None)
+
+
+def test_temperature_and_thresholds_are_those_of_the_main_process(
+    accelerator: Accelerator, parts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process on another kind of CPU may fit slightly other ones."""
+    model, tokens, lengths, collator = parts
+    labels = np.random.default_rng(0).integers(2, size=(SIZE, 3)).astype(float).tolist()
+    given = tokens.remove_columns("labels").add_column("labels", labels)
+    split = Split("validation", given, lengths, collator, 3, MULTI_LABEL)
+    sent = []
+    monkeypatch.setattr("lib.evaluation.scoring.broadcast_object_list", lambda found: sent.extend(found) or found)
+    main = evaluate(accelerator, model, split, ["f1_micro"], 3, tune_thresholds_first=True)
+    configs = [dict(vars(model.config))]
+    for key in ("thresholds", "calibration_temperature"):
+        vars(model.config).pop(key)
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    monkeypatch.setattr("lib.evaluation.scoring.broadcast_object_list", lambda _: sent)
+    for name in ("fit_temperature", "tune_thresholds", "compute_metrics"):
+        monkeypatch.setattr(f"lib.evaluation.scoring.{name}", None)
+    other = evaluate(accelerator, model, split, ["f1_micro"], 3, tune_thresholds_first=True)
+    assert [*configs, dict(vars(model.config))] == [*configs, *configs]
+    assert other.scores == main.scores
+    assert other.predictions.temperature == main.predictions.temperature != 1
+    assert np.array_equal(other.predictions.thresholds, main.predictions.thresholds)
+    for key in ("thresholds", "calibration_temperature"):
+        vars(model.config).pop(key)
 
 
 class Echo(nn.Module):

@@ -1,9 +1,7 @@
 """Multi-label thresholds are the best on validation, and are kept with the model."""
 
 import dataclasses
-import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from lib.errors import UserError
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.thresholds import (
     choose_thresholds,
-    restore_thresholds,
     store_thresholds,
     stored_thresholds,
     tune_thresholds,
@@ -132,13 +129,3 @@ def test_thresholds_are_saved_with_the_model_configuration(tmp_path: Path) -> No
     loaded = stored_thresholds(AutoConfig.from_pretrained(tmp_path))
     assert loaded is not None
     assert loaded.tolist() == [0.1, 1 / 3]
-    other = SimpleNamespace()
-    restore_thresholds(other, tmp_path)
-    assert other.thresholds == [0.1, 1 / 3]
-
-
-def test_model_without_thresholds_restores_none(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"num_labels": 2}))
-    other = SimpleNamespace()
-    restore_thresholds(other, tmp_path)
-    assert stored_thresholds(other) is None

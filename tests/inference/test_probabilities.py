@@ -138,14 +138,17 @@ def test_threshold_of_the_user_decides_in_eval_and_predict(run: Path, folder: Pa
     second = sorted(row["probabilities"][names[1]] for row in answers(*given, "--model", run))
     least = (second[0] + second[1]) / 2
     flags = {"two": ["--threshold", f"{names[1]}={least}"], "several": ["--threshold", "0.4", "mixed=0.25"]}
-    scoring = ["--run", run, "--bootstrap_samples", 2, "--mixed_precision", "no", "--output_dir", f"{run}-own"]
+    scoring = ["--run", run, "--bootstrap_samples", 2, "--mixed_precision", "no"]
     if run.name == "three":
         for script, rest in (("eval.py", scoring), ("predict.py", [given[0], "--model", run])):
             call_script(script, *rest, "--threshold", "0.3", cwd=folder, code=2)
         return
+    before = {path: path.read_bytes() for path in run.glob("eval-test/*")}
     said = call_script("eval.py", *scoring, *flags[run.name], cwd=folder).stdout
     assert "--threshold" in said
-    rows = read_lines(Path(f"{run}-own") / "predictions.jsonl")
+    assert before == {path: path.read_bytes() for path in run.glob("eval-test/*")}
+    (own,) = run.glob("eval-test-threshold*")
+    rows = read_lines(own / "predictions.jsonl")
     found = answers(*given, "--model", run, *flags[run.name])
     limits = [1 - least, least] if run.name == "two" else [0.4, 0.4, 0.25]
     changed = 0

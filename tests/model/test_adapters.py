@@ -269,6 +269,22 @@ def test_published_adapter_has_the_logits_of_its_formula(folder_of, tmp_path, ki
     assert (found[0] - found[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("method", ["lora", "published"])
+def test_adapter_without_a_configuration_has_no_thresholds_temperature_or_data_of_its_base(tmp_path, method):
+    """They belong to the head of the base, and to what it was trained on."""
+    base = save_classifier("roberta", tmp_path / "base")
+    settings = json.loads((base / "config.json").read_text())
+    of_base = {"thresholds": [0.1, 0.2, 0.3], "calibration_temperature": 2.5, "trained_on": {"dataset": "sst2"}}
+    if method == "published":
+        folder = published(tmp_path / "hub", base)
+    else:
+        save_model(build(base, method)[0], folder := tmp_path / "adapter")
+        (folder / "config.json").unlink()
+    (base / "config.json").write_text(json.dumps(settings | of_base))
+    model = load_classifier(ModelConfig(model=str(folder)))
+    assert not [key for key in of_base if hasattr(model.config, key)]
+
+
 def test_saved_tensors_have_the_names_of_the_adapters_library(folder_of, tmp_path):
     """Its names for the Houlsby adapter `classifier` of a RobertaForSequenceClassification."""
     model, _ = build(folder_of("roberta"), "bottleneck", "houlsby")

@@ -33,6 +33,21 @@ def test_restored_weights_equal_the_published_ones(accelerator: Accelerator, rob
     assert equal_weights(best, later)
 
 
+def test_restored_thresholds_and_temperature_are_those_of_the_published_model_or_none(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    best, later, old = ({"thresholds": [x, 1 - x, x], "calibration_temperature": 4 * x} for x in (1 / 3, 0.4, 0.0))
+    model = build(roberta)
+    for number, published in enumerate([best, {"thresholds": old["thresholds"]}, {"calibration_temperature": 2.0}, {}]):
+        vars(model.config).update(published)
+        publish(accelerator, model, roberta, tmp_path / f"{number}")
+        vars(model.config).update(later)
+        restore_model(accelerator, model, tmp_path / f"{number}", EVALUATED)
+        assert {name: vars(model.config)[name] for name in best if name in vars(model.config)} == published
+        for name in best:
+            vars(model.config).pop(name, None)
+
+
 def test_prepared_model_is_published_and_restored_in_float32(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:

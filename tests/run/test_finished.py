@@ -206,6 +206,16 @@ def test_damaged_results_of_a_run_stop_nobody_who_uses_its_model(
     assert find_model(ModelSource(str(folder)), "auto").precision == "auto"
 
 
+@pytest.mark.parametrize("content", ["model: [", "not_an_option: 1\n", "attn_implementation: fast\n", "\0"])
+def test_damaged_options_of_a_run_stop_nobody_who_uses_its_model(
+    single_label: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(single_label, tmp_path / "run")
+    (folder / "config.yaml").write_text(content)
+    for model in (folder, folder / "model"):
+        assert find_model(ModelSource(str(model)), "auto").source.attn_implementation == "auto"
+
+
 def test_metrics_are_those_of_the_run_unless_named(files: Path, single_label: Path, tmp_path: Path) -> None:
     run = train(files, "metrics", *KINDS["single_label"], "--metrics", "matthews_correlation")
     test = ["--model", run / "model", "--test_file", files / "test.csv"]
@@ -249,7 +259,13 @@ def test_reports_of_different_models_and_data_are_in_different_folders(single_la
     found = [report_folder("--model", model, *test) for model in models for test in tests]
     found += [report_folder("--run", single_label, *test) for test in tests]
     found += [report_folder("--run", single_label), report_folder("--run", single_label, "--split", "validation")]
+    own = [["--threshold", *given] for given in (["0.3"], ["0.25"], ["bad=0.3"], ["bad=0.25"], ["0.3", "good=0.25"])]
+    for place in (["--model", models[0], *tests[0]], ["--run", single_label], ["--run", single_label, *tests[0]]):
+        found += [report_folder(*place, *threshold) for threshold in own]
     assert len(set(found)) == len(found)
+    assert report_folder("--run", single_label, "--threshold", "0.30").name == "eval-test-threshold0.3"
+    named = {report_folder("--run", single_label, "--threshold", *given) for given in (["a=0", "b=1"], ["b=1", "a=0"])}
+    assert len(named) == 1
     assert report_folder("--run", single_label) == single_label / "eval-test"
     assert report_folder("--model", models[0], *tests[0]) == report_folder("--model", models[0], *tests[0])
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.config.sections import AdapterConfig, Attention, ModelSource
+from lib.data.trained_on import KEY
 from lib.errors import UserError
 from lib.hub.needs import named_base
 from lib.model.adapters.adapterhub import (
@@ -24,7 +25,7 @@ from lib.model.adapters.adapterhub import (
 )
 from lib.model.adapters.bottleneck import BottleneckConfig, add_bottlenecks, bottleneck_config
 from lib.model.adapters.peft_methods import add_peft, load_peft, reload_peft
-from lib.model.source import load_hf_config, load_pretrained, resolve_model
+from lib.model.source import ANSWER_SETTINGS, load_hf_config, load_pretrained, resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,8 @@ def load_adapter(folder: Path, attention: Attention = "auto") -> Any:
         hf_config = load_hf_config(ModelSource(str(folder)), labels=True)
     else:
         hf_config = load_hf_config(base, labels=is_peft)
+        for key in (*ANSWER_SETTINGS, KEY):  # of the head and the data of the base model
+            vars(hf_config).pop(key, None)
         if not is_peft:
             hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
             hf_config.id2label = {index: name for name, index in head["label2id"].items()}
