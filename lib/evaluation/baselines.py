@@ -25,8 +25,7 @@ from lib.data.batching import eval_batches, permutation
 from lib.data.encoding import Encoder
 from lib.data.load import Data
 from lib.errors import first_line, printable
-from lib.evaluation.linear import choose_best, fit_linear
-from lib.evaluation.linear import predictions_of as scored_outputs
+from lib.evaluation.linear import choose_best, fit_linear, predictions_of
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import row_texts
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics, compute_metrics
@@ -74,10 +73,10 @@ BLOCK = 10_000
 PATIENCE_SECONDS = 5.0
 """After so long it is said what takes the time."""
 
-STRENGTHS = (1.0, 4.0, 16.0)
-"""Inverse strengths of regularization, of which validation chooses one."""
+WORDS_C = (1.0, 4.0, 16.0)
+"""scikit-learn's C on TF-IDF, the inverse strength of regularization, of which validation chooses one."""
 
-VERSION = 3
+VERSION = 4
 CPU = torch.device("cpu")
 
 
@@ -109,7 +108,8 @@ def find_baselines(data: Data, split: str, metrics: Metrics, device: torch.devic
     """
     numbers, few = data.problem_type == REGRESSION, len(data.label_names) <= MOST_OUTPUTS
     with_vectors = few and len(data.texts["train"]) >= FEWEST_ROWS and few_tokens(data, split, device)
-    asked = [data.fingerprint(), split, metrics.names, metrics.best, with_vectors, VERSION]
+    made_by = [device.type, resolve_precision("auto")] if with_vectors else None
+    asked = [data.fingerprint(), split, metrics.names, metrics.best, made_by, VERSION]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     path = datasets_cache() / "baselines" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -148,7 +148,7 @@ def most_frequent(data: Data, split: str) -> Predictions:
         answer = log_odds(train.mean(axis=0))
     else:
         answer = np.bincount(train, minlength=len(data.label_names)).astype(np.float64)
-    rows = np.broadcast_to(answer.astype(np.float32), (len(gold), len(answer)))
+    rows = np.tile(answer.astype(np.float32), (len(gold), 1))
     return predictions_of(rows, gold, data.problem_type)
 
 
@@ -194,19 +194,14 @@ def words_regression(data: Data, split: str, metrics: Metrics) -> Predictions:
         return [predictions_of(np.concatenate(found), gold, data.problem_type) for found in zip(*blocks, strict=True)]
 
     models = []
-    for strength in STRENGTHS:
+    for inverse in WORDS_C:
         # One class against the rest, by liblinear: a fifth of the time of all at once, and as good.
-        model: Any = OneVsRestClassifier(LogisticRegression(C=strength, solver="liblinear", random_state=0))
+        model: Any = OneVsRestClassifier(LogisticRegression(C=inverse, solver="liblinear", random_state=0))
         if data.problem_type == REGRESSION:
-            model = Ridge(alpha=1 / strength)
+            model = Ridge(alpha=1 / inverse)
         models.append(model.fit(vectors, labels.astype(np.float64 if data.problem_type == REGRESSION else np.int64)))
-    name = metrics.names[0] if metrics.best == "loss" else metrics.best
-    sign = -1 if name in LOWER_IS_BETTER else 1
-    values = [
-        sign * np.nan_to_num(compute_metrics(found, [name])[name], nan=-1e9)
-        for found in predictions(models, "validation")
-    ]
-    (chosen,) = predictions([models[int(np.argmax(values))]], split)
+    number, _ = choose_best(predictions(models, "validation"), metrics.best)
+    (chosen,) = predictions([models[number]], split)
     return chosen
 
 
@@ -231,9 +226,9 @@ def vectors_regression(data: Data, split: str, metrics: Metrics, device: torch.d
     problem, labels = data.problem_type, data.labels("train")[rows]
     models = list(fit_linear(vectors["train"], labels, problem, len(data.label_names)))
     gold = data.labels("validation")
-    found = [scored_outputs(model(vectors["validation"]), gold, problem) for model in models]
+    found = [predictions_of(model(vectors["validation"]), gold, problem) for model in models]
     number, _ = choose_best(found, metrics.best)
-    return scored_outputs(models[number](vectors[split]), data.labels(split), problem)
+    return predictions_of(models[number](vectors[split]), data.labels(split), problem)
 
 
 @torch.inference_mode()
@@ -241,29 +236,31 @@ def mean_vectors(tables: dict[str, Any], device: torch.device) -> dict[str, np.n
     """float32 (rows, size): the mean of the token vectors of each row's text, for each table of texts."""
     threads = torch.get_num_threads()
     use_all_cores()  # a run with a small head has one
-    with torch.random.fork_rng(devices=[]):
-        model = load_trained(ModelSource(), AutoModel, "model").to(device).eval()
-    encoder = Encoder(load_tokenizer(ModelSource()), TOKENS_OF_A_TEXT)
-    dtype, found = DTYPES.get(resolve_precision("auto")), {}
-    for name, table in tables.items():
-        columns = []
-        for column in zip(*(text if isinstance(text, list) else [text] for text in row_texts(table)), strict=True):
-            ids = encoder([[text[:MOST_OF_A_TEXT] for text in column]])["input_ids"]
-            vectors = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
-            for rows in eval_batches(np.array([len(tokens) for tokens in ids]), 64):
-                tokens = [torch.tensor(ids[row]) for row in rows]
-                padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
-                mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True).to(
-                    device
-                )
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
-                vectors[rows] = ((states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)).cpu().numpy()
-            columns.append(vectors)
-        first, *second = columns
-        found[name] = np.hstack([first, *(np.hstack([other, abs(first - other), first * other]) for other in second)])
-    torch.set_num_threads(threads)
-    return found
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = load_trained(ModelSource(), AutoModel, "model").to(device).eval()
+        encoder = Encoder(load_tokenizer(ModelSource()), TOKENS_OF_A_TEXT)
+        return {name: table_vectors(table, model, encoder, device) for name, table in tables.items()}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def table_vectors(table: Any, model: Any, encoder: Encoder, device: torch.device) -> np.ndarray:
+    """float32 (rows, size): the mean of the token vectors of each text; of a pair, what `vectors_regression` says."""
+    dtype, columns = DTYPES.get(resolve_precision("auto")), []
+    for column in zip(*(text if isinstance(text, list) else [text] for text in row_texts(table)), strict=True):
+        ids = encoder([[text[:MOST_OF_A_TEXT] for text in column]])["input_ids"]
+        vectors = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
+        for rows in eval_batches(np.array([len(tokens) for tokens in ids]), 64):
+            tokens = [torch.tensor(ids[row]) for row in rows]
+            padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                states = model(input_ids=padded, attention_mask=mask).last_hidden_state.float()
+            vectors[rows] = ((states * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)).cpu().numpy()
+        columns.append(vectors)
+    first, *second = columns
+    return np.hstack([first, *(np.hstack([other, abs(first - other), first * other]) for other in second)])
 
 
 def text_blocks(data: Data, split: str) -> Iterator[list[str]]:
@@ -283,12 +280,6 @@ def plain_texts(data: Data, split: str, rows: np.ndarray) -> list[str]:
 def log_odds(probabilities: np.ndarray) -> np.ndarray:
     clipped = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-6, 1 - 1e-6)
     return np.log(clipped / (1 - clipped))
-
-
-def predictions_of(outputs: np.ndarray, labels: np.ndarray, problem_type: str) -> Predictions:
-    gold = labels if problem_type == REGRESSION else labels.astype(np.int64)
-    losses = np.zeros(len(gold), dtype=np.float32)
-    return Predictions(outputs.astype(np.float32, copy=False), gold, losses, problem_type=problem_type)
 
 
 def format_baselines(baselines: dict[str, dict[str, float]], scores: dict[str, float], metrics: Metrics) -> str:

@@ -1,7 +1,7 @@
 """The weights of a model on disk: in checkpoints, and exported for any program that uses transformers."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -63,20 +63,29 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     files = [file for file in (folder / FROZEN, folder / WEIGHTS) if file.name == WEIGHTS or file.exists()]
     results = [safetensors_load_model(model, str(file), strict=False) for file in files]
     missing = saved_tensors(model).keys() & set.intersection(*(set(missing) for missing, _ in results))
-    unexpected = {name for _, unexpected in results for name in unexpected}
+    check_names(folder, missing, {name for _, unexpected in results for name in unexpected})
+
+
+def check_names(path: Path, missing: Set[str], unexpected: Set[str]) -> None:
+    """Raise UserError if what was saved at `path` lacks weights of the model, or has others."""
     if missing or unexpected:
         lacking, unknown = (", ".join(sorted(names)) or "nothing" for names in (missing, unexpected))
-        raise UserError(f"{folder} does not hold the weights of this model: {lacking} is missing, {unknown} is unknown")
+        raise UserError(f"{path} does not hold the weights of this model: {lacking} is missing, {unknown} is unknown")
 
 
 def load_mean(model: nn.Module, files: Sequence[Path]) -> None:
     """Load the mean of the trained weights in `files`, which `save_weights` wrote, in place.
 
     The mean is computed in float64 and rounded once; what counts, such as the batches that a batch norm has seen, is taken
-    from the first file.
+    from the first file. Raises UserError if a file lacks trained weights of the model or has others.
     """
-    opened = [safe_open(file, framework="pt") for file in files]
-    mean = {}
+    opened, mean = [safe_open(file, framework="pt") for file in files], {}
+    state, trained = model.state_dict(), saved_tensors(model).keys() - frozen_names(model)
+    for path, file in zip(files, opened, strict=True):
+        names = set(file.keys())
+        held = {state[name].data_ptr() for name in names & state.keys()}  # tied tensors are written under one name
+        missing = {name for name in trained if state[name].data_ptr() not in held}
+        check_names(path, missing | (set(opened[0].keys()) - names), names - state.keys())
     for name in opened[0].keys():  # noqa: SIM118
         first, *others = (file.get_tensor(name) for file in opened)
         if first.is_floating_point():

@@ -137,12 +137,20 @@ def count_steps(setting: float, total_steps: int) -> int:
 
 
 def build_plan(config: TrainConfig, data: Data, metrics: Metrics, accelerator: Accelerator) -> Plan:
-    """The plan of this process. Raises UserError if there are no training samples, or more steps than can be counted."""
+    """The plan of this process.
+
+    Raises UserError if there are no training samples, more steps than can be counted, or soft labels to solve for.
+    """
     lengths, logging_steps = data.lengths["train"], config.tracking.logging_steps
     if not len(lengths):
         raise UserError("the train split is empty")
     rank, world_size = accelerator.process_index, accelerator.num_processes
     solved = config.model.head_solver is not None
+    if solved and data.is_soft("train"):
+        raise UserError(
+            f"--head_solver {config.model.head_solver} solves for hard labels, and those of the train split are probabilities "
+            "(--soft_labels); leave --head_solver out: --freeze backbone alone trains the head on them"
+        )
     plan = Plan(config.training, lengths, metrics.best, logging_steps, rank, world_size, solved)
     if plan.total_steps >= 2**31:
         raise UserError(

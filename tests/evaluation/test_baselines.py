@@ -177,6 +177,29 @@ def test_baselines_are_computed_once_for_a_data_set_and_anew_for_other_labels(mo
     assert len(calls) == 2
 
 
+def test_frozen_vectors_are_computed_anew_for_another_device_or_precision(monkeypatch, with_vectors):
+    data, metrics, made = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy"), []
+    few = {
+        name: np.zeros((size, 2), dtype=np.float32) for name, size in (("train", 120), ("validation", 40), ("test", 40))
+    }
+    monkeypatch.setattr(baselines, "mean_vectors", lambda _, device: made.append(device.type) or few)
+    for precision, device, count in (("no", "cpu", 1), ("bf16", "cpu", 2), ("bf16", "cuda", 3), ("bf16", "cpu", 3)):
+        monkeypatch.setattr(baselines, "resolve_precision", lambda _, precision=precision: precision)
+        assert FROZEN in find_baselines(data, "test", metrics, torch.device(device))
+        assert len(made) == count
+
+
+def test_number_of_threads_is_what_it_was_after_an_error(monkeypatch):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(baselines, "use_all_cores", lambda: torch.set_num_threads(threads + 1))
+    monkeypatch.setattr(baselines, "load_trained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mean_vectors({}, torch.device("cpu"))
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    assert found == threads
+
+
 def test_rows_are_read_once_a_block_at_a_time_and_not_to_their_end(cache, monkeypatch):
     data, metrics, read = reviews(CLASSIFICATION), Metrics(("accuracy",), "accuracy"), []
     whole = find_baselines(data, "test", metrics)

@@ -71,6 +71,22 @@ def test_mean_of_weights_equals_that_of_numpy_and_counts_are_those_of_the_first(
     assert model.high.weight is model.low.weight
 
 
+def test_mean_of_weights_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    model, less = Tied(1), Tied(1)
+    less.norm = nn.BatchNorm1d(4, affine=False)
+    files = []
+    for name, saved in (("whole", model), ("less", less)):
+        (tmp_path / name).mkdir()
+        save_weights(saved, tmp_path / name)
+        files.append(tmp_path / name / "model.safetensors")
+    whole, lacking = files
+    for given in ([lacking, lacking], [whole, lacking], [lacking, whole]):
+        with pytest.raises(UserError, match=r"norm\.bias, norm\.weight is missing, nothing is unknown"):
+            load_mean(model, given)
+    with pytest.raises(UserError, match=r"nothing is missing, norm\.bias, norm\.weight is unknown"):
+        load_mean(less, [whole, whole])
+
+
 @pytest.mark.parametrize(("then", "now"), [(None, "backbone"), ("backbone", None), ("1", "embeddings")])
 def test_weights_load_when_another_part_was_frozen(
     roberta: Path, tmp_path: Path, then: str | None, now: str | None

@@ -29,6 +29,7 @@ from tests.resuming import run_flags
 from tests.stepping import METRICS, build_experiment
 from tests.tiny_models import any_classifier
 
+NAMES = ("bad", "good", "mixed")
 WITH_MEANS = ["bert", "roberta", "electra"]
 WITH_IDENTITY = ["distilbert", "deberta", "albert"]
 WITHOUT = ["modernbert", "modernbert-mean", "gpt2", "llama"]
@@ -191,6 +192,53 @@ def test_head_of_another_form_is_refused_and_so_is_too_little_memory(tmp_path, m
     monkeypatch.setattr(solver, "same_logits", lambda *_: False)
     with pytest.raises(UserError, match="not one linear layer"):
         solve(config, monkeypatch)
+
+
+@pytest.mark.parametrize("soft", ["train", "validation"])
+def test_soft_labels_are_refused_in_train_and_scored_elsewhere(soft, tmp_path, monkeypatch):
+    config = settings(any_classifier("bert", tmp_path / "model"), tmp_path, soft_labels=("p",))
+    rows = [(text, *(0.6 if name == label else 0.2 for name in NAMES)) for text, label in sentences(12, 1)]
+    write_csv(tmp_path / f"{soft}.csv", rows, ("text", *(f"p/{name}" for name in NAMES)))
+    find, asked = solver.find_head, []
+    monkeypatch.setattr(solver, "find_head", lambda *given: asked.append(1) or find(*given))
+    if soft == "train":
+        with pytest.raises(UserError, match=r"--head_solver.*--soft_labels"):
+            solve(config, monkeypatch)
+        assert not asked
+    else:
+        found = solve(config, monkeypatch)
+        assert found.data.is_soft("validation")
+        assert found.state.step == 1
+
+
+def test_every_process_beats_and_can_stop_before_each_strength(tmp_path, monkeypatch):
+    config = settings(any_classifier("roberta", tmp_path / "model"), tmp_path)
+    experiment = build_experiment(config, Accelerator(cpu=True, mixed_precision="no"))
+    seen: dict[str, list[str]] = {}
+    agree, fit, shared = solver.agree_to_stop, solver.fit_linear, []
+    for process in ("main", "other"):
+        log = seen.setdefault(process, [])
+
+        def logged_fit(*given: Any, log: list[str] = log) -> Any:
+            for solution in fit(*given):
+                log.append("fit")
+                yield solution
+
+        with monkeypatch.context() as patch:
+            patch.setattr(solver, "beat", log.append)
+            patch.setattr(
+                solver, "agree_to_stop", lambda accelerator, log=log: log.append("agree") or agree(accelerator)
+            )
+            patch.setattr(solver, "fit_linear", logged_fit)
+            if process == "other":
+                patch.setattr(Accelerator, "is_main_process", False)
+            patch.setattr(solver, "broadcast_object_list", lambda found: shared.append(found) or shared[0])
+            solve_head(experiment.learner, experiment.batches, METRICS)
+    assert seen["other"] == [event for event in seen["main"] if event != "fit"]
+    phases, agreed, solved = np.array(seen["main"]).reshape(-1, 3).T
+    assert len(set(phases)) == len(phases) >= 2 * len(STRENGTHS)
+    assert set(agreed) == {"agree"}
+    assert set(solved) == {"fit"}
 
 
 @pytest.mark.parametrize(

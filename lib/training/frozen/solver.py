@@ -35,6 +35,7 @@ from lib.model.layers import find_layers, set_train_mode
 from lib.model.padding import TOLERANCE, same_logits
 from lib.runtime.memory import halve
 from lib.runtime.precision import DTYPES, cast_weights
+from lib.runtime.processes import agree_to_stop
 from lib.runtime.watchdog import beat
 from lib.training.frozen.stand_in import states_of, views
 from lib.training.learner import Learner
@@ -65,7 +66,8 @@ def solve_head(learner: Learner, batches: Batches, metrics: Metrics) -> None:
     """Set the last layer of the model to the best one for its frozen vectors, and count that as one step over all samples.
 
     Every process computes a share of the vectors, and the main process solves. Nothing is random. Raises UserError if the
-    logits are not a linear layer of one vector, or the vectors take more memory than `--feature_cache_gib`.
+    logits are not a linear layer of one vector, or the vectors take more memory than `--feature_cache_gib`; Stopped if a
+    process was asked to stop, which leaves the model as it was.
     """
     accelerator, data, model = learner.accelerator, batches.data, learner.inner_model
     labels, weights = data.labels("train"), batches.weights
@@ -75,17 +77,20 @@ def solve_head(learner: Learner, batches: Batches, metrics: Metrics) -> None:
         vectors = {split: read_vectors(learner, batches, head, split) for split in ("train", "validation")}
     set_train_mode(model)
     found: list[Any] = [None]
-    if accelerator.is_main_process:
-        problem, outputs, best = data.problem_type, len(data.label_names), -np.inf
-        sign = -1 if metrics.best in LOWER_IS_BETTER else 1
-        for place, name in enumerate(head.names):
-            beat(f"solving the head on {name}")
-            train, validation = (vectors[split][:, place] for split in ("train", "validation"))
-            solutions = list(fit_linear(train, labels, problem, outputs, weights, head.last.bias is not None))
-            number, value = choose_best(
-                [predictions_of(solution(validation), data.labels("validation"), problem) for solution in solutions],
-                metrics.best,
-            )
+    problem, outputs, best = data.problem_type, len(data.label_names), -np.inf
+    sign = -1 if metrics.best in LOWER_IS_BETTER else 1
+    for place, name in enumerate(head.names):
+        train, validation = (vectors[split][:, place] for split in ("train", "validation"))
+        fits = fit_linear(train, labels, problem, outputs, weights, head.last.bias is not None)
+        solutions, predictions = [], []
+        for strength in STRENGTHS:  # the others wait for the main process before each, so that nobody waits for long
+            beat(f"solving the head on {name}, strength {strength:g}")
+            agree_to_stop(accelerator)
+            if accelerator.is_main_process:
+                solutions.append(next(fits))
+                predictions.append(predictions_of(solutions[-1](validation), data.labels("validation"), problem))
+        if accelerator.is_main_process:
+            number, value = choose_best(predictions, metrics.best)
             print(
                 f"- head on {name}: {metrics.best} {value * sign:.4f} on validation, strength {STRENGTHS[number]:g}",
                 flush=True,
