@@ -47,7 +47,7 @@ def main(config: EvalConfig) -> None:
     check_writable(folder, "--output_dir")
     check_report_folder(folder)
     trained = find_scored_model(config)
-    accelerator = build_accelerator(trained.precision, cpu_kernels=False, attention=trained.source.attn_implementation)
+    accelerator = build_accelerator(trained.device)
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source, tokenizer)
     check_vocabulary(trained.source, model, tokenizer)

@@ -12,6 +12,7 @@ from lib.inference.stream import Prediction, predict_stream
 from lib.inference.tasks import build_predict
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.device_options import DeviceOptions
 
 
 def settings(*flags: object) -> PredictConfig:
@@ -20,11 +21,11 @@ def settings(*flags: object) -> PredictConfig:
 
 def load(*flags: object) -> Task:
     config = settings(*flags)
-    return load_task(config, find_model(config.model, "no"), build_accelerator("no").device)
+    return load_task(config, find_model(config.model, "no"), build_accelerator(DeviceOptions("no")).device)
 
 
 def predictions(*flags: object) -> list[tuple[Example, Prediction]]:
-    task, accelerator = load(*flags), build_accelerator("no")
+    task, accelerator = load(*flags), build_accelerator(DeviceOptions("no"))
     examples = read_examples(task.config.inputs, task.text_columns, task.trained_on)
     predict = build_predict(task)
     batch_size, seed = task.config.per_device_eval_batch_size, task.config.seed

@@ -64,13 +64,14 @@ watch_signals()
 from lib.runtime.startup import run_script
 from lib.runtime.accelerator import build_accelerator
 from lib.errors import UserError
+from lib.runtime.device_options import DeviceOptions
 
 def work():
     quiet_worker(0)
     time.sleep(600)
 
 def main(ranks):
-    accelerator = build_accelerator("no")
+    accelerator = build_accelerator(DeviceOptions("no"))
     assert accelerator.num_processes == 2
     multiprocessing.get_context("fork").Process(target=work).start()
     if accelerator.process_index in ranks:

@@ -20,6 +20,7 @@ from lib.config.limits import (
 )
 from lib.config.sections import AdapterConfig, DataConfig, HubConfig, ModelConfig, Precision, alias
 from lib.errors import require
+from lib.runtime.device_options import DeviceOptions
 
 TrackerName = Literal["wandb", "swanlab", "tensorboard", "trackio", "none"]
 SchedulerName = Literal[
@@ -261,6 +262,13 @@ class TrainConfig:
         )
         if self.model.head_solver:
             check_solved(self)
+
+    @property
+    def device(self) -> DeviceOptions:
+        training = self.training
+        return DeviceOptions(
+            self.mixed_precision, self.model.attn_implementation, training.cpu_kernels, training.deterministic
+        )
 
 
 IN_TRAINING = (

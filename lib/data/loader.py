@@ -226,20 +226,17 @@ TOKENS = {"input_ids": "pad_token_id", "token_type_ids": "pad_token_type_id"}
 
 
 class FlatTokens:
-    """A table whose tokens are views of its memory, which is mapped to its file."""
+    """A table whose lists, of tokens and of several labels, are views of its memory, which is mapped to its file."""
 
     def __init__(self, dataset: Dataset) -> None:
         columns = {name: dataset.data.column(name) for name in dataset.column_names}
         self.chunks = {
-            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in columns[name].chunks]
-            for name in TOKENS.keys() & columns.keys()
+            name: [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+            for name, column in columns.items()
+            if isinstance(dataset.features[name], List)
         }
         self.starts = np.cumsum([0, *map(len, columns["input_ids"].chunks)])
-        self.others = {
-            name: column.to_numpy() if isinstance(dataset.features[name], Value) else column
-            for name, column in columns.items()
-            if name not in TOKENS
-        }
+        self.others = {name: column.to_numpy() for name, column in columns.items() if name not in self.chunks}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -248,12 +245,10 @@ class FlatTokens:
         """The columns of some rows."""
         places = np.searchsorted(self.starts, indices, side="right") - 1
         found = list(zip(places.tolist(), (indices - self.starts[places]).tolist(), strict=True))
-        columns: dict[str, list[Any]] = {
-            name: column[indices].tolist() if isinstance(column, np.ndarray) else column.take(indices).to_pylist()
-            for name, column in self.others.items()
-        }
+        columns: dict[str, list[Any]] = {name: column[indices].tolist() for name, column in self.others.items()}
         for name, chunks in self.chunks.items():
-            columns[name] = [chunks[c][1][chunks[c][0][row] : chunks[c][0][row + 1]] for c, row in found]
+            rows = [chunks[c][1][chunks[c][0][row] : chunks[c][0][row + 1]] for c, row in found]
+            columns[name] = rows if name in TOKENS else [row.tolist() for row in rows]
         return columns
 
     @staticmethod
@@ -263,9 +258,10 @@ class FlatTokens:
             return False
         kind, features = type(collator.tokenizer), dataset.features
         plain = all(getattr(kind, name, 0) is getattr(PreTrainedTokenizerBase, name) for name in ("pad", "_pad"))
-        lists = {name for name in features if isinstance(features[name], List)} - {"labels"}
+        lists = {name for name in features if isinstance(features[name], List)}
         flat = {name for name in lists if isinstance(features[name].feature, Value)}
-        return plain and dataset._indices is None and "input_ids" in lists and lists == flat <= TOKENS.keys()
+        known = lists == flat <= TOKENS.keys() | {"labels"}
+        return plain and dataset._indices is None and "input_ids" in lists and known
 
 
 def build_collator(

@@ -53,6 +53,13 @@ INGREDIENTS = "ingredients"
 CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", "optimizer.pt"}
 """What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
 
+LEARNED_UNDER = {
+    "micro_batch_positions": ("per_device_train_batch_size", "no_cache_features", "feature_cache_gib"),
+    "eval_batch_size": ("per_device_eval_batch_size",),
+}
+"""Sizes of the state that fit in memory, and the settings they were learned under: on cached features of a backbone a
+sample has one position, else it has one for each token."""
+
 
 @dataclasses.dataclass
 class Checkpointer:
@@ -203,10 +210,10 @@ class Checkpointer:
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
-        kept = {"micro_batch_positions": "per_device_train_batch_size", "eval_batch_size": "per_device_eval_batch_size"}
         for name, value in record["state"].items():
             # A size learned from an out-of-memory error holds until the user sets another one.
-            if name not in kept or record["settings"][kept[name]] == self.settings[kept[name]]:
+            depends = LEARNED_UNDER.get(name, ())
+            if all(record["settings"].get(setting) == self.settings.get(setting) for setting in depends):
                 setattr(learner.state, name, value)
         if not self.config.average_checkpoints:
             learner.state.ingredients = []

@@ -17,6 +17,7 @@ from lib.errors import UserError, require
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
 from lib.runtime.attention import has_attention
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.precision import uses_gpu
 
 
@@ -27,6 +28,10 @@ class TrainedModel:
     source: ModelSource
     trained_on: TrainedOn
     precision: str
+
+    @property
+    def device(self) -> DeviceOptions:
+        return DeviceOptions(self.precision, self.source.attn_implementation, cpu_kernels=False)
 
 
 def find_model(source: ModelSource, precision: str) -> TrainedModel:

@@ -15,6 +15,7 @@ from lib.runtime.attention import check_attention, choose_kernels
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import tune_cpu
 from lib.runtime.determinism import request_determinism
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import check_device, check_launch, truth
 from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
@@ -25,33 +26,28 @@ from lib.runtime.startup import quiet_libraries
 logger = logging.getLogger(__name__)
 
 
-def build_accelerator(
-    mixed_precision: str,
-    log_with: str = "none",
-    folder: Path | None = None,
-    cpu_kernels: bool = True,
-    attention: str = "auto",
-    deterministic: bool = False,
-) -> Accelerator:
+def build_accelerator(options: DeviceOptions, log_with: str = "none", folder: Path | None = None) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files; `cpu_kernels` and `deterministic` are for training, see
-    `use_cpu_kernels` and `request_determinism`; `attention` is `--attn_implementation`. Gradient accumulation stays with
-    the training loop, which knows the samples of a whole step. Raises UserError if the launcher was told what is not
-    followed here, if GPUs were asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed
-    as asked, or if each process believes it is alone.
+    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop, which
+    knows the samples of a whole step. Raises UserError if the launcher was told what is not followed here, if GPUs were
+    asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed as asked, or if each process
+    believes it is alone.
     """
     follow_launcher()
     notes = check_launch()
     notes_of_one = check_devices()
     tune_cpu()
-    request_determinism(deterministic)
-    precision, launchers = resolve_precision(mixed_precision), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    request_determinism(options.deterministic)
+    precision, launchers = (
+        resolve_precision(options.mixed_precision),
+        os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    )
     if launchers not in ("no", precision):
         notes.append(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
-    check_attention(attention, precision)
+    check_attention(options.attn_implementation, precision)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt != "0":
         join_again(attempt, "nccl" if uses_gpu() else "gloo")
@@ -71,7 +67,7 @@ def build_accelerator(
     quiet_libraries()
     use_tf32(accelerator.device.type, accelerator.mixed_precision)
     choose_kernels(accelerator.device.type)
-    use_cpu_kernels(cpu_kernels and accelerator.device.type == "cpu")
+    use_cpu_kernels(options.cpu_kernels and accelerator.device.type == "cpu")
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         device = describe_devices(accelerator)[0]  # only here: asking a GPU for its memory makes a context on it

@@ -1,5 +1,6 @@
 """Equal runs, equal bits: what that takes on a GPU, and what is promised on which device."""
 
+import dataclasses
 import logging
 import os
 
@@ -13,27 +14,49 @@ WORKSPACE = ":4096:8"
 """Memory of cuBLAS with which its products are deterministic: 8 buffers of 4 MiB (cuBLAS, "Results reproducibility")."""
 
 
+@dataclasses.dataclass
+class Request:
+    """What this process was asked for."""
+
+    strict: bool = False
+    """Whether training steps may use deterministic algorithms only."""
+
+
+REQUEST = Request()
+
+
 def request_determinism(wanted: bool) -> None:
-    """Have this process compute by deterministic algorithms if it uses a GPU. Call it before the first product there.
+    """Have this process compute by deterministic algorithms if it uses a GPU, or by the fastest where they are not wanted.
 
-    Of attention in the backward pass PyTorch has deterministic kernels only where nothing else is allowed, hence no
-    `warn_only`; see `relax`. On a CPU nothing is changed: equal runs are equal there.
+    Call it before the first product on the GPU. What has no deterministic algorithm is computed with a warning, except
+    within training steps, see `demand`. On a CPU nothing is changed: equal runs are equal there.
     """
-    if not (wanted and uses_gpu()):
+    REQUEST.strict = wanted and uses_gpu()
+    if not uses_gpu():
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else one kernel more a tensor
-    torch.use_deterministic_algorithms(True)
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACE)
+    torch.utils.deterministic.fill_uninitialized_memory = not wanted  # type: ignore[attr-defined]  # one kernel more a tensor
+    torch.use_deterministic_algorithms(wanted, warn_only=wanted)
 
 
-def relax(error: RuntimeError) -> bool:
+def demand(strict: bool) -> None:
+    """From here on, what has no deterministic algorithm is an error, or else a warning; nothing changes after `relax`.
+
+    Of attention in the backward pass PyTorch has deterministic kernels only where nothing else is allowed, so that a
+    training step must be strict.
+    """
+    if REQUEST.strict:
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
+
+
+def relax(error: BaseException | None) -> bool:
     """Allow what `error` says has no deterministic algorithm, and say so; False if it says something else."""
-    asked = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if not asked or "eterministic" not in str(error):
+    if not (REQUEST.strict and isinstance(error, RuntimeError) and "eterministic" in str(error)):
         return False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    reason = str(error).partition(".")[0]
-    logger.warning("equal runs may differ in their last bits: %s", reason)
+    demand(strict=False)
+    REQUEST.strict = False
+    logger.warning("equal runs may differ in their last bits: %s", str(error).partition(".")[0])
     return True
 
 

@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
-from lib.runtime.determinism import relax
+from lib.runtime.determinism import demand, relax
 from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
-from lib.runtime.processes import lowest
+from lib.runtime.processes import any_process, lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
 
@@ -23,53 +23,62 @@ ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 
 
 class Attempt:
-    """One try at the gradients of a step: `with attempt as micro_batches` swallows out-of-memory errors, and no others."""
+    """One try at the gradients of a step: `with attempt as micro_batches` swallows errors after which another may succeed.
+
+    These are a lack of memory, and an operation that has no deterministic algorithm, which is allowed from then on.
+    """
 
     def __init__(self, learner: Learner, batch: StepBatch) -> None:
         self.learner, self.batch = learner, batch
         self.failed = False
         """Whether memory was too short."""
+        self.relaxed = False
+        """Whether an operation had no deterministic algorithm."""
         self.loss = torch.zeros((), device=learner.accelerator.device)
         """Summed loss of the micro-batches so far."""
 
     def __enter__(self) -> Iterator[MicroBatch]:
+        demand(strict=True)
         device = self.learner.accelerator.device
         return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_positions))
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
-        self.failed = is_out_of_memory(error)
-        return self.failed
+        demand(strict=False)
+        self.failed, self.relaxed = is_out_of_memory(error), relax(error)
+        return self.failed or self.relaxed
 
     def largest(self) -> int:
-        """Positions of the largest micro-batch that can still be cut, 0 if there is none; without limit unless it failed."""
+        """Positions of the largest micro-batch that can still be cut, 0 if there is none."""
         pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
-        return max((piece.positions for piece in pieces if len(piece) > 1), default=0) if self.failed else sys.maxsize
+        return max((piece.positions for piece in pieces if len(piece) > 1), default=0)
 
 
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
-    """Attempts at the gradients of a step until one fits in memory on all processes; `phase` is what the watchdog shows.
+    """Attempts at the gradients of a step until one succeeds on all processes; `phase` is what the watchdog shows.
 
-    If memory was too short on one process, all of them drop their gradients and try again with at most half the positions
-    per forward. That limit is kept: later steps of longer texts are cut, those of shorter ones are not. Raises UserError if
-    a single sample does not fit.
+    If one fails, all processes drop their gradients and try again: where memory was too short, with at most half the
+    positions per forward. That limit is kept: later steps of longer texts are cut, those of shorter ones are not. Raises
+    UserError if a single sample does not fit.
     """
     accelerator, state = learner.accelerator, learner.state
     beat(phase or f"step {state.step + 1}")
     while True:
         attempt = Attempt(learner, batch)
         yield attempt
-        largest = lowest(accelerator, attempt.largest())
-        if largest == sys.maxsize:
+        if not any_process(accelerator, attempt.failed or attempt.relaxed):
             return
         learner.optimizer.zero_grad()
-        state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
+        if any_process(accelerator, attempt.failed):
+            # A process whose share did fit has no say.
+            largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
+            state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:
     """On a GPU, forward and backward of the longest samples, so that a lack of memory shows now; nothing is learned.
 
-    Room is left for AdamW's two moments, which the first step makes. Where the model has no deterministic algorithm,
-    training goes on without, and says so.
+    Room is left for AdamW's two moments, which the first step makes. An operation without a deterministic algorithm shows
+    now, too.
     """
     accelerator, model = learner.accelerator, learner.model
     if not has_own_memory(accelerator.device):
@@ -77,18 +86,11 @@ def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: Forw
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     made = bool(learner.optimizer.state)
     moments = None if made else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
-    done = False
-    while not done:
-        try:
-            for attempt in attempts(learner, batch, "trying the longest batch"):
-                with attempt as micro_batches:
-                    for micro_batch in micro_batches:
-                        forward_backward(learner, micro_batch, batch.weight)
-            done = True
-        except RuntimeError as error:
-            if not relax(error):  # every process has the same model, so all of them come here, or none
-                raise
-        learner.optimizer.zero_grad()
+    for attempt in attempts(learner, batch, "trying the longest batch"):
+        with attempt as micro_batches:
+            for micro_batch in micro_batches:
+                forward_backward(learner, micro_batch, batch.weight)
+    learner.optimizer.zero_grad()
     del moments
 
 

@@ -48,6 +48,7 @@ def test_memory_is_pinned_for_the_device_of_the_run_not_for_a_gpu_that_is_visibl
 LABELS = {
     "classes": ([0, 2, 1, 2, 0], Value("int64")),
     "numbers": ([0.1, 2.5, -1.0, 3.3, 0.7], Value("float64")),
+    "soft": ([[0.1, 0.9], [0.7, 0.3], [1.0, 0.0], [0.25, 0.75], [1 / 3, 2 / 3]], List(Value("float32"))),
     "several": ([[0.0, 1.0]] * 4 + [[1.0, 1.0]], List(Value("float64"))),
 }
 

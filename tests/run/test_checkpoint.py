@@ -31,11 +31,13 @@ def test_checkpoint_restores_weights_state_and_schedule(
     assert two.learner.optimizer.param_groups[0]["lr"] == one.learner.optimizer.param_groups[0]["lr"] < 1e-3
 
 
-def test_batch_size_learned_from_out_of_memory_is_kept_until_the_user_sets_another(
+def test_batch_size_learned_from_out_of_memory_is_kept_until_it_means_something_else(
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     checkpointer(accelerator, tmp_path, build(roberta)).save(None)
-    for settings, kept in (({}, (2, 16)), ({"per_device_train_batch_size": 4}, (None, 16))):
+    others: list[dict[str, float]] = [{name: 4} for name in ("per_device_train_batch_size", "feature_cache_gib")]
+    others.append({"no_cache_features": True})  # a sample has one position on cached features, and many without
+    for settings, kept in (({}, (2, 16)), *((other, (None, 16)) for other in others)):
         later = checkpointer(accelerator, tmp_path, build(roberta), **settings)
         later.learner.state.micro_batch_positions, later.learner.state.eval_batch_size = None, 64
         later.load(tmp_path / "checkpoints" / "step-3")

@@ -10,6 +10,7 @@ import lib.runtime.accelerator
 from lib.errors import UserError
 from lib.runtime.accelerator import build_accelerator, check_devices, describe_devices
 from lib.runtime.cpu.kernels import use_cpu_kernels
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.processes import describe_processes
 
 LAUNCH_VARIABLES = (
@@ -98,17 +99,17 @@ def test_launch_for_gpus_without_one_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("on_cpu")
 def test_processes_that_each_believe_to_be_alone_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert build_accelerator("no").num_processes == 1
+    assert build_accelerator(DeviceOptions("no")).num_processes == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"2 processes were launched, .*\(CPU, .*--multi_gpu --num_processes 2"):
-        build_accelerator("no")
+        build_accelerator(DeviceOptions("no"))
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("tracker", ["none", "wandb", "tensorboard", "trackio"])
 def test_accelerator_takes_every_tracker(tracker: str, tmp_path: Path) -> None:
     pytest.importorskip(tracker if tracker != "none" else "torch")
-    accelerator = build_accelerator("no", tracker, tmp_path)
+    accelerator = build_accelerator(DeviceOptions("no"), tracker, tmp_path)
     assert [str(name) for name in accelerator.log_with] == ([] if tracker == "none" else [tracker])
     assert accelerator.gradient_accumulation_steps == 1
 
@@ -116,7 +117,7 @@ def test_accelerator_takes_every_tracker(tracker: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("wanted", [True, False])
 def test_cpu_kernels_are_on_unless_turned_off(wanted: bool) -> None:
-    build_accelerator("no", cpu_kernels=wanted)
+    build_accelerator(DeviceOptions("no", cpu_kernels=wanted))
     torch.manual_seed(0)
     drawn = torch.empty(64).bernoulli_(0.5)
     use_cpu_kernels(False)
@@ -126,7 +127,7 @@ def test_cpu_kernels_are_on_unless_turned_off(wanted: bool) -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_one_process_on_the_cpu_is_described_by_its_threads() -> None:
-    accelerator = build_accelerator("no")
+    accelerator = build_accelerator(DeviceOptions("no"))
     assert describe_devices(accelerator)[0].startswith(f"CPU, {torch.get_num_threads()} threads")
     assert describe_processes(accelerator) == "1"
 

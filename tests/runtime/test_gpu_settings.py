@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from lib.errors import UserError
 from lib.runtime import attention, determinism
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.attention import check_attention, choose_kernels, describe_attention, has_attention
-from lib.runtime.determinism import describe_determinism, request_determinism
+from lib.runtime.determinism import demand, describe_determinism, request_determinism
+from lib.runtime.device_options import DeviceOptions
+from tests.conftest import Command, sentences, write_csv
 
 
 @pytest.fixture
@@ -44,16 +47,49 @@ def test_cudnn_computes_no_attention_on_a_gpu() -> None:
 
 @pytest.mark.usefixtures("gpu")
 def test_training_on_a_gpu_asks_for_deterministic_algorithms_unless_told_not_to() -> None:
-    request_determinism(False)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert "may differ" in describe_determinism("cuda")
     request_determinism(True)
     assert torch.are_deterministic_algorithms_enabled()
-    # Attention has deterministic gradients only without `warn_only`.
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    demand(strict=True)  # attention has deterministic gradients only without `warn_only`
     assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    demand(strict=False)
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert "deterministic" in describe_determinism("cuda")
+    request_determinism(False)  # of a second run in this process
+    demand(strict=True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert "may differ" in describe_determinism("cuda")
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("flags", [[], ["--freeze", "backbone"], ["--freeze", "backbone", "--head_solver", "lbfgs"]])
+def test_model_without_deterministic_algorithms_is_trained_to_the_end_and_says_so(
+    flags: list[str], call: Command, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it runs: with padding tried, frozen parts cached, in a step, in evaluation."""
+    embed = torch.nn.Embedding.forward
+    modes = []
+
+    def scatter(layer: torch.nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic algorithm on any device
+        return embed(layer, tokens)
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", scatter)
+    write_csv(tmp_path / "train.csv", sentences(24))
+    words = ["--model", roberta, "--train_file", "train.csv", "--report_to", "none", "--mixed_precision", "no", *flags]
+    words += [] if "--head_solver" in flags else ["--max_steps", 2, "--bs", 8]
+    done = call("train.py", *words, "--output_dir", "a")
+    assert all(modes)
+    if not flags:
+        assert "equal runs may differ" in done.stderr
+        assert "put_" in done.stderr
+        modes.clear()
+        call("train.py", *words, "--output_dir", "b", "--deterministic", False)
+        assert not any(modes)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -65,7 +101,7 @@ def test_workspace_of_the_user_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_run_on_a_cpu_asks_for_nothing_and_promises_the_same() -> None:
-    build_accelerator("no", deterministic=True)
+    build_accelerator(DeviceOptions("no", deterministic=True))
     assert not torch.are_deterministic_algorithms_enabled()
     assert describe_determinism("cpu") == "equal bit by bit"
 

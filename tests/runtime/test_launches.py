@@ -14,6 +14,7 @@ from accelerate.commands.config.default import write_basic_config
 from lib.errors import UserError
 from lib.runtime import launch_checks
 from lib.runtime.accelerator import build_accelerator, check_devices
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import REFUSED, check_launch, launch_arguments
 from lib.runtime.launcher import Launcher
 from tests.conftest import ROOT, Command, results_of, sentences, write_csv
@@ -242,7 +243,7 @@ def test_accumulation_in_the_environment_does_not_divide_gradients_and_is_said(
     value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", value)
-    accelerator = build_accelerator("no")
+    accelerator = build_accelerator(DeviceOptions("no"))
     weight = torch.ones(1, requires_grad=True)
     accelerator.backward(weight * 8)
     assert weight.grad is not None
@@ -266,10 +267,10 @@ def test_precision_of_the_launcher_that_is_not_used_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert build_accelerator("no").mixed_precision == "no"
+    assert build_accelerator(DeviceOptions("no")).mixed_precision == "no"
     assert "bf16 of the launcher is not used" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    build_accelerator("no")
+    build_accelerator(DeviceOptions("no"))
     assert "not used" not in capsys.readouterr().err
 
 
@@ -281,7 +282,7 @@ def test_precision_in_a_variable_that_the_launcher_overwrites_is_said(told: Told
 
 @pytest.mark.usefixtures("on_cpu")
 def test_devices_that_are_not_tested_are_an_error() -> None:
-    accelerator = build_accelerator("no")
+    accelerator = build_accelerator(DeviceOptions("no"))
     assert launch_checks.check_device(accelerator) == []
     accelerator.state.device = torch.device("mps")
     assert "no test runs" in launch_checks.check_device(accelerator)[0]

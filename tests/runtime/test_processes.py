@@ -151,12 +151,13 @@ def test_two_machines_need_one_folder(roberta: Path, tmp_path: Path, shared: boo
 RESTARTED = """
 import os
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.processes import check_time
 from lib.runtime.signals import REQUEST, Stopped
 attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 REQUEST.started -= [120, 0][attempt]
 try:
-    check_time(build_accelerator("no"), [3, 1][attempt])
+    check_time(build_accelerator(DeviceOptions("no")), [3, 1][attempt])
 except Stopped as stopped:
     print("attempt", attempt, stopped, flush=True)
     os._exit(0)

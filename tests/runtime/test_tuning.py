@@ -82,8 +82,9 @@ def test_steps_of_few_products_use_one_thread(products: int, expected: int) -> N
 DECAY = """
 import torch
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.device_options import DeviceOptions
 
-build_accelerator("no")
+build_accelerator(DeviceOptions("no"))
 moment = torch.full((1_000_000,), 1e-37)
 for _ in range(30):
     moment.lerp_(torch.zeros(()), 0.1)  # as AdamW does

@@ -21,6 +21,7 @@ from lib.data.loader import MicroBatch, StepBatch
 from lib.errors import UserError
 from lib.model.forward import compute_logits
 from lib.model.losses import plain_cross_entropy
+from lib.runtime import determinism
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.training import step
 from lib.training.optimizer import build_optimizer
@@ -141,6 +142,7 @@ def test_model_without_deterministic_algorithms_is_trained_without_and_says_so(
     experiment, message, monkeypatch, caplog
 ):
     monkeypatch.setattr(step, "has_own_memory", lambda _: True)
+    monkeypatch.setattr(determinism, "uses_gpu", lambda: True)
     done = []
 
     def forward_backward(*arguments):
@@ -148,7 +150,7 @@ def test_model_without_deterministic_algorithms_is_trained_without_and_says_so(
             raise RuntimeError(f"cumsum_cuda_kernel {message}")
         done.append(arguments)
 
-    torch.use_deterministic_algorithms(True)
+    determinism.request_determinism(True)
     try:
         if message == "RuntimeError":
             with pytest.raises(RuntimeError, match="cumsum"):
@@ -158,7 +160,7 @@ def test_model_without_deterministic_algorithms_is_trained_without_and_says_so(
             assert len(done) == 1
             assert "cumsum_cuda_kernel" in caplog.text
     finally:
-        torch.use_deterministic_algorithms(False)
+        determinism.request_determinism(False)
 
 
 def test_single_sample_that_does_not_fit_in_memory_ends_the_run_with_advice(experiment, batches, monkeypatch):

@@ -19,6 +19,7 @@ from lib.config.train import TrainConfig
 from lib.data.load import Data, load_data
 from lib.model.load import load_tokenizer
 from lib.runtime.accelerator import build_accelerator
+from lib.runtime.device_options import DeviceOptions
 from lib.runtime.processes import finish
 from lib.runtime.seeds import seed_everything
 from tests import stepping
@@ -62,7 +63,7 @@ def train(accelerator, config: TrainConfig, data: Data) -> dict:
 
 
 def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_flags: str) -> None:
-    accelerator = build_accelerator("no")
+    accelerator = build_accelerator(DeviceOptions("no"))
     rank = accelerator.process_index
     stepping.seed_everything = lambda seed: seed_everything(seed + rank)  # another new head: that of process 0 counts
     gc.freeze()  # `free_memory` collects garbage after each training; it need not scan the imported modules
