@@ -3,7 +3,7 @@
 # make faults  break runs in every way, print a table
 # make kills   a thousand times SIGKILL and a new start, about twenty minutes; ARGS=--help for what it takes
 # make kill-sweeps   the same for a sweep of 2 rates x 3 seeds; ARGS=--help for what it takes
-# make seeds   three seeds of the default run, with their mean; ARGS="--seeds 5 -- --lr 1e-4" for others
+# make seeds   five seeds of the run of make train, with their mean; ARGS takes flags of train.py
 # make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make start   seconds to the first step with 1,000 and 1,000,000 rows, about ten minutes
 # make gpu-check  is it right on a GPU, and how fast: nine minutes on one; ARGS=--tiny for a trial without
@@ -19,7 +19,7 @@ READY := .venv/.ready
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 train: $(READY)
-	$(LAUNCH) train.py $(ARGS)
+	$(LAUNCH) train.py --config recipes/movie_reviews.yaml $(ARGS)
 
 # By name, not by number of tests: the files with few and long ones would come last, each on one core.
 test: $(READY)
@@ -47,7 +47,7 @@ kill-sweeps: $(READY)
 	$(BIN)/python -m tests.kill_sweeps $(ARGS)
 
 seeds: $(READY)
-	$(BIN)/python sweep.py --seeds 3 $(ARGS)
+	$(BIN)/python sweep.py --seeds 5 -- --config recipes/movie_reviews.yaml $(ARGS)
 
 start: $(READY)
 	$(BIN)/python benchmarks/start.py $(ARGS)

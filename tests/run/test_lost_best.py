@@ -68,7 +68,7 @@ def test_damage_to_the_best_model_costs_the_best_model_and_not_the_training(
     # Every copy is damaged: the next evaluation makes another one; at the end of training there is none.
     done = again(*bests, weights(run / "model"), without="step-4")
     assert "is lost" in done.stdout
-    assert "bit by bit" not in done.stdout
+    assert "never stopped" not in done.stdout
     assert results_of(done)["best_step"] == 4
     assert find_damage(newest) is None
     done = again(*bests, weights(run / "model"), code=2)

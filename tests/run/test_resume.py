@@ -296,7 +296,7 @@ def test_resume_does_not_promise_all_where_lines_of_the_log_are_gone(run, finish
     log.write_text("".join([lines[0], *lines[3:]]))
     printed = run("train.py", *LORA, cwd=folder).stdout
     assert "metrics.jsonl lacks 2 of the 4 steps" in printed
-    assert "bit by bit" not in printed
+    assert "never stopped" not in printed
 
 
 def test_run_goes_on_bit_by_bit_with_its_model_in_another_place(call, finished, tmp_path):
