@@ -99,6 +99,7 @@ def test_padding_is_counted_as_the_batches_have_it():
     assert report["train_samples"] == 3
 
 
+@pytest.mark.slow
 def test_ours_is_measured_through_the_real_command(material, tmp_path):
     measures = contenders.run("ours: start", material, 0, tmp_path)
     assert 8 < measures["train_samples"] <= 16  # two steps, one of them perhaps of the short batch

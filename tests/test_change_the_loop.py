@@ -73,7 +73,7 @@ def changed_script(path: Path, changes: Changes, **constants: float) -> Path:
 
 @pytest.mark.parametrize(
     ("changes", "neutral", "effective"),
-    [(R_DROP, {}, {}), (EMA, {"DECAY": 0.0}, {"DECAY": 0.9})],
+    [(R_DROP, {}, {}), pytest.param(EMA, {"DECAY": 0.0}, {"DECAY": 0.9}, marks=pytest.mark.slow)],
     ids=["R-Drop", "EMA"],
 )
 def test_loop_is_changed_in_ten_lines(
