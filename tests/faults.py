@@ -788,8 +788,7 @@ def cases_of_signals() -> Iterator[Case]:
                 continue  # fewer of those that are handled alike
             title = f"{name} to the {target}, {processes} processes, {workers} loader workers"
             act = functools.partial(signalled, name=name, processes=processes, workers=workers, target=target)
-            short = (name, target, processes, workers) == ("SIGTERM", "launcher", 2, 2)
-            yield Case(title, fine, act, short)
+            yield Case(title, fine, act)
     yield Case("SIGTERM, plain python", f"code 75, {EQUAL}", exit_code)
     yield Case("--max_minutes", f"code 75, {EQUAL}", lambda lab: exit_code(lab, "--max_minutes", 0.001), True)
     yield Case("a second signal", "code 143 within 2 s", second_signal, True)
@@ -903,7 +902,7 @@ def cases_of_numbers() -> Iterator[Case]:
         "out of memory in evaluation of one process", f"told, {EQUAL}", lambda lab: out_of_memory(lab, "eval_oom")
     )
     yield Case("out of memory with one sample", "ends, told", no_memory_at_all)
-    yield Case("a loss that is not finite on one process", f"ends, told, step-4, {EQUAL}", not_a_number, True)
+    yield Case("a loss that is not finite on one process", f"ends, told, step-4, {EQUAL}", not_a_number)
     for rank in (0, 1):
         act = functools.partial(frozen, rank=rank)
         yield Case(f"process {rank} is frozen", "ends, named, stacks", act)

@@ -9,7 +9,7 @@ def kill(run, *flags, code=0, timeout=150):
     return run("tests/kills.py", "--jobs", 1, *flags, env=WORKER_ENV, code=code, timeout=timeout).stdout
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_run_killed_again_and_again_ends_as_if_nothing_had_happened(run, kills):
     shown = kill(run, "--kills", kills, timeout=900)
     assert f"{kills} kills" in shown

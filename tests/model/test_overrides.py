@@ -177,6 +177,7 @@ def test_contradictory_settings_are_refused(make: Callable[[], Any], words: str)
         make()
 
 
+@pytest.mark.slow
 def test_minilm_with_four_layers_is_trained_evaluated_and_used(run: Command, tmp_path: Path) -> None:
     train, test = write_csv(tmp_path / "t.csv", sentences(40)), write_csv(tmp_path / "e.csv", sentences(12, 1))
     flags = ["--train_file", train, "--test_file", test, "--max_steps", 2, "--report_to", "none", "--run_name", "small"]

@@ -15,6 +15,7 @@ from lib.runtime.cpu.kernels import use_cpu_kernels
 from tests.conftest import Command, read_lines, sentences, write_csv
 
 
+@pytest.mark.slow
 def test_train_py_gives_the_same_experiment_with_and_without_kernels(
     run: Command, roberta_without_dropout: Path, tmp_path: Path
 ) -> None:

@@ -43,6 +43,7 @@ def test_packages_hidden_from_transformers_can_be_imported_afterwards(run: Comma
     assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "[] [True, True] False"
 
 
+@pytest.mark.slow
 def test_garbage_is_not_collected_during_imports(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -57,6 +58,7 @@ def test_garbage_is_not_collected_during_imports(run: Command, tmp_path):
     assert last_line(run(script, env={"PYTHONPATH": str(ROOT)}).stdout) == "0 True True True"
 
 
+@pytest.mark.slow
 def test_nothing_is_hidden_from_a_program_that_imported_transformers_before(run: Command, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
