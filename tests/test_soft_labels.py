@@ -78,7 +78,10 @@ def test_student_learns_what_the_teacher_predicts_as_it_is(teacher: Path, robert
         torch.tensor([[row["probabilities"][name] for name in NAMES] for row in given], dtype=torch.float64)
         for given in (rows, wanted)
     )
-    assert soft["test/loss"] == pytest.approx(cross_entropy(logits.log(), target).item(), abs=1e-4)
+    scores = json.loads((call.keywords["cwd"] / "soft" / "report.json").read_text())["scores"]
+    assert scores["loss"] == soft["test/loss"]
+    at_temperature = scores.get("loss_at_temperature", scores["loss"])
+    assert at_temperature == pytest.approx(cross_entropy(logits.log(), target).item(), abs=1e-4)
     assert soft["test/accuracy"] == pytest.approx(
         np.mean([row["predicted"] == given["label"] for row, given in zip(rows, wanted, strict=True)])
     )

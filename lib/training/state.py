@@ -52,7 +52,7 @@ class State:
         its accuracy may look like a number.
         """
         better = math.isfinite(scores["loss"])
-        if better and self.best_step:
+        if better and self.best_scores:
             better = rank(scores, metric) > rank(self.best_scores, metric)
         if better:
             self.best_step = self.step
