@@ -107,7 +107,7 @@ class ModelConfig(ModelSource):
     freeze: str | None = None
     """What not to train: `backbone` (all but the head), `embeddings`, or a number n (embeddings and lowest n layers)."""
     head_solver: Literal["lbfgs"] | None = None
-    """With --freeze backbone: solve for the last layer instead of training it, with scikit-learn; seconds, no learning rate."""
+    """With --freeze backbone: solve for the last layer instead of training it, with scikit-learn; no learning rate, no epochs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
