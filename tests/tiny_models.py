@@ -21,9 +21,11 @@ from transformers import (
     T5Config,
 )
 
-from lib.config.sections import ModelConfig
+from lib.config.sections import AdapterConfig, ModelConfig
+from lib.model.adapters.adapt import adapt
 from lib.model.load import build_model, load_tokenizer
 from lib.model.source import LoadingInfo
+from lib.model.weights import save_model, saved_tensors
 from tests.conftest import WORDS, tiny_tokenizer
 
 SIZES = {"vocab_size": 128, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -69,6 +71,22 @@ def build_from(folder: Path, *overrides: str, **settings: Any) -> tuple[Any, Loa
 def classifier(folder: Path, **settings) -> Path:
     settings = labels(NAMES) | {"problem_type": "single_label_classification"} | settings
     return save(RobertaConfig(**ENCODER, **settings), AutoModelForSequenceClassification, folder)
+
+
+def adapter(folder: Path, method: str) -> tuple[Path, Any, Any]:
+    """(its folder, model, tokenizer): an adapter with random weights over a classifier, saved with a model card."""
+    base = ModelConfig(str(classifier(folder / "base")))
+    tokenizer = load_tokenizer(base)
+    model, weights = build_model(base, NAMES, tokenizer)
+    config = AdapterConfig(adapter=method, num_virtual_tokens=3 if method == "prompt" else 20)  # type: ignore[arg-type]
+    model = adapt(model, config, base, weights.new)
+    with torch.no_grad():
+        for parameter in saved_tensors(model).values():
+            parameter.normal_(0, 0.5)
+    save_model(model, folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "model" / "README.md").write_text("the card of the adapter")
+    return folder / "model", model, tokenizer
 
 
 def entailer(folder: Path) -> Path:

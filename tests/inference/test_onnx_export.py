@@ -7,13 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lib.config.sections import AdapterConfig, ModelConfig
 from lib.errors import UserError
 from lib.inference import onnx_export
 from lib.inference.onnx_export import export_onnx
-from lib.model.adapters.adapt import adapt
-from lib.model.load import build_model, load_tokenizer
-from lib.model.weights import save_model, saved_tensors
 from tests import tiny_models
 from tests.predicting import load
 
@@ -54,17 +50,8 @@ def test_exported_logits_equal_pytorch_for_any_batch_and_length(task, tmp_path):
 
 @pytest.mark.parametrize("method", ["bottleneck", "lora"])
 def test_adapter_is_exported_with_its_base_model(tmp_path, method):
-    base = ModelConfig(model=str(tiny_models.classifier(tmp_path / "base")))
-    tokenizer = load_tokenizer(base)
-    model, weights = build_model(base, tiny_models.NAMES, tokenizer)
-    model = adapt(model, AdapterConfig(adapter=method), base, weights.new)
-    with torch.no_grad():
-        for parameter in saved_tensors(model).values():
-            parameter.normal_(0, 0.5)
-    save_model(model, tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "README.md").write_text("the card of the adapter")
-    assert export(load("--model", tmp_path / "model"), tmp_path / "onnx") < 1e-5
+    folder, model, tokenizer = tiny_models.adapter(tmp_path, method)
+    assert export(load("--model", folder), tmp_path / "onnx") < 1e-5
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
     batch = tokenizer(["a dull film", "good"], padding=True, return_tensors="pt")
     (found,) = session.run(None, {name: values.numpy() for name, values in batch.items()})
