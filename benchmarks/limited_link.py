@@ -21,9 +21,13 @@ from pathlib import Path
 STEPS = Path(__file__).resolve().parent / "linked_steps.py"
 WAYS = ("overlap", "after", "ddp")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-DEVICE = "link"
+DEVICE = "veth0"
 SECONDS = 600.0
 """A process that takes longer than this waits for the other one."""
+
+
+class LinkFailed(Exception):
+    """A command that makes the link failed."""
 
 
 def unavailable() -> str | None:
@@ -36,8 +40,8 @@ def unavailable() -> str | None:
     try:
         with link("1gbit"):
             return None
-    except subprocess.CalledProcessError as error:
-        return f"{' '.join(error.cmd)}: {error.stderr.strip()}"
+    except LinkFailed as error:
+        return str(error)
 
 
 @contextlib.contextmanager
@@ -62,7 +66,9 @@ def link(rate: str) -> Iterator[tuple[str, str]]:
 
 
 def call(*command: str) -> None:
-    subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LinkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def run(rate: str, flags: list[str]) -> int:
@@ -99,7 +105,10 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of the link, each way [default: 1gbit]")
     options, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the namespaces are removed then, too
-    sys.exit(run(options.rate, flags))
+    try:
+        sys.exit(run(options.rate, flags))
+    except LinkFailed as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def main() -> None:
         measures.train_samples += batch.num_samples * (number >= WARM_UP)
     measures.end_epoch()
     if accelerator.is_main_process:
-        print(measures.report(), flush=True)
+        norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in learner.model.parameters()])
+        print(measures.report(weight_norm=float(norm)), flush=True)  # that all ways learn the same
     finish(accelerator, learner.model, learner.optimizer)
 
 
