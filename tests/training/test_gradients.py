@@ -51,6 +51,12 @@ def test_memory_may_run_out_anywhere_on_any_process_and_all_go_on_with_the_same_
     assert len(sent - {None}) >= number - 1  # buckets that were under way when memory ran out, from none to nearly all
 
 
+def test_operation_without_deterministic_algorithm_on_one_process_repeats_the_step_on_all(results) -> None:
+    for result in results["not deterministic"]:
+        torch.testing.assert_close(result["weights"], results["tables"][0]["weights"], atol=0, rtol=0)
+        assert (result["begun"], result["positions"]) == (3, None)
+
+
 def test_gradients_of_large_tables_are_summed_in_the_memory_where_they_are_kept(results) -> None:
     for plain, tables in zip(results["plain"], results["tables"], strict=True):
         assert plain["shared"] == []
@@ -68,6 +74,7 @@ def test_processes_that_drop_different_layers_stay_equal(results) -> None:
 
 def test_sums_with_dropped_layers_are_those_of_the_processes_that_did_not_drop_them(results) -> None:
     for result in results["dropped layers, by hand"]:
+        assert all(result["same_missing"])
         assert max(result["differences"]) <= (0 if len(results["plain"]) == 2 else 1e-6)
     steps = [step for result in results["dropped layers, by hand"] for step in result["users"]]
     assert any(mine < anyones for mine, anyones, _ in steps)
