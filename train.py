@@ -116,13 +116,12 @@ def main(config: TrainConfig) -> dict[str, Any]:
 def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     """One optimizer step over all processes: the same step on any number of them, in micro-batches of any size."""
     accelerator, optimizer, state = learner.accelerator, learner.optimizer, learner.state
-    # Again in smaller micro-batches where memory was too short. Afterwards gradients are summed over processes: they are
-    # exchanged within the last backward.
-    for attempt in attempts(learner, batch):
+    for attempt in attempts(learner, batch):  # again in smaller micro-batches where memory was too short
         with attempt as micro_batches:
             for index, micro_batch in enumerate(micro_batches):
                 seed_everything(config.training.seed, state.step, index, accelerator.process_index)  # dropout
                 attempt.loss += forward_backward(learner, micro_batch, batch.weight)
+    # Gradients are now the sums over all processes, exchanged while the last micro-batch went backward.
     grad_norm = clip_gradients(accelerator, optimizer, config.optim.max_grad_norm)
     optimizer.step()  # leaves the weights as they are if a gradient is not finite
     learner.step_schedule(grad_norm)
