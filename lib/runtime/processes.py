@@ -15,10 +15,19 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.runtime.lock import is_locked_by
+from lib.runtime.network import (
+    Member,
+    choose_interfaces,
+    digest,
+    master,
+    meet,
+    open_store,
+    processes_per_machine,
+    rank_and_size,
+)
 from lib.runtime.signals import REQUEST, Stopped, check_stop
 
 PROCESS_TIMEOUT = timedelta(days=1)
@@ -29,22 +38,59 @@ BUCKET_BYTES = 25 * 2**20
 """Gradients are summed in buckets of at most this size, as in DDP."""
 
 
-def join_again(attempt: str, backend: str) -> None:
-    """Start the process group after a restart by `torchrun --max-restarts`.
+NETWORKS: list[str] = []
+"""The network interfaces over which the machines talk, with their addresses; none on one machine."""
 
-    The launcher keeps the store in which processes find each other, and PyTorch uses the same keys in it each time: they
-    would wait for the addresses of processes that died. Hence keys of their own for each attempt.
+
+def join(backend: str, timeout: float) -> None:
+    """Start the process group with all processes of the launch, or say who did not come within `timeout` seconds.
+
+    Several machines use the network interface that leads to the first one, see `choose_interfaces`. The launcher keeps the
+    store in which processes find each other when it restarts them, and PyTorch uses the same keys in it each time: they would
+    wait for the addresses of processes that died. Hence keys of their own for each attempt.
     """
-    store, rank, size = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
-    store = torch.distributed.PrefixStore(f"attempt/{attempt}", store)
+    rank, size = rank_and_size()
+    store = open_store(timeout)
+    members = meet(store, timeout)
+    store.set_timeout(PROCESS_TIMEOUT)
+    store = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
+    if size > processes_per_machine():
+        os.environ.update(choose_interfaces(members))
+        connect(store, members, timeout)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+
+
+def connect(store: Any, members: list[Member], timeout: float) -> None:
+    """Connect every process with every other one for a moment, so that a wall between machines does not end in a day of waiting.
+
+    Raises UserError if not all can be reached within `timeout` seconds.
+    """
+    rank, size = rank_and_size()
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    try:
+        trial = torch.distributed.PrefixStore("trial", store)
+        group = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        group.barrier().wait()
+    except RuntimeError as error:
+        others = sorted(
+            {f"{member.host} ({member.address})" for member in members}
+            - {f"{members[rank].host} ({members[rank].address})"}
+        )
+        raise UserError(
+            f"process {rank} of {size} on {members[rank].host} found {', '.join(others)} at {master()}, but cannot connect with "
+            f"every process there over {name}: {first_line(error)}\nLet a firewall pass all ports between the machines, or "
+            "name another network interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
+        ) from error
+    store.set(f"network/{rank}", f"{name} {members[rank].address}")
+    found = store.multi_get([f"network/{number}" for number in range(0, size, processes_per_machine())])
+    NETWORKS[:] = [text.decode() for text in found]
 
 
 @functools.cache
 def control_group() -> Any:
     """A process group on the CPU, so that agreeing on a flag does not wait for a GPU.
 
-    Its keys in the store are new each time, for the reason given in `join_again`.
+    Its keys in the store are new each time, for the reason given in `join`.
     """
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD
@@ -85,11 +131,15 @@ def has_lost_another(error: BaseException | None) -> bool:
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`.
+
+    Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 10.0.0.1, eth0 10.0.0.2`.
+    """
     if accelerator.num_processes == 1:
         return "1"
     devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
-    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    text = f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
 def agree_to_stop(accelerator: Accelerator) -> None:
