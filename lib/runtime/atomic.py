@@ -256,7 +256,7 @@ def make_folder(target: Path, fill: Callable[[Path], object]) -> None:
     with drafting(target) as draft:
         fill(draft)
         write_manifest(draft, {})
-        if not listed_files(target) or find_damage(target) is not None:
+        if not (is_ours(target) and listed_files(target) and find_damage(target) is None):
             publish_folder(draft, target)
 
 

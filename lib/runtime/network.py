@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from lib.errors import UserError, first_line
-from lib.runtime.signals import say
+from lib.runtime.signals import leave, say
 
 INTERFACES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 """Variables in which gloo and NCCL read their network interface, with what makes it the name and not a prefix of names."""
@@ -26,6 +26,8 @@ RESOLVE_SECONDS = 10.0
 POLL_SECONDS = 0.05
 BEAT_SECONDS = 5.0
 """How often a process that others wait for says that it is at work."""
+SILENT_SECONDS = 60.0
+"""How long the store may take to answer a program that it has let in."""
 PATIENCE_SECONDS = 20.0
 """After how long the first process says for whom it waits."""
 
@@ -190,19 +192,47 @@ def open_store(timeout: float) -> Any:
 
     Raises UserError with its address if nobody answers there for `timeout` seconds.
     """
-    from torch.distributed.rendezvous import rendezvous  # here: it takes seconds to import
+    from torch.distributed import TCPStore  # here: it takes seconds to import
 
-    own_address(os.environ["MASTER_ADDR"])
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = rank_and_size()
+    makes = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    own_address(host)
+    if not makes:
+        knock(host, port, timeout)
+    # PyTorch waits for ever for an answer of another program.
+    backstop = threading.Timer(
+        SILENT_SECONDS, leave, (f"error: {no_answer('what listens there is another program')}", 2)
+    )
+    backstop.daemon = True
+    backstop.start()
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        return TCPStore(host, port, size, makes, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:
-        rank, size = rank_and_size()
-        raise UserError(
-            f"process {rank} of {size} on {socket.gethostname()}: nobody answers as the first machine at {master()} within "
-            f"{timeout:g} s (--join_timeout): {first_line(error)}\nLook whether that is the address and port of the machine "
-            "with number 0, whether it was started, and whether a firewall is between"
-        ) from error
-    return store
+        raise UserError(no_answer(first_line(error))) from error
+    finally:
+        backstop.cancel()
+
+
+def knock(host: str, port: int, timeout: float) -> None:
+    """Wait until a program listens at an address. Raises UserError if none does for `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(5.0, timeout)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(no_answer(f"{error}, for {timeout:g} s (--join_timeout)")) from None
+        time.sleep(0.2)
+
+
+def no_answer(why: str) -> str:
+    """That the first machine does not answer, in words."""
+    return (
+        f"{socket.gethostname()} does not reach the first machine at {master()}: {why}\nLook whether that is the address and "
+        "the port of machine 0, whether it was started, and whether a firewall is between"
+    )
 
 
 OPENED: list[Any] = []

@@ -22,7 +22,6 @@ from lib.runtime.network import (
     Member,
     choose_interfaces,
     digest,
-    master,
     meet,
     open_store,
     processes_per_machine,
@@ -39,7 +38,7 @@ BUCKET_BYTES = 25 * 2**20
 
 
 NETWORKS: list[str] = []
-"""The network interfaces over which the machines talk, with their addresses; none on one machine."""
+"""The network interface over which each machine talks to the others; none on one machine."""
 
 
 def join(backend: str, timeout: float) -> None:
@@ -52,16 +51,18 @@ def join(backend: str, timeout: float) -> None:
     rank, size = rank_and_size()
     store = open_store(timeout)
     members = meet(store, timeout)
-    store.set_timeout(PROCESS_TIMEOUT)
-    store = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
+    attempt = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
+    trial = None
     if size > processes_per_machine():
         os.environ.update(choose_interfaces(members))
-        connect(store, members, timeout)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+        trial = connect(attempt, members, timeout)
+    store.set_timeout(PROCESS_TIMEOUT)
+    torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+    del trial  # not before all have left it
 
 
-def connect(store: Any, members: list[Member], timeout: float) -> None:
-    """Connect every process with every other one for a moment, so that a wall between machines does not end in a day of waiting.
+def connect(store: Any, members: list[Member], timeout: float) -> Any:
+    """A process group that connects every process with every other one: behind a firewall the run's own would wait for a day.
 
     Raises UserError if not all can be reached within `timeout` seconds.
     """
@@ -72,18 +73,16 @@ def connect(store: Any, members: list[Member], timeout: float) -> None:
         group = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
         group.barrier().wait()
     except RuntimeError as error:
-        others = sorted(
-            {f"{member.host} ({member.address})" for member in members}
-            - {f"{members[rank].host} ({members[rank].address})"}
-        )
+        others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
         raise UserError(
-            f"process {rank} of {size} on {members[rank].host} found {', '.join(others)} at {master()}, but cannot connect with "
-            f"every process there over {name}: {first_line(error)}\nLet a firewall pass all ports between the machines, or "
-            "name another network interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
+            f"{members[rank].host} found the processes on {', '.join(others)}, but cannot connect with all of them over the "
+            f"network interface {name}: {first_line(error)}\nLet firewalls pass all ports between the machines, or name another "
+            "interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
         ) from error
-    store.set(f"network/{rank}", f"{name} {members[rank].address}")
+    store.set(f"network/{rank}", f"{name} of {members[rank].host}")
     found = store.multi_get([f"network/{number}" for number in range(0, size, processes_per_machine())])
     NETWORKS[:] = [text.decode() for text in found]
+    return group
 
 
 @functools.cache
@@ -133,7 +132,7 @@ def has_lost_another(error: BaseException | None) -> bool:
 def describe_processes(accelerator: Accelerator) -> str:
     """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`.
 
-    Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 10.0.0.1, eth0 10.0.0.2`.
+    Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 of node1, eth0 of node2`.
     """
     if accelerator.num_processes == 1:
         return "1"
