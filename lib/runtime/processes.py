@@ -71,7 +71,7 @@ def connect(store: Any, members: list[Member], timeout: float) -> Any:
     try:
         trial = torch.distributed.PrefixStore("trial", store)
         group = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
-        group.barrier().wait()
+        group.allreduce([torch.zeros(1)]).wait()
     except RuntimeError as error:
         others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
         raise UserError(
