@@ -70,7 +70,7 @@ def connect(store: Any, members: list[Member], timeout: float) -> Any:
     name = os.environ["GLOO_SOCKET_IFNAME"]
     try:
         trial = torch.distributed.PrefixStore("trial", store)
-        group = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
         group.allreduce([torch.zeros(1)]).wait()
     except RuntimeError as error:
         others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
