@@ -47,23 +47,21 @@ def end_of(processes: list[subprocess.Popen], *logs: Path, seconds: float = 100)
         pytest.fail("\n".join(log.read_text() for log in logs))
 
 
-def test_two_machines_of_two_processes_are_one_process_and_use_the_network_between_them(
-    run: Command, flags: list[Any], tmp_path: Path
+@pytest.mark.parametrize("each", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_two_machines_are_one_process_and_use_the_network_between_them(
+    each: int, call: Command, flags: list[Any], tmp_path: Path
 ) -> None:
     """The name of each machine leads to its own loopback, which the other one cannot reach."""
     logs = tmp_path / "first.log", tmp_path / "second.log"
     with two_machines() as machines:
         running = [
-            machine.start(accelerate_launch(machine.number, TRAIN, *flags, tmp_path / "both"), log)
+            machine.start(accelerate_launch(machine.number, TRAIN, *flags, tmp_path / "both", each=each), log)
             for machine, log in zip(machines, logs, strict=True)
         ]
-        run("train.py", *flags, tmp_path / "alone")
+        call("train.py", *flags, tmp_path / "alone")
         assert end_of(running, *logs) == [0, 0], logs[0].read_text() + logs[1].read_text()
-        shown = (
-            " of ".join((machines[0].interface, machines[0].name)),
-            " of ".join((machines[1].interface, machines[1].name)),
-        )
-    assert f"4 (gloo, CPU) on 2 machines, over {', '.join(shown)}" in logs[0].read_text()
+        networks = ", ".join(f"{machine.interface} of {machine.name}" for machine in machines)
+    assert f"{2 * each} (gloo, CPU) on 2 machines, over {networks}" in logs[0].read_text()
     check_equal(tmp_path / "both", tmp_path / "alone")
 
 
@@ -78,7 +76,7 @@ def kill_one_in_the_middle(machines: tuple[Machine, Machine], line: Any, folder:
 
 @pytest.mark.slow
 def test_machine_that_is_killed_ends_the_run_on_the_other_which_then_goes_on_alone(
-    run: Command, flags: list[Any], tmp_path: Path
+    call: Command, flags: list[Any], tmp_path: Path
 ) -> None:
     logs = tmp_path / "first.log", tmp_path / "second.log"
     slow = [WORKER, json.dumps({"sleep": 0.4}), *flags, tmp_path / "both"]
@@ -94,7 +92,7 @@ def test_machine_that_is_killed_ends_the_run_on_the_other_which_then_goes_on_alo
             accelerate_launch(0, TRAIN, *flags, tmp_path / "both", machines=1, address="127.0.0.1"), logs[0]
         )
         assert end_of([again], logs[0]) == [0]
-    run("train.py", *flags, tmp_path / "alone")
+    call("train.py", *flags, tmp_path / "alone")
     assert "num_processes 4 -> 2" in logs[0].read_text()
     check_equal(tmp_path / "both", tmp_path / "alone")
 
@@ -102,7 +100,7 @@ def test_machine_that_is_killed_ends_the_run_on_the_other_which_then_goes_on_alo
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", ["machine", "process"])
 def test_torchrun_goes_on_with_the_machines_that_are_left(
-    killed: str, run: Command, flags: list[Any], tmp_path: Path
+    killed: str, call: Command, flags: list[Any], tmp_path: Path
 ) -> None:
     """Where only a process died, its machine comes back: then one launcher has counted a restart, and the other has not."""
     logs = tmp_path / "first.log", tmp_path / "second.log"
@@ -119,7 +117,7 @@ def test_torchrun_goes_on_with_the_machines_that_are_left(
         else:
             left = [machine.start(line(machine), log) for machine, log in zip(machines, logs, strict=True)]
         assert end_of(left, *logs, seconds=150) == [0] * len(left)
-    run("train.py", *flags, tmp_path / "alone")
+    call("train.py", *flags, tmp_path / "alone")
     check_equal(tmp_path / "both", tmp_path / "alone")
 
 

@@ -23,7 +23,7 @@ JOIN_SECONDS = 600.0
 """How long the processes of a launch wait for each other: as the launchers do."""
 RESOLVE_SECONDS = 10.0
 """How long a name may take to be known: name servers are busy when a job starts on many machines."""
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.1
 BEAT_SECONDS = 5.0
 """How often a process that others wait for says that it is at work."""
 SILENT_SECONDS = 60.0
@@ -97,49 +97,58 @@ def interface_of(address: str) -> str | None:
 def meet(store: Any, timeout: float) -> list[Member]:
     """All processes of this launch, in their order, when each of them knows that all others are here.
 
-    `store` is PyTorch's, reached by all. A launcher that restarts processes keeps it, with what those of earlier attempts
-    wrote; hence only what answers now counts. `timeout` is in seconds without a sign of anybody. Raises UserError, which
-    names who is missing, or two processes that were started as the same one.
+    The first process calls the roll, and each one answers when it finds itself in it. `store` is PyTorch's, reached by all. A
+    launcher that restarts processes keeps it, with what those of earlier attempts wrote; hence only what answers now
+    counts. `timeout` is in seconds without a sign of anybody. Raises UserError, which names who is missing, or two
+    processes that were started as the same one.
     """
     rank, size = rank_and_size()
     own = Member(secrets.token_hex(8), socket.gethostname(), own_address(os.environ["MASTER_ADDR"]))
-    names = [f"member/{number}" for number in range(size)]
-    store.set(names[rank], json.dumps(dataclasses.asdict(own)))
+    store.set(f"member/{rank}", json.dumps(dataclasses.asdict(own)))
     began = last = time.monotonic()
-    told, signs, listed, answered = False, list[bytes](), "", ""
+    told, answered, roll, members = False, "", "", list[Member | None]()
     while True:
-        here = [number for number in range(size) if store.check([names[number]])]
-        found = dict(zip(here, store.multi_get([names[number] for number in here]), strict=True))
-        if json.loads(found[rank])["key"] != own.key:
-            other = Member(**json.loads(found[rank]))
-            raise UserError(
-                f"two processes were started as number {rank} of {size}, on {own.host} ({own.address}) and on {other.host} "
-                f"({other.address}): each machine needs a number of its own (--machine_rank of accelerate launch, "
-                "--node-rank of torchrun)"
-            )
-        if rank == 0 and len(found) == size:
-            everyone = json.dumps([json.loads(found[number]) for number in range(size)])
-            if everyone != listed:
-                store.set("members", everyone)
-        if store.check(["members"]):
-            listed = store.get("members").decode()
-            members = [Member(**entry) for entry in json.loads(listed)]
-            if len(members) == size and members[rank] == own:
-                count = f"answers/{digest(members)}"
-                if store.add(count, int(answered != listed)) == size:
-                    return members
-                answered = listed
-        beats = [name for number in range(size) if store.check([name := f"beat/{number}"])]
-        now, fresh = time.monotonic(), [*found.values(), *store.multi_get(beats)]
-        if fresh != signs:
-            signs, last = fresh, now
-        missing = [number for number in range(size) if number not in found]
-        if now - last > timeout:
-            raise UserError(describe_missing(missing, size, now - began, timeout))
-        if rank == 0 and not told and now - began > PATIENCE_SECONDS:
+        if rank == 0 and (called := call_roll(store, size)) != roll:
+            store.set("roll", called)
+        check_alone(store, own)
+        if store.check(["roll"]) and (found := store.get("roll").decode()) != roll:
+            roll, last = found, time.monotonic()
+            members = [Member(**entry) if entry else None for entry in json.loads(roll)["members"]]
+        listed = len(members) == size and members[rank] == own
+        everyone = [member for member in members if member]
+        if listed and len(everyone) == size:
+            if store.add(f"answers/{digest(everyone)}", int(answered != digest(everyone))) == size:
+                return everyone
+            answered = digest(everyone)
+        missing = [number for number, member in enumerate(members) if member is None] if listed else [0]
+        waited = time.monotonic() - began
+        if time.monotonic() - last > timeout:
+            raise UserError(describe_missing(missing, size, waited, timeout))
+        if rank == 0 and not told and waited > PATIENCE_SECONDS:
             told = True
             say(f"waiting for {describe_ranks(missing)} of {size} at {master()}")
         time.sleep(POLL_SECONDS)
+
+
+def call_roll(store: Any, size: int) -> str:
+    """Who has written into the store, now or in an earlier attempt, and the signs of those that are still at work."""
+    here = [number for number in range(size) if store.check([f"member/{number}"])]
+    found = dict(zip(here, store.multi_get([f"member/{number}" for number in here]), strict=True))
+    members = [json.loads(found[number]) if number in found else None for number in range(size)]
+    beats = [store.get(name).decode() for number in range(size) if store.check([name := f"beat/{number}"])]
+    return json.dumps({"members": members, "beats": beats})
+
+
+def check_alone(store: Any, own: Member) -> None:
+    """Raise UserError if another process was started with the number of this one."""
+    rank, size = rank_and_size()
+    other = Member(**json.loads(store.get(f"member/{rank}")))
+    if other.key != own.key:
+        raise UserError(
+            f"two processes were started as number {rank} of {size}, on {own.host} ({own.address}) and on {other.host} "
+            f"({other.address}): each machine needs a number of its own (--machine_rank of accelerate launch, "
+            "--node-rank of torchrun)"
+        )
 
 
 def digest(members: list[Member]) -> str:
