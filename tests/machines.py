@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import ROOT, WORKER_ENV
@@ -21,8 +22,8 @@ PORT = 29500
 class Machine:
     """A network namespace in which commands are started; its own name leads to its loopback, as Debian has it."""
 
-    def __init__(self, number: int) -> None:
-        self.number, self.name = number, f"machine{os.getpid()}{'ab'[number]}"
+    def __init__(self, number: int, owner: str = str(os.getpid())) -> None:
+        self.number, self.name = number, f"machine{owner}{'ab'[number]}"
         self.interface, self.address = f"net-{'ab'[number]}", f"10.77.0.{number + 1}"
         self.etc = Path("/etc/netns") / self.name
 
@@ -55,6 +56,14 @@ class Machine:
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, check=False, timeout=20)
         return list(map(int, listed.stdout.split()))
 
+    def remove(self) -> None:
+        """End its processes and remove it, as far as it is there."""
+        self.kill()
+        subprocess.run(["ip", "netns", "del", self.name], check=False, capture_output=True, timeout=20)
+        with contextlib.suppress(OSError):
+            (self.etc / "hosts").unlink()
+            self.etc.rmdir()
+
     def kill(self) -> None:
         """End all processes at once, as when the power goes."""
         for pid in self.processes():
@@ -70,6 +79,9 @@ def ip(*words: str) -> None:
 def two_machines() -> Iterator[tuple[Machine, Machine]]:
     """Within, two machines; their processes, names and files are gone afterwards. Skips the test where none can be made."""
     first, second = both = Machine(0), Machine(1)
+    for folder in Path("/etc/netns").glob("machine*[0-9][ab]"):  # of a test that was killed
+        if not psutil.pid_exists(int(folder.name[7:-1])):
+            Machine("ab".index(folder.name[-1]), folder.name[7:-1]).remove()
     try:
         try:
             for machine in both:
@@ -87,11 +99,7 @@ def two_machines() -> Iterator[tuple[Machine, Machine]]:
         yield both
     finally:
         for machine in both:
-            machine.kill()
-            subprocess.run(["ip", "netns", "del", machine.name], check=False, capture_output=True, timeout=20)
-            with contextlib.suppress(OSError):
-                (machine.etc / "hosts").unlink()
-                machine.etc.rmdir()
+            machine.remove()
 
 
 def accelerate_launch(
@@ -104,9 +112,13 @@ def accelerate_launch(
 
 
 def torchrun(rank: int, *flags: Any, nodes: str = "2", each: int = 2, address: str = "10.77.0.1") -> list[Any]:
-    """The line of torchrun in which the machines find each other by themselves; `--local-addr`, since no name is known."""
+    """The line of torchrun in which the machines find each other by themselves.
+
+    No name is known, and the first machine does not know that the address is its own.
+    """
     line = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", each]
     line += ["--rdzv-backend", "c10d", "--rdzv-id", "run", "--rdzv-endpoint", f"{address}:{PORT}"]
+    line += ["--rdzv-conf", f"is_host={int(rank == 0)},last_call_timeout=5"]
     return [*line, "--local-addr", f"10.77.0.{rank + 1}", *flags]
 
 

@@ -106,10 +106,9 @@ def test_torchrun_goes_on_with_the_machines_that_are_left(
     logs = tmp_path / "first.log", tmp_path / "second.log"
     once = {"do": "kill", "rank": 3, "step": 5, "once": str(tmp_path / "once")} if killed == "process" else {}
     slow = [WORKER, json.dumps({"sleep": 0.4} | once), *flags, tmp_path / "both"]
-    elastic = ["--max-restarts", "3", "--rdzv-conf", "last_call_timeout=5"]
 
     def line(machine: Machine) -> list[Any]:
-        return torchrun(machine.number, *elastic, *slow, nodes="1:2")
+        return torchrun(machine.number, "--max-restarts", 3, *slow, nodes="1:2")
 
     with two_machines() as machines:
         if killed == "machine":
