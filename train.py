@@ -52,13 +52,15 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
-    accelerator = build_accelerator(config.device, config.tracking.report_to, run_folder(config))
+    accelerator = build_accelerator(
+        config.device, config.tracking.report_to, run_folder(config), config.training.join_timeout
+    )
     run = Run(config, accelerator)
     check_trainable(config)
 
-    # Data: the first process tokenizes, the others read its cache.
+    # Data: the first process tokenizes, then that of each other machine unless it shares the cache; the others read it.
     tokenizer = load_tokenizer(config.model, config.adapter.virtual_tokens)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = load_data(config.data, tokenizer, ROLES if config.training.score_test else ROLES[:2])
     if run.is_finished(data):
         return run.results

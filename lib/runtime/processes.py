@@ -15,10 +15,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.runtime.lock import is_locked_by
+from lib.runtime.network import (
+    Member,
+    choose_interfaces,
+    digest,
+    meet,
+    open_store,
+    processes_per_machine,
+    rank_and_size,
+)
 from lib.runtime.signals import REQUEST, Stopped, check_stop
 
 PROCESS_TIMEOUT = timedelta(days=1)
@@ -30,22 +38,59 @@ BUCKET_BYTES = 25 * 2**20
 Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 
-def join_again(attempt: str, backend: str) -> None:
-    """Start the process group after a restart by `torchrun --max-restarts`.
+NETWORKS: list[str] = []
+"""The network interface over which each machine talks to the others; none on one machine."""
 
-    The launcher keeps the store in which processes find each other, and PyTorch uses the same keys in it each time: they
-    would wait for the addresses of processes that died. Hence keys of their own for each attempt.
+
+def join(backend: str, timeout: float) -> None:
+    """Start the process group with all processes of the launch, or say who did not come within `timeout` seconds.
+
+    Several machines use the network interface that leads to the first one, see `choose_interfaces`. The launcher keeps the
+    store in which processes find each other when it restarts them, and PyTorch uses the same keys in it each time: they would
+    wait for the addresses of processes that died. Hence keys of their own for each attempt.
     """
-    store, rank, size = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
-    store = torch.distributed.PrefixStore(f"attempt/{attempt}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+    rank, size = rank_and_size()
+    store = open_store(timeout)
+    members = meet(store, timeout)
+    attempt = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
+    trial = None
+    if size > processes_per_machine():
+        os.environ.update(choose_interfaces(members))
+        trial = connect(attempt, members, timeout)
+    store.set_timeout(PROCESS_TIMEOUT)
+    torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+    del trial  # not before all have left it
+
+
+def connect(store: Any, members: list[Member], timeout: float) -> Any:
+    """A process group that connects every process with every other one: behind a firewall the run's own would wait for a day.
+
+    Raises UserError if not all can be reached within `timeout` seconds.
+    """
+    rank, size = rank_and_size()
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    try:
+        trial = torch.distributed.PrefixStore("trial", store)
+        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        group.allreduce([torch.zeros(1)]).wait()
+    except RuntimeError as error:
+        others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
+        raise UserError(
+            f"{members[rank].host} found the processes on {', '.join(others)}, but cannot connect with all of them over the "
+            f"network interface {name}: {first_line(error)}\nLet firewalls pass all ports between the machines, or name another "
+            "interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
+        ) from error
+    store.set(f"network/{rank}", f"{name} of {members[rank].host}")
+    found = store.multi_get([f"network/{number}" for number in range(0, size, processes_per_machine())])
+    NETWORKS[:] = [text.decode() for text in found]
+    return group
 
 
 @functools.cache
 def control_group() -> Any:
     """A process group on the CPU, so that agreeing on a flag does not wait for a GPU.
 
-    Its keys in the store are new each time, for the reason given in `join_again`.
+    Its keys in the store are new each time, for the reason given in `join`.
     """
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD
@@ -91,11 +136,15 @@ def has_lost_another(error: BaseException | None) -> bool:
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`.
+
+    Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 of node1, eth0 of node2`.
+    """
     if accelerator.num_processes == 1:
         return "1"
     devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
-    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    text = f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
 def agree_to_stop(accelerator: Accelerator) -> None:
