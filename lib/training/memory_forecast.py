@@ -33,7 +33,8 @@ class Forecast:
     the two `moments` of AdamW. In each step come and go the `gradients` and the `activations`: all that a forward of one
     micro-batch keeps for its backward, copies of weights in another dtype included. Gradients appear while activations
     go, so that the most of both at once, `step`, lies between the larger one and their sum, with what operations need
-    for a moment. `activations` and `step` are None where the model cannot be run without data.
+    for a moment. `activations` and `step` are None where the model cannot be run without data. Of a step, some memory is
+    `lost` between blocks that are in use.
     """
 
     weights: int
@@ -42,11 +43,14 @@ class Forecast:
     activations: int | None
     step: int | None
     base: int = 0
+    lost: int = 0
 
     @property
     def peak(self) -> int:
         """The most bytes at one time; without the activations where they are not known."""
-        return self.base + self.weights + self.moments + (self.gradients if self.step is None else self.step)
+        return (
+            self.base + self.lost + self.weights + self.moments + (self.gradients if self.step is None else self.step)
+        )
 
 
 class Tally(TorchDispatchMode):

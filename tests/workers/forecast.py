@@ -1,7 +1,7 @@
-"""Runs train.py, and prints what its start block forecasts at the peak, and the peak that was measured, in bytes."""
+"""Runs train.py; prints what its start block forecasts, and the most memory until the last step was over, in bytes."""
 
-import dataclasses
 import json
+import resource
 import sys
 from typing import Any
 
@@ -9,70 +9,22 @@ import lib.run.memory
 import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
-from lib.runtime.accelerator import peak_memory_gib
 
-made: list[Any] = []
-
-
-def keep(*arguments: Any, **options: Any) -> Any:
-    made.append(forecast(*arguments, **options))
-    return made[-1]
+with_process, train_step, seen = lib.run.memory.with_process, train.train_step, dict[str, Any]()
 
 
-forecast = lib.run.memory.forecast
-lib.run.memory.forecast, lib.run.memory.LITTLE = keep, 0.0  # also of a small model
+def keep_forecast(*arguments: Any) -> Any:
+    found = with_process(*arguments)
+    seen.update(forecast=found.peak, base=found.base)
+    return found
 
 
-class Device:
-    type = "cpu"
+def train_and_measure(*arguments: Any) -> None:
+    train_step(*arguments)
+    seen["measured"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class A:
-    device = Device()
-
-
-def rss():
-    for line in open("/proc/self/status"):
-        if line.startswith(("VmHWM", "VmRSS")):
-            print(line.strip(), file=sys.stderr)
-
-
-old = lib.run.memory.describe_memory
-import lib.run.introduction
-
-
-def dm(*a):
-    rss()
-    r = old(*a)
-    print(r, file=sys.stderr)
-    return r
-
-
-lib.run.introduction.describe_memory = dm
-ts = train.train_step
-
-
-def st(*a):
-    print("before step", file=sys.stderr)
-    rss()
-    ts(*a)
-    print("after step", file=sys.stderr)
-    rss()
-
-
-train.train_step = st
-from lib.run.run import Run
-
-fin = Run.finish
-
-
-def fi(*a):
-    print("finish", file=sys.stderr)
-    rss()
-    return fin(*a)
-
-
-Run.finish = fi
+lib.run.memory.LITTLE = 0.0  # a small model is counted, too
+lib.run.memory.with_process, train.train_step = keep_forecast, train_and_measure
 train.main(parse_cli(TrainConfig, sys.argv[1:]))
-rss()
-print(json.dumps({"peak": peak_memory_gib(A()) * 2**30} | dataclasses.asdict(made[0])))
+print(json.dumps(seen))
