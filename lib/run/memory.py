@@ -1,11 +1,13 @@
 """What memory a run takes, in words: of a run that starts, and of the ways to train a model, side by side."""
 
+import contextlib
 import copy
 import dataclasses
 import math
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from transformers import AutoModelForSequenceClassification
 
 from lib.config.hub import DoctorConfig
@@ -49,6 +51,8 @@ def describe_memory(
     Activations are counted only where weights, gradients and moments, with a generous guess at the activations, take more
     than a tenth of the memory that this process can have.
     """
+    if learner.accelerator.distributed_type == DistributedType.FSDP:
+        return "not known where the model is split among processes", []
     device, plan, precision = learner.accelerator.device, learner.plan, learner.accelerator.mixed_precision
     held, most = own_memory(device)
     per_process = math.ceil(min(plan.config.train_batch_size, len(plan.lengths)) / plan.world_size)
@@ -73,18 +77,18 @@ def describe_memory(
     if most is None or found.peak <= most:
         return text, []
     helps: list[str] = []
-    others = [] if plan.config.gradient_checkpointing else [Method(recomputed=True)]
-    others += [Method(adapter="lora")] if config.adapter.adapter is None and config.model.freeze is None else []
-    for method in others:
-        try:
+    whole = config.adapter.adapter is None and config.model.freeze is None and not config.model.from_scratch
+    recomputed = plan.config.gradient_checkpointing or config.adapter.adapter == "prefix"
+    for method in [*([] if recomputed else [Method(recomputed=True)]), *([Method(adapter="lora")] if whole else [])]:
+        with contextlib.suppress(Exception):  # not for this architecture, or a package is missing
             helps.append(f"{method.flags}: {gib(count(method, size).peak)} GiB")
-        except UserError:  # not for this architecture, or a package is missing
-            continue
     while found.peak > most and size > 1:
         size //= 2
         found = count(Method(), size)
-    helps.append(f"--per_device_train_batch_size {size}: {gib(found.peak)} GiB")
-    return text, [f"warning: memory may not suffice; what helps, and to how much: {', '.join(helps)}"]
+    if size < len(inputs["input_ids"]):
+        helps.append(f"--per_device_train_batch_size {size}: {gib(found.peak)} GiB")
+    advice = f"; what helps, and to how much: {', '.join(helps)}" if helps else ""
+    return text, [f"warning: memory may not suffice{advice}"]
 
 
 def with_process(found: Forecast, base: int, device: torch.device) -> Forecast:
