@@ -80,7 +80,9 @@ def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[At
         if failed:
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
-            state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
+            remedies = "" if learner.plan.config.gradient_checkpointing else "--gradient_checkpointing True"
+            flag = "--per_device_train_batch_size"
+            state.micro_batch_positions = halve(largest, flag, "positions", remedies)
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:
