@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 
 from lib.errors import UserError
+from lib.runtime.launch_checks import read_sharding
 from lib.runtime.lock import is_locked_by
 from lib.runtime.signals import REQUEST, Stopped, check_stop
 
@@ -85,11 +87,12 @@ def has_lost_another(error: BaseException | None) -> bool:
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs; FSDP2: 8 shards)`."""
     if accelerator.num_processes == 1:
         return "1"
     devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
-    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    spread = f"; {sharding}" if (sharding := read_sharding()) else ""
+    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices}{spread})"
 
 
 def agree_to_stop(accelerator: Accelerator) -> None:
@@ -141,7 +144,7 @@ def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
     Call it after all processes agreed that their backward passes succeeded. DDP, which is not used, would exchange
     gradients within the last backward pass, where a process that runs out of memory leaves the others waiting.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or isinstance(model, FSDPModule):  # which has summed them already
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     pending = []
@@ -158,7 +161,7 @@ def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.num_processes == 1:
         return
     for bucket in buckets([tensor.detach() for tensor in (*model.parameters(), *model.buffers())]):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(accelerator.device)
         torch.distributed.broadcast(flat, 0)
         if not accelerator.is_main_process:
             copy_from(flat, bucket)

@@ -15,6 +15,8 @@ from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
 from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
+from lib.model.sharding import shard_model
+from lib.runtime.launch_checks import read_sharding
 from lib.runtime.precision import keep_in_dtype
 from lib.runtime.processes import share_weights
 from lib.training.meter import Meter, not_finite
@@ -114,16 +116,21 @@ def build_learner(
 ) -> Learner:
     """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
 
-    Frozen weights below an adapter are held in the dtype that they are computed in. The schedule is not prepared: it
+    Frozen weights below an adapter are held in the dtype that they are computed in. Where the launcher asks for FSDP2, the
+    model is spread over processes. The schedule is not prepared: it
     advances once per optimizer step, not once per process. Raises UserError if the schedule does not accept its settings,
-    or if rates by layer do not fit the model.
+    or if rates by layer, or shards, do not fit the model.
     """
     keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
+    if sharding := read_sharding():
+        share_weights(accelerator, model)
+        shard_model(model, sharding, accelerator.device)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
     # In evaluation mode, without DDP: gradients are summed by `sum_gradients`, and DDP's buckets are as large as they are.
     model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
-    share_weights(accelerator, model)
+    if not sharding:
+        share_weights(accelerator, model)
     set_train_mode(model)
     state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
     return Learner(accelerator, model, objective, optimizer, scheduler, plan, state)

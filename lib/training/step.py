@@ -1,5 +1,6 @@
 """What an optimizer step needs besides its forward and backward in train.py: retries when memory is short, and clipping."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
+from lib.model.sharding import forget_step, is_sharded, norm_over_shards, own_part
 from lib.runtime.determinism import demand, relax
-from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
+from lib.runtime.memory import StartAgain, halve, has_own_memory, is_out_of_memory
 from lib.runtime.processes import any_process, lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
@@ -21,11 +23,15 @@ from lib.training.learner import Learner
 ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 """(learner, micro-batch, weight of the whole step) -> summed loss; adds to the gradients of the parameters."""
 
+MICRO_BATCHES = "--per_device_train_batch_size"
+"""The flag that makes micro-batches smaller."""
+
 
 class Attempt:
     """One try at the gradients of a step: `with attempt as micro_batches` swallows errors after which another may succeed.
 
-    These are a lack of memory, and an operation that has no deterministic algorithm, which is allowed from then on.
+    These are a lack of memory, and an operation that has no deterministic algorithm, which is allowed from then on. Where
+    the model is in shards, a lack of memory raises StartAgain.
     """
 
     def __init__(self, learner: Learner, batch: StepBatch) -> None:
@@ -39,18 +45,30 @@ class Attempt:
 
     def __enter__(self) -> Iterator[MicroBatch]:
         demand(strict=True)
-        device = self.learner.accelerator.device
-        return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_positions))
+        accelerator = self.learner.accelerator
+        pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
+        if is_sharded(self.learner.model):
+            pieces = even(accelerator, pieces)
+        return (piece.to(accelerator.device) for piece in pieces)
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)
+        if self.failed and is_sharded(self.learner.model):
+            raise StartAgain("micro_batch_positions", halve(self.largest(), MICRO_BATCHES, "positions")) from error
         return self.failed or self.relaxed
 
     def largest(self) -> int:
         """Positions of the largest micro-batch that can still be cut, 0 if there is none."""
         pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
         return max((piece.positions for piece in pieces if len(piece) > 1), default=0)
+
+
+def even(accelerator: Accelerator, pieces: list[MicroBatch]) -> list[MicroBatch]:
+    """As many micro-batches on every process, those that are missing with weight 0: all of them gather a layer together."""
+    missing = -lowest(accelerator, -len(pieces)) - len(pieces)
+    first = pieces[0].split(1)[0]
+    return pieces + [dataclasses.replace(first, weights=torch.zeros_like(first.weights))] * missing
 
 
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
@@ -68,10 +86,11 @@ def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[At
         if not any_process(accelerator, attempt.failed or attempt.relaxed):
             return
         learner.optimizer.zero_grad()
+        forget_step(learner.model)
         if any_process(accelerator, attempt.failed):
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
-            state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
+            state.micro_batch_positions = halve(largest, MICRO_BATCHES, "positions")
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:
@@ -83,7 +102,7 @@ def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: Forw
     accelerator, model = learner.accelerator, learner.model
     if not has_own_memory(accelerator.device):
         return
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = sum(own_part(p).nbytes for p in model.parameters() if p.requires_grad)
     made = bool(learner.optimizer.state)
     moments = None if made else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
     for attempt in attempts(learner, batch, "trying the longest batch"):
@@ -107,7 +126,8 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | N
         accelerator.scaler.unscale_(inner)
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
         return nn.utils.clip_grad_norm_([p for group in inner.param_groups for p in group["params"]], limit)
-    norm = gradient_norm(inner.gradients())
+    gradients = inner.gradients()
+    norm = norm_over_shards(gradient_norm([part for g in gradients if len(part := own_part(g))]), gradients)
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(limit) else ((norm + 1e-6) / limit).clamp(min=1.0)
     return norm
