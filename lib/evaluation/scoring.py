@@ -21,7 +21,7 @@ from lib.evaluation.scores import compute_metrics
 from lib.evaluation.thresholds import has_thresholds, store_thresholds, stored_thresholds, tune_thresholds
 from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
-from lib.model.sharding import is_sharded
+from lib.model.sharding import is_sharded, without_gradients
 from lib.runtime.launch_checks import read_sharding
 from lib.runtime.memory import StartAgain, halve, is_out_of_memory
 from lib.runtime.precision import cast_weights
@@ -120,8 +120,7 @@ def predict_table(
         rows = predict_batch(model, batch, loss, split.unpadded)
         results.index_add_(0, indices, rows[: len(indices)])  # none of a stand-in
 
-    # Layers are gathered into memory that training uses as well.
-    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+    with without_gradients(model):
         return results if share_batches(accelerator, split, batches, compute, "evaluation") else None
 
 

@@ -7,7 +7,9 @@ Zhao et al. 2023). With replicas (HSDP), every group of processes holds a whole 
 
 import contextlib
 import functools
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +46,13 @@ def device_mesh(shards: int, replicas: int, device: str) -> DeviceMesh:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def without_gradients(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """A context to compute in without gradients; inference mode is not for shards: layers are gathered into memory that
+    training uses as well.
+    """
+    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
 def forget_step(model: nn.Module) -> None:
@@ -88,7 +97,11 @@ def whole_weights(model: nn.Module, change: bool = False) -> Iterator[None]:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # an evaluation may leave it gathered
+    if not is_sharded(model):
+        yield
+        return
     places = [(module, dict(module._parameters)) for module in model.modules()]
+    hooks = {module: module._load_state_dict_post_hooks for module, _ in places}
     held = {id(p): p for _, parameters in places for p in parameters.values() if isinstance(p, DTensor)}
     found: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for key, shard in held.items():
@@ -97,6 +110,7 @@ def whole_weights(model: nn.Module, change: bool = False) -> Iterator[None]:
     try:
         for module, parameters in places:
             module._parameters.update({name: found[id(p)] for name, p in parameters.items() if id(p) in found})
+            module._load_state_dict_post_hooks = OrderedDict()  # of FSDP, which expects shards
         yield
         with torch.no_grad():
             for key, parameter in found.items() if change else ():
@@ -104,6 +118,7 @@ def whole_weights(model: nn.Module, change: bool = False) -> Iterator[None]:
     finally:
         for module, parameters in places:
             module._parameters.update(parameters)
+            module._load_state_dict_post_hooks = hooks[module]
 
 
 def norm_over_shards(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
