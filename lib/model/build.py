@@ -29,11 +29,10 @@ def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: to
     return compile_layers(model, config.training.compile, device), weights
 
 
-def check_trainable(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for a model that cannot be trained as it is launched, before data is loaded.
+def check_trainable(config: TrainConfig) -> None:
+    """Raise UserError for a model that cannot be trained, before data is loaded.
 
-    Quantized weights do not learn, so they need an adapter. With LayerDrop processes would drop different layers, and a
-    layer without a gradient on one of them has another gradient, or none, on each.
+    Quantized weights do not learn, so they need an adapter.
     """
     source = config.model
     if adapter_folder(source) is not None:
@@ -50,23 +49,22 @@ def check_trainable(config: TrainConfig, processes: int) -> None:
             "weights do not learn; train an adapter, --adapter lora, or use the model's original"
         )
     if read_sharding():
-        check_sharding(config, bool(quantization))
-    dropping = [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]
-    if processes > 1 and dropping:
-        changes = " ".join(f"{name}=0.0" for name in dropping)
-        raise UserError(
-            f"--model {source.model} drops whole layers in training ({', '.join(dropping)} in its config.json), which works on "
-            f"one process, not on {processes}: each would drop others\nThis works: --config_overrides "
-            f"{' '.join([*source.config_overrides, changes])}"
-        )
+        check_sharding(config, hf_config, bool(quantization))
 
 
-def check_sharding(config: TrainConfig, quantized: bool) -> None:
+def check_sharding(config: TrainConfig, hf_config: Any, quantized: bool) -> None:
     """Raise UserError for what does not go together with a model in shards."""
     plain = "launch with accelerate_configs/multi_gpu.yaml, where every process holds the whole model"
     if quantized:
         raise UserError(
             f"FSDP does not spread the quantized weights of --model {config.model.model}; {plain}, or use the model's original"
+        )
+    if dropping := [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]:
+        changes = " ".join([*config.model.config_overrides, *(f"{name}=0.0" for name in dropping)])
+        raise UserError(
+            f"FSDP and --model {config.model.model} do not go together: it drops whole layers in training "
+            f"({', '.join(dropping)} in its config.json), each process others, and no layer is put together without all of "
+            f"them\nThis works: --config_overrides {changes}"
         )
     if config.model.head_solver:
         raise UserError(

@@ -55,12 +55,6 @@ def without_gradients(model: nn.Module) -> contextlib.AbstractContextManager[Any
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
-def forget_step(model: nn.Module) -> None:
-    """Free what a step leaves in shards that failed on all processes at the same operation."""
-    if isinstance(model, FSDPModule):
-        model.reset_iter_state()
-
-
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: its shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

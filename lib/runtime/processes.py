@@ -1,4 +1,4 @@
-"""What the processes of a run do together: agree on a flag, sum gradients, stop, end."""
+"""What the processes of a run do together: agree on a flag, share weights, sum, stop, end."""
 
 import functools
 import os
@@ -8,14 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 
 from lib.errors import UserError
@@ -28,7 +27,8 @@ PROCESS_TIMEOUT = timedelta(days=1)
 NFS_SECONDS = 30.0
 """How long a machine may take to see what another one wrote to a shared disk: NFS looks at a folder every now and then."""
 BUCKET_BYTES = 25 * 2**20
-"""Gradients are summed in buckets of at most this size, as in DDP."""
+"""Weights are shared and gradients summed in buckets of at most this size, as in DDP."""
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 
 def join_again(attempt: str, backend: str) -> None:
@@ -56,15 +56,20 @@ def control_group() -> Any:
     return torch.distributed.ProcessGroupGloo(store, rank, size, PROCESS_TIMEOUT)
 
 
-def lowest(accelerator: Accelerator, value: int) -> int:
-    """The minimum of `value` over all processes; every process must call this at the same place."""
+def lowest_of_each(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
+    """The minimum of each of `values` over all processes; every process must call this at the same place."""
     if accelerator.num_processes == 1:
-        return value
-    tensor = torch.tensor(value)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
     options = torch.distributed.AllreduceOptions()
     options.reduceOp = torch.distributed.ReduceOp(torch.distributed.ReduceOp.MIN)
     control_group().allreduce([tensor], options).wait()
-    return int(tensor)
+    return tensor.tolist()
+
+
+def lowest(accelerator: Accelerator, value: int) -> int:
+    """The minimum of `value` over all processes; every process must call this at the same place."""
+    return lowest_of_each(accelerator, [value])[0]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
@@ -138,22 +143,9 @@ def check_shared(accelerator: Accelerator, folder: Path, token: str) -> None:
         )
 
 
-def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace the gradients of every process by their sum over processes.
-
-    Call it after all processes agreed that their backward passes succeeded. DDP, which is not used, would exchange
-    gradients within the last backward pass, where a process that runs out of memory leaves the others waiting.
-    """
-    if accelerator.num_processes == 1 or isinstance(model, FSDPModule):  # which has summed them already
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    pending = []
-    for bucket in buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        pending.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in pending:
-        work.wait()
-        copy_from(flat, bucket)
+def start_sum(tensor: torch.Tensor) -> Any:
+    """Begin to replace `tensor` by its sum over processes, which all must do in the same order; `wait()` waits for it."""
+    return torch.distributed.all_reduce(tensor, async_op=True)
 
 
 def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
@@ -173,14 +165,18 @@ def copy_from(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
-def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """`tensors` in order, in groups of one dtype and at most BUCKET_BYTES; a larger tensor is a group of its own."""
-    group: list[torch.Tensor] = []
+def buckets(tensors: Sequence[Tensor], first: int | None = None) -> Iterator[list[Tensor]]:
+    """`tensors` in order, in groups of one dtype and at most BUCKET_BYTES, the first of at most `first` where given.
+
+    A larger tensor is a group of its own.
+    """
+    group: list[Tensor] = []
+    limit = first or BUCKET_BYTES
     for tensor in tensors:
         size = sum(member.nbytes for member in group) + tensor.nbytes
-        if group and (size > BUCKET_BYTES or tensor.dtype != group[0].dtype):
+        if group and (size > limit or tensor.dtype != group[0].dtype):
             yield group
-            group = []
+            group, limit = [], BUCKET_BYTES
         group.append(tensor)
     if group:
         yield group

@@ -15,10 +15,11 @@ from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
 from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
-from lib.model.sharding import shard_model
+from lib.model.sharding import is_sharded, shard_model
 from lib.runtime.launch_checks import read_sharding
 from lib.runtime.precision import keep_in_dtype
 from lib.runtime.processes import share_weights
+from lib.training.gradients import Gradients
 from lib.training.meter import Meter, not_finite
 from lib.training.objective import Objective
 from lib.training.optimizer import (
@@ -29,6 +30,7 @@ from lib.training.optimizer import (
     learning_rate,
 )
 from lib.training.plan import Plan
+from lib.training.sharded_gradients import ShardedGradients
 from lib.training.state import State
 
 SMALLEST_LOSS_SCALE = 2.0**-14
@@ -37,7 +39,7 @@ SMALLEST_LOSS_SCALE = 2.0**-14
 
 @dataclasses.dataclass
 class Learner:
-    """Model, optimizer and schedule, prepared by the accelerator; objective, plan, counters, sums since the last log line."""
+    """Model, optimizer and schedule, prepared by the accelerator; objective, plan, counters, sums over processes and steps."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -46,11 +48,15 @@ class Learner:
     scheduler: Any
     plan: Plan
     state: State
+    gradients: Gradients | ShardedGradients = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
     skipped: bool = False
     """Whether the last step changed nothing, since a gradient overflowed under the loss scale of fp16."""
 
     def __post_init__(self) -> None:
+        # After the optimizer, which keeps the gradients of large tables.
+        kind = ShardedGradients if is_sharded(self.model) else Gradients
+        self.gradients = kind(self.accelerator, self.model)
         self.meter = Meter(self.accelerator, self.plan)
 
     @property
@@ -127,7 +133,7 @@ def build_learner(
         shard_model(model, sharding, accelerator.device)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
-    # In evaluation mode, without DDP: gradients are summed by `sum_gradients`, and DDP's buckets are as large as they are.
+    # In evaluation mode, without DDP: `Gradients` sums, also where a process runs out of memory within backward.
     model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
     if not sharding:
         share_weights(accelerator, model)

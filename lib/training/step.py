@@ -1,6 +1,5 @@
 """What an optimizer step needs besides its forward and backward in train.py: retries when memory is short, and clipping."""
 
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -13,10 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
-from lib.model.sharding import forget_step, is_sharded, norm_over_shards, own_part
+from lib.model.sharding import is_sharded, norm_over_shards, own_part
 from lib.runtime.determinism import demand, relax
 from lib.runtime.memory import StartAgain, halve, has_own_memory, is_out_of_memory
-from lib.runtime.processes import any_process, lowest
+from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
 
@@ -45,11 +44,16 @@ class Attempt:
 
     def __enter__(self) -> Iterator[MicroBatch]:
         demand(strict=True)
-        accelerator = self.learner.accelerator
-        pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
-        if is_sharded(self.learner.model):
-            pieces = even(accelerator, pieces)
-        return (piece.to(accelerator.device) for piece in pieces)
+        self.learner.gradients.begin()
+        return self.micro_batches()
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """The share of this process on its device; other processes may have more micro-batches, or fewer."""
+        pieces = self.learner.gradients.pad(self.batch.pieces(self.learner.state.micro_batch_positions))
+        for index, piece in enumerate(pieces):
+            if index == len(pieces) - 1:
+                self.learner.gradients.begin_last()
+            yield piece.to(self.learner.accelerator.device)
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
@@ -64,30 +68,23 @@ class Attempt:
         return max((piece.positions for piece in pieces if len(piece) > 1), default=0)
 
 
-def even(accelerator: Accelerator, pieces: list[MicroBatch]) -> list[MicroBatch]:
-    """As many micro-batches on every process, those that are missing with weight 0: all of them gather a layer together."""
-    missing = -lowest(accelerator, -len(pieces)) - len(pieces)
-    first = pieces[0].split(1)[0]
-    return pieces + [dataclasses.replace(first, weights=torch.zeros_like(first.weights))] * missing
-
-
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
     """Attempts at the gradients of a step until one succeeds on all processes; `phase` is what the watchdog shows.
 
-    If one fails, all processes drop their gradients and try again: where memory was too short, with at most half the
-    positions per forward. That limit is kept: later steps of longer texts are cut, those of shorter ones are not. Raises
-    UserError if a single sample does not fit.
+    The gradients of every process are then the sum over all of them. If an attempt fails, all processes drop their gradients
+    and try again: where memory was too short, with at most half the positions per forward. That limit is kept: later steps
+    of longer texts are cut, those of shorter ones are not. Raises UserError if a single sample does not fit.
     """
     accelerator, state = learner.accelerator, learner.state
     beat(phase or f"step {state.step + 1}")
     while True:
         attempt = Attempt(learner, batch)
         yield attempt
-        if not any_process(accelerator, attempt.failed or attempt.relaxed):
+        again, failed = learner.gradients.finish(attempt.failed, attempt.relaxed)  # the same on all processes
+        if not again:
             return
         learner.optimizer.zero_grad()
-        forget_step(learner.model)
-        if any_process(accelerator, attempt.failed):
+        if failed:
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
             state.micro_batch_positions = halve(largest, MICRO_BATCHES, "positions")
