@@ -2,8 +2,9 @@
 
     sharded.py PLAN OUT
 
-PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data, and `broken`, what is broken on
-purpose: mean, or norm. Run by tests on one process and, through the launcher, on several, with and without FSDP.
+PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data; `engine`: plain, fsdp, or as
+launched; `precision`; `broken`, what is broken on purpose: mean, or norm. Run by tests on one process and, through the
+launcher, on several.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
@@ -28,6 +30,7 @@ from lib.runtime.processes import finish
 from lib.training import step
 from tests.conftest import write_csv
 from tests.stepping import build_experiment
+from tests.workers.engines import use_engine
 from tests.workers.world_size import FIXED, HEADER, rows, shorten
 
 
@@ -60,14 +63,22 @@ def broken(what: str | None) -> Iterator[None]:
         yield
 
 
+def start(case: dict[str, Any]) -> Any:
+    """The accelerator of a case."""
+    AcceleratorState._reset_state()  # of the last case, whose precision may be another
+    use_engine(case.get("engine"))
+    return build_accelerator(DeviceOptions(case.get("precision", "no")), shards=True)
+
+
 def main(plan: str, out: str) -> None:
     cases, results = json.loads(Path(plan).read_text()), {}
-    accelerator = build_accelerator(DeviceOptions(cases[0].get("precision", "no")), shards=True)
+    accelerator = start(cases[0])
     fixed = [*FIXED.split(), "--per_device_train_batch_size", "3"]
     with accelerator.main_process_first():
         for role in ("train", "validation"):
             fixed += [f"--{role}_file", str(write_csv(Path(plan).parent / f"{role}.csv", rows(), HEADER))]
     for case in cases:
+        accelerator = start(case)
         config = parse_cli(TrainConfig, [*fixed, *case["flags"]])
         tokenizer = load_tokenizer(config.model)
         with accelerator.main_process_first():
