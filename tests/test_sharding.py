@@ -155,7 +155,7 @@ def test_every_architecture_and_method_is_trained_in_shards_as_by_one_process(
 def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_other(
     run: Command, tmp_path: Path, folder: Path
 ) -> None:
-    model, flags = tiny(folder, "roberta"), ["--adam_epsilon", "1e-2"]
+    model, flags = tiny(folder, "roberta"), ["--adam_epsilon", "1e-2", "--epochs", "1"]
     engines: dict[str, tuple[dict[str, Any], str | None]] = {
         "one": ({"processes": 1}, None),
         "plain-2": ({"processes": 2, "config": "fsdp2.yaml"}, "plain"),
@@ -178,7 +178,7 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
         calls = [
             {"folder": f"{name}/{kind}", "flags": flags, "engine": engines[name][1]} | stop
             for name in names(options)
-            for kind, stop in (("whole", {}), ("stopped", {"stop": 5}))
+            for kind, stop in (("whole", {}), ("stopped", {"stop": 3}))
         ]
         play(run, tmp_path, model, calls, **options)
     for options in launches:

@@ -270,37 +270,33 @@ def check_fsdp(launch: Launch | None, outside: dict[str, str], shards: bool) -> 
         for setting in WITHOUT_FSDP:
             check_setting(setting, launch, outside)
         return []
-    origin = (launch and launch.origin("use_fsdp", "distributed_type: FSDP", True)) or "ACCELERATE_USE_FSDP=true"
-    what, size = f"{origin} of the launcher asks for FSDP", int(os.environ.get("WORLD_SIZE", "1"))
+    given = launch and launch.origin("use_fsdp", "distributed_type: FSDP", True)
+    asks = f"{given} of accelerate launch asks for FSDP" if given else "ACCELERATE_USE_FSDP=true asks for FSDP"
     if not shards:
         raise UserError(
-            f"{what}, which spreads a model in training; every process of {script()} holds it whole\n"
+            f"{asks}, which spreads a model in training; in {script()} every process holds it whole\n"
             f"This works: {working_line(launch)}"
         )
     version = str(launch.told("fsdp_version")) if launch and told else os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
-            f"{what} in its first version (fsdp_version 1, the launcher's default), which {script()} does not follow: its "
-            f"successor FSDP2 is\nThis works: {working_line(launch, file='fsdp2')}"
+            f"{asks} in its first version (fsdp_version 1, the launcher's default), which {script()} does not follow; "
+            f"FSDP2 does the same\nThis works: {working_line(launch, file='fsdp2')}"
         )
     for setting in WITH_FSDP:
         check_setting(setting, launch, outside)
-    if size == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         raise UserError(
-            f"{what}, which spreads a model over several processes, and the launcher started one (with --cpu it starts "
-            f"one whatever the number)\nThis works: {working_line(launch, file='fsdp2')}"
+            f"{asks}, which spreads a model over processes, and one process runs {script()}: the launcher was asked for one, "
+            f"or told --cpu\nThis works: {working_line(launch, file='fsdp2')}"
         )
     read_sharding()
-    if launch is None:
-        return []
-    asked = [(flag, launch.origin(flag, f"fsdp_config: {flag}", launch.told(flag))) for flag in UNUSED_BY_FSDP]
-    given = {flag for flag in asked_keys(launch) if is_on(str(launch.told(flag) or ""))}
-    return [f"{origin} is not used: {UNUSED_BY_FSDP[flag]}" for flag, origin in asked if flag in given]
-
-
-def asked_keys(launch: Launch) -> set[str]:
-    """The settings of FSDP that the user gave, by their flags."""
-    return {*launch.flags, *(launch.keys.get("fsdp_config") or {})}
+    given_settings = launch.flags | (launch.keys.get("fsdp_config") or {}).keys() if launch else ()
+    return [
+        f"{launch.origin(flag, f'fsdp_config: {flag}', launch.told(flag))} is not used: {why}"
+        for flag, why in UNUSED_BY_FSDP.items()
+        if launch and flag in given_settings and is_on(str(launch.told(flag) or ""))
+    ]
 
 
 def read_sharding() -> Sharding | None:
