@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
+from lib.errors import UserError
+from lib.model.build import check_trainable
+from lib.model.sharding import shard_model
 from lib.run.checkpoint import list_checkpoints
-from tests.conftest import WORKER_ENV, Command, read_lines
+from lib.runtime.launch_checks import Sharding
+from tests.conftest import WORKER_ENV, Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import differences, play
 from tests.tiny_models import plain_tokenizer, save_classifier
 
@@ -94,7 +101,7 @@ def tiny(folder: Path, kind: str) -> Path:
     """A classifier of an architecture without dropout."""
     path = folder / kind
     if not path.exists():
-        save_classifier(kind, path, num_labels=3, **ARCHITECTURES[kind], **WITHOUT_DROPOUT)
+        save_classifier(kind, path, num_labels=3, **ARCHITECTURES.get(kind, {}), **WITHOUT_DROPOUT)
         if kind in ("gpt2", "llama", "qwen2", "qwen3"):
             plain_tokenizer(path)
     return path
@@ -223,3 +230,86 @@ def test_run_in_shards_with_dropout_resumes_bit_by_bit(
     assert state["settings"]["run/sharding"] == "FSDP2: 2 shards"
     for call in calls[1:]:
         assert bool(differences(tmp_path / "whole", tmp_path / call["folder"])) == (call["folder"] == "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_process_out_of_memory_ends_the_run_whose_next_start_goes_on_in_smaller_micro_batches(
+    run: Command, call: Command, folder: Path, tmp_path: Path, restarts: int
+) -> None:
+    flags = train_flags(tiny(folder, "roberta"), tmp_path, "whole")
+    call("train.py", *flags)
+    fault = json.dumps({"do": "oom", "size": 2, "rank": 1, "step": 4, "once": str(tmp_path / "there")})
+    flags += ["--run_name", "short", "--save_steps", 2]
+    options: dict[str, Any] = {"processes": 2, "config": f"fsdp2.yaml --max_restarts {restarts}"}
+    outputs, note = tmp_path / "outputs", tmp_path / "outputs" / "short" / "memory" / "1-micro_batch_positions.json"
+    done = run("tests/workers/faulty.py", fault, *flags, env=WORKER_ENV, code=1 - restarts, **options)
+    assert "out of memory" in done.stderr
+    if not restarts:
+        assert note.is_file()
+        assert list_checkpoints(outputs / "short" / "checkpoints")[0].name == "step-2"
+        done = run("train.py", *flags, env=WORKER_ENV, **options)
+    assert "step 2" in done.stdout  # of the checkpoint that it goes on from
+    assert not note.exists()
+    (checkpoint, *_) = list_checkpoints(outputs / "short" / "checkpoints")
+    assert json.loads((checkpoint / "state.json").read_text())["state"]["micro_batch_positions"] > 0
+    np.testing.assert_allclose(losses_of(outputs / "short"), losses_of(outputs / "whole"), atol=1e-6, rtol=1e-6)
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line["train/loss"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+def train_flags(model: Path, folder: Path, name: str) -> list[Any]:
+    flags: list[Any] = ["--model", model, "--run_name", name]
+    for seed, (split, count) in enumerate((("train", 37), ("validation", 13), ("test", 11))):
+        flags += [f"--{split}_file", write_csv(folder / f"{split}.csv", sentences(count, seed))]
+    flags += ["--lr", "1e-2", "--adam_epsilon", "1e-2", "--bs", 8, "--epochs", 2, "--logging_steps", 1]
+    return [*flags, "--mixed_precision", "no", "--report_to", "none"]
+
+
+@pytest.mark.slow
+def test_run_in_shards_leaves_what_a_run_of_one_process_leaves(
+    run: Command, call: Command, folder: Path, tmp_path: Path
+) -> None:
+    model = tiny(folder, "roberta")
+    flags = train_flags(model, tmp_path, "shards")
+    run("train.py", *flags, "--max_steps", 3, env=WORKER_ENV, processes=2, config="fsdp2.yaml")
+    call("train.py", *flags, "--max_steps", 3, "--run_name", "whole")
+    whole, shards = (tmp_path / "outputs" / name for name in ("whole", "shards"))
+    for file in ("config.json", "tokenizer.json"):
+        assert (shards / "model" / file).read_text() == (whole / "model" / file).read_text()
+    weights = load_file(whole / "model" / "model.safetensors")
+    found = load_file(shards / "model" / "model.safetensors")
+    assert weights.keys() == found.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, atol=1e-6, rtol=0)
+    scores = results_of(call("eval.py", "--run", shards, "--report_to", "none"))
+    wanted = json.loads((shards / "results.json").read_text())
+    assert scores["test/loss"] == pytest.approx(wanted["test/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "words"),
+    [
+        ("roberta", "--head_solver lbfgs --freeze backbone", "--head_solver"),
+        ("roberta", "--compile True", "--compile"),
+        ("opt", "--config_overrides layerdrop=0.1", "layerdrop=0.0"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused_by_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flags: str, words: str
+) -> None:
+    trained = parse_cli(TrainConfig, ["--model", str(tiny(folder, kind)), *flags.split()])
+    check_trainable(trained)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=rf"(?s)FSDP.*{words}"):
+        check_trainable(trained)
+
+
+def test_model_whose_layers_are_not_found_is_refused_by_name(folder: Path) -> None:
+    save_classifier("albert", folder / "albert", num_labels=3, embedding_size=8)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "albert")
+    with pytest.raises(UserError, match="FSDP: AlbertModel"):
+        shard_model(model, Sharding(2), torch.device("cpu"))

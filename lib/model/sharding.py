@@ -28,8 +28,9 @@ def shard_model(model: nn.Module, sharding: Sharding, device: torch.device) -> N
     and in float32: what autocast computes with is cast after gathering, as without shards. Raises UserError if the model
     does not show its layers.
     """
+    layers = find_layers(model, "FSDP")
     mesh = device_mesh(sharding.shards, sharding.replicas, device.type)
-    for module in (*find_layers(model, "FSDP"), model):
+    for module in (*layers, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=sharding.reshard_after_forward)
         module.set_gradient_divide_factor(1.0)
         # Else NCCL would multiply by the factor while it adds, which it reads as 0 in bf16.
@@ -68,7 +69,8 @@ def whole(tensor: torch.Tensor, everywhere: bool = False) -> torch.Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    gathered = tensor.detach().full_tensor()  # of uneven shards it may be a view of padded memory
+    with torch.no_grad():
+        gathered = tensor.full_tensor()  # of uneven shards it may be a view of padded memory
     if everywhere or torch.distributed.get_rank() == 0:
         return gathered.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return tensor
@@ -96,7 +98,7 @@ def whole_weights(model: nn.Module, change: bool = False) -> Iterator[None]:
         return
     places = [(module, dict(module._parameters)) for module in model.modules()]
     hooks = {module: module._load_state_dict_post_hooks for module, _ in places}
-    held = {id(p): p for _, parameters in places for p in parameters.values() if isinstance(p, DTensor)}
+    held: dict[int, Any] = {id(p): p for _, parameters in places for p in parameters.values() if isinstance(p, DTensor)}
     found: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for key, shard in held.items():
         if (gathered := whole(shard, everywhere=change)) is not shard:
