@@ -31,6 +31,8 @@ FOLDERS = "lib|tests|benchmarks|recipes|accelerate_configs|docs"
 OF_OTHER_PROGRAMS = {
     "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet --cpu --num_machines",
     "accelerate launch, refused": "--use_fsdp --use_deepspeed --use_megatron_lm --dynamo_backend --mpirun_hostfile --tpu",
+    "accelerate launch, shards": "--fsdp_version --max_restarts --parallelism_config_dp_replicate_size "
+    "--parallelism_config_dp_shard_size",
     "hf": "--local-dir --repo-type --yes",
     "torchrun, sbatch, ruff": "--max-restarts --signal --requeue --check",
     "every script": "--config --help",

@@ -145,27 +145,26 @@ def share_batches(
     All processes advance from batch to batch together, so they can agree to stop, or to start again with smaller batches.
     Where a model is in shards, all of them compute every time: one that has no batch left gets a text and no indices.
     """
-    rounds, stand_in = -(-len(batches) // accelerator.num_processes), batches[0][-1:]
-    batches = batches[accelerator.process_index :: accelerator.num_processes]
-    own = len(batches)
-    sharding = read_sharding()
-    if sharding:
-        batches = batches + [stand_in] * (rounds - own)
-    loader = iter(build_loader(split.tokens, batches, split.collator))
+    rounds, sharding = -(-len(batches) // accelerator.num_processes), read_sharding()
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    own = len(mine)
+    if sharding and own < rounds:
+        mine = [*mine, batches[0][-1:]]
+    loader = iter(build_loader(split.tokens, mine, split.collator))
     for index in range(rounds):
         beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
         failed = False
-        if index < len(batches):
+        if index < len(mine):
             try:
                 batch = to_device(next(loader), accelerator.device)
-                indices = torch.from_numpy(batches[index].copy()).to(accelerator.device)
+                indices = torch.from_numpy(mine[index].copy()).to(accelerator.device)
                 compute(indices if index < own else indices[:0], batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if sharding:
-                    smaller = halve(max(map(len, batches)), "--per_device_eval_batch_size")
+                    smaller = halve(max(map(len, mine)), "--per_device_eval_batch_size")
                     raise StartAgain("eval_batch_size", smaller) from error
                 failed = True
         if any_process(accelerator, failed):

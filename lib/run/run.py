@@ -22,7 +22,7 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
-from lib.model.sharding import whole_weights
+from lib.model.sharding import is_sharded, whole_weights
 from lib.model.source import LoadingInfo
 from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
@@ -129,7 +129,8 @@ class Run:
             print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
-        when_script_fails(self.checkpointer.note_smaller)
+        if is_sharded(learner.model):
+            when_script_fails(self.checkpointer.note_smaller)
         smaller = self.on_first(self.checkpointer.read_smaller)
         self.checkpointer.use_smaller(smaller)
         for name, value in smaller.items() if accelerator.is_main_process else ():

@@ -124,7 +124,7 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | N
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
         return nn.utils.clip_grad_norm_([p for group in inner.param_groups for p in group["params"]], limit)
     gradients = inner.gradients()
-    norm = norm_over_shards(gradient_norm([part for g in gradients if len(part := own_part(g))]), gradients)
+    norm = norm_over_shards(gradient_norm([part for g in gradients if (part := own_part(g)).numel()]), gradients)
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(limit) else ((norm + 1e-6) / limit).clamp(min=1.0)
     return norm
