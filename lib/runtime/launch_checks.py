@@ -99,14 +99,12 @@ REFUSED = (
     ),
 )
 
+SIZES = ("dp_replicate_size", "dp_shard_size")
+"""The settings of Accelerate for replicas and shards."""
+REPLICAS = "shards or replicas of a model", "they go with FSDP2, as in accelerate_configs/hsdp.yaml"
 WITHOUT_FSDP = (
-    Setting(
-        "parallelism in several dimensions",
-        "shards and replicas go with FSDP2, as in accelerate_configs/hsdp.yaml",
-        "ACCELERATE_USE_PARALLELISM_CONFIG",
-        "use_parallelism_config",
-        "parallelism_config",
-    ),
+    Setting(*REPLICAS, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
+    *(Setting(*REPLICAS, f"PARALLELISM_CONFIG_{n.upper()}", asks=lambda value: value not in ("", "1")) for n in SIZES),
 )
 """What is refused where FSDP is not asked for."""
 
@@ -310,14 +308,13 @@ def read_sharding() -> Sharding | None:
     if reshard not in ("true", "false", "full_shard", "shard_grad_op"):
         raise UserError(f"fsdp_reshard_after_forward is {reshard!r}: it is true or false with FSDP2")
     resharding = reshard in ("true", "full_shard")
-    if not truth("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    given = [os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in SIZES]
+    if not truth("ACCELERATE_USE_PARALLELISM_CONFIG") and given == ["1", "1"]:
         return Sharding(size, 1, resharding)
-    names = ("dp_replicate_size", "dp_shard_size")
-    given = [os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in names]
     replicas, shards = (int(value) if value.isdecimal() else 0 for value in given)
     if shards < 2 or replicas * shards != size:
         raise UserError(
-            f"parallelism_config: {' and '.join(f'{n} {v}' for n, v in zip(names, given, strict=True))} do not fit {size} "
+            f"parallelism_config: {' and '.join(f'{n} {v}' for n, v in zip(SIZES, given, strict=True))} do not fit {size} "
             "processes: their product is the number of processes, and dp_shard_size, the parts of each layer, is at least 2\n"
             f"This works: accelerate launch --config_file accelerate_configs/hsdp.yaml --num_processes 4 "
             f"--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2 {script()} ..."

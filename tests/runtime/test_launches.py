@@ -18,6 +18,7 @@ from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import (
     REFUSED,
     WITH_FSDP,
+    WITHOUT_FSDP,
     Setting,
     Sharding,
     check_launch,
@@ -87,7 +88,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("variable", sorted({setting.variable for setting in REFUSED} - {""}))
+@pytest.mark.parametrize("variable", sorted({setting.variable for setting in (*REFUSED, *WITHOUT_FSDP)} - {""}))
 def test_variable_that_asks_for_what_is_not_followed_is_named(
     variable: str, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,14 @@
 
 import os
 
-NAMES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
-LAUNCHED = {name: os.environ.get(name, "false") for name in NAMES}
+SIZES = ("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "PARALLELISM_CONFIG_DP_SHARD_SIZE")
+FSDP, SEVERAL = (
+    {"ACCELERATE_USE_FSDP": "false"},
+    {"ACCELERATE_USE_PARALLELISM_CONFIG": "false"} | dict.fromkeys(SIZES, "1"),
+)
+LAUNCHED = {name: os.environ.get(name, value) for name, value in (FSDP | SEVERAL).items()}
 
 
 def use_engine(name: str | None) -> None:
     """From here on, every process holds the whole model with `plain`, a part of it with `fsdp`; None: as launched."""
-    off = {None: (), "fsdp": NAMES[1:], "plain": NAMES}[name]
-    os.environ.update(LAUNCHED | dict.fromkeys(off, "false"))
+    os.environ.update(LAUNCHED | {None: {}, "fsdp": SEVERAL, "plain": FSDP | SEVERAL}[name])
