@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "distilbert": {},
     "gpt2": {},
     "llama": {"num_key_value_heads": 1},
-    "qwen2": {"num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 1, "pad_token_id": None},  # as published: its tokenizer knows it
     "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
 }
 VARIANTS = {
