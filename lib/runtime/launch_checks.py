@@ -278,7 +278,7 @@ def check_fsdp(launch: Launch | None, outside: dict[str, str], shards: bool) -> 
     version = str(launch.told("fsdp_version")) if launch and told else os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(
-            f"{asks} in its first version (fsdp_version 1, the launcher's default), which {script()} does not follow; "
+            f"{asks} in its first version (fsdp_version 1, the default of the launcher), which {script()} does not follow; "
             f"FSDP2 does the same\nThis works: {working_line(launch, file='fsdp2')}"
         )
     for setting in WITH_FSDP:
