@@ -65,7 +65,7 @@ def build(way: str, config: TrainConfig) -> tuple[Learner, Batches, Step]:
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
     batches = Batches(data, collator, learner.objective.weights)
     if way != "ddp":
-        learner.gradients.overlapping = way == "overlap"
+        learner.gradients.overlapping = way == "overlap"  # type: ignore[union-attr]
         return learner, batches, train_step
     learner.model = torch.nn.parallel.DistributedDataParallel(learner.model)
     return learner, batches, ddp_step

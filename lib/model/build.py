@@ -15,6 +15,7 @@ from lib.model.load import build_model
 from lib.model.overrides import override
 from lib.model.recomputation import recompute_layers
 from lib.model.source import LoadingInfo, load_hf_config
+from lib.runtime.launch_checks import read_sharding
 
 
 def build_classifier(config: TrainConfig, data: Data, tokenizer: Any, device: torch.device) -> tuple[Any, LoadingInfo]:
@@ -47,3 +48,27 @@ def check_trainable(config: TrainConfig) -> None:
             f"--model {source.model}: its weights are quantized (quantization_config in config.json: {method}), and quantized "
             "weights do not learn; train an adapter, --adapter lora, or use the model's original"
         )
+    if read_sharding():
+        check_sharding(config, hf_config, bool(quantization))
+
+
+def check_sharding(config: TrainConfig, hf_config: Any, quantized: bool) -> None:
+    """Raise UserError for what does not go together with a model in shards."""
+    plain = "launch with accelerate_configs/multi_gpu.yaml, where every process holds the whole model"
+    if quantized:
+        raise UserError(
+            f"FSDP does not spread the quantized weights of --model {config.model.model}; {plain}, or use the model's original"
+        )
+    if dropping := [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]:
+        changes = " ".join([*config.model.config_overrides, *(f"{name}=0.0" for name in dropping)])
+        raise UserError(
+            f"FSDP and --model {config.model.model} do not go together: it drops whole layers in training "
+            f"({', '.join(dropping)} in its config.json), each process others, and no layer is put together without all of "
+            f"them\nThis works: --config_overrides {changes}"
+        )
+    if config.model.head_solver:
+        raise UserError(
+            f"FSDP and --head_solver do not go together: it solves for the layers of a whole model; {plain}"
+        )
+    if config.training.compile:
+        raise UserError(f"FSDP and --compile do not go together here; leave --compile out, or {plain}")

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lib.data.loader import MicroBatch
 from lib.runtime.processes import buckets, lowest_of_each, start_sum
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,10 @@ class Gradients:
         self.is_last = self.is_late = False
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self.arrived)
+
+    def pad(self, pieces: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches of an attempt: processes need not have as many."""
+        return pieces
 
     def begin(self) -> None:
         """An attempt at a step begins: no parameter has a gradient yet."""
