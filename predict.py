@@ -49,7 +49,7 @@ def main(config: PredictConfig) -> None:
         print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))
         return
     accelerator = build_accelerator(trained.device)
-    task = load_task(config, trained, accelerator.device)
+    task = load_task(config, trained, accelerator.device, accelerator.mixed_precision)
     if folder := config.export_onnx or config.merge_adapter:
         if accelerator.is_main_process:
             export = export_onnx if config.export_onnx else export_merged
