@@ -4,9 +4,11 @@
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import logging
+import math
 import re
 import types
 from collections.abc import Iterator, Sequence
@@ -165,7 +167,7 @@ def compute_as_others(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if is_quantized(layer):
-            layer.forward = types.MethodType(compute, layer)  # type: ignore[method-assign]
+            layer.forward = types.MethodType(compute, layer)
 
 
 def compute(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -186,7 +188,7 @@ class Restored(torch.autograd.Function):
         return nn.functional.linear(hidden, restore(layer, hidden.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient @ restore(ctx.layer, gradient.dtype), None, None
 
 
@@ -195,13 +197,15 @@ def restore(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes import functional
 
     weight = layer.weight
-    if type(layer).__name__ == "Linear4bit":
-        restored = functional.dequantize_4bit(weight.data, weight.quant_state or layer.quant_state)
-    else:
-        restored = functional.int8_vectorwise_dequant(
-            weight.data, layer.state.SCB if weight.SCB is None else weight.SCB
-        )
-    return restored.to(dtype)
+    if type(layer).__name__ == "Linear8bitLt":
+        scales = layer.state.SCB if weight.SCB is None else weight.SCB
+        return functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)
+    state = copy.copy(weight.quant_state or layer.quant_state)
+    shape, count = state.shape, math.prod(state.shape)
+    # On a CPU it takes each row for whole blocks, which rows of another width than 64, 128, ... are not.
+    whole = count % state.blocksize == 0
+    state.shape = torch.Size([count // state.blocksize, state.blocksize] if whole else [count])
+    return functional.dequantize_4bit(weight.data, state).reshape(shape).to(dtype)
 
 
 @contextlib.contextmanager

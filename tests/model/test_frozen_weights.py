@@ -7,19 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from lib.config.cli import parse_cli
 from lib.config.sections import AdapterConfig, ModelConfig
+from lib.config.train import TrainConfig
 from lib.errors import UserError
+from lib.inference.merged_export import export_merged
 from lib.model import frozen_weights as room
 from lib.model.adapters.adapt import adapt, frozen_layers
+from lib.model.build import check_trainable
 from lib.model.frozen_weights import FLOAT32, FrozenWeights, is_half, is_quantized, restore
 from lib.model.layers import count_parameters
 from lib.model.load import build_model, load_classifier, load_tokenizer
 from lib.model.padding import find_leak
 from lib.model.weights import save_model, saved_tensors
 from lib.runtime.precision import keep_in_dtype
+from lib.runtime.signals import Stopped
+from tests.conftest import results_of, sentences, write_csv
 from tests.resuming import same_tensors
 from tests.tiny_models import NAMES, any_classifier
 
@@ -165,6 +171,88 @@ def test_pooler_that_the_checkpoint_lacks_is_not_quantized(tmp_path):
     model, _ = build(folder, FrozenWeights("4bit"))
     assert any("pooler" in name for name in saved_tensors(model))
     assert same_tensors(saved_tensors(model), saved_tensors(plain))
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_checkpoint_that_is_quantized_already_is_adapted_as_it_is(tmp_path, load_in):
+    folder = any_classifier("llama", tmp_path / "llama")
+    settings = BitsAndBytesConfig(**{f"load_in_{load_in}": True}, llm_int8_skip_modules=["score"])
+    whole = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=settings)
+    whole.save_pretrained(folder)
+    model, tokenizer = build(folder)
+    assert any(map(is_quantized, model.modules()))
+    randomize(model)
+    model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.square().sum().backward()
+    wanted = logits(model, tokenizer)
+    save_model(model, tmp_path / "model")
+    loaded = load_classifier(ModelConfig(str(tmp_path / "model")), tokenizer)
+    assert torch.equal(logits(loaded, tokenizer), wanted)
+    with pytest.raises(UserError, match="quantized in its own files"):
+        export_merged(loaded, tokenizer, tmp_path / "merged")
+    config = TrainConfig(model=ModelConfig(str(folder), load_in="4bit"), adapter=AdapterConfig(adapter="lora"))
+    with pytest.raises(UserError, match=r"quantized already.*leave --load_in out"):
+        check_trainable(config, 1)
+
+
+def test_quantized_run_is_resumed_scored_used_and_merged(call, tmp_path):
+    """By the scripts: the scores of its training, and a whole model of the base as it is."""
+    folder = any_classifier("llama", tmp_path / "base")
+    data = [
+        f"--{role}_file={write_csv(tmp_path / f'{role}.csv', sentences(n, n))}"
+        for role, n in (("train", 40), ("test", 21))
+    ]
+    flags = [
+        *data,
+        "--model",
+        folder,
+        "--adapter",
+        "lora",
+        "--load_in",
+        "4bit",
+        "--gradient_checkpointing",
+        "--lr",
+        "1e-2",
+    ]
+    flags += ["--max_steps", 4, "--eval_steps", 2, "--bs", 8, "--report_to", "none", "--mixed_precision", "bf16"]
+    results = results_of(done := call("train.py", *flags, "--run_name", "whole"))
+    assert "on q_proj, v_proj; the frozen linear layers in 4bit" in done.stdout
+    with pytest.raises(Stopped):
+        call("train.py", *flags, "--run_name", "parts", "--pause_at_step", 3)
+    call("train.py", *flags, "--run_name", "parts")
+    whole, parts = (tmp_path / "outputs" / name for name in ("whole", "parts"))
+    for name in ("model/adapter_model.safetensors", "checkpoints/step-4/model.safetensors"):
+        assert (whole / name).read_bytes() == (parts / name).read_bytes()
+    assert (whole / "checkpoints/step-4/model.safetensors").stat().st_size < (
+        folder / "model.safetensors"
+    ).stat().st_size
+    scored = results_of(call("eval.py", "--run", whole))
+    assert {name: scored[name] for name in scored if name.startswith("test/")} == {
+        name: results[name] for name in results if name.startswith("test/")
+    }
+    merged = call("predict.py", "--model", whole, "--merge_adapter", "merged").stdout
+    assert "trained over its base in 4bit" in merged
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert not any(map(is_quantized, plain.modules()))
+    assert not hasattr(plain.config, "load_in")
+    adapted = load_classifier(ModelConfig(str(whole / "model")), quantized=False)
+    tokenizer = load_tokenizer(ModelConfig(str(folder)))
+    torch.testing.assert_close(logits(plain, tokenizer), logits(adapted, tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--load_in 4bit", "--load_in 4bit: quantized weights do not learn; add --adapter lora"),
+        ("--load_in 8bit --freeze backbone", "add --adapter lora"),
+        ("--load_in 8bit --adapter lora --compile", "--compile"),
+        ("--load_in 3bit --adapter lora", "4bit"),
+    ],
+)
+def test_quantization_that_has_no_effect_is_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(TrainConfig, flags.split())
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
