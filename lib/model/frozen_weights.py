@@ -29,7 +29,7 @@ KEY = "load_in"
 
 LINEAR = (nn.Linear, Conv1D)
 CPU = torch.device("cpu")
-BYTES = {"4bit": 0.5, "8bit": 1.0, None: 4.0}
+BYTES = {"4bit": 0.5, "8bit": 1.0}
 PIP = "pip install 'bitsandbytes>=0.50,<0.51'"
 
 
@@ -47,7 +47,7 @@ class FrozenWeights:
     @property
     def bytes(self) -> float:
         """Bytes that a weight takes."""
-        return BYTES[self.load_in] if self.load_in else self.dtype.itemsize
+        return BYTES.get(self.load_in or "", self.dtype.itemsize)
 
     @contextlib.contextmanager
     def loading(self, prefix: str, spared: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -137,7 +137,7 @@ def load_frozen(
             model, info = kind.from_pretrained(folder, config=config, **settings, **more, output_loading_info=True)
         new = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         layers = {name: model.get_submodule(name) for name in {name.rpartition(".")[0] for name in new}}
-        new = [name for name, layer in layers.items() if is_quantized(layer) or is_half(layer)]
+        new = [name for name, part in layers.items() if (is_quantized(part) or is_half(part)) and name not in spared]
         if not new:
             break
         spared += sorted(new)
@@ -152,7 +152,8 @@ def load_frozen(
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    return any(type(layer).__name__ == name for name in ("Linear4bit", "Linear8bitLt")) and hasattr(layer, "source_cls")
+    """Whether bitsandbytes made the layer; those of peft around it have the same names."""
+    return type(layer).__name__ in ("Linear4bit", "Linear8bitLt") and hasattr(layer, "source_cls")
 
 
 def is_half(layer: nn.Module) -> bool:
