@@ -148,6 +148,7 @@ def test_quantized_layer_is_the_linear_layer_of_its_restored_weights(tmp_path, l
 def test_adapter_of_each_method_is_trained_and_loaded_over_its_quantized_base(tmp_path, method, load_in):
     kind = "roberta" if method in ("bottleneck", "prefix") else "llama"
     more = {"num_virtual_tokens": 3} if method in ("prefix", "prompt") else {}
+    more |= {"adapter_non_linearity": "tanh"} if method == "bottleneck" else {}  # the only unit of a relu may be dead
     model, tokenizer = build(any_classifier(kind, tmp_path / "base"), FrozenWeights(load_in), method, **more)
     randomize(model)
     model.train()(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.square().sum().backward()
