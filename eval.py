@@ -47,11 +47,11 @@ def main(config: EvalConfig) -> None:
     check_writable(folder, "--output_dir")
     check_report_folder(folder)
     trained = find_scored_model(config)
-    accelerator = build_accelerator(trained.device)
+    accelerator = build_accelerator(trained.device, join_timeout=config.join_timeout)
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source, tokenizer, accelerator.mixed_precision, accelerator.device)
     check_vocabulary(trained.source, model, tokenizer)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         options = as_in_training(config.data, trained.trained_on, tokenizer)
         names, problem = label_names(model), model_problem(model.config)
         data = load_data(options, tokenizer, (config.split,), names, problem, trained.trained_on)

@@ -40,7 +40,7 @@ from lib.run.record import run_folder
 from lib.run.results import final_splits
 from lib.run.run import Run
 from lib.runtime.accelerator import build_accelerator
-from lib.runtime.processes import agree_to_stop, sum_gradients
+from lib.runtime.processes import agree_to_stop
 from lib.runtime.seeds import seed_everything
 from lib.training.frozen.features import cache_features
 from lib.training.frozen.solver import solve_head
@@ -52,13 +52,15 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
-    accelerator = build_accelerator(config.device, config.tracking.report_to, run_folder(config))
+    accelerator = build_accelerator(
+        config.device, config.tracking.report_to, run_folder(config), config.training.join_timeout
+    )
     run = Run(config, accelerator)
-    check_trainable(config, accelerator.num_processes)
+    check_trainable(config)
 
-    # Data: the first process tokenizes, the others read its cache.
+    # Data: the first process tokenizes, then that of each other machine unless it shares the cache; the others read it.
     tokenizer = load_tokenizer(config.model, config.adapter.virtual_tokens)
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), accelerator.local_main_process_first():
         data = load_data(config.data, tokenizer, ROLES if config.training.score_test else ROLES[:2])
     if run.is_finished(data):
         return run.results
@@ -115,13 +117,13 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
 def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     """One optimizer step over all processes: the same step on any number of them, in micro-batches of any size."""
-    accelerator, model, optimizer, state = learner.accelerator, learner.model, learner.optimizer, learner.state
+    accelerator, optimizer, state = learner.accelerator, learner.optimizer, learner.state
     for attempt in attempts(learner, batch):  # again in smaller micro-batches where memory was too short
         with attempt as micro_batches:
             for index, micro_batch in enumerate(micro_batches):
                 seed_everything(config.training.seed, state.step, index, accelerator.process_index)  # dropout
                 attempt.loss += forward_backward(learner, micro_batch, batch.weight)
-    sum_gradients(accelerator, model)  # over processes, once
+    # Gradients are now the sums over all processes, exchanged while the last micro-batch went backward.
     grad_norm = clip_gradients(accelerator, optimizer, config.optim.max_grad_norm)
     optimizer.step()  # leaves the weights as they are if a gradient is not finite
     learner.step_schedule(grad_norm)

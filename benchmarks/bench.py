@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.comparison import (  # noqa: E402
+    LINKED,
     ONCE_PER_HEAD,
     ROWS,
     Outcome,
@@ -37,6 +38,7 @@ from benchmarks.comparison import (  # noqa: E402
     ratio_rows,
 )
 from benchmarks.contenders import RunFailed, Setting, devices, run  # noqa: E402
+from benchmarks.limited_link import unavailable  # noqa: E402
 
 NUMBERS: dict[str, tuple[int, str]] = {
     "samples": (1000, "training samples [default: 1000]"),
@@ -83,6 +85,16 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
         Part("head", head, options.head_samples, options.head_epochs, options.head_repeats),
     ]
     return [part for part in parts if part.rows]
+
+
+def skipped(options: argparse.Namespace) -> dict[str, str]:
+    """Of the rows asked for, those that this machine cannot show, with the reason."""
+    unshown = {}
+    if options.device == "cuda":
+        unshown = dict.fromkeys(("processes", *LINKED), "it compares processes on CPUs")
+    elif {*options.only} & {*LINKED} and (reason := unavailable()):
+        unshown = dict.fromkeys(LINKED, f"two network namespaces with a link between them cannot be made: {reason}")
+    return {row: why for row, why in unshown.items() if row in options.only}
 
 
 def make_materials(part: Part, options: argparse.Namespace) -> dict[str, Any]:
@@ -226,7 +238,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     options.folder.mkdir(parents=True, exist_ok=True)
+    for row, why in skipped(options).items():
+        print(f"row {row} is skipped: {why}", file=sys.stderr)
+        options.only.remove(row)
     parts = parts_of(options)
+    if not parts:
+        sys.exit("error: no row is left")
     try:
         materials = {part.kind: make_materials(part, options) for part in parts}
         runs = finish_runs(parts, materials, options)

@@ -19,6 +19,8 @@ class Row:
     measure: Callable[[Run, Run], float | None]
     at_least: float | None = None
     reach_for: float | None = None
+    digits: int = 1
+    """Of seconds and ratios, after the point."""
 
 
 def seconds(key: str) -> Callable[[Run, Run], float | None]:
@@ -113,9 +115,40 @@ ROWS = {
         "Trainer: start",
         seconds("first_step_at"),
     ),
+    "processes": Row(
+        "{epochs} of full fine-tuning, its steps, on two processes",
+        "one process on the same cores",
+        "ours: two processes",
+        "ours: full",
+        seconds("train_seconds"),
+        0.9,
+        1,
+        digits=2,
+    ),
+    "overlap": Row(
+        "12 steps of two processes over 1 Gbit/s",
+        "the same, gradients summed after backward",
+        "limited link: overlap",
+        "limited link: sum after backward",
+        seconds("train_seconds"),
+        1.15,
+        digits=2,
+    ),
+    "ddp": Row(
+        "12 steps of two processes over 1 Gbit/s",
+        "DistributedDataParallel of the same model",
+        "limited link: overlap",
+        "limited link: DDP",
+        seconds("train_seconds"),
+        0.97,
+        1,
+        digits=2,
+    ),
 }
 ONCE_PER_HEAD = ("head", "accuracy", "accuracy_first")
 """Rows of the long runs, whose samples and repeats are set apart."""
+LINKED = ("overlap", "ddp")
+"""Rows that need two network namespaces, see `limited_link.py`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,15 +206,19 @@ def ratio_rows(outcomes: Sequence[Outcome], words: dict[str, Any]) -> list[list[
     table = [["work", "against", "ours, s", "peer, s", "times faster", "at least", "reach for", "n"]]
     for outcome in outcomes:
         row = outcome.row
-        faster = f"**{outcome.ratio:.1f}** {bracket(outcome.ratios)}" if outcome.ours else "not reached"
+        faster = (
+            f"**{outcome.ratio:.{row.digits}f}** {bracket(outcome.ratios, row.digits)}"
+            if outcome.ours
+            else "not reached"
+        )
         missed = f" ({outcome.missed} not reached)" if outcome.missed and outcome.ours else ""
         targets = ["" if goal is None else f"{goal:g}" for goal in (row.at_least, row.reach_for)]
         table.append(
             [
                 row.work.format(**words),
                 row.against.format(**words),
-                spread(outcome.ours),
-                spread(outcome.peer),
+                spread(outcome.ours, digits=row.digits),
+                spread(outcome.peer, digits=row.digits),
                 f"{faster.strip()}{missed}",
                 *targets,
                 str(len(outcome.ours)),
@@ -190,8 +227,8 @@ def ratio_rows(outcomes: Sequence[Outcome], words: dict[str, Any]) -> list[list[
     return table
 
 
-def bracket(values: Sequence[float]) -> str:
-    return f"[{min(values):.1f}..{max(values):.1f}]" if len(values) > 1 else ""
+def bracket(values: Sequence[float], digits: int = 1) -> str:
+    return f"[{min(values):.{digits}f}..{max(values):.{digits}f}]" if len(values) > 1 else ""
 
 
 def measure_rows(runs: Sequence[Run], forward_flops: dict[str, dict[str, float]], rate: float) -> list[list[str]]:

@@ -87,9 +87,17 @@ def score(setting: Setting, seed: int, out: Path) -> list[str]:
     return [str(ROOT / "eval.py"), *flags]
 
 
+def linked(way: str) -> Command:
+    """Steps of two processes that a limited link joins; `way` is how they sum gradients."""
+    size = ["--bs", "128", "--max_steps", "15", "--rate", "1gbit"]
+    script = str(ROOT / "benchmarks" / "limited_link.py")
+    return lambda setting, seed, out: [script, "--way", way, *size, *setting.files, "--seed", str(seed)]
+
+
 RANDOM_FP32 = ("--train_sampling_strategy", "random", "--mixed_precision", "no")
 GROUPED = ("--train_sampling_strategy", "group_by_length", "--mixed_precision", "auto")
 LAUNCHER = ("-m", "accelerate.commands.launch", "--num_processes", "1")
+TWO = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 CONTENDERS: dict[str, Command] = {
     "ours: head": ours("--freeze", "backbone", *HEAD_RATE),
@@ -102,6 +110,10 @@ CONTENDERS: dict[str, Command] = {
     "manual loop: scoring": manual("--score", "train"),
     "ours: start": ours(*FULL_RATE, *FIRST_STEP),
     "ours: start by accelerate launch": ours(*FULL_RATE, *FIRST_STEP, launcher=LAUNCHER),
+    "ours: two processes": ours(*FULL_RATE, launcher=TWO),
+    "limited link: overlap": linked("overlap"),
+    "limited link: sum after backward": linked("after"),
+    "limited link: DDP": linked("ddp"),
     "Trainer: start": trainer(*FULL_RATE, *FIRST_STEP, *RANDOM_FP32),
 }
 

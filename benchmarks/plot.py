@@ -63,7 +63,8 @@ def draw_row(axes: Axes, place: int, outcome: Outcome, words: dict[str, Any]) ->
     at_left: dict[str, Any] = {"transform": margin, "ha": "right", "va": "center"}
     axes.text(-0.02, place + 0.15, row.work.format(**words), color=INK, fontsize=10, **at_left)
     axes.text(-0.02, place - 0.19, f"against {row.against.format(**words)}", color=FAINT, fontsize=8.5, **at_left)
-    pairs = f"{low:.1f} to {high:.1f}, n = {len(outcome.ratios)}" if high > low else "one pair"
+    digits = row.digits
+    pairs = f"{low:.{digits}f} to {high:.{digits}f}, n = {len(outcome.ratios)}" if high > low else "one pair"
     at_right: dict[str, Any] = {"transform": margin, "ha": "left", "va": "center"}
-    axes.text(1.02, place + 0.13, f"{outcome.ratio:.1f}×", color=INK, fontsize=12, weight="bold", **at_right)
+    axes.text(1.02, place + 0.13, f"{outcome.ratio:.{digits}f}×", color=INK, fontsize=12, weight="bold", **at_right)
     axes.text(1.02, place - 0.21, pairs, color=FAINT, fontsize=8, **at_right)

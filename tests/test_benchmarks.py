@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 import eval as eval_script
-from benchmarks import bench, contenders, manual_loop, note_script, trainer
+from benchmarks import bench, contenders, limited_link, manual_loop, note_script, trainer
 from benchmarks.comparison import ROWS, Outcome, compare, measure_rows, ratio_rows, seconds_to_accuracy
 from benchmarks.flops import forward_flops, matmul_rates
 from benchmarks.measuring import Measures
@@ -126,6 +126,37 @@ def test_our_commands_are_valid_and_of_the_peers_settings(name, material, tmp_pa
     assert (config.training.train_batch_size, config.training.seed, config.data.max_length) == (8, 7, 32)
     assert config.tracking.report_to == "none"
     assert config.model.freeze == ("backbone" if name == "ours: head" else None)
+
+
+LINKED = [name for name in contenders.CONTENDERS if name.startswith("limited link")]
+
+
+@pytest.mark.slow
+def test_all_ways_to_sum_over_a_limited_link_learn_the_same(material, tmp_path):
+    """Two processes in two network namespaces."""
+    if reason := limited_link.unavailable():
+        pytest.skip(reason)
+    measured = [contenders.run(name, material, 0, tmp_path / name) for name in LINKED]
+    assert len(measured) == 3
+    assert len({measures["train_samples"] for measures in measured}) == 1
+    for measures in measured:
+        assert measures["weight_norm"] == pytest.approx(measured[0]["weight_norm"], rel=1e-5)
+        assert measures["train_seconds"] > 0
+
+
+def test_rows_that_the_machine_cannot_show_are_skipped_with_a_word(command, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "unavailable", lambda: "no root")
+    assert command("--only", "manual", "overlap", "ddp", "--repeats", "1") == [("manual loop", 0), ("ours: full", 0)]
+    told = capsys.readouterr().err
+    assert all(f"row {row} is skipped" in told for row in ("overlap", "ddp"))
+    assert "no root" in told
+    assert command("--only", "manual", "processes", "--device", "cuda", "--repeats", "1") == [
+        ("manual loop", 0),
+        ("ours: full", 0),
+    ]
+    assert "row processes is skipped" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="no row is left"):
+        command("--only", "ddp")
 
 
 def test_failing_contender_is_named_with_its_last_output(material, tmp_path):

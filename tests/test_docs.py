@@ -29,10 +29,12 @@ SCRIPTS = {
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 FOLDERS = "lib|tests|benchmarks|recipes|accelerate_configs|docs"
 OF_OTHER_PROGRAMS = {
-    "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet --cpu --num_machines",
+    "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet --cpu --num_machines "
+    "--machine_rank --main_process_ip --rdzv_conf",
     "accelerate launch, refused": "--use_fsdp --use_deepspeed --use_megatron_lm --dynamo_backend --mpirun_hostfile --tpu",
     "hf": "--local-dir --repo-type --yes",
-    "torchrun, sbatch, ruff": "--max-restarts --signal --requeue --check",
+    "torchrun": "--max-restarts --nnodes --nproc-per-node --rdzv-backend --rdzv-id --rdzv-endpoint --rdzv-conf --local-addr",
+    "sbatch, ruff": "--requeue --check",
     "every script": "--config --help",
     "the note's script": "--epoch --card_id",
     "Trainer and its examples": "--fp16 --gradient_accumulation_steps --dev_file --push_to_hub",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tests.conftest import WORKER_ENV, Command, read_lines, results_of, sentences, write_csv
 
 SIZES = range(1, 41)
-MICRO_BATCHES = {1: (16, 4), 2: (8, 3)}
+MICRO_BATCHES = {1: (16, 4), 2: (8, 3), 3: (4,)}
 """Micro-batch sizes by the number of processes; steps are of 16 samples."""
 
 OBJECTIVES = [
@@ -48,7 +48,9 @@ def train_sizes(run: Command, folder: Path, roberta_without_dropout: Path):
     return call
 
 
-@pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, 4), (2, 8), (2, 3)])
+@pytest.mark.parametrize(
+    ("processes", "micro_batch_size"), [(1, 4), (2, 8), (2, 3), pytest.param(3, 4, marks=pytest.mark.slow)]
+)
 def test_processes_and_micro_batches_change_nothing_for_any_data_size(train_sizes, processes, micro_batch_size):
     reference, other = train_sizes(1)[16], train_sizes(processes)[micro_batch_size]
     for size in SIZES:

@@ -59,6 +59,8 @@ class EvalConfig:
     """`auto`: the scores of a run are added to its own run in its tracker, if it has one."""
     mixed_precision: Precision = "auto"
     """`auto`: the precision of the run, else the launcher's setting, else what train.py takes on this device."""
+    join_timeout: Annotated[float, Within("(0, 1000000]")] = 600.0
+    """Seconds that the processes of a launch wait for each other at the start; one that downloads is waited for longer."""
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from lib.config.limits import INPUT_NAME, INPUT_PATH, check_values
-from lib.config.sections import HubConfig
+from lib.config.limits import COUNT, INPUT_NAME, INPUT_PATH, check_values
+from lib.config.sections import HubConfig, Precision, alias
 
 RepoType = Literal["model", "dataset"]
 
@@ -48,7 +48,10 @@ class VerifyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DoctorConfig:
-    """Find what prevents a run: cache, endpoint, name server, proxy, token, disk; with the commands that fix it."""
+    """Find what prevents a run: cache, endpoint, name server, proxy, token, disk; with the commands that fix it.
+
+    With --model, also what memory the ways to train it would take on this machine.
+    """
 
     model: Annotated[str | None, INPUT_PATH] = None
     """The model of the run. [default: minilm]"""
@@ -60,6 +63,14 @@ class DoctorConfig:
     """Configuration of it."""
     revision: Annotated[str | None, INPUT_NAME] = None
     """Branch, tag or commit of it."""
+    train_batch_size: Annotated[int, alias("--bs"), COUNT] = 32
+    """Memory: samples per optimizer step."""
+    per_device_train_batch_size: Annotated[int | None, COUNT] = None
+    """Memory: largest micro-batch. [default: as large as the step]"""
+    max_length: Annotated[int, COUNT] = 128
+    """Memory: length of the texts in tokens."""
+    mixed_precision: Precision = "auto"
+    """Memory: precision of the products. `auto`: what train.py would choose here."""
     hub: HubConfig = dataclasses.field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:

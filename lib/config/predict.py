@@ -221,6 +221,8 @@ class PredictConfig:
     """Seed for sampling with do_sample=True."""
     mixed_precision: Precision = "auto"
     """Precision; auto: that of the run, else the launcher's choice, else what train.py takes on this device."""
+    join_timeout: Annotated[float, Within("(0, 1000000]")] = 600.0
+    """Seconds that the processes of a launch wait for each other at the start; one that downloads is waited for longer."""
     explain_tokens: tuple[str, ...] = ()
     """Print how the tokenizer turns these texts into token ids, step by step, and stop."""
     export_onnx: Annotated[str | None, OUTPUT_PATH] = None

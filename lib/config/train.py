@@ -156,6 +156,8 @@ class TrainingConfig:
     pause_at_step: Annotated[int | None, COUNT] = None
     """Save a checkpoint and stop with exit code 75 after this step, its evaluation included. Without it, the run goes on as
     if it had never stopped: the schedule is that of the whole run."""
+    join_timeout: Annotated[float, Within("(0, 1000000]")] = 600.0
+    """Seconds that the processes of a launch wait for each other at the start; one that downloads is waited for longer."""
     ddp_timeout: Annotated[float, Within("(0, 1000000000]")] = 600.0
     """Seconds without progress in training after which the run stops and names the process that hangs."""
     score_test: bool = True

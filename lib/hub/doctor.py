@@ -1,11 +1,13 @@
 """What prevents a run on this machine: one finding for each thing that is checked, with the commands that fix it."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +18,8 @@ from lib.hub import packaged
 from lib.hub.advice import MIRRORS, advice
 from lib.hub.cache.files import data_files, model_files
 from lib.hub.cache.layout import Repo, cache_root, find_snapshot, read_tree
-from lib.hub.client import Fault, Listing, call_with_timeout, map_in_threads, request_listings
+from lib.hub.client import Fault, Listing, call_with_timeout, map_in_threads, request_listing, request_listings
+from lib.hub.download import download
 from lib.hub.endpoint import (
     configure_endpoint,
     datasets_cache,
@@ -250,3 +253,32 @@ def token_finding(endpoint: str, send_token: bool) -> Finding:
         return Finding("ok", "token", "none; only gated and private repositories need one (hf auth login)")
     sent = "is sent to" if is_official(endpoint) or send_token else "is not sent to the mirror"
     return Finding("ok", "token", f"{source}; {sent} {redact(endpoint)}")
+
+
+@contextlib.contextmanager
+def settings_folder(config: DoctorConfig) -> Iterator[Path | None]:
+    """A folder with the config.json of `--model`: its own, that of the cache, or one for this file alone from the Hub.
+
+    None where nobody has it, or where nothing may be asked.
+    """
+    model, revision = config.model or "minilm", config.model_revision or "main"
+    folder = packaged.minilm_folder() if model == "minilm" else Path(model)
+    if not folder.is_dir():
+        folder = find_snapshot(Repo(model), revision) or folder
+    if (folder / "config.json").is_file():
+        yield folder
+        return
+    if folder.is_dir() or offline_variable():
+        yield None
+        return
+    hub = config.hub
+    endpoint = configure_endpoint(hub.hub_endpoint, hub.send_token_to_mirror)
+    answer = request_listing(Repo(model), revision, endpoint, hub.hub_timeout, hub.send_token_to_mirror)
+    with tempfile.TemporaryDirectory() as place:
+        found = isinstance(answer, Listing) and "config.json" in answer.tree
+        if isinstance(answer, Listing) and found:
+            try:
+                download(Repo(model), answer, ["config.json"], Path(place), endpoint, hub.send_token_to_mirror)
+            except Fault:
+                found = False
+        yield Path(place) if found else None

@@ -47,6 +47,7 @@ from lib.hub.needs import (
     wanted_files,
 )
 from lib.runtime.atomic import write_atomically
+from lib.runtime.network import telling_others
 from lib.runtime.signals import is_first_to_fail
 
 
@@ -54,17 +55,19 @@ def fetch(needs: Sequence[Need], hub: HubConfig) -> None:
     """Bring what a run reads into the cache, then switch every library offline; on failure exit with code 2 and a message.
 
     When the cache has everything, a Hub that does not answer within `--hub_timeout` costs a warning. Only the first
-    process of a machine asks; the others wait for it where their process group is built, and read its cache.
+    process of a machine asks; the others wait for it where their process group is built, however long it downloads, and read
+    its cache.
     """
     try:
         endpoint = configure_endpoint(hub.hub_endpoint, hub.send_token_to_mirror)
         check_names(needs)
         if is_first_process():
-            ensure_cached(needs, hub, endpoint)
-            models = [find_snapshot(need.repo, need.revision) for need in needs if need.repo.repo_type == "model"]
-            bases = [need for folder in models for need in base_needs(folder)]
-            check_names(bases)
-            ensure_cached(bases, hub, endpoint)
+            with telling_others():
+                ensure_cached(needs, hub, endpoint)
+                models = [find_snapshot(need.repo, need.revision) for need in needs if need.repo.repo_type == "model"]
+                bases = [need for folder in models for need in base_needs(folder)]
+                check_names(bases)
+                ensure_cached(bases, hub, endpoint)
         go_offline()
     except UserError as error:
         if is_first_to_fail():

@@ -35,11 +35,10 @@ def build_classifier(
     return compile_layers(model, config.training.compile, device), weights
 
 
-def check_trainable(config: TrainConfig, processes: int) -> None:
-    """Raise UserError for a model that cannot be trained as it is launched, before data is loaded.
+def check_trainable(config: TrainConfig) -> None:
+    """Raise UserError for a model that cannot be trained, before data is loaded.
 
-    Quantized weights do not learn, so they need an adapter. With LayerDrop processes would drop different layers, and a
-    layer without a gradient on one of them has another gradient, or none, on each.
+    Quantized weights do not learn, so they need an adapter.
     """
     source = config.model
     if adapter_folder(source) is not None:
@@ -61,12 +60,4 @@ def check_trainable(config: TrainConfig, processes: int) -> None:
         raise UserError(
             f"--model {source.model}: its weights are quantized (quantization_config in config.json: {method}), and quantized "
             "weights do not learn; train an adapter, --adapter lora, or use the model's original"
-        )
-    dropping = [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]
-    if processes > 1 and dropping:
-        changes = " ".join(f"{name}=0.0" for name in dropping)
-        raise UserError(
-            f"--model {source.model} drops whole layers in training ({', '.join(dropping)} in its config.json), which works on "
-            f"one process, not on {processes}: each would drop others\nThis works: --config_overrides "
-            f"{' '.join([*source.config_overrides, changes])}"
         )

@@ -5,10 +5,12 @@ from typing import Any
 from lib.config.train import TrainConfig
 from lib.data.labels.problem_types import summarize_labels
 from lib.data.load import Data
+from lib.data.loader import Batches
 from lib.errors import printable
 from lib.model.adapters.adapt import describe_adapter
 from lib.model.load import summarize_weight_names
 from lib.model.source import LoadingInfo
+from lib.run.memory import describe_memory
 from lib.run.record import run_folder, run_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.attention import describe_attention
@@ -22,9 +24,10 @@ FEW_SAMPLES = 16
 
 
 def describe_run(
-    config: TrainConfig, settings: dict[str, Any], learner: Learner, data: Data, weights: LoadingInfo
+    config: TrainConfig, settings: dict[str, Any], learner: Learner, batches: Batches, weights: LoadingInfo
 ) -> str:
-    """Devices, precision, batch, data, model, and notes about them, one line each."""
+    """Devices, precision, batch, data, model, memory, and notes about them, one line each."""
+    data = batches.data
     accelerator, plan, notes = learner.accelerator, learner.plan, [*settings["run/notes"], *few_samples(learner)]
     trainable, total = settings["run/trainable_parameters"], settings["run/parameters"]
     sizes = ", ".join(f"{len(tokens):,} {split}" for split, tokens in data.tokens.items())
@@ -59,6 +62,9 @@ def describe_run(
         rows["new weights"] = f"{summarize_weight_names(weights.new)} (not in the checkpoint, trained from scratch)"
     if weights.unused:
         rows["left out"] = f"{summarize_weight_names(weights.unused)} (in the checkpoint, no part of this model)"
+    if not plan.is_solved:
+        rows["memory"], warnings = describe_memory(config, learner, batches, weights.new)
+        notes += warnings
     width = max(map(len, rows))
     lines = [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"- {note}" for note in notes]
     return "\n".join(map(printable, lines))

@@ -124,7 +124,7 @@ class Run:
         checkpoint = self.on_first(lambda: choose_checkpoint(config.training, folder, self.settings))
         self.on_first(lambda: write_record(folder, self.settings, {}))
         if accelerator.is_main_process:
-            print(describe_run(config, self.settings, learner, batches.data, weights), flush=True)
+            print(describe_run(config, self.settings, learner, batches, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
         anew = config.training.resume_from_checkpoint == "never"

@@ -250,12 +250,14 @@ def publish_folder(fresh: Path, target: Path) -> None:
 def make_folder(target: Path, fill: Callable[[Path], object]) -> None:
     """Publish what `fill` writes into a new folder: whole, with a manifest, and open to others as the umask allows.
 
-    The folder of `target` must be there.
+    The folder of `target` must be there. What another process has published there meanwhile stays if it is whole: others
+    may read it already, and over NFS a file that is removed cannot be read on.
     """
     with drafting(target) as draft:
         fill(draft)
         write_manifest(draft, {})
-        publish_folder(draft, target)
+        if not (is_ours(target) and listed_files(target) and find_damage(target) is None):
+            publish_folder(draft, target)
 
 
 def remove_unused(folder: Path, limit: float, keep: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -39,19 +40,41 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return should_reduce_batch_size(error) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def halve(size: int, flag: str, unit: str = "samples") -> int:
+def halve(size: int, flag: str, unit: str = "samples", remedies: str = "") -> int:
     """Free unused memory and return half as many samples, or other units, per forward, rounded down.
 
-    Raises UserError if `size` is below 2: there is nothing to halve.
+    `flag` sets the number of samples, `remedies` are flags that would save memory as well: `--a, --b`. Raises UserError if
+    `size` is below 2: there is nothing to halve.
     """
     clear_device_cache(garbage_collection=True)
     if size < 2:
+        also = f"{remedies}, " if remedies else ""
         raise UserError(
-            "out of memory with a single sample per forward; try a shorter --max_length, --mixed_precision bf16, "
-            "--freeze, a smaller --model, or a device with more free memory"
+            f"out of memory with a single sample per forward; try {also}a shorter --max_length, --mixed_precision bf16, "
+            "--freeze, --adapter lora, a smaller --model, or a device with more free memory"
         )
-    logger.warning("out of memory with %d %s per forward: going on with %d (%s)", size, unit, size // 2, flag)
+    of = " (rows x padded length)" if unit == "positions" else ""
+    hint = f"; {remedies} or a smaller {flag} takes less" if remedies else f" ({flag})"
+    logger.warning(
+        "out of memory with %d %s%s per forward: going on with %d at most%s", size, unit, of, size // 2, hint
+    )
     return size // 2
+
+
+def own_memory(device: torch.device) -> tuple[int, int | None]:
+    """(bytes of a device's memory that this process holds, the most that it can hold; None if that is not known).
+
+    For a CPU this is main memory, of which the processes of a machine share what is free.
+    """
+    if device.type == "cuda":
+        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        return held, reserved + torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return 0, None
+    import psutil
+
+    held = psutil.Process().memory_info().rss
+    return held, held + available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def available_memory() -> int:

@@ -1,4 +1,4 @@
-"""What the processes of a run do together: agree on a flag, sum gradients, stop, end."""
+"""What the processes of a run do together: agree on a flag, share weights, sum, stop, end."""
 
 import functools
 import os
@@ -8,17 +8,25 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
-from torch.distributed.rendezvous import rendezvous
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 from lib.runtime.lock import is_locked_by
+from lib.runtime.network import (
+    Member,
+    choose_interfaces,
+    digest,
+    meet,
+    open_store,
+    processes_per_machine,
+    rank_and_size,
+)
 from lib.runtime.signals import REQUEST, Stopped, check_stop
 
 PROCESS_TIMEOUT = timedelta(days=1)
@@ -26,25 +34,63 @@ PROCESS_TIMEOUT = timedelta(days=1)
 NFS_SECONDS = 30.0
 """How long a machine may take to see what another one wrote to a shared disk: NFS looks at a folder every now and then."""
 BUCKET_BYTES = 25 * 2**20
-"""Gradients are summed in buckets of at most this size, as in DDP."""
+"""Weights are shared and gradients summed in buckets of at most this size, as in DDP."""
+Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
 
-def join_again(attempt: str, backend: str) -> None:
-    """Start the process group after a restart by `torchrun --max-restarts`.
+NETWORKS: list[str] = []
+"""The network interface over which each machine talks to the others; none on one machine."""
 
-    The launcher keeps the store in which processes find each other, and PyTorch uses the same keys in it each time: they
-    would wait for the addresses of processes that died. Hence keys of their own for each attempt.
+
+def join(backend: str, timeout: float) -> None:
+    """Start the process group with all processes of the launch, or say who did not come within `timeout` seconds.
+
+    Several machines use the network interface that leads to the first one, see `choose_interfaces`. The launcher keeps the
+    store in which processes find each other when it restarts them, and PyTorch uses the same keys in it each time: they would
+    wait for the addresses of processes that died. Hence keys of their own for each attempt.
     """
-    store, rank, size = next(rendezvous("env://", timeout=PROCESS_TIMEOUT))
-    store = torch.distributed.PrefixStore(f"attempt/{attempt}", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+    rank, size = rank_and_size()
+    store = open_store(timeout)
+    members = meet(store, timeout)
+    attempt = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
+    trial = None
+    if size > processes_per_machine():
+        os.environ.update(choose_interfaces(members))
+        trial = connect(attempt, members, timeout)
+    store.set_timeout(PROCESS_TIMEOUT)
+    torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
+    del trial  # not before all have left it
+
+
+def connect(store: Any, members: list[Member], timeout: float) -> Any:
+    """A process group that connects every process with every other one: behind a firewall the run's own would wait for a day.
+
+    Raises UserError if not all can be reached within `timeout` seconds.
+    """
+    rank, size = rank_and_size()
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    try:
+        trial = torch.distributed.PrefixStore("trial", store)
+        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        group.allreduce([torch.zeros(1)]).wait()
+    except RuntimeError as error:
+        others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
+        raise UserError(
+            f"{members[rank].host} found the processes on {', '.join(others)}, but cannot connect with all of them over the "
+            f"network interface {name}: {first_line(error)}\nLet firewalls pass all ports between the machines, or name another "
+            "interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
+        ) from error
+    store.set(f"network/{rank}", f"{name} of {members[rank].host}")
+    found = store.multi_get([f"network/{number}" for number in range(0, size, processes_per_machine())])
+    NETWORKS[:] = [text.decode() for text in found]
+    return group
 
 
 @functools.cache
 def control_group() -> Any:
     """A process group on the CPU, so that agreeing on a flag does not wait for a GPU.
 
-    Its keys in the store are new each time, for the reason given in `join_again`.
+    Its keys in the store are new each time, for the reason given in `join`.
     """
     if torch.distributed.get_backend() == "gloo":
         return torch.distributed.group.WORLD
@@ -54,15 +100,20 @@ def control_group() -> Any:
     return torch.distributed.ProcessGroupGloo(store, rank, size, PROCESS_TIMEOUT)
 
 
-def lowest(accelerator: Accelerator, value: int) -> int:
-    """The minimum of `value` over all processes; every process must call this at the same place."""
+def lowest_of_each(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
+    """The minimum of each of `values` over all processes; every process must call this at the same place."""
     if accelerator.num_processes == 1:
-        return value
-    tensor = torch.tensor(value)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
     options = torch.distributed.AllreduceOptions()
     options.reduceOp = torch.distributed.ReduceOp(torch.distributed.ReduceOp.MIN)
     control_group().allreduce([tensor], options).wait()
-    return int(tensor)
+    return tensor.tolist()
+
+
+def lowest(accelerator: Accelerator, value: int) -> int:
+    """The minimum of `value` over all processes; every process must call this at the same place."""
+    return lowest_of_each(accelerator, [value])[0]
 
 
 def any_process(accelerator: Accelerator, flag: bool) -> bool:
@@ -85,11 +136,15 @@ def has_lost_another(error: BaseException | None) -> bool:
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`."""
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`.
+
+    Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 of node1, eth0 of node2`.
+    """
     if accelerator.num_processes == 1:
         return "1"
     devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
-    return f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    text = f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
 def agree_to_stop(accelerator: Accelerator) -> None:
@@ -135,22 +190,9 @@ def check_shared(accelerator: Accelerator, folder: Path, token: str) -> None:
         )
 
 
-def sum_gradients(accelerator: Accelerator, model: nn.Module) -> None:
-    """Replace the gradients of every process by their sum over processes.
-
-    Call it after all processes agreed that their backward passes succeeded. DDP, which is not used, would exchange
-    gradients within the last backward pass, where a process that runs out of memory leaves the others waiting.
-    """
-    if accelerator.num_processes == 1:
-        return
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    pending = []
-    for bucket in buckets(gradients):
-        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        pending.append((bucket, flat, torch.distributed.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in pending:
-        work.wait()
-        copy_from(flat, bucket)
+def start_sum(tensor: torch.Tensor) -> Any:
+    """Begin to replace `tensor` by its sum over processes, which all must do in the same order; `wait()` waits for it."""
+    return torch.distributed.all_reduce(tensor, async_op=True)
 
 
 def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
@@ -170,14 +212,18 @@ def copy_from(flat: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
-def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """`tensors` in order, in groups of one dtype and at most BUCKET_BYTES; a larger tensor is a group of its own."""
-    group: list[torch.Tensor] = []
+def buckets(tensors: Sequence[Tensor], first: int | None = None) -> Iterator[list[Tensor]]:
+    """`tensors` in order, in groups of one dtype and at most BUCKET_BYTES, the first of at most `first` where given.
+
+    A larger tensor is a group of its own.
+    """
+    group: list[Tensor] = []
+    limit = first or BUCKET_BYTES
     for tensor in tensors:
         size = sum(member.nbytes for member in group) + tensor.nbytes
-        if group and (size > BUCKET_BYTES or tensor.dtype != group[0].dtype):
+        if group and (size > limit or tensor.dtype != group[0].dtype):
             yield group
-            group = []
+            group, limit = [], BUCKET_BYTES
         group.append(tensor)
     if group:
         yield group

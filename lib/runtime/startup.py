@@ -72,6 +72,12 @@ LAUNCHER_SECONDS = 5.0
 MOST_SECONDS = 120.0
 """How long the end of a failed script may take, W&B's included."""
 
+LOST = (
+    "lost its connection to another process, which has ended, or its machine or the network has; the log of that machine says "
+    "why. A run of train.py goes on from its last checkpoint when it is started again, also on fewer machines"
+)
+"""What is known where the launcher of this machine sees nothing wrong."""
+
 AT_FAILURE: list[Callable[[BaseException], None]] = []
 
 
@@ -121,6 +127,8 @@ def fail(error: BaseException) -> None:
         code, reason = 128 + signal.SIGINT, "interrupted"
     else:
         code, reason = 1, "\n".join([type(error).__name__, "".join(traceback.format_exception(error)).strip()])
+        if has_lost_another(error):
+            reason = f"{LOST}\n{reason}"
     backstop = threading.Timer(MOST_SECONDS, leave, ("the end took too long", code))
     backstop.daemon = True
     backstop.start()

@@ -17,6 +17,7 @@ from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
 from lib.runtime.precision import keep_in_dtype
 from lib.runtime.processes import share_weights
+from lib.training.gradients import Gradients
 from lib.training.meter import Meter, not_finite
 from lib.training.objective import Objective
 from lib.training.optimizer import (
@@ -35,7 +36,7 @@ SMALLEST_LOSS_SCALE = 2.0**-14
 
 @dataclasses.dataclass
 class Learner:
-    """Model, optimizer and schedule, prepared by the accelerator; objective, plan, counters, sums since the last log line."""
+    """Model, optimizer and schedule, prepared by the accelerator; objective, plan, counters, sums over processes and steps."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -44,11 +45,14 @@ class Learner:
     scheduler: Any
     plan: Plan
     state: State
+    gradients: Gradients = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
     skipped: bool = False
     """Whether the last step changed nothing, since a gradient overflowed under the loss scale of fp16."""
 
     def __post_init__(self) -> None:
+        # After the optimizer, which keeps the gradients of large tables.
+        self.gradients = Gradients(self.accelerator, self.model)
         self.meter = Meter(self.accelerator, self.plan)
 
     @property
@@ -121,7 +125,7 @@ def build_learner(
     keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
-    # In evaluation mode, without DDP: gradients are summed by `sum_gradients`, and DDP's buckets are as large as they are.
+    # In evaluation mode, without DDP: `Gradients` sums, also where a process runs out of memory within backward.
     model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
     share_weights(accelerator, model)
     set_train_mode(model)

@@ -14,7 +14,7 @@ from torch import nn
 from lib.data.loader import MicroBatch, StepBatch
 from lib.runtime.determinism import demand, relax
 from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
-from lib.runtime.processes import any_process, lowest
+from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
 
@@ -39,8 +39,16 @@ class Attempt:
 
     def __enter__(self) -> Iterator[MicroBatch]:
         demand(strict=True)
-        device = self.learner.accelerator.device
-        return (piece.to(device) for piece in self.batch.pieces(self.learner.state.micro_batch_positions))
+        self.learner.gradients.begin()
+        return self.micro_batches()
+
+    def micro_batches(self) -> Iterator[MicroBatch]:
+        """The share of this process on its device; other processes may have more micro-batches, or fewer."""
+        pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
+        for index, piece in enumerate(pieces):
+            if index == len(pieces) - 1:
+                self.learner.gradients.begin_last()
+            yield piece.to(self.learner.accelerator.device)
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
@@ -56,22 +64,25 @@ class Attempt:
 def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[Attempt]:
     """Attempts at the gradients of a step until one succeeds on all processes; `phase` is what the watchdog shows.
 
-    If one fails, all processes drop their gradients and try again: where memory was too short, with at most half the
-    positions per forward. That limit is kept: later steps of longer texts are cut, those of shorter ones are not. Raises
-    UserError if a single sample does not fit.
+    The gradients of every process are then the sum over all of them. If an attempt fails, all processes drop their gradients
+    and try again: where memory was too short, with at most half the positions per forward. That limit is kept: later steps
+    of longer texts are cut, those of shorter ones are not. Raises UserError if a single sample does not fit.
     """
     accelerator, state = learner.accelerator, learner.state
     beat(phase or f"step {state.step + 1}")
     while True:
         attempt = Attempt(learner, batch)
         yield attempt
-        if not any_process(accelerator, attempt.failed or attempt.relaxed):
+        again, failed = learner.gradients.finish(attempt.failed, attempt.relaxed)  # the same on all processes
+        if not again:
             return
         learner.optimizer.zero_grad()
-        if any_process(accelerator, attempt.failed):
+        if failed:
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
-            state.micro_batch_positions = halve(largest, "--per_device_train_batch_size", "positions")
+            remedies = "" if learner.plan.config.gradient_checkpointing else "--gradient_checkpointing True"
+            flag = "--per_device_train_batch_size"
+            state.micro_batch_positions = halve(largest, flag, "positions", remedies)
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.runtime.memory import halve, is_out_of_memory
+from lib.runtime.memory import halve, is_out_of_memory, own_memory
 
 FULL = [
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB",
@@ -52,3 +52,21 @@ def test_halving_goes_down_to_one_sample_and_then_ends_with_advice() -> None:
     for nothing_to_halve in (1, 0):
         with pytest.raises(UserError, match="--max_length"):
             halve(nothing_to_halve, "--flag")
+
+
+def test_flag_that_would_save_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("lib.runtime.memory.logger.warning", lambda text, *values: told.append(text % values))
+    halve(8, "--flag", "positions", "--remedy True")
+    halve(8, "--flag")
+    assert "8 positions (rows x padded length)" in told[0]
+    assert ["--remedy True" in text for text in told] == [True, False]
+    with pytest.raises(UserError, match="--remedy True"):
+        halve(1, "--flag", "positions", "--remedy True")
+
+
+def test_process_holds_less_main_memory_than_it_could() -> None:
+    held, most = own_memory(torch.device("cpu"))
+    assert most is not None
+    assert 0 < held < most
+    assert own_memory(torch.device("meta")) == (0, None)

@@ -3,7 +3,7 @@
     world_size.py MODEL OUT MICRO_BATCH_SIZE SIZES FLAGS [FLAGS ...]
 
 SIZES are numbers of samples, 5,19; FLAGS are options of train.py in one word, "--adapter bottleneck". Results are keyed
-by (FLAGS, size). Run by tests on one process and, through the launcher, on two.
+by (FLAGS, size). Run by tests on one process and, through the launcher, on several.
 """
 
 import dataclasses
@@ -18,10 +18,12 @@ from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.data.load import Data, load_data
 from lib.model.load import load_tokenizer
+from lib.runtime import processes
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.device_options import DeviceOptions
 from lib.runtime.processes import finish
 from lib.runtime.seeds import seed_everything
+from lib.training import gradients
 from tests import stepping
 from tests.conftest import sentences, write_csv
 from tests.stepping import build_experiment
@@ -48,9 +50,7 @@ def shorten(data: Data, size: int) -> Data:
 
 def train(accelerator, config: TrainConfig, data: Data) -> dict:
     experiment = build_experiment(config, accelerator, data)
-    assert (
-        experiment.learner.model is experiment.learner.inner_model
-    )  # no DDP, whose buckets are as large as the gradients
+    assert (len(experiment.learner.gradients.buckets) > 1) == (accelerator.num_processes > 1)
     learner, losses, norms, rates = experiment.learner, [], [], []
     for batch in experiment.plan.step_batches(experiment.batches):
         loss, norm = experiment.step(batch)
@@ -66,6 +66,7 @@ def main(model_folder: str, out: str, micro_batch_size: str, sizes: str, *all_fl
     accelerator = build_accelerator(DeviceOptions("no"))
     rank = accelerator.process_index
     stepping.seed_everything = lambda seed: seed_everything(seed + rank)  # another new head: that of process 0 counts
+    processes.BUCKET_BYTES, gradients.FIRST_BUCKET = 2048, 512  # many buckets in a tiny model
     gc.freeze()  # `free_memory` collects garbage after each training; it need not scan the imported modules
     fixed = [*FIXED.split(), "--model", model_folder, "--per_device_train_batch_size", micro_batch_size]
     with accelerator.main_process_first():

@@ -80,8 +80,13 @@ def keep_freed_memory() -> None:
     Settings of the user, in GLIBC_TUNABLES or MALLOC_*, are left alone.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    set_by_user = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    if platform.libc_ver()[0] == "glibc" and not set_by_user:
+    if keeps_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keeps_freed_memory() -> bool:
+    """Whether `keep_freed_memory` does anything here."""
+    set_by_user = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    return platform.libc_ver()[0] == "glibc" and not set_by_user

@@ -1,0 +1,96 @@
+"""Training steps of one process of several, without a run's folder: seconds of all but the first ones.
+
+    linked_steps.py --way overlap|after|ddp FLAG ...      FLAGs are those of train.py, of which --max_steps ends it
+
+Started by benchmarks/limited_link.py, with the launcher's variables. The first process prints one line of JSON.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.limited_link import WAYS  # noqa: E402
+from benchmarks.measuring import Measures  # noqa: E402
+from lib.config.cli import parse_cli  # noqa: E402
+from lib.config.train import TrainConfig  # noqa: E402
+from lib.data.load import load_data  # noqa: E402
+from lib.data.loader import Batches, StepBatch, build_collator  # noqa: E402
+from lib.evaluation.scores import Metrics  # noqa: E402
+from lib.model.build import build_classifier  # noqa: E402
+from lib.model.load import load_tokenizer  # noqa: E402
+from lib.runtime.accelerator import build_accelerator  # noqa: E402
+from lib.runtime.processes import finish  # noqa: E402
+from lib.runtime.seeds import seed_everything  # noqa: E402
+from lib.training import learner as learning  # noqa: E402
+from lib.training import optimizer  # noqa: E402
+from lib.training.learner import Learner, build_learner  # noqa: E402
+from lib.training.objective import build_objective  # noqa: E402
+from lib.training.plan import build_plan  # noqa: E402
+from lib.training.step import clip_gradients  # noqa: E402
+from train import forward_backward, train_step  # noqa: E402
+
+WARM_UP = 3
+"""Steps that are not timed: DDP lays out its buckets anew after the first one."""
+
+Step = Callable[[Learner, StepBatch, TrainConfig], None]
+
+
+def ddp_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
+    """A step as a loop around DDP makes it: gradients are exchanged within backward, and scaled by what DDP divides by."""
+    for micro_batch in batch.micro_batches:
+        forward_backward(learner, micro_batch, batch.weight / learner.accelerator.num_processes)
+    clip_gradients(learner.accelerator, learner.optimizer, config.optim.max_grad_norm)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+
+
+def build(way: str, config: TrainConfig) -> tuple[Learner, Batches, Step]:
+    """What train.py builds, or for DDP the same model wrapped by it."""
+    accelerator = build_accelerator(config.device)
+    tokenizer = load_tokenizer(config.model)
+    with accelerator.main_process_first():
+        data = load_data(config.data, tokenizer, ("train", "validation"))
+    seed_everything(config.training.seed)
+    if way == "ddp":  # which sums by itself, and does not know gradients that an embedding table keeps
+        learning.Gradients, optimizer.LARGE_TABLE = lambda *_: None, sys.maxsize  # type: ignore[misc, assignment]
+    model, _ = build_classifier(config, data, tokenizer, accelerator.device)
+    plan = build_plan(config, data, Metrics(("accuracy",), "accuracy"), accelerator)
+    learner = build_learner(accelerator, model, build_objective(config.objective, data), plan, config.optim)
+    collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)
+    batches = Batches(data, collator, learner.objective.weights)
+    if way != "ddp":
+        learner.gradients.overlapping = way == "overlap"
+        return learner, batches, train_step
+    learner.model = torch.nn.parallel.DistributedDataParallel(learner.model)
+    return learner, batches, ddp_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--way", choices=WAYS, required=True)
+    options, flags = parser.parse_known_args()
+    config = parse_cli(TrainConfig, flags)
+    learner, batches, step = build(options.way, config)
+    accelerator, measures = learner.accelerator, Measures()
+    for number, batch in enumerate(learner.plan.step_batches(batches)):
+        if number == WARM_UP:
+            accelerator.wait_for_everyone()
+            measures.begin_epoch()
+        step(learner, batch, config)
+        measures.step()
+        measures.train_samples += batch.num_samples * (number >= WARM_UP)
+    measures.end_epoch()
+    if accelerator.is_main_process:
+        norm = torch.nn.utils.get_total_norm([parameter.detach() for parameter in learner.model.parameters()])
+        print(measures.report(weight_norm=float(norm)), flush=True)  # that all ways learn the same
+    finish(accelerator, learner.model, learner.optimizer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What memory a run takes, in words: of a run that starts, and of the ways to train a model, side by side."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import AutoModelForSequenceClassification
+
+from lib.config.hub import DoctorConfig
+from lib.config.sections import ModelSource
+from lib.config.train import TrainConfig
+from lib.data.loader import Batches
+from lib.errors import UserError, first_line
+from lib.model.forward import Inputs, attend_by_length
+from lib.model.load import longest_input
+from lib.model.source import load_hf_config, loading_errors
+from lib.runtime.cpu.kernels import use_cpu_kernels
+from lib.runtime.cpu.tuning import keeps_freed_memory
+from lib.runtime.memory import own_memory
+from lib.runtime.precision import resolve_precision, uses_gpu
+from lib.training.learner import Learner
+from lib.training.memory_forecast import Forecast, Method, forecast, lasting_parts
+
+LITTLE = 0.1
+"""Share of a device's memory below which activations are not counted: the start would take a quarter second longer."""
+
+HOLES = 0.3
+"""Share of a step that is lost on a CPU where freed memory is kept, in holes too small for what is needed next.
+
+Measured on BERT and GPT-2 of 24 million parameters: 0.32 and 0.30.
+"""
+
+METHODS = (
+    Method(),
+    Method(recomputed=True),
+    Method(adapter="lora"),
+    Method(adapter="lora", recomputed=True),
+    Method(frozen="backbone"),
+)
+
+
+def describe_memory(
+    config: TrainConfig, learner: Learner, batches: Batches, new_weights: list[str]
+) -> tuple[str, list[str]]:
+    """What the largest micro-batch of the run takes, in words; and a warning with what helps, where that does not fit.
+
+    Activations are counted only where weights, gradients and moments, with a generous guess at the activations, take more
+    than a tenth of the memory that this process can have.
+    """
+    if learner.accelerator.distributed_type == DistributedType.FSDP:
+        return "not known where the model is split among processes", []
+    device, plan, precision = learner.accelerator.device, learner.plan, learner.accelerator.mixed_precision
+    held, most = own_memory(device)
+    per_process = math.ceil(min(plan.config.train_batch_size, len(plan.lengths)) / plan.world_size)
+    size = min(plan.micro_batch_size, per_process)
+    inputs = longest_inputs(batches, size)
+    parts = lasting_parts(learner.inner_model)
+    guess = guess_activations(learner.inner_model.config, inputs)
+    if most is not None and guess is not None and parts.peak + guess < LITTLE * most:
+        return f"less than a tenth of {gib(most)} GiB ({list_parts(parts)}; activations were not counted)", []
+
+    def count(method: Method, size: int) -> Forecast:
+        # The model is what it is: frozen, adapted or recomputed already.
+        model = learner.inner_model
+        model = model if method == Method() else method.apply(model, config.model, new_weights, precision)
+        pieces = math.ceil(per_process / size)
+        found = forecast(model, longest_inputs(batches, size), device, precision, pieces, plan.world_size)
+        return with_process(found, max(0, held - parts.weights), device)
+
+    found = count(Method(), size)
+    shown = " x ".join(f"{number:,}" for number in inputs["input_ids"].shape)
+    text = f"about {gib(found.peak)} GiB{'' if most is None else f' of {gib(most)}'} ({list_parts(found, shown)})"
+    if most is None or found.peak <= most:
+        return text, []
+    helps: list[str] = []
+    whole = config.adapter.adapter is None and config.model.freeze is None and not config.model.from_scratch
+    recomputed = plan.config.gradient_checkpointing or config.adapter.adapter == "prefix"
+    for method in [*([] if recomputed else [Method(recomputed=True)]), *([Method(adapter="lora")] if whole else [])]:
+        with contextlib.suppress(Exception):  # not for this architecture, or a package is missing
+            helps.append(f"{method.flags}: {gib(count(method, size).peak)} GiB")
+    while found.peak > most and size > 1:
+        size //= 2
+        found = count(Method(), size)
+    if size < len(inputs["input_ids"]):
+        helps.append(f"--per_device_train_batch_size {size}: {gib(found.peak)} GiB")
+    advice = f"; what helps, and to how much: {', '.join(helps)}" if helps else ""
+    return text, [f"warning: memory may not suffice{advice}"]
+
+
+def with_process(found: Forecast, base: int, device: torch.device) -> Forecast:
+    """A forecast with the memory of the process that is not the model's."""
+    kept = device.type == "cpu" and keeps_freed_memory()
+    return dataclasses.replace(found, base=base, lost=int(HOLES * (found.step or 0)) if kept else 0)
+
+
+def longest_inputs(batches: Batches, size: int) -> Inputs:
+    """The inputs of the `size` longest training samples; without a mask where there is no padding among them."""
+    inputs = batches.longest(size).micro_batches[0].inputs
+    mask = inputs.get("attention_mask")
+    if mask is not None and bool(mask.all()):
+        return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
+    return inputs
+
+
+def guess_activations(hf_config: Any, inputs: Inputs) -> int | None:
+    """Bytes that float32 layers keep of `inputs`, about twice what a BERT keeps; None for an unusual configuration."""
+    settings, (rows, length) = hf_config.get_text_config(), inputs["input_ids"].shape
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    layers, width, heads = (getattr(settings, name, None) for name in names)
+    if not (isinstance(layers, int) and isinstance(width, int) and isinstance(heads, int)):
+        return None
+    return rows * length * layers * (150 * width + 16 * heads * length)
+
+
+def gib(size: float) -> str:
+    """Bytes in GiB, with about three digits."""
+    number = size / 2**30
+    return f"{number:.{2 if number < 10 else 1 if number < 100 else 0}f}"
+
+
+def list_parts(found: Forecast, shape: str = "") -> str:
+    """The parts of a forecast in GiB; `shape` is that of the micro-batch."""
+    parts = [f"weights {gib(found.weights)}", f"gradients {gib(found.gradients)}", f"AdamW {gib(found.moments)}"]
+    if found.activations is not None:
+        parts.append(f"activations {gib(found.activations)} for {shape} tokens")
+    elif shape:
+        parts.append("activations are not known, since the model does not run without data")
+    others = {"libraries and data": found.base, "unused between blocks": found.lost}
+    return ", ".join(parts + [f"{name} {gib(size)}" for name, size in others.items() if size])
+
+
+def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
+    """A table of what the ways to train a model take on this machine, from its config.json alone.
+
+    Texts are as long as `--max_length`, or as the model can read. Raises UserError if no classifier can be built.
+    """
+    device = torch.device("cuda" if uses_gpu() else "cpu")
+    precision = resolve_precision(config.mixed_precision)
+    use_cpu_kernels(device.type == "cpu")
+    hf_config = load_hf_config(source)
+    for settings in (hf_config, hf_config.get_text_config()):
+        settings.pad_token_id = 0 if getattr(settings, "pad_token_id", None) is None else settings.pad_token_id
+    with loading_errors(source), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
+    model = attend_by_length(model)
+    held, most = own_memory(device)
+    length = min(config.max_length, longest_input(hf_config) or config.max_length)
+    size = min(config.train_batch_size, config.per_device_train_batch_size or config.train_batch_size)
+
+    def count(method: Method, rows: int) -> Forecast:
+        changed = method.apply(model, source, [], precision)
+        ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
+        inputs = {"input_ids": ids, "attention_mask": ids}
+        found = forecast(changed, inputs, device, precision, math.ceil(config.train_batch_size / rows))
+        return with_process(found, held, device)
+
+    table = [["GiB", "weights", "gradients", "AdamW", "activations", "peak", "samples that fit"]]
+    for method in METHODS:
+        name = method.flags or "the whole model"
+        try:
+            found = count(method, size)
+        except UserError as error:
+            table.append([name, f"not possible: {first_line(error)}"])
+            continue
+        row = [name, gib(found.weights), gib(found.gradients), gib(found.moments)]
+        if found.activations is None:
+            table.append([*row, "not known"])
+            continue
+        fits = "not known" if most is None else samples_that_fit(found.peak, count(method, 4 * size).peak, size, most)
+        table.append([*row, gib(found.activations), gib(found.peak), fits])
+    widths = [max(len(row[column]) for row in table if len(row) == len(table[0])) for column in range(len(table[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
+    place = "the GPU" if device.type == "cuda" else "main memory"
+    free = "" if most is None else f", of {gib(most)} GiB of {place}"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    title = (
+        f"Memory to train {parameters / 1e6:,.0f} million parameters in micro-batches of {size} x {length} tokens "
+        f"(precision {precision}){free}:"
+    )
+    note = "The peak counts what is there at one time, libraries included; samples that fit are those of a micro-batch."
+    return "\n".join([title, "", *lines, "", note])
+
+
+def samples_that_fit(peak: int, peak_of_four: int, size: int, most: int) -> str:
+    """About how many samples a micro-batch can have: memory grows with their number, by what `size` and 4 `size` take."""
+    growth = (peak_of_four - peak) / (3 * size)
+    if growth <= 0:
+        return "any number"
+    return f"{max(0, int(size + (most - peak) / growth)):,}"
