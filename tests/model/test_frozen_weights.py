@@ -192,7 +192,7 @@ def test_checkpoint_that_is_quantized_already_is_adapted_as_it_is(tmp_path, load
         export_merged(loaded, tokenizer, tmp_path / "merged")
     config = TrainConfig(model=ModelConfig(str(folder), load_in="4bit"), adapter=AdapterConfig(adapter="lora"))
     with pytest.raises(UserError, match=r"quantized already.*leave --load_in out"):
-        check_trainable(config, 1)
+        check_trainable(config)
 
 
 def test_quantized_run_is_resumed_scored_used_and_merged(call, tmp_path):
