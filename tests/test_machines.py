@@ -300,18 +300,3 @@ def test_process_that_does_not_come_is_named_on_the_other_machine(flags: list[An
     assert "processes 2, 3 (of machine 1)" in logs[0].read_text()
     assert logs[0].read_text().count("error: ") == 1
     assert "no such folder" in logs[1].read_text()
-
-
-@pytest.mark.slow
-def test_machines_that_cannot_connect_are_named_with_the_interface(flags: list[Any], tmp_path: Path) -> None:
-    """As behind a firewall that lets only the launcher's port pass: the second machine listens where no other can reach it."""
-    logs = tmp_path / "first.log", tmp_path / "second.log"
-    with two_machines() as machines:
-        running = []
-        for machine, log in zip(machines, logs, strict=True):
-            line = accelerate_launch(machine.number, TRAIN, *flags, tmp_path / "run", "--join_timeout", 5, each=1)
-            running.append(machine.start(line, log, **({"GLOO_SOCKET_IFNAME": "lo"} if machine.number else {})))
-        assert end_of(running, *logs, seconds=60) == [1, 1]
-        name, interface = machines[1].name, machines[0].interface
-    assert f"{name} (10.77.0.2)" in logs[0].read_text()
-    assert f"the network interface {interface}" in logs[0].read_text()
