@@ -69,7 +69,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
     # Model, objective, optimizer, schedule. Nothing is trained yet; `start` resumes if there is a checkpoint.
     seed_everything(config.training.seed)
-    model, weights = build_classifier(config, data, tokenizer, accelerator.device)
+    model, weights = build_classifier(config, data, tokenizer, accelerator.device, accelerator.mixed_precision)
     plan = build_plan(config, data, metrics, accelerator)
     objective = build_objective(config.objective, data)
     learner = build_learner(accelerator, model, objective, plan, config.optim)

@@ -145,6 +145,8 @@ def run_settings(
     record["notes"] += [redact(note) for note in learner.objective.notes]
     record |= {"metric_for_best_model": metrics.best, "trainable_parameters": trainable, "parameters": total}
     record |= {"new_weights": summarize_weight_names(weights.new)} if weights.new else {}
+    if config.model.load_in:
+        record["version_bitsandbytes"] = version("bitsandbytes")
     if config.training.train_sampling_strategy == "group_by_length":
         record["batches_sorted_together"] = BATCHES_PER_MEGABATCH
     record |= {f"padding_{name}": round(share, 4) for name, share in padding.items()}
