@@ -127,7 +127,7 @@ ROWS = {
     ),
     "overlap": Row(
         "12 steps of two processes over 1 Gbit/s",
-        "the same, gradients summed after backward",
+        "the same, gradients copied and summed after backward, as before",
         "limited link: overlap",
         "limited link: sum after backward",
         seconds("train_seconds"),

@@ -2,9 +2,10 @@
 
     python benchmarks/limited_link.py --way overlap --rate 1gbit --model FOLDER --train_file FILE ... --max_steps 15
 
-Ways: `overlap`, gradients are summed while backward runs, as train.py does; `after`, once backward is done; `ddp`, by
-PyTorch's DistributedDataParallel. All other flags are those of train.py. Each process has one core. Needs root, `ip` and
-`tc` of iproute2, and `taskset`; the namespaces are removed at the end, also after an error. Prints one line of JSON.
+Ways: `overlap`, gradients are summed while backward runs, as train.py does; `after`, as train.py did it before that: once
+backward is done, they are copied into buckets, summed, and copied back; `ddp`, by PyTorch's DistributedDataParallel. All
+other flags are those of train.py, and `--weights FILE` keeps what was learned. Each process has one core. Needs root, `ip`
+and `tc` of iproute2, and `taskset`; the namespaces are removed at the end, also after an error. Prints one line of JSON.
 """
 
 import argparse
