@@ -80,12 +80,16 @@ class SumAfter:
 
 def ddp_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     """A step as a loop around DDP makes it: gradients are exchanged within backward, and scaled by what DDP divides by."""
-    for micro_batch in batch.micro_batches:
-        forward_backward(learner, micro_batch, batch.weight / learner.accelerator.num_processes)
-    norm = clip_gradients(learner.accelerator, learner.optimizer, config.optim.max_grad_norm)
+    accelerator, state = learner.accelerator, learner.state
+    loss = torch.zeros((), device=accelerator.device)
+    for index, micro_batch in enumerate(batch.micro_batches):
+        seed_everything(config.training.seed, state.step, index, accelerator.process_index)
+        loss += forward_backward(learner, micro_batch, batch.weight / accelerator.num_processes)
+    norm = clip_gradients(accelerator, learner.optimizer, config.optim.max_grad_norm)
     learner.optimizer.step()
     learner.step_schedule(norm)
     learner.optimizer.zero_grad()
+    learner.count_step(batch, loss, norm)
 
 
 def build(way: str, config: TrainConfig) -> tuple[Learner, Batches, Step]:

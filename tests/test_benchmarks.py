@@ -149,9 +149,9 @@ def test_all_ways_to_sum_over_a_limited_link_learn_the_same(material, tmp_path):
     assert len({measures["train_samples"] for measures in found}) == 1
     assert all(measures["train_seconds"] > 0 for measures in found)
     first = AutoModelForSequenceClassification.from_pretrained(material.model).parameters()
-    assert max(float((a - b).abs().max()) for a, b in zip(learned[0], first, strict=True)) > 1e-2
-    for other in learned[1:]:
-        torch.testing.assert_close(other, learned[0], atol=1e-5, rtol=0)
+    assert max(float((a - b.detach()).abs().max()) for a, b in zip(learned[0], first, strict=True)) > 1e-2
+    for name, other in zip(LINKED[1:], learned[1:], strict=True):
+        torch.testing.assert_close(other, learned[0], atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_rows_that_the_machine_cannot_show_are_skipped_with_a_word(command, monkeypatch, capsys):
