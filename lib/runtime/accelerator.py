@@ -18,7 +18,7 @@ from lib.runtime.determinism import request_determinism
 from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import check_device, check_launch, truth
 from lib.runtime.launcher import asks_for_gpu
-from lib.runtime.network import JOIN_SECONDS
+from lib.runtime.network import is_launched
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join
 from lib.runtime.signals import follow_launcher
@@ -27,13 +27,10 @@ from lib.runtime.startup import quiet_libraries
 logger = logging.getLogger(__name__)
 
 
-def build_accelerator(
-    options: DeviceOptions, log_with: str = "none", folder: Path | None = None, join_timeout: float = JOIN_SECONDS
-) -> Accelerator:
+def build_accelerator(options: DeviceOptions, log_with: str = "none", folder: Path | None = None) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files. The processes of the launch wait for each other for at
-    most `join_timeout` seconds without a sign of the others. Gradient accumulation stays with the training loop, which
+    `log_with` is the tracker and `folder` the place for its files. Gradient accumulation stays with the training loop, which
     knows the samples of a whole step. Raises UserError if the launcher was told what is not followed here, if GPUs were
     asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed as asked, if each process
     believes it is alone, or if a process does not come.
@@ -52,8 +49,8 @@ def build_accelerator(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
     check_attention(options.attn_implementation, precision)
-    if {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-        join("nccl" if uses_gpu() else "gloo", join_timeout)
+    if is_launched():
+        join("nccl" if uses_gpu() else "gloo", options.join_timeout)
     accelerator = Accelerator(
         mixed_precision=precision,
         project_dir=folder,
