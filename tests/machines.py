@@ -53,7 +53,7 @@ class Machine:
             )
 
     def block(self) -> None:
-        """Drop what this machine sends to the other one, but for what goes from or to PORT, as a firewall does."""
+        """Drop what this machine sends to the other one over TCP, but for what goes from or to PORT, as a firewall does."""
         for number, side in enumerate(("sport", "dport")):
             ip(
                 "-n",
@@ -69,7 +69,19 @@ class Machine:
                 "lookup",
                 "main",
             )
-        ip("-n", self.name, "rule", "add", "pref", "12", "to", f"10.77.0.{2 - self.number}", "blackhole")
+        ip(
+            "-n",
+            self.name,
+            "rule",
+            "add",
+            "pref",
+            "12",
+            "ipproto",
+            "tcp",
+            "to",
+            f"10.77.0.{2 - self.number}",
+            "blackhole",
+        )
 
     def processes(self) -> list[int]:
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, check=False, timeout=20)

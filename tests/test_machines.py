@@ -335,6 +335,6 @@ def test_network_that_lets_only_the_named_port_pass_is_an_error_within_the_time_
             )
             for machine, log in zip(machines, logs, strict=True)
         ]
-        assert end_of(running, *logs, seconds=60) == [1, 1]
+        assert end_of(running, *logs) == [1, 1]
     for log in logs:
         assert "cannot connect with all of them over the network interface net-" in log.read_text()

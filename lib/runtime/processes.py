@@ -73,13 +73,14 @@ def connect(store: Any, members: list[Member], timeout: float) -> Any:
     """A process group that connects every process with every other one: behind a firewall the run's own would wait for a day.
 
     It returns when all processes have used the group, so that each may drop it.
-    Raises UserError if not all can be reached within `timeout` seconds.
+    Raises UserError if not all can be reached within `timeout` seconds, or 25 if that is more.
     """
     rank, size = rank_and_size()
     name = os.environ["GLOO_SOCKET_IFNAME"]
     try:
         trial = torch.distributed.PrefixStore("trial", store)
-        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        patience = timedelta(seconds=max(5.0, timeout / 5))  # gloo waits for a connection five times as long
+        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, patience)
         group.allreduce([torch.zeros(1)]).wait()
         store.set(f"network/{rank}", f"{name} of {members[rank].host}")
         found = store.multi_get([f"network/{number}" for number in range(size)])  # waits for all
