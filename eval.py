@@ -47,7 +47,7 @@ def main(config: EvalConfig) -> None:
     check_writable(folder, "--output_dir")
     check_report_folder(folder)
     trained = find_scored_model(config)
-    accelerator = build_accelerator(trained.device, join_timeout=config.join_timeout)
+    accelerator = build_accelerator(trained.device(config.join_timeout))
     tokenizer = load_tokenizer(trained.source)
     model = load_classifier(trained.source, tokenizer, accelerator.mixed_precision, accelerator.device)
     check_vocabulary(trained.source, model, tokenizer)

@@ -50,7 +50,7 @@ def main(config: PredictConfig) -> None:
     if config.explain_tokens:
         print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))
         return
-    accelerator = build_accelerator(trained.device, join_timeout=config.join_timeout)
+    accelerator = build_accelerator(trained.device(config.join_timeout))
     task = load_task(config, trained, accelerator.device, accelerator.mixed_precision)
     if folder := config.export_onnx or config.merge_adapter:
         if accelerator.is_main_process:

@@ -52,9 +52,7 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
-    accelerator = build_accelerator(
-        config.device, config.tracking.report_to, run_folder(config), config.training.join_timeout, shards=True
-    )
+    accelerator = build_accelerator(config.device, config.tracking.report_to, run_folder(config), shards=True)
     run = Run(config, accelerator)
     check_trainable(config)
 

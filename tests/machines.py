@@ -52,6 +52,37 @@ class Machine:
                 stdin=subprocess.DEVNULL,
             )
 
+    def block(self) -> None:
+        """Drop what this machine sends to the other one over TCP, but for what goes from or to PORT, as a firewall does."""
+        for number, side in enumerate(("sport", "dport")):
+            ip(
+                "-n",
+                self.name,
+                "rule",
+                "add",
+                "pref",
+                str(10 + number),
+                "ipproto",
+                "tcp",
+                side,
+                str(PORT),
+                "lookup",
+                "main",
+            )
+        ip(
+            "-n",
+            self.name,
+            "rule",
+            "add",
+            "pref",
+            "12",
+            "ipproto",
+            "tcp",
+            "to",
+            f"10.77.0.{2 - self.number}",
+            "blackhole",
+        )
+
     def processes(self) -> list[int]:
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, check=False, timeout=20)
         return list(map(int, listed.stdout.split()))

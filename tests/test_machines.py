@@ -131,6 +131,11 @@ SLURM = {
 """Slurm's commands for a job on two machines, both of them this one."""
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
 @pytest.fixture
 def job(tmp_path: Path) -> Any:
     """`job(flag, ...)` starts the recipe for Slurm as its batch job, with a train.py whose steps take long."""
@@ -142,9 +147,7 @@ def job(tmp_path: Path) -> Any:
     (place / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
     slow = f"import runpy, sys\nsys.argv.insert(1, '{{\"sleep\": 0.4}}')\nrunpy.run_path({str(WORKER)!r}, run_name='__main__')\n"
     (place / "train.py").write_text(slow)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1] % 20000
+    number = next(number for number in range(os.getpid() % 5000, 10000) if is_free(20000 + number))
     path = f"{place / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = {"SLURM_JOB_NODELIST": "both", "SLURM_JOB_ID": str(number), "SLURM_NNODES": "2", "PATH": path}
     environment = os.environ | WORKER_ENV | slurm | {"ACCELERATE_USE_CPU": "true", "QUEUED": str(tmp_path / "queued")}
@@ -158,8 +161,8 @@ def job(tmp_path: Path) -> Any:
 
 
 def test_recipe_for_slurm_asks_for_the_folder_that_it_looks_into(job: Any, tmp_path: Path) -> None:
-    assert job("--lr", "1e-5").wait(20) == 2
-    assert "--output_dir" in (tmp_path / "job.log").read_text()
+    assert job("--lr", "1e-5", "--output_dir=run").wait(20) == 2
+    assert "--output_dir FOLDER here, as two words" in (tmp_path / "job.log").read_text()
 
 
 @pytest.mark.slow
@@ -185,6 +188,22 @@ def test_job_of_slurm_saves_before_its_limit_is_queued_again_and_equals_an_undis
     assert not queued.exists()
     run("train.py", *flags, "--output_dir", tmp_path / "alone", processes=2)
     assert differences(tmp_path / "alone", tmp_path / "job") == []
+
+
+@pytest.mark.parametrize("before", [[], ["step-000002"]], ids=["new", "resumed"])
+@pytest.mark.parametrize("saves", [True, False])
+def test_job_of_slurm_is_queued_again_if_it_has_a_new_checkpoint_whatever_the_clocks_say(
+    saves: bool, before: list[str], job: Any, tmp_path: Path
+) -> None:
+    """The file server's clock is far behind: its files seem older than the job."""
+    checkpoints = tmp_path / "job" / "checkpoints"
+    for name in before:
+        (checkpoints / name).mkdir(parents=True)
+    saved = checkpoints / "step-000004"
+    lines = [f"mkdir -p {saved}", f"touch -d 2001-01-01 {saved}"] if saves else []
+    (tmp_path / "project" / "bin" / "srun").write_text("\n".join(["#!/bin/bash", *lines, "exit 1"]))
+    assert job("--output_dir", tmp_path / "job").wait(20) == (0 if saves else 1)
+    assert (tmp_path / "queued").exists() == saves
 
 
 @pytest.mark.slow
@@ -264,7 +283,7 @@ def test_what_cannot_be_reached_is_named_and_ends_in_bounded_time(flags: list[An
         "10.77.0.1": (29500, "does not reach the first machine at 10.77.0.1:29500"),
         "10.99.0.9": (29500, "no network leads"),
         "no-such-machine": (29500, "no-such-machine is not known"),
-        "10.77.0.2": (29501, "another program"),
+        "10.77.0.2": (29501, "what listens there does not answer for 2 s"),
     }
     with two_machines() as (_, machine):
         machine.start([sys.executable, "-c", silent], tmp_path / "silent.log")
@@ -297,6 +316,25 @@ def test_process_that_does_not_come_is_named_on_the_other_machine(flags: list[An
         ]
         running = [machine.start(line, log) for machine, line, log in zip(machines, lines, logs, strict=True)]
         assert end_of(running, *logs) == [1, 1]
-    assert "processes 2, 3 (of machine 1)" in logs[0].read_text()
+    assert re.search(r"processes 2, 3; here are 2 of machine 0 \(machine", logs[0].read_text())
     assert logs[0].read_text().count("error: ") == 1
     assert "no such folder" in logs[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocking", [0, 1])
+def test_network_that_lets_only_the_named_port_pass_is_an_error_within_the_time_limit(
+    blocking: int, flags: list[Any], tmp_path: Path
+) -> None:
+    logs = tmp_path / "first.log", tmp_path / "second.log"
+    with two_machines() as machines:
+        machines[blocking].block()
+        running = [
+            machine.start(
+                accelerate_launch(machine.number, TRAIN, *flags, tmp_path / "run", "--join_timeout", 10, each=1), log
+            )
+            for machine, log in zip(machines, logs, strict=True)
+        ]
+        assert end_of(running, *logs) == [1, 1]
+    for log in logs:
+        assert "cannot connect with all of them over the network interface net-" in log.read_text()

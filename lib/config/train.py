@@ -273,7 +273,11 @@ class TrainConfig:
     def device(self) -> DeviceOptions:
         training = self.training
         return DeviceOptions(
-            self.mixed_precision, self.model.attn_implementation, training.cpu_kernels, training.deterministic
+            self.mixed_precision,
+            self.model.attn_implementation,
+            training.cpu_kernels,
+            training.deterministic,
+            training.join_timeout,
         )
 
 

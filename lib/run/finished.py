@@ -29,9 +29,10 @@ class TrainedModel:
     trained_on: TrainedOn
     precision: str
 
-    @property
-    def device(self) -> DeviceOptions:
-        return DeviceOptions(self.precision, self.source.attn_implementation, cpu_kernels=False)
+    def device(self, join_timeout: float) -> DeviceOptions:
+        return DeviceOptions(
+            self.precision, self.source.attn_implementation, cpu_kernels=False, join_timeout=join_timeout
+        )
 
 
 def find_model(source: ModelSource, precision: str) -> TrainedModel:

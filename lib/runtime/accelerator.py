@@ -18,7 +18,7 @@ from lib.runtime.determinism import request_determinism
 from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import check_device, check_launch, read_sharding, truth
 from lib.runtime.launcher import asks_for_gpu
-from lib.runtime.network import JOIN_SECONDS
+from lib.runtime.network import is_launched
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
 from lib.runtime.processes import PROCESS_TIMEOUT, join
 from lib.runtime.signals import follow_launcher
@@ -28,17 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(
-    options: DeviceOptions,
-    log_with: str = "none",
-    folder: Path | None = None,
-    join_timeout: float = JOIN_SECONDS,
-    shards: bool = False,
+    options: DeviceOptions, log_with: str = "none", folder: Path | None = None, shards: bool = False
 ) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
     `log_with` is the tracker and `folder` the place for its files; `shards`: the script can spread a model over processes,
-    as `read_sharding` says. The processes of the launch wait for each other for at most `join_timeout` seconds without a
-    sign of the others. Gradient accumulation stays with the training loop, which
+    as `read_sharding` says. Gradient accumulation stays with the training loop, which
     knows the samples of a whole step. Raises UserError if the launcher was told what is not followed here, if GPUs were
     asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed as asked, if each process
     believes it is alone, or if a process does not come.
@@ -59,8 +54,8 @@ def build_accelerator(
     check_attention(options.attn_implementation, precision)
     if precision == "fp16" and read_sharding():
         raise UserError("FSDP and fp16 do not go together: shards know no loss scale; use --mixed_precision bf16 or no")
-    if {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-        join("nccl" if uses_gpu() else "gloo", join_timeout)
+    if is_launched():
+        join("nccl" if uses_gpu() else "gloo", options.join_timeout)
     # A model is spread by `shard_model`, on GPUs and CPUs alike: Accelerate's way averages gradients and forgets new heads.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load nothing on other processes
     with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_PARALLELISM_CONFIG="false"):

@@ -10,6 +10,7 @@ import secrets
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,8 @@ from lib.runtime.signals import leave, say
 
 INTERFACES = {"GLOO_SOCKET_IFNAME": "", "NCCL_SOCKET_IFNAME": "="}
 """Variables in which gloo and NCCL read their network interface, with what makes it the name and not a prefix of names."""
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables with which a launcher says who a process is, and where the processes meet."""
 JOIN_SECONDS = 600.0
 """How long the processes of a launch wait for each other: as the launchers do."""
 RESOLVE_SECONDS = 10.0
@@ -27,7 +30,7 @@ POLL_SECONDS = 0.1
 BEAT_SECONDS = 5.0
 """How often a process that others wait for says that it is at work."""
 SILENT_SECONDS = 60.0
-"""How long the store may take to answer a program that it has let in."""
+"""How long the store may take, at least, to answer a program that it has let in."""
 PATIENCE_SECONDS = 20.0
 """After how long the first process says for whom it waits."""
 
@@ -40,6 +43,23 @@ class Member:
     """New for each start of a process."""
     host: str
     address: str
+    machine: int
+    """The launcher's number of the machine, which may run more or fewer processes than others."""
+
+
+def is_launched() -> bool:
+    """Whether this process was launched as one of several, even if it is the only one.
+
+    Raises UserError if the launcher has left out where the others are.
+    """
+    if int(os.environ.get("LOCAL_RANK", "-1")) == -1:  # as Accelerate reads it
+        return False
+    if missing := [name for name in PLACE if not os.environ.get(name)]:
+        raise UserError(
+            f"LOCAL_RANK is set, as by a launcher, but not {', '.join(missing)}: start the script with accelerate launch or "
+            "torchrun, which set all of them, or unset LOCAL_RANK for a single process"
+        )
+    return True
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -103,14 +123,19 @@ def meet(store: Any, timeout: float) -> list[Member]:
     processes that were started as the same one.
     """
     rank, size = rank_and_size()
-    own = Member(secrets.token_hex(8), socket.gethostname(), own_address(os.environ["MASTER_ADDR"]))
+    machine = int(
+        os.environ.get("GROUP_RANK", rank // processes_per_machine())
+    )  # GROUP_RANK: of torchrun and Accelerate
+    own = Member(secrets.token_hex(8), socket.gethostname(), own_address(os.environ["MASTER_ADDR"]), machine)
     store.set(f"member/{rank}", json.dumps(dataclasses.asdict(own)))
     began = last = time.monotonic()
-    told, answered, roll, members = False, "", "", list[Member | None]()
+    told, answered, roll, beat, members = False, "", "", "", list[Member | None]()
     while True:
         if rank == 0 and (called := call_roll(store, size)) != roll:
             store.set("roll", called)
         check_alone(store, own)
+        if (heard := beat_of(store, 0)) != beat:  # it calls no roll while it is at work
+            beat, last = heard, time.monotonic()
         if store.check(["roll"]) and (found := store.get("roll").decode()) != roll:
             roll, last = found, time.monotonic()
             members = [Member(**entry) if entry else None for entry in json.loads(roll)["members"]]
@@ -123,10 +148,10 @@ def meet(store: Any, timeout: float) -> list[Member]:
         missing = [number for number, member in enumerate(members) if member is None] if listed else [0]
         waited = time.monotonic() - began
         if time.monotonic() - last > timeout:
-            raise UserError(describe_missing(missing, size, waited, timeout))
+            raise UserError(describe_missing(missing, everyone if listed else [own], size, waited, timeout))
         if rank == 0 and not told and waited > PATIENCE_SECONDS:
             told = True
-            say(f"waiting for {describe_ranks(missing)} of {size} at {master()}")
+            say(f"waiting for {describe_ranks(missing)} of {size} at {master()}; {describe_present(everyone)}")
         time.sleep(POLL_SECONDS)
 
 
@@ -135,8 +160,12 @@ def call_roll(store: Any, size: int) -> str:
     here = [number for number in range(size) if store.check([f"member/{number}"])]
     found = dict(zip(here, store.multi_get([f"member/{number}" for number in here]), strict=True))
     members = [json.loads(found[number]) if number in found else None for number in range(size)]
-    beats = [store.get(name).decode() for number in range(size) if store.check([name := f"beat/{number}"])]
-    return json.dumps({"members": members, "beats": beats})
+    return json.dumps({"members": members, "beats": [beat_of(store, number) for number in range(size)]})
+
+
+def beat_of(store: Any, rank: int) -> str:
+    """The last sign of a process that is still at work; empty before the first one."""
+    return str(store.get(name).decode()) if store.check([name := f"beat/{rank}"]) else ""
 
 
 def check_alone(store: Any, own: Member) -> None:
@@ -157,20 +186,25 @@ def digest(members: list[Member]) -> str:
 
 
 def describe_ranks(ranks: list[int]) -> str:
-    """Processes by number and machine, in words."""
+    """Processes by number, in words."""
     if not ranks:
         return "the answer of a process"
-    machines = sorted({rank // processes_per_machine() for rank in ranks})
-    listed = [", ".join(map(str, numbers)) for numbers in (ranks, machines)]
-    return f"{'process' if len(ranks) == 1 else 'processes'} {listed[0]} (of machine {listed[1]})"
+    return f"{'process' if len(ranks) == 1 else 'processes'} {', '.join(map(str, ranks))}"
 
 
-def describe_missing(missing: list[int], size: int, seconds: float, timeout: float) -> str:
+def describe_present(members: list[Member]) -> str:
+    """How many processes have come from each machine, in words: on which one those run that have not, only they know."""
+    counts = Counter((member.machine, member.host) for member in members)
+    return "here are " + ", ".join(f"{count} of machine {number} ({host})" for (number, host), count in counts.items())
+
+
+def describe_missing(missing: list[int], here: list[Member], size: int, seconds: float, timeout: float) -> str:
     """Who did not come in time, in words."""
     return (
         f"{len(missing) or 'some'} of {size} processes did not come to {master()} within {seconds:.0f} s: "
-        f"{describe_ranks(missing)}; nothing was heard of them for {timeout:g} s (--join_timeout). Look at the log of that "
-        "machine: its process may have ended with an error, or be launched with another address, port or number of processes"
+        f"{describe_ranks(missing)}; {describe_present(here)}. Nothing was heard of the others for {timeout:g} s "
+        "(--join_timeout). Look at the log of their machine: they may have ended with an error, or be launched with another "
+        "address, port or number of processes"
     )
 
 
@@ -196,10 +230,11 @@ def choose_interfaces(members: list[Member]) -> dict[str, str]:
     return {name: mark + interface for name, mark in unset.items()}
 
 
-def open_store(timeout: float) -> Any:
+def open_store(timeout: float, *, or_leave: bool) -> Any:
     """PyTorch's store, in which the processes find each other; the first process makes it where no launcher did.
 
-    Raises UserError with its address if nobody answers there for `timeout` seconds.
+    Raises UserError with its address if nobody listens there for `timeout` seconds. PyTorch waits for ever for what listens
+    and does not answer; with `or_leave` this process then ends.
     """
     from torch.distributed import TCPStore  # here: it takes seconds to import
 
@@ -209,12 +244,12 @@ def open_store(timeout: float) -> Any:
     own_address(host)
     if not makes:
         knock(host, port, timeout)
-    # PyTorch waits for ever for an answer of another program.
-    backstop = threading.Timer(
-        SILENT_SECONDS, leave, (f"error: {no_answer('what listens there is another program')}", 2)
-    )
+    patience = max(SILENT_SECONDS, timeout)
+    silent = f"what listens there does not answer for {patience:g} s; it may be another program"
+    backstop = threading.Timer(patience, leave, (f"error: {no_answer(silent)}", 2))
     backstop.daemon = True
-    backstop.start()
+    if or_leave:
+        backstop.start()
     try:
         return TCPStore(host, port, size, makes, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
     except (RuntimeError, ValueError) as error:
@@ -259,7 +294,7 @@ def telling_others() -> Iterator[None]:
             count, key = 0, secrets.token_hex(8)
             while not done.wait(BEAT_SECONDS):
                 if not OPENED:
-                    OPENED.append(open_store(JOIN_SECONDS))
+                    OPENED.append(open_store(JOIN_SECONDS, or_leave=False))
                 count += 1
                 OPENED[0].set(f"beat/{rank}", f"{key} {count}")
 

@@ -23,6 +23,7 @@ from lib.runtime.network import (
     Member,
     choose_interfaces,
     digest,
+    master,
     meet,
     open_store,
     processes_per_machine,
@@ -51,8 +52,14 @@ def join(backend: str, timeout: float) -> None:
     wait for the addresses of processes that died. Hence keys of their own for each attempt.
     """
     rank, size = rank_and_size()
-    store = open_store(timeout)
-    members = meet(store, timeout)
+    store = open_store(timeout, or_leave=True)
+    try:
+        members = meet(store, timeout)
+    except RuntimeError as error:  # the store is gone
+        raise UserError(
+            f"the first process, or its launcher, ended before all processes had met at {master()}; the log of its machine says "
+            "why"
+        ) from error
     attempt = torch.distributed.PrefixStore(f"attempt/{digest(members)}", store)
     trial = None
     if size > processes_per_machine():
@@ -60,20 +67,24 @@ def join(backend: str, timeout: float) -> None:
         trial = connect(attempt, members, timeout)
     store.set_timeout(PROCESS_TIMEOUT)
     torch.distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PROCESS_TIMEOUT)
-    del trial  # not before all have left it
+    del trial
 
 
 def connect(store: Any, members: list[Member], timeout: float) -> Any:
     """A process group that connects every process with every other one: behind a firewall the run's own would wait for a day.
 
-    Raises UserError if not all can be reached within `timeout` seconds.
+    It returns when all processes have used the group, so that each may drop it.
+    Raises UserError if not all can be reached within `timeout` seconds, or 25 if that is more.
     """
     rank, size = rank_and_size()
     name = os.environ["GLOO_SOCKET_IFNAME"]
     try:
         trial = torch.distributed.PrefixStore("trial", store)
-        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, timedelta(seconds=timeout))
+        patience = timedelta(seconds=max(5.0, timeout / 5))  # gloo waits for a connection five times as long
+        group: Any = torch.distributed.ProcessGroupGloo(trial, rank, size, patience)
         group.allreduce([torch.zeros(1)]).wait()
+        store.set(f"network/{rank}", f"{name} of {members[rank].host}")
+        found = store.multi_get([f"network/{number}" for number in range(size)])  # waits for all
     except RuntimeError as error:
         others = dict.fromkeys(f"{member.host} ({member.address})" for member in members)
         raise UserError(
@@ -81,9 +92,8 @@ def connect(store: Any, members: list[Member], timeout: float) -> Any:
             f"network interface {name}: {first_line(error)}\nLet firewalls pass all ports between the machines, or name another "
             "interface of `ip addr` in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, on each machine its own"
         ) from error
-    store.set(f"network/{rank}", f"{name} of {members[rank].host}")
-    found = store.multi_get([f"network/{number}" for number in range(0, size, processes_per_machine())])
-    NETWORKS[:] = [text.decode() for text in found]
+    of_machine = {member.machine: text.decode() for member, text in zip(members, found, strict=True)}
+    NETWORKS[:] = of_machine.values()
     return group
 
 

@@ -1,8 +1,13 @@
 """The processes of a launch find each other, over the network that leads to the first machine, in bounded time."""
 
+import dataclasses
+import itertools
+import json
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,41 +62,88 @@ def test_processes_of_an_earlier_attempt_do_not_count(store: Any) -> None:
     assert len({member.key for member in [*before, *again[0], *smaller[0]]}) == 8
 
 
-def test_process_that_does_not_come_is_named_with_its_machine(store: Any) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        for future in start(pool, store, [0, 1, 2], 4, timeout=0.5):
-            with pytest.raises(
-                UserError, match=r"1 of 4 .*127\.0\.0\.1:29500 .*process 3 \(of machine 1\).*--join_timeout"
-            ):
-                future.result(30)
+def test_process_that_does_not_come_is_named_with_the_machines_of_those_that_have(store: Any) -> None:
+    """Machines need not run equally many processes: here 1 and 2, of which one has not come."""
+    for rank, member in enumerate([Member("b", "node1", "10.77.0.1", 0), Member("c", "node2", "10.77.0.2", 1)], 1):
+        store.set(f"member/{rank}", json.dumps(dataclasses.asdict(member)))
+    with pytest.raises(
+        UserError, match=r"1 of 4 .*127\.0\.0\.1:29500 .*process 3; here are .* 1 of machine 1 \(node2\)"
+    ):
+        come(store, 0, 4, timeout=0.0)
+    with pytest.raises(UserError, match=r"process 0; here are 1 of machine .*--join_timeout"):
+        come(store, 3, 4, timeout=0.0)
 
 
-def test_process_that_is_at_work_is_waited_for_longer(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(network, "open_store", lambda _: store)
+@pytest.mark.parametrize("busy", [0, 1])
+def test_process_that_is_at_work_is_waited_for_longer(busy: int, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one's clock goes on by 100 seconds in each poll, and the busy one gives 20 signs of life."""
+    clock = itertools.count(0, 100)
+    now = [next(clock)]
+    signs = iter(range(20))
+
+    def poll(_: float) -> None:
+        now[0] = next(clock)
+        if (sign := next(signs, None)) is not None:
+            store.set(f"beat/{busy}", str(sign))
+
+    monkeypatch.setattr(network, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=poll))
+    with pytest.raises(UserError, match=f"did not come.*process {busy};"):
+        come(store, 1 - busy, 2, timeout=600.0)
+    assert now[0] > 20 * 100 + 600
+
+
+def test_process_gives_signs_of_life_as_long_as_it_is_at_work(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(network, "open_store", lambda *_, **__: store)
     monkeypatch.setattr(network, "OPENED", [])
+    PLACE.rank, PLACE.size = 1, 2
+    with network.telling_others():
+        store.wait(["beat/1"], timedelta(seconds=30))
+        first = store.get("beat/1")
+        deadline = time.monotonic() + 30
+        while store.get("beat/1") == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
-    def download() -> list[Member]:
-        PLACE.rank, PLACE.size = 1, 2
-        with network.telling_others():
-            time.sleep(2.0)
-        return meet(store, 20.0)
 
-    with ThreadPoolExecutor(2) as pool:
-        other = pool.submit(download)
-        (first,) = start(pool, store, [0], 2, timeout=1.0)
-        assert first.result(30) == other.result(30)
+def test_only_a_process_that_waits_ends_itself_when_the_store_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is at work, such as downloading."""
+    ended = threading.Event()
+    messages: list[str] = []
+    monkeypatch.setattr(network, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(network, "leave", lambda message, _: (messages.append(message), ended.set()))
+    monkeypatch.setattr(torch.distributed, "TCPStore", lambda *_, **__: ended.wait(0.5))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    network.open_store(0.05, or_leave=False)
+    assert not ended.is_set()
+    network.open_store(30.0, or_leave=True)
+    assert not ended.is_set()
+    network.open_store(0.05, or_leave=True)
+    assert "does not answer" in messages[0]
 
 
 def test_two_processes_with_one_number_are_an_error_that_names_both(store: Any) -> None:
-    with ThreadPoolExecutor(3) as pool:
-        futures = start(pool, store, [1], 3)
-        time.sleep(0.2)
-        futures += start(pool, store, [1], 3, timeout=1.0)
+    with ThreadPoolExecutor(1) as pool:
+        (first,) = start(pool, store, [1], 3)
+        store.wait(["member/1"], timedelta(seconds=30))
+        with pytest.raises(UserError, match=r"did not come.*process 0;"):
+            come(store, 1, 3, timeout=0.0)
         with pytest.raises(UserError, match=r"two processes were started as number 1 of 3.*--machine_rank"):
-            futures[0].result(30)
-        with pytest.raises(UserError, match=r"did not come.*process 0 "):
-            futures[1].result(30)
+            first.result(30)
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+def test_variable_that_a_launcher_left_out_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*network.PLACE, "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    assert network.is_launched()
+    monkeypatch.delenv(missing)
+    with pytest.raises(UserError, match=rf"but not {missing}:"):
+        network.is_launched()
+    for alone in ("-1", None):
+        monkeypatch.setenv("LOCAL_RANK", alone) if alone else monkeypatch.delenv("LOCAL_RANK")
+        assert not network.is_launched()
 
 
 def test_name_that_is_not_known_is_an_error_that_asks_for_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +158,11 @@ def test_interface_is_the_one_with_the_address_on_the_way_to_the_first_machine()
     assert interface_of("192.0.2.1") is None
 
 
-MEMBERS = [Member("a", "head", "127.0.1.1"), Member("b", "head", "127.0.1.1"), Member("c", "other", "10.77.0.2")]
+MEMBERS = [
+    Member("a", "head", "127.0.1.1", 0),
+    Member("b", "head", "127.0.1.1", 0),
+    Member("c", "other", "10.77.0.2", 1),
+]
 
 
 @pytest.mark.parametrize("rank", [0, 2])

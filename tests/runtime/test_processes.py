@@ -5,7 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 
 from lib.errors import UserError
 from lib.runtime import processes, signals
+from lib.runtime.network import Member, interface_of
 from lib.runtime.processes import buckets, check_shared, check_time
 from lib.runtime.signals import Stopped
 from tests.conftest import ROOT
@@ -98,6 +102,54 @@ def test_folder_that_a_machine_does_not_see_is_refused_on_all(tmp_path: Path, mo
         check("first", "second")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check("first", "second")  # one machine: not looked at
+
+
+def test_trial_connection_ends_when_all_have_used_it_and_each_machine_names_its_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Machines of one and two processes; the second process has summed, but not said so."""
+    store = torch.distributed.HashStore()
+    members = [Member(key, f"node{machine}", "127.0.0.1", machine) for key, machine in (("a", 0), ("b", 1), ("c", 1))]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", interface_of("127.0.0.1"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "NETWORKS", [])
+    rank = threading.local()
+    monkeypatch.setattr(processes, "rank_and_size", lambda: (rank.own, 3))
+
+    def connect(number: int) -> Any:
+        rank.own = number
+        return processes.connect(store, members, 60.0)
+
+    def silent() -> Any:
+        group = torch.distributed.ProcessGroupGloo(
+            torch.distributed.PrefixStore("trial", store), 1, 3, timedelta(seconds=60)
+        )
+        group.allreduce([torch.zeros(1)]).wait()
+        return group
+
+    with ThreadPoolExecutor(3) as pool:
+        first, second, third = pool.submit(connect, 0), pool.submit(silent), pool.submit(connect, 2)
+        second.result(60)
+        time.sleep(0.3)
+        early = first.done() or third.done()
+        store.set("network/1", "eth0 of node1")
+        first.result(60), third.result(60)
+    assert not early
+    assert [text.partition(" of ")[2] for text in processes.NETWORKS] == ["node0", "node1"]
+
+
+def test_store_that_is_gone_before_all_have_met_is_the_end_of_the_first_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Gone:
+        def set(self, *_: Any) -> None:
+            raise torch.distributed.DistNetworkError("failed to recv")
+
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "open_store", lambda *_, **__: Gone())
+    with pytest.raises(UserError, match=r"first process, .*ended before all .*127\.0\.0\.1:29500"):
+        processes.join("gloo", 1.0)
 
 
 def launch_nodes(folder: Path, command: list[Any], places: list[Path]) -> tuple[list[int], str]:
