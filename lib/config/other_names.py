@@ -228,6 +228,7 @@ OTHER_NAMES = {
     "quantization_bit": "--load_in 4bit or 8bit",
     "bnb_4bit_quant_type": "--load_in 4bit, which is nf4 with double quantization",
     "bnb_4bit_compute_dtype": "--mixed_precision, in which quantized layers compute, too",
+    "frozen_dtype": "--mixed_precision bf16, in which the frozen linear layers below an adapter are held, too",
     "qlora": "--adapter lora --load_in 4bit",
     "use_qlora": "--adapter lora --load_in 4bit",
     "use_peft": "--adapter lora",

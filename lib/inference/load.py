@@ -50,10 +50,10 @@ class Task:
 
 
 def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device, mixed_precision: str = "no") -> Task:
-    """Load the model and the tokenizer that the task needs, in float32 and eval mode.
+    """Load the model, in eval mode, and the tokenizer that the task needs.
 
-    The base of an adapter is held as in training, but in float32 for an export. Raises UserError if the model cannot be
-    loaded, was not trained for the task, or --max_length is too short.
+    The model is float32, but for the base of an adapter, which is held as in training unless it is exported. Raises
+    UserError if the model cannot be loaded, was not trained for the task, or --max_length is too short.
     """
     tokenizer = load_task_tokenizer(config, trained)
     if config.task not in MODELS:

@@ -12,12 +12,14 @@ import math
 import re
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.errors import UserError
@@ -121,14 +123,17 @@ def load_frozen(
 ) -> tuple[Any, dict[str, Any]]:
     """What `from_pretrained` of an Auto class returns with `output_loading_info`; weights that the files lack are float32.
 
-    They are known when the rest is loaded, which is done again then, with the same random numbers. Raises UserError for
-    code in the model's repository, of which the backbone to quantize is not known.
+    They are known when the rest is loaded, which is done again then, with the same random numbers. A head that is quantized
+    in the files is float32, too. Raises UserError where nothing is quantized that was to be, and for code in the model's
+    repository, of which the backbone to quantize is not known.
     """
     model_class = kind._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     if held.load_in and model_class is None:
         raise UserError(f"--load_in {held.load_in} works with the architectures of transformers, not with remote code")
     prefix = getattr(model_class, "base_model_prefix", "")
+    if prefix and kind is not AutoModel:
+        skip_head(config, folder, prefix)
     spared: list[str] = []
     cuda = held.device.type == "cuda"
     while True:
@@ -146,9 +151,43 @@ def load_frozen(
             torch.cuda.set_rng_state(random[1])
         del model
     if held.load_in:
+        if not any(map(is_quantized, model.modules())):
+            raise UserError(
+                f"--load_in {held.load_in} has no effect: {model.config.model_type} has no linear layers that can be quantized; "
+                "leave it out"
+            )
         del model.config.quantization_config  # of the checkpoint it is not
+    if model.base_model is not model:
+        for name, layer in list(model.named_modules()):
+            if is_quantized(layer) and not name.startswith(f"{model.base_model_prefix}."):
+                model.set_submodule(name, plain_linear(layer))
     compute_as_others(model)
     return model, info
+
+
+def skip_head(config: Any, folder: str, prefix: str) -> None:
+    """Have layers outside the backbone quantized only where the files of a checkpoint that is quantized already hold them so.
+
+    Those of a language model name its own head, and lack that of a classifier.
+    """
+    settings = getattr(config, "quantization_config", None)
+    if isinstance(settings, dict) and settings.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        names = [
+            name
+            for file in Path(folder).glob("*.safetensors")
+            for name in safe_open(file, framework="pt").keys()  # noqa: SIM118 - not a dict
+        ]
+        scaled = [name.removesuffix(end) for end in (".SCB", ".weight.absmax") for name in names if name.endswith(end)]
+        outside = "|".join(re.escape(name) for name in scaled if not name.startswith(f"{prefix}."))
+        skipped = [*(settings.get("llm_int8_skip_modules") or ()), rf"(?!{re.escape(prefix)}\.|(?:{outside})$).*"]
+        config.quantization_config = settings | {"llm_int8_skip_modules": skipped}
+
+
+def plain_linear(layer: Any) -> nn.Linear:
+    """A float32 linear layer with the restored weights of a quantized one."""
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = nn.Parameter(restore(layer, torch.float32)), layer.bias
+    return plain
 
 
 def is_quantized(layer: nn.Module) -> bool:
@@ -206,7 +245,8 @@ def restore(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     # On a CPU it takes each row for whole blocks, which rows of another width than 64, 128, ... are not.
     whole = count % state.blocksize == 0
     state.shape = torch.Size([count // state.blocksize, state.blocksize] if whole else [count])
-    return functional.dequantize_4bit(weight.data, state).reshape(shape).to(dtype)
+    state.dtype = dtype  # rounds as a cast of the float32 weights would
+    return functional.dequantize_4bit(weight.data, state).reshape(shape)
 
 
 @contextlib.contextmanager

@@ -195,11 +195,11 @@ def load_classifier(
     device: torch.device = FLOAT32.device,
     quantized: bool = True,
 ) -> Any:
-    """A trained classifier in float32 as it is: a whole model, or an adapter with its head over its base model.
+    """A trained classifier as it is: a whole model in float32, or an adapter with its head over its base model.
 
-    The linear layers of such a base are held as in training, quantized on `device` or in the dtype of `mixed_precision`;
-    without `quantized` they are not quantized. A model that does not know its padding token learns it from `tokenizer`.
-    Raises UserError if it cannot be loaded, or its checkpoint has no trained head.
+    Adapter and head are float32, too, and the linear layers of the base are held as in training, quantized on `device` or
+    in the dtype of `mixed_precision`; without `quantized` they are not quantized. A model that does not know its padding
+    token learns it from `tokenizer`. Raises UserError if it cannot be loaded, or its checkpoint has no trained head.
     """
     folder = adapter_folder(source)
     if folder is None:

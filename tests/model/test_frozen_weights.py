@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.config.cli import parse_cli
@@ -18,7 +19,7 @@ from lib.inference.merged_export import export_merged
 from lib.model import frozen_weights as room
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.build import check_trainable
-from lib.model.frozen_weights import FLOAT32, FrozenWeights, is_half, is_quantized, restore
+from lib.model.frozen_weights import FLOAT32, FrozenWeights, import_bitsandbytes, is_half, is_quantized, restore
 from lib.model.layers import count_parameters
 from lib.model.load import build_model, load_classifier, load_tokenizer
 from lib.model.padding import find_leak
@@ -53,6 +54,22 @@ def logits(model, tokenizer, texts=TEXTS, precision: str = "no") -> torch.Tensor
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         return model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits.float()
+
+
+class SeenDtypes(TorchDispatchMode):
+    """Notes the tensors that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.made += [made] if isinstance(made, torch.Tensor) else []
+        return made
+
+    def of_size(self, count: int) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self.made if tensor.numel() == count}
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -176,12 +193,13 @@ def test_pooler_that_the_checkpoint_lacks_is_not_quantized(tmp_path):
 
 @pytest.mark.parametrize("load_in", ["4bit", "8bit"])
 def test_checkpoint_that_is_quantized_already_is_adapted_as_it_is(tmp_path, load_in):
+    """A causal language model: its files name their own head as not quantized, and lack that of a classifier."""
     folder = any_classifier("llama", tmp_path / "llama")
-    settings = BitsAndBytesConfig(**{f"load_in_{load_in}": True}, llm_int8_skip_modules=["score"])
-    whole = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=settings)
-    whole.save_pretrained(folder)
+    settings = BitsAndBytesConfig(**{f"load_in_{load_in}": True}, llm_int8_skip_modules=["lm_head"])
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings).save_pretrained(folder)
     model, tokenizer = build(folder)
     assert any(map(is_quantized, model.modules()))
+    assert all(tensor.dtype == torch.float32 for tensor in saved_tensors(model).values())
     randomize(model)
     model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.square().sum().backward()
     wanted = logits(model, tokenizer)
@@ -193,6 +211,42 @@ def test_checkpoint_that_is_quantized_already_is_adapted_as_it_is(tmp_path, load
     config = TrainConfig(model=ModelConfig(str(folder), load_in="4bit"), adapter=AdapterConfig(adapter="lora"))
     with pytest.raises(UserError, match=r"quantized already.*leave --load_in out"):
         check_trainable(config)
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_head_that_is_quantized_in_the_files_is_trained_from_its_restored_weights(tmp_path, load_in):
+    folder = any_classifier("llama", tmp_path / "llama")
+    settings = BitsAndBytesConfig(**{f"load_in_{load_in}": True}, llm_int8_skip_modules=[])
+    whole = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=settings)
+    whole.save_pretrained(folder)
+    model, tokenizer = build(folder)
+    head = model.get_base_model().score.modules_to_save["default"].weight
+    assert torch.equal(head, restore(whole.score, torch.float32))
+    model(**tokenizer(TEXTS, padding=True, return_tensors="pt")).logits.square().sum().backward()
+    assert head.grad is not None
+    save_model(model, tmp_path / "model")
+    loaded = load_classifier(ModelConfig(str(tmp_path / "model")), tokenizer)
+    assert torch.equal(logits(loaded, tokenizer), logits(model, tokenizer))
+
+
+def test_architecture_without_layers_to_quantize_is_refused(tmp_path):
+    """All linear layers of I-BERT are its own."""
+    folder = any_classifier("ibert", tmp_path / "ibert")
+    with pytest.raises(UserError, match="--load_in 4bit has no effect"):
+        build(folder, FrozenWeights("4bit"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(48, 128), (6, 16), (7, 3)])
+def test_4bit_weights_restored_in_half_precision_are_the_rounded_ones_without_a_float32_copy(dtype, shape):
+    import_bitsandbytes()
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(shape[1], shape[0], quant_type="nf4").to("cpu")
+    rounded = restore(layer, torch.float32).to(dtype)
+    with SeenDtypes() as seen:
+        assert torch.equal(restore(layer, dtype), rounded)
+    assert seen.of_size(rounded.numel()) <= {dtype, torch.bool}
 
 
 def test_quantized_run_is_resumed_scored_used_and_merged(call, tmp_path):
@@ -260,3 +314,14 @@ def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch)
     monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--load_in 4bit needs the package bitsandbytes.*pip install 'bitsandbytes"):
         room.frozen_weights("4bit", "no", FLOAT32.device)
+
+
+def test_missing_package_of_a_trained_adapter_is_explained_by_its_training(tmp_path, monkeypatch):
+    """The flag was not typed where the adapter is used."""
+    model, tokenizer = build(any_classifier("llama", tmp_path / "base"), FrozenWeights("8bit"))
+    save_model(model, tmp_path / "model")
+    monkeypatch.setattr(room.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UserError, match=r"model, which was trained with --load_in 8bit, needs the package bitsandbytes"
+    ):
+        load_classifier(ModelConfig(str(tmp_path / "model")), tokenizer)

@@ -1,4 +1,4 @@
-"""LoRA adapts the queries and values of every architecture, or all linear layers below the head."""
+"""LoRA adapts queries and values, or what peft has for an architecture, or all linear layers below the head."""
 
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def adapted_names(model) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_lora_adapts_queries_and_values_in_every_layer(kind):
+def test_lora_adapts_queries_and_values_or_what_peft_has_in_every_layer(kind):
     model = adapt(build(kind), AdapterConfig(adapter="lora"), ModelSource("x"), [])
     names = adapted_names(model)
     assert sorted({name.rpartition(".")[2] for name in names}) == TARGETS[kind]

@@ -26,7 +26,7 @@ from lib.model.adapters.adapterhub import (
 )
 from lib.model.adapters.bottleneck import BottleneckConfig, add_bottlenecks, bottleneck_config
 from lib.model.adapters.peft_methods import add_peft, load_peft, reload_peft
-from lib.model.frozen_weights import FLOAT32, frozen_weights
+from lib.model.frozen_weights import FLOAT32, check_package, frozen_weights
 from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.model.source import ANSWER_SETTINGS, load_hf_config, load_pretrained, resolve_model
 
@@ -99,7 +99,7 @@ def describe_adapter(model: Any) -> str | None:
         return None
     if info.bottleneck is not None:
         where = "attention and feed-forward" if info.bottleneck.attention else "feed-forward"
-        return f"bottleneck after {where}, a {info.bottleneck.reduction_factor:g}th of the width"
+        return f"bottleneck after {where}, 1/{info.bottleneck.reduction_factor:g} of the width"
     config = model.active_peft_config
     method = "dora" if getattr(config, "use_dora", False) else config.peft_type.lower().replace("_", " ")
     if config.is_prompt_learning:
@@ -173,6 +173,8 @@ def load_adapter(
             hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
             hf_config.id2label = {index: name for name, index in head["label2id"].items()}
     load_in = getattr(hf_config, LOAD_IN, None) if quantized else None
+    if load_in:
+        check_package(f"the adapter in {folder}, which was trained with --load_in {load_in},")
     frozen = frozen_weights(load_in, mixed_precision, device, weight_norms=bool(settings.get("use_dora")))
     kind = AutoModelForSequenceClassification
     model, info = load_pretrained(base, kind, hf_config, changed=True, frozen=frozen)
