@@ -17,6 +17,7 @@ from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
 from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
+from lib.training.memory_forecast import can_recompute
 
 ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 """(learner, micro-batch, weight of the whole step) -> summed loss; adds to the gradients of the parameters."""
@@ -80,7 +81,7 @@ def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[At
         if failed:
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
-            remedies = "" if learner.plan.config.gradient_checkpointing else "--gradient_checkpointing True"
+            remedies = "--gradient_checkpointing True" if can_recompute(learner.inner_model) else ""
             flag = "--per_device_train_batch_size"
             state.micro_batch_positions = halve(largest, flag, "positions", remedies)
 

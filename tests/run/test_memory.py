@@ -122,10 +122,15 @@ def test_only_the_settings_of_a_model_are_downloaded(empty_cache: None, served: 
     assert len(hub.downloads) == 1
 
 
-def test_samples_that_fit_follow_from_the_memory_of_two_sizes() -> None:
-    assert samples_that_fit(100, 190, 10, 250) == "60"
-    assert samples_that_fit(100, 190, 10, 40) == "0"
-    assert samples_that_fit(100, 100, 10, 250) == "any number"
+def test_samples_that_fit_are_those_whose_peak_does() -> None:
+    peaks = {
+        1: 50,
+        2: 60,
+        3: 70,
+        4: 65,
+    }  # of a whole step, without earlier gradients, less than of the next smaller one
+    fits = [samples_that_fit(peaks.__getitem__, 4, most) for most in (49, 50, 59, 60, 64, 65)]
+    assert fits == ["0", "1", "1", "2", "2", "all 4"]
 
 
 def test_gib_has_about_three_digits() -> None:

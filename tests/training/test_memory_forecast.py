@@ -108,7 +108,7 @@ def test_recomputed_layers_keep_less(tmp_path: Path) -> None:
 
 def test_gradients_of_several_micro_batches_are_there_beside_the_activations(tmp_path: Path) -> None:
     model = trained("bert", tmp_path)
-    one, two = (forecast(model, batch(8), CPU, "no", pieces) for pieces in (1, 2))
+    one, two = (forecast(model, batch(8), CPU, "no", has_gradients) for has_gradients in (False, True))
     assert one.step is not None
     assert two.step is not None
     assert two.step >= two.gradients + (two.activations or 0) > one.step
@@ -140,7 +140,9 @@ class Reader(nn.Module):
 
 
 def test_model_that_needs_data_has_no_figure_for_activations() -> None:
-    assert forecast(Reader(), batch(2), CPU, "no") == Forecast(40, 40, 80, None, None)
+    found = forecast(Reader(), batch(2), CPU, "no")
+    assert found == Forecast(40, 40, 80, None, None, fault=found.fault)
+    assert found.fault
 
 
 @pytest.mark.parametrize("method", ["lora", "backbone"])

@@ -21,7 +21,7 @@ def keep_forecast(*arguments: Any) -> Any:
 
 def train_and_measure(*arguments: Any) -> None:
     train_step(*arguments)
-    seen["measured"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seen["measured"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 lib.run.memory.LITTLE = 0.0  # a small model is counted, too
