@@ -111,9 +111,9 @@ def forecast(
 
     The step is a forward and a backward of a copy of the model, on tensors without data, with the casts that mixed
     `precision` makes on the device. It takes about a second for a model of any size, draws no random numbers, and changes
-    nothing. Without a mask of attention, `inputs` have no padding. With `has_gradients`, all gradients are there already: of
-    earlier micro-batches, or in the memory in which several processes sum them. Not counted are what the allocator of the device loses to rounding and fragments, and
-    AdamW's own step, which needs less than the backward before it.
+    nothing. Without a mask of attention, `inputs` have no padding. With `has_gradients`, all gradients are there already:
+    of earlier micro-batches, or in the memory in which several processes sum them. Not counted are what the allocator of
+    the device loses to rounding and fragments, and AdamW's own step, which needs less than the backward before it.
     """
     parts = lasting_parts(model)
     evaluation = cast_bytes(model, precision)

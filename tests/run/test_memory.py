@@ -1,5 +1,6 @@
 """What is said of memory: within 15 % of what training takes, with what helps where that is too much."""
 
+import functools
 import json
 import random
 import shutil
@@ -46,7 +47,7 @@ def measure(run: Command, folder: Path, model: Path, *flags: object, **settings:
     fixed = ["--model", model, "--train_file", file, "--validation_file", file, "--max_steps", 3, "--report_to", "none"]
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | settings
     done = run(ROOT / "tests" / "workers" / "forecast.py", *fixed, *flags, env=env)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines()[::-1] if line.startswith('{"')))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,27 @@ def test_forecast_is_within_15_percent_of_the_measured_peak(
     assert found["forecast"] == pytest.approx(found["measured"], rel=0.15)
     # Also without the libraries, which are the larger part here.
     assert found["forecast"] - found["base"] == pytest.approx(found["measured"] - found["base"], rel=0.25)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--per_device_train_batch_size", "8"]])
+def test_large_table_is_counted_once(flags: list[str], tmp_path: Path, run: Command) -> None:
+    model = saved_model("bert", tmp_path / "model", vocab_size=100_000, num_hidden_layers=2)
+    found = measure(run, tmp_path, model, *flags)
+    assert found["forecast"] == pytest.approx(found["measured"], rel=0.15)
+
+
+@pytest.mark.slow
+def test_gradients_are_counted_once_on_two_processes(tmp_path: Path, run: Command) -> None:
+    found = measure(
+        functools.partial(run, processes=2),
+        tmp_path,
+        saved_model("bert", tmp_path / "model"),
+        "--per_device_train_batch_size",
+        "8",
+    )
+    assert found["world_size"] == 2
+    assert found["forecast"] == pytest.approx(found["measured"], rel=0.15)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Runs train.py; prints what its start block forecasts, and the most memory until the last step was over, in bytes."""
 
 import json
+import os
 import resource
 import sys
 from typing import Any
@@ -27,4 +28,5 @@ def train_and_measure(*arguments: Any) -> None:
 lib.run.memory.LITTLE = 0.0  # a small model is counted, too
 lib.run.memory.with_process, train.train_step = keep_forecast, train_and_measure
 train.main(parse_cli(TrainConfig, sys.argv[1:]))
+seen["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
 print(json.dumps(seen))
