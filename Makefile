@@ -61,7 +61,7 @@ gpu-check: $(READY)
 # Installs once; again when the requirements change.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,peft,cleanlab,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[offline,tensorboard,trackio,onnx,peft,quantization,cleanlab,dev]"
 	@touch $(READY)
 
 clean:

@@ -49,7 +49,7 @@ def main(config: EvalConfig) -> None:
     trained = find_scored_model(config)
     accelerator = build_accelerator(trained.device, join_timeout=config.join_timeout)
     tokenizer = load_tokenizer(trained.source)
-    model = load_classifier(trained.source, tokenizer)
+    model = load_classifier(trained.source, tokenizer, accelerator.mixed_precision, accelerator.device)
     check_vocabulary(trained.source, model, tokenizer)
     with accelerator.main_process_first(), accelerator.local_main_process_first():
         options = as_in_training(config.data, trained.trained_on, tokenizer)

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before the heavy imports: --help, a misspelt flag 
 
 import lib.runtime.startup  # noqa: F401 - before what imports transformers
 from lib.inference.explain_tokens import explain_tokens
+from lib.inference.exports import describe_export
 from lib.inference.inputs import Example, count_rows, read_examples
 from lib.inference.load import Task, load_task, load_task_tokenizer
 from lib.inference.merged_export import export_merged
@@ -32,6 +33,7 @@ from lib.inference.onnx_export import export_onnx
 from lib.inference.outputs import write_predictions
 from lib.inference.stream import Prediction, predict_stream
 from lib.inference.tasks import build_predict, count_truncation
+from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.run.finished import find_model
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.lock import check_writable
@@ -49,12 +51,13 @@ def main(config: PredictConfig) -> None:
         print(explain_tokens(load_task_tokenizer(config, trained), config.explain_tokens))
         return
     accelerator = build_accelerator(trained.device, join_timeout=config.join_timeout)
-    task = load_task(config, trained, accelerator.device)
+    task = load_task(config, trained, accelerator.device, accelerator.mixed_precision)
     if folder := config.export_onnx or config.merge_adapter:
         if accelerator.is_main_process:
             export = export_onnx if config.export_onnx else export_merged
+            load_in = getattr(task.model.config, LOAD_IN, None)
             difference = export(task.model, task.tokenizer, Path(folder))
-            print(f"written to {printable(folder)}; largest difference from the model: {difference:.1e}")
+            print(describe_export(folder, difference, load_in))
         finish(accelerator, task.model)
         return
 

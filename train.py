@@ -53,7 +53,7 @@ from lib.training.step import attempts, clip_gradients, try_longest_batch
 def main(config: TrainConfig) -> dict[str, Any]:
     """Run one experiment; returns its results, which are also the last line on stdout, and in results.json."""
     accelerator = build_accelerator(
-        config.device, config.tracking.report_to, run_folder(config), config.training.join_timeout
+        config.device, config.tracking.report_to, run_folder(config), config.training.join_timeout, shards=True
     )
     run = Run(config, accelerator)
     check_trainable(config)
@@ -69,7 +69,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
     # Model, objective, optimizer, schedule. Nothing is trained yet; `start` resumes if there is a checkpoint.
     seed_everything(config.training.seed)
-    model, weights = build_classifier(config, data, tokenizer, accelerator.device)
+    model, weights = build_classifier(config, data, tokenizer, accelerator.device, accelerator.mixed_precision)
     plan = build_plan(config, data, metrics, accelerator)
     objective = build_objective(config.objective, data)
     learner = build_learner(accelerator, model, objective, plan, config.optim)

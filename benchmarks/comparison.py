@@ -127,7 +127,7 @@ ROWS = {
     ),
     "overlap": Row(
         "12 steps of two processes over 1 Gbit/s",
-        "the same, gradients summed after backward",
+        "the same, gradients copied and summed after backward, as before",
         "limited link: overlap",
         "limited link: sum after backward",
         seconds("train_seconds"),
@@ -144,10 +144,18 @@ ROWS = {
         1,
         digits=2,
     ),
+    "fsdp2": Row(
+        "12 steps of two processes over 1 Gbit/s, the model in shards by FSDP2",
+        "DistributedDataParallel of the same model",
+        "limited link: FSDP2",
+        "limited link: DDP",
+        seconds("train_seconds"),
+        digits=2,
+    ),
 }
 ONCE_PER_HEAD = ("head", "accuracy", "accuracy_first")
 """Rows of the long runs, whose samples and repeats are set apart."""
-LINKED = ("overlap", "ddp")
+LINKED = ("overlap", "ddp", "fsdp2")
 """Rows that need two network namespaces, see `limited_link.py`."""
 
 

@@ -114,6 +114,7 @@ CONTENDERS: dict[str, Command] = {
     "limited link: overlap": linked("overlap"),
     "limited link: sum after backward": linked("after"),
     "limited link: DDP": linked("ddp"),
+    "limited link: FSDP2": linked("fsdp2"),
     "Trainer: start": trainer(*FULL_RATE, *FIRST_STEP, *RANDOM_FP32),
 }
 

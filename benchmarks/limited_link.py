@@ -2,9 +2,11 @@
 
     python benchmarks/limited_link.py --way overlap --rate 1gbit --model FOLDER --train_file FILE ... --max_steps 15
 
-Ways: `overlap`, gradients are summed while backward runs, as train.py does; `after`, once backward is done; `ddp`, by
-PyTorch's DistributedDataParallel. All other flags are those of train.py. Each process has one core. Needs root, `ip` and
-`tc` of iproute2, and `taskset`; the namespaces are removed at the end, also after an error. Prints one line of JSON.
+Ways: `overlap`, gradients are summed while backward runs, as train.py does; `after`, as train.py did it before that: once
+backward is done, they are copied into buckets, summed, and copied back; `ddp`, by PyTorch's DistributedDataParallel;
+`fsdp2`, as train.py does with the model in shards. All other flags are those of train.py, and `--weights FILE` keeps what
+was learned. Each process has one core. Needs root, `ip` and `tc` of iproute2, and `taskset`; the namespaces are removed at
+the end, also after an error. Prints one line of JSON.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STEPS = Path(__file__).resolve().parent / "linked_steps.py"
-WAYS = ("overlap", "after", "ddp")
+WAYS = ("overlap", "after", "ddp", "fsdp2")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 DEVICE = "veth0"
 SECONDS = 600.0
@@ -71,7 +73,7 @@ def call(*command: str) -> None:
         raise LinkFailed(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def run(rate: str, flags: list[str]) -> int:
+def run(rate: str, way: str, flags: list[str]) -> int:
     """Run the steps as two processes, the first of which prints what was measured; returns an exit code.
 
     One that fails, or takes too long, ends the other.
@@ -84,6 +86,8 @@ def run(rate: str, flags: list[str]) -> int:
                 place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
                 meeting = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29611", "GLOO_SOCKET_IFNAME": DEVICE}
                 one = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+                if way == "fsdp2":
+                    one |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
                 command = ["ip", "netns", "exec", name, "taskset", "-c", str(cores[rank]), sys.executable, str(STEPS)]
                 output = None if rank == 0 else subprocess.DEVNULL
                 environment = os.environ | place | meeting | one
@@ -103,10 +107,11 @@ def run(rate: str, flags: list[str]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="1gbit", help="of the link, each way [default: 1gbit]")
+    parser.add_argument("--way", choices=WAYS, required=True)
     options, flags = parser.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the namespaces are removed then, too
     try:
-        sys.exit(run(options.rate, flags))
+        sys.exit(run(options.rate, options.way, ["--way", options.way, *flags]))
     except LinkFailed as error:
         sys.exit(f"error: {error}")
 

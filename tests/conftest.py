@@ -177,15 +177,21 @@ def launch(
     timeout: int = 150,
     env: dict[str, str] | None = None,
     stdin: str | None = None,
+    config: str | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script of the project, or any Python file, as users do, and check its exit code.
 
-    Without `processes` it runs under plain Python, since `accelerate launch` turns every failure into code 1.
+    Without `processes` it runs under plain Python, since `accelerate launch` turns every failure into code 1. `config` is a
+    file of accelerate_configs and further flags of the launcher.
     """
     command = [sys.executable]
     if processes:
         command += ["-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-        command += ["--multi_gpu", "--main_process_port", "0"] if processes > 1 else []
+        if config:
+            name, *more = config.split()
+            command += ["--config_file", str(ROOT / "accelerate_configs" / name), *more]
+        elif processes > 1:
+            command += ["--multi_gpu", "--main_process_port", "0"]
     path = ROOT / str(script) if (ROOT / str(script)).exists() else Path(str(script))
     done = subprocess.run(
         [*command, str(path), *map(str, flags)],

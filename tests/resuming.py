@@ -87,12 +87,19 @@ def run_flags(folder: Path, model: Path) -> list[Any]:
     return [*flags, "--mixed_precision", "no", "--report_to", "none"]
 
 
-def play(run: Command, folder: Path, model: Path, calls: list[dict[str, Any]], processes: int) -> None:
+def play(
+    run: Command,
+    folder: Path,
+    model: Path,
+    calls: list[dict[str, Any]],
+    processes: int | None,
+    config: str | None = None,
+) -> None:
     """Make several calls of train.py in one process group; tests/workers/interrupted.py says what a call holds."""
     plan = folder / "plan.json"
     plan.write_text(json.dumps([call | {"folder": str(folder / call["folder"])} for call in calls]))
     flags = run_flags(folder, model)
-    run("tests/workers/interrupted.py", plan, *flags, processes=processes, env=WORKER_ENV, timeout=400)
+    run("tests/workers/interrupted.py", plan, *flags, processes=processes, config=config, env=WORKER_ENV, timeout=400)
 
 
 def without(value: Any, keys: set[str]) -> Any:

@@ -47,7 +47,7 @@ def build_experiment(config: TrainConfig, accelerator: Accelerator, data: Data |
     tokenizer = load_tokenizer(config.model)
     data = data or load_data(config.data, tokenizer)
     seed_everything(config.training.seed)
-    model, _ = build_classifier(config, data, tokenizer, accelerator.device)
+    model, _ = build_classifier(config, data, tokenizer, accelerator.device, accelerator.mixed_precision)
     plan, objective = build_plan(config, data, METRICS, accelerator), build_objective(config.objective, data)
     learner = build_learner(accelerator, model, objective, plan, config.optim)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device)

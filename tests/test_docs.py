@@ -32,6 +32,8 @@ OF_OTHER_PROGRAMS = {
     "accelerate launch": "--config_file --multi_gpu --num_processes --main_process_port --quiet --cpu --num_machines "
     "--machine_rank --main_process_ip --rdzv_conf",
     "accelerate launch, refused": "--use_fsdp --use_deepspeed --use_megatron_lm --dynamo_backend --mpirun_hostfile --tpu",
+    "accelerate launch, shards": "--fsdp_version --max_restarts --parallelism_config_dp_replicate_size "
+    "--parallelism_config_dp_shard_size",
     "hf": "--local-dir --repo-type --yes",
     "torchrun": "--max-restarts --nnodes --nproc-per-node --rdzv-backend --rdzv-id --rdzv-endpoint --rdzv-conf --local-addr",
     "sbatch, ruff": "--requeue --check",

@@ -20,7 +20,8 @@ OBJECTIVES = [
     "--class_weights bad=4 mixed=0.5 --layerwise_lr_decay 0.5 --head_learning_rate 2e-2",
 ]
 TARGETS = ["--label_column score", "--label_columns bad good plot"]
-VARIANTS = [*OBJECTIVES, *TARGETS, "--adapter bottleneck"]
+QUANTIZED = [f"--adapter lora --load_in {bits}" for bits in ("4bit", "8bit")]
+VARIANTS = [*OBJECTIVES, *TARGETS, "--adapter bottleneck", *QUANTIZED]
 VARIANT_SIZES = (1, 5, 19)
 
 

@@ -15,6 +15,7 @@ from tests.hub_layouts import environment, write_sst5
 from tests.loopback_hub import loopback_hub
 
 SST5_HEAD = ROOT / "recipes" / "sst5_head.yaml"
+LLM_LORA = ROOT / "recipes" / "llm_lora.yaml"
 
 
 SWEEP = ROOT / "recipes" / "sweep.yaml"
@@ -59,6 +60,24 @@ def test_complete_script_runs_against_a_hub(run: Command, tmp_path: Path) -> Non
     assert len(body) > 30
     assert all(torch.equal(before[name], after[name]) for name in body)
     assert not torch.equal(before["classifier.dense.weight"], after["classifier.dense.weight"])
+
+
+@pytest.mark.parametrize("more", [(), ("--load_in", "4bit")], ids=["bf16", "4bit"])
+def test_recipe_of_a_decoder_trains_a_tiny_one(call: Command, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """On all linear layers below the head, which learn what words tell the classes."""
+    model = tiny_models.any_classifier("llama", tmp_path / "base")
+    (tmp_path / "data").mkdir()
+    for seed, (role, count) in enumerate((("train", 60), ("validation", 21), ("test", 21))):
+        write_csv(tmp_path / "data" / f"{role}.csv", sentences(count, seed))
+    flags = ["--config", LLM_LORA, "--model", model, "--dataset", tmp_path / "data", "--run_name", "llm", *more]
+    done = call("train.py", *flags, "--report_to", "none", "--mixed_precision", "bf16", "--epochs", 6, "--lr", "5e-3")
+    assert "lora of rank 16, alpha 32, on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in done.stdout
+    losses = [line["eval/loss"] for line in read_lines(tmp_path / "outputs/llm/metrics.jsonl") if "eval/loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    saved = {
+        name.rpartition("lora_")[0] for name in load_file(tmp_path / "outputs/llm/model/adapter_model.safetensors")
+    }
+    assert len({name for name in saved if name}) == 2 * 7
 
 
 @pytest.mark.slow

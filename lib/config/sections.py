@@ -106,6 +106,9 @@ class ModelConfig(ModelSource):
     """Start from random weights instead of the pretrained ones; config and tokenizer are kept."""
     freeze: str | None = None
     """What not to train: `backbone` (all but the head), `embeddings`, or a number n (embeddings and lowest n layers)."""
+    load_in: Literal["4bit", "8bit"] | None = None
+    """With --adapter: hold the frozen weights of the linear layers in 4 bits (nf4) or 8 (int8), a seventh or a quarter of the
+    memory; needs the package bitsandbytes. Head and adapter stay float32."""
     head_solver: Literal["lbfgs"] | None = None
     """With --freeze backbone: solve for the last layer instead of training it, with scikit-learn; no learning rate, no epochs."""
 
@@ -142,7 +145,8 @@ class AdapterConfig:
     lora_alpha: Annotated[float, Within("(0, 1000000]")] = 16
     """lora, dora: the weight update is scaled by lora_alpha / lora_rank."""
     adapter_target_modules: tuple[str, ...] = ()
-    """lora, dora, ia3: names of the modules to adapt. [default: peft's choice for the architecture]"""
+    """lora, dora, ia3: names of the modules to adapt; lora, dora also `all-linear`: every linear layer below the head.
+    [default: the queries and values of attention, or what peft has for the architecture]"""
     num_virtual_tokens: Annotated[int, Within("[1, 100000]")] = 20
     """prefix, prompt: number of trained virtual tokens before the text."""
 
@@ -160,6 +164,9 @@ class AdapterConfig:
                     untouched,
                     f"--{name} is for --adapter {' or '.join(methods)}, not for {self.adapter or 'a run without it'}",
                 )
+        if "all-linear" in self.adapter_target_modules:
+            alone = len(self.adapter_target_modules) == 1 and self.adapter in ("lora", "dora")
+            require(alone, "--adapter_target_modules all-linear stands alone, and is for --adapter lora or dora")
 
     @property
     def virtual_tokens(self) -> int:

@@ -257,6 +257,10 @@ class TrainConfig:
             require(plain, f"{flag} is for soft labels; name the columns of probabilities with --soft_labels")
         random = self.adapter.adapter and self.model.from_scratch
         require(not random, "--adapter trains no weights of the model, which --from_scratch makes random; choose one")
+        if self.model.load_in:
+            flag = f"--load_in {self.model.load_in}"
+            require(self.adapter.adapter is not None, f"{flag}: quantized weights do not learn; add --adapter lora")
+            require(not self.training.compile, f"{flag}: --compile has no programs for quantized layers; leave one out")
         recomputed = self.training.gradient_checkpointing
         require(
             not (recomputed and self.adapter.adapter == "prefix"),

@@ -7,7 +7,9 @@ from accelerate import Accelerator
 
 from lib.data.encoding import Encoder, model_inputs
 from lib.data.loader import Batches, Collator, to_device
+from lib.errors import UserError
 from lib.model.padding import NOTES, UNPADDED, find_leak
+from lib.model.sharding import is_sharded
 from lib.runtime.processes import any_process
 
 LONGEST = 128
@@ -17,13 +19,19 @@ LONGEST = 128
 def check_padding(accelerator: Accelerator, model: Any, batches: Batches, tokenizer: Any) -> Batches:
     """`batches` as `model` needs them, which is prepared: without padding in evaluation where padding changes its logits.
 
-    What was found is among the notes of the data, equal on every process.
+    What was found is among the notes of the data, equal on every process. Raises UserError for such a model in shards.
     """
     data = batches.data
     leak = try_padding(accelerator.unwrap_model(model), tokenizer, batches.collator, data.max_length)
     leak = next((kind for kind in NOTES if any_process(accelerator, leak == kind)), None)
     if leak is None:
         return batches
+    if leak in UNPADDED and is_sharded(model):
+        kind = accelerator.unwrap_model(model).config.model_type
+        raise UserError(
+            f"FSDP and {kind} do not go together: padding changes its logits, so that texts of one length run together, and "
+            "not all processes as often; launch with accelerate_configs/multi_gpu.yaml"
+        )
     data = dataclasses.replace(data, notes=(*data.notes, NOTES[leak]))
     return dataclasses.replace(batches, data=data, unpadded=leak in UNPADDED)
 

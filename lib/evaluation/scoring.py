@@ -21,7 +21,9 @@ from lib.evaluation.scores import compute_metrics
 from lib.evaluation.thresholds import has_thresholds, store_thresholds, stored_thresholds, tune_thresholds
 from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
-from lib.runtime.memory import halve, is_out_of_memory
+from lib.model.sharding import is_sharded, without_gradients
+from lib.runtime.launch_checks import read_sharding
+from lib.runtime.memory import StartAgain, halve, is_out_of_memory
 from lib.runtime.precision import cast_weights
 from lib.runtime.processes import agree_to_stop, any_process
 from lib.runtime.watchdog import beat
@@ -88,7 +90,7 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     training = {module: module.training for module in model.modules()}
     model.eval()
     results = None
-    with cast_weights(model, accelerator.mixed_precision):
+    with cast_weights(model, "no" if is_sharded(model) else accelerator.mixed_precision):
         while results is None:
             results = predict_table(accelerator, model, split, eval_batches(split.positions, batch_size))
             if results is None:
@@ -107,7 +109,6 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     return Predictions(logits, labels, losses, batch_size, seconds, split.problem_type, targets=targets)
 
 
-@torch.inference_mode()
 def predict_table(
     accelerator: Accelerator, model: nn.Module, split: Split, batches: list[Indices]
 ) -> torch.Tensor | None:
@@ -116,9 +117,11 @@ def predict_table(
     loss = PLAIN[split.problem_type]
 
     def compute(indices: torch.Tensor, batch: Tensors) -> None:
-        results.index_add_(0, indices, predict_batch(model, batch, loss, split.unpadded))
+        rows = predict_batch(model, batch, loss, split.unpadded)
+        results.index_add_(0, indices, rows[: len(indices)])  # none of a stand-in
 
-    return results if share_batches(accelerator, split, batches, compute, "evaluation") else None
+    with without_gradients(model):
+        return results if share_batches(accelerator, split, batches, compute, "evaluation") else None
 
 
 def predict_batch(model: nn.Module, batch: Tensors, loss: Loss, unpadded: bool) -> torch.Tensor:
@@ -140,21 +143,29 @@ def share_batches(
     """Call `compute` with the indices and tensors of each batch of this process; False after an out-of-memory error.
 
     All processes advance from batch to batch together, so they can agree to stop, or to start again with smaller batches.
+    Where a model is in shards, all of them compute every time: one that has no batch left gets a text and no indices.
     """
-    rounds = -(-len(batches) // accelerator.num_processes)
-    batches = batches[accelerator.process_index :: accelerator.num_processes]
-    loader = iter(build_loader(split.tokens, batches, split.collator))
+    rounds, sharding = -(-len(batches) // accelerator.num_processes), read_sharding()
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    own = len(mine)
+    if sharding and own < rounds:
+        mine = [*mine, batches[0][-1:]]
+    loader = iter(build_loader(split.tokens, mine, split.collator))
     for index in range(rounds):
         beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
         failed = False
-        if index < len(batches):
+        if index < len(mine):
             try:
                 batch = to_device(next(loader), accelerator.device)
-                compute(torch.from_numpy(batches[index].copy()).to(accelerator.device), batch)
+                indices = torch.from_numpy(mine[index].copy()).to(accelerator.device)
+                compute(indices if index < own else indices[:0], batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if sharding:
+                    smaller = halve(max(map(len, mine)), "--per_device_eval_batch_size")
+                    raise StartAgain("eval_batch_size", smaller) from error
                 failed = True
         if any_process(accelerator, failed):
             return False

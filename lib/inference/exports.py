@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.errors import UserError
+from lib.errors import UserError, printable
+from lib.model.frozen_weights import is_quantized
 from lib.run.best_model import KIND
 from lib.runtime.atomic import AGAIN, drafting, explaining, publish_folder, write_manifest
 
@@ -40,6 +41,26 @@ def exporting(flag: str, folder: Path, model: Any, tokenizer: Any) -> Iterator[P
                 shutil.copy(card, draft)
             write_manifest(draft, KIND)
             publish_folder(draft, folder)
+
+
+def refuse_quantized(flag: str, model: Any) -> None:
+    """Raise UserError for a base model whose weights are quantized in its own files, which says what to use instead."""
+    if any(map(is_quantized, model.modules())):
+        raise UserError(
+            f"{flag}: the weights of the base model are quantized in its own files (quantization_config in its config.json), "
+            "so that there is nothing exact to export; use the adapter over it as it is, or train over the model's original"
+        )
+
+
+def describe_export(folder: str, difference: float, load_in: str | None) -> str:
+    """Where an export is, and how far it is from the model; `load_in` is how the base of its adapter was held in training."""
+    text = f"written to {printable(folder)}; largest difference from the model: {difference:.1e}"
+    if load_in is None:
+        return text
+    return (
+        f"{text}. The adapter was trained over its base in {load_in} (--load_in), and the export has the base as it is in its "
+        "own files: its scores are others, a little; eval.py --model FOLDER tells them"
+    )
 
 
 def example_batches(tokenizer: Any) -> Iterator[Any]:

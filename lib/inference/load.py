@@ -49,14 +49,17 @@ class Task:
         )
 
 
-def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device) -> Task:
+def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device, mixed_precision: str = "no") -> Task:
     """Load the model and the tokenizer that the task needs, in float32 and eval mode.
 
-    Raises UserError if the model cannot be loaded, was not trained for the task, or --max_length is too short.
+    The base of an adapter is held as in training, but in float32 for an export. Raises UserError if the model cannot be
+    loaded, was not trained for the task, or --max_length is too short.
     """
     tokenizer = load_task_tokenizer(config, trained)
     if config.task not in MODELS:
-        model = load_classifier(trained.source, tokenizer)
+        exported = config.export_onnx or config.merge_adapter
+        precision = "no" if exported else mixed_precision
+        model = load_classifier(trained.source, tokenizer, precision, device, quantized=not exported)
     elif adapter_folder(trained.source) is not None:
         raise UserError(f"--task {config.task}: {config.model.model} is an adapter of a text classifier")
     else:

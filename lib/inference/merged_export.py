@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
-from lib.inference.exports import check_outputs, compute_outputs, exporting
+from lib.inference.exports import check_outputs, compute_outputs, exporting, refuse_quantized
 from lib.model.adapters.adapt import adapter_info
 from lib.model.adapters.peft_methods import merge_peft
+from lib.model.frozen_weights import KEY
 from lib.model.weights import save_model
 
 TOLERANCE = 1e-3
@@ -29,8 +30,10 @@ def export_merged(model: Any, tokenizer: Any, folder: Path) -> float:
                 f"--merge_adapter: a {kind} adapter adds to what layers compute, not to their weights, and cannot be merged; "
                 "lora, dora and ia3 can"
             )
+        refuse_quantized("--merge_adapter", model)
         wanted = compute_outputs(model, tokenizer)
         merged = merge_peft(model)
+        vars(merged.config).pop(KEY, None)
         difference = check_outputs(compute_outputs(merged, tokenizer), wanted, TOLERANCE)
         save_model(merged, draft)
     return difference

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
-from lib.inference.exports import TEXTS, check_outputs, compute_outputs, example_batches, exporting
+from lib.inference.exports import TEXTS, check_outputs, compute_outputs, example_batches, exporting, refuse_quantized
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -28,6 +28,7 @@ def export_onnx(model: Any, tokenizer: Any, folder: Path) -> float:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"--export_onnx: not installed: {', '.join(missing)}; run: pip install {' '.join(PACKAGES)}")
+    refuse_quantized("--export_onnx", model)
     with exporting("--export_onnx", folder, model, tokenizer) as draft:
         write_graph(model, tokenizer, draft / "model.onnx")
         model.config.save_pretrained(draft)

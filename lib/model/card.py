@@ -106,7 +106,7 @@ def write_model_card(
         f"One run with seed {settings['seed']}: the best model on validation{chosen_by}, after "
         f"{results.get('best_step', '?')} of {results.get('steps', '?')} steps. `loss` is {LOSSES[problem]}.",
         *average_lines(results.get("averaged_steps", [])),
-        *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name)), ""),
+        *("", "## Use", "", *usage_lines(settings.get("adapter"), plain(base_name), settings.get("load_in")), ""),
         *output_lines(problem, names, thresholds),
         *probability_lines(problem, temperature),
         *data_lines(settings),
@@ -162,12 +162,13 @@ def hub_id(name: str | None) -> str | None:
     return name if is_id else None
 
 
-def usage_lines(adapter: str | None, base: str) -> list[str]:
+def usage_lines(adapter: str | None, base: str, load_in: str | None = None) -> list[str]:
     """A whole model is used through transformers, an adapter through predict.py, which loads its base model too."""
     if adapter is not None:
         command = 'python predict.py "A film that earns its tears." --model FOLDER'
+        held = f", whose linear layers were held in {load_in} and are loaded so again" if load_in else ""
         return [
-            f"The files hold an adapter ({adapter}) and a head; they need the base model {base}.",
+            f"The files hold an adapter ({adapter}) and a head; they need the base model {base}{held}.",
             "",
             f"    {command}",
         ]

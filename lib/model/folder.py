@@ -215,10 +215,11 @@ def check_stored_types(source: ModelSource, folder: Path, hf_config: Any) -> Non
 
 
 @contextlib.contextmanager
-def limited_memory(source: ModelSource, folder: Path, changed: bool) -> Iterator[None]:
+def limited_memory(source: ModelSource, folder: Path, changed: bool, frozen_bytes: float = 4.0) -> Iterator[None]:
     """Within, raise UserError as soon as a model that is built on the meta device outgrows the free memory.
 
     It must not outgrow its weights on disk either, unless the user `changed` its configuration: then config.json is damaged.
+    A weight takes four bytes, and `frozen_bytes` in a linear layer.
     """
     memory, stored = available_memory(), 0
     if folder.is_dir():
@@ -231,16 +232,17 @@ def limited_memory(source: ModelSource, folder: Path, changed: bool) -> Iterator
     limit, problem = min(limits)
     seen, total = set[int](), 0
 
-    def count(_: Any, __: str, parameter: torch.nn.Parameter | None) -> None:
+    def count(layer: Any, _: str, parameter: torch.nn.Parameter | None) -> None:
         nonlocal total
         if parameter is None or not parameter.is_meta or id(parameter) in seen:
             return
         seen.add(id(parameter))
-        total += parameter.numel() * 4
+        total += int(parameter.numel() * (frozen_bytes if isinstance(layer, torch.nn.Linear) else 4))
         if total > limit:
+            held = "float32" if frozen_bytes == 4 else "the precision in which it is held"
             raise UserError(
-                f"config.json of --model {source.model} describes a model of more than {total / 2**30:,.1f} GiB in "
-                f"float32, {problem}"
+                f"config.json of --model {source.model} describes a model of more than {total / 2**30:,.1f} GiB in {held}, "
+                f"{problem}"
             )
 
     handle = register_module_parameter_registration_hook(count)

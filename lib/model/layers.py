@@ -1,5 +1,6 @@
 """The parts of a model: backbone, embeddings and layers; which of them are frozen, and in which mode they run."""
 
+import math
 import re
 from typing import Any
 
@@ -81,5 +82,11 @@ def set_train_mode(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(count_weights(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
+
+def count_weights(parameter: Any) -> int:
+    """How many weights a parameter holds; one byte holds two of 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)

@@ -21,6 +21,8 @@ from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter, read
 from lib.model.attention import set_attention
 from lib.model.folder import check_settings, check_vocabulary, limited_memory
 from lib.model.forward import attend_by_length
+from lib.model.frozen_weights import FLOAT32, FrozenWeights
+from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.model.layers import backbone_of, freeze
 from lib.model.overrides import override
 from lib.model.source import (
@@ -100,12 +102,17 @@ def padding_token(tokenizer: Any, hf_config: Any) -> str | None:
 
 
 def build_model(
-    config: ModelConfig, label_names: list[str], tokenizer: Any, problem_type: str = CLASSIFICATION
+    config: ModelConfig,
+    label_names: list[str],
+    tokenizer: Any,
+    problem_type: str = CLASSIFICATION,
+    frozen: FrozenWeights = FLOAT32,
 ) -> tuple[PreTrainedModel, LoadingInfo]:
     """A classifier with one output for each of `label_names`, with --config_overrides, --from_scratch and --freeze applied.
 
-    Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master copy; a head of
-    another size is replaced. Raises UserError if the model cannot be loaded or its configuration cannot be changed so.
+    Weights are float32 whatever the checkpoint holds, since mixed precision needs a float32 master copy, except for what
+    `frozen` says of the linear layers below an adapter; a head of another size is replaced. Raises UserError if the model
+    cannot be loaded or its configuration cannot be changed so.
     """
     if (folder := adapter_folder(config)) is not None:
         raise UserError(
@@ -117,8 +124,10 @@ def build_model(
     hf_config.id2label = dict(enumerate(label_names))
     hf_config.label2id = {name: number for number, name in enumerate(label_names)}
     hf_config.problem_type = problem_type
-    for key in (*ANSWER_SETTINGS, KEY):  # of the labels and the data that a trained checkpoint had
+    for key in (*ANSWER_SETTINGS, KEY, LOAD_IN):  # of the labels and the data that a trained checkpoint had
         vars(hf_config).pop(key, None)
+    if frozen.load_in:
+        setattr(hf_config, LOAD_IN, frozen.load_in)
     set_padding(hf_config, tokenizer)
     override(hf_config, config.config_overrides)
     check_settings(config, hf_config)
@@ -126,7 +135,7 @@ def build_model(
         model, info = build_from_scratch(config, hf_config)
     else:
         changed = bool(config.config_overrides)
-        model, info = load_pretrained(config, AutoModelForSequenceClassification, hf_config, changed)
+        model, info = load_pretrained(config, AutoModelForSequenceClassification, hf_config, changed, frozen)
         if not changed:
             check_weights(config, model, info)
     check_vocabulary(config, model, tokenizer)
@@ -179,17 +188,25 @@ def layer_prefixes(names: Iterable[str]) -> set[str]:
     return {match[0] for match in found if match}
 
 
-def load_classifier(source: ModelSource, tokenizer: Any = None) -> Any:
+def load_classifier(
+    source: ModelSource,
+    tokenizer: Any = None,
+    mixed_precision: str = "no",
+    device: torch.device = FLOAT32.device,
+    quantized: bool = True,
+) -> Any:
     """A trained classifier in float32 as it is: a whole model, or an adapter with its head over its base model.
 
-    One that does not know its padding token learns it from `tokenizer`. Raises UserError if it cannot be loaded, or its
-    checkpoint has no trained head.
+    The linear layers of such a base are held as in training, quantized on `device` or in the dtype of `mixed_precision`;
+    without `quantized` they are not quantized. A model that does not know its padding token learns it from `tokenizer`.
+    Raises UserError if it cannot be loaded, or its checkpoint has no trained head.
     """
     folder = adapter_folder(source)
     if folder is None:
         model: Any = load_trained(source, AutoModelForSequenceClassification, "classifier", tokenizer)
     else:
-        model = attend_by_length(load_adapter(folder, source.attn_implementation))
+        adapter = load_adapter(folder, source.attn_implementation, mixed_precision, device, quantized)
+        model = attend_by_length(adapter)
         if tokenizer is not None:
             set_padding(model.config, tokenizer)
     return model
@@ -221,9 +238,13 @@ def load_trained(source: ModelSource, kind: Any, name: str, tokenizer: Any = Non
 
 
 def set_padding(hf_config: Any, tokenizer: Any) -> None:
-    """Tell a model without a padding token that of its tokenizer: a decoder classifies by the last token that is not it."""
+    """Tell a model which token pads, as its tokenizer does: a decoder classifies by the last token that is not it.
+
+    One that knows another token would classify by padding. Models that count positions from padding keep theirs.
+    """
     for settings in (hf_config, hf_config.get_text_config()):
-        if getattr(settings, "pad_token_id", None) is None:
+        known = getattr(settings, "pad_token_id", None)
+        if known is None or (known != tokenizer.pad_token_id and settings.model_type not in FROM_PADDING):
             settings.pad_token_id = tokenizer.pad_token_id
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from lib.model.forward import Inputs, compute_logits
+from lib.model.frozen_weights import widened
+from lib.model.sharding import without_gradients
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between logits, relative to the largest logit, that counts as rounding."""
@@ -62,9 +64,10 @@ def in_full_precision(model: Any) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     device = next(model.parameters()).device
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
+        stack.enter_context(without_gradients(model))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(widened(model))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:

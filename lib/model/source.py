@@ -43,6 +43,7 @@ from lib.model.folder import (
     stored_labels,
     unusable,
 )
+from lib.model.frozen_weights import FLOAT32, PIP, FrozenWeights, load_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -245,28 +246,30 @@ def read_tokenizer(source: ModelSource) -> Any:
 
 
 def load_pretrained(
-    source: ModelSource, kind: Any, hf_config: Any, changed: bool = False
+    source: ModelSource, kind: Any, hf_config: Any, changed: bool = False, frozen: FrozenWeights = FLOAT32
 ) -> tuple[PreTrainedModel, LoadingInfo]:
     """A model of one of the Auto classes in float32, from safetensors unless pickles are allowed.
 
     `hf_config` replaces the configuration of the checkpoint; `changed` says that the user changed it. Weights of another
-    shape than the model's are new. Raises UserError if the files cannot be loaded or memory does not suffice.
+    shape than the model's are new. Linear layers of the backbone are held as `frozen` says, from the moment they are read.
+    Raises UserError if the files cannot be loaded or memory does not suffice.
     """
     folder = resolve_model(source)
     check_stored_types(source, Path(folder), hf_config)
     set_attention(source, kind, hf_config)
-    with loading_errors(source), limited_memory(source, Path(folder), changed):
-        model, info = kind.from_pretrained(
+    with loading_errors(source), limited_memory(source, Path(folder), changed, frozen.bytes):
+        model, info = load_frozen(
+            frozen,
+            kind,
             folder,
             config=hf_config,
             **loader_arguments(source),
             use_safetensors=None if source.allow_pickle else True,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
-            output_loading_info=True,
         )
     shapes = {name: (tuple(stored), tuple(wanted)) for name, stored, wanted in info["mismatched_keys"]}
-    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p.detach().sum())]
+    broken = [name for name, p in model.named_parameters() if not torch.isfinite(p.detach().sum(dtype=torch.float32))]
     if broken:
         logger.warning("warning: weights of --model %s are not finite: %s", source.model, ", ".join(broken[:4]))
     return model, LoadingInfo(sorted({*info["missing_keys"], *shapes}), sorted(info["unexpected_keys"]), shapes)
@@ -361,9 +364,10 @@ def explain_package(folder: Path) -> str:
     quantization = content.get("quantization_config")
     if isinstance(quantization, dict):
         method = quantization.get("quant_method", "no method")
+        install = f"run: {PIP}" if method == "bitsandbytes" else "install the package"
         return (
-            f"Its weights are quantized (quantization_config in {folder}/config.json: {method}); install the package, or "
-            "use the model's original, whose weights are not."
+            f"Its weights are quantized (quantization_config in {folder}/config.json: {method}); {install}, or use the "
+            "model's original, whose weights are not."
         )
     if attention:
         package = f" (package {PACKAGES_OF_ATTENTION[attention]})" if attention in PACKAGES_OF_ATTENTION else ""

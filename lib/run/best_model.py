@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
+from lib.model.sharding import whole_weights
 from lib.model.source import ANSWER_SETTINGS
 from lib.model.weights import reload_model, save_model
 from lib.runtime.atomic import (
@@ -43,16 +44,17 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
     folder of somebody else is there.
     """
     beat("saving the best model")
-    problem = ""
-    if accelerator.is_main_process:
-        try:
-            with drafting(folder) as fresh:
-                save_model(accelerator.unwrap_model(model), fresh)
-                tokenizer.save_pretrained(fresh)
-                write_manifest(fresh, KIND)
-                publish_folder(fresh, folder)
-        except WRITE_ERRORS as error:
-            problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
+    problem, inner = "", accelerator.unwrap_model(model)
+    with whole_weights(inner):
+        if accelerator.is_main_process:
+            try:
+                with drafting(folder) as fresh:
+                    save_model(inner, fresh)
+                    tokenizer.save_pretrained(fresh)
+                    write_manifest(fresh, KIND)
+                    publish_folder(fresh, folder)
+            except WRITE_ERRORS as error:
+                problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not save the best model")
 
@@ -108,7 +110,8 @@ def restore_model(
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not restore the best model")
     inner = accelerator.unwrap_model(model)
-    reload_model(inner, folder)
+    with whole_weights(inner, change=True):
+        reload_model(inner, folder)
     restore_answers(inner.config, folder)
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
+from lib.model.sharding import whole_weights
 from lib.model.weights import FROZEN, WEIGHTS, frozen_names, load_weights, save_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
 from lib.runtime.atomic import (
@@ -38,12 +39,14 @@ from lib.runtime.atomic import (
     publish_folder,
     remove_drafts,
     remove_folder,
+    write_atomically,
     write_manifest,
 )
+from lib.runtime.memory import StartAgain
 from lib.runtime.processes import any_process
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
-from lib.training.optimizer import restore_optimizer
+from lib.training.optimizer import restore_optimizer, whole_state
 from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
@@ -52,6 +55,9 @@ INGREDIENTS = "ingredients"
 """The folder in a checkpoint with the weights that are averaged at the end; those of its own step are its own."""
 CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", "optimizer.pt"}
 """What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
+
+MEMORY = "memory"
+"""The folder of a run with the notes of processes that ran out of memory where they could tell no other."""
 
 LEARNED_UNDER = {
     "micro_batch_positions": ("per_device_train_batch_size", "no_cache_features", "feature_cache_gib"),
@@ -98,18 +104,20 @@ class Checkpointer:
         accelerator, state = self.learner.accelerator, self.learner.state
         beat(f"checkpoint of step {state.step}")
         sums = self.learner.meter.state()
+        optimizer = whole_state(self.learner.optimizer)
         problem = ""
-        if accelerator.is_main_process:
-            try:
-                self.check_folder()
-                self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id})
-            except (*WRITE_ERRORS, UserError) as error:
-                problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
+        with whole_weights(self.learner.inner_model):
+            if accelerator.is_main_process:
+                try:
+                    self.check_folder()
+                    self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id}, optimizer)
+                except (*WRITE_ERRORS, UserError) as error:
+                    problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
         if any_process(accelerator, bool(problem)):
             raise UserError(problem or "the first process could not save a checkpoint")
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Publish a checkpoint whose state.json holds `record`, on the main process."""
+    def write(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Publish a checkpoint whose state.json holds `record`, on the main process, where the weights are whole."""
         learner, model = self.learner, self.learner.inner_model
         state, scaler = learner.state, learner.accelerator.scaler
         checkpoints = self.folder / "checkpoints"
@@ -117,7 +125,7 @@ class Checkpointer:
         check_finite(model)
         checkpoints.mkdir(exist_ok=True)
         target = checkpoints / name
-        tensors = {"optimizer": learner.optimizer.state_dict(), "scheduler": learner.scheduler.state_dict()}
+        tensors = {"optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
         if scaler is not None:
             tensors["scaler"] = scaler.state_dict()
         with drafting(target) as fresh:
@@ -204,16 +212,15 @@ class Checkpointer:
         """
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
-        load_weights(learner.inner_model, checkpoint)
+        with whole_weights(learner.inner_model, change=True):
+            load_weights(learner.inner_model, checkpoint)
         self.last, self.last_best = None, 0  # other parameters may be frozen there
         tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
         for name, value in record["state"].items():
-            # A size learned from an out-of-memory error holds until the user sets another one.
-            depends = LEARNED_UNDER.get(name, ())
-            if all(record["settings"].get(setting) == self.settings.get(setting) for setting in depends):
+            if self.still_holds(name, record["settings"]):
                 setattr(learner.state, name, value)
         if not self.config.average_checkpoints:
             learner.state.ingredients = []
@@ -243,6 +250,41 @@ class Checkpointer:
                     flush=True,
                 )
         return record["run_id"]
+
+    def still_holds(self, name: str, settings: dict[str, Any]) -> bool:
+        """Whether a part of the state from a run with `settings` is that of this run.
+
+        A size learned from an out-of-memory error holds until the user sets another one.
+        """
+        return all(settings.get(setting) == self.settings.get(setting) for setting in LEARNED_UNDER.get(name, ()))
+
+    def note_smaller(self, error: BaseException) -> None:
+        """Have the next start use the smaller size of `error`, a StartAgain; other errors leave no note.
+
+        The process that ran out of memory calls this, and waits for no other.
+        """
+        if isinstance(error, StartAgain):
+            depends = {name: self.settings.get(name) for name in LEARNED_UNDER[error.name]}
+            note = {"state": {error.name: error.value}, "settings": depends}
+            file = self.folder / MEMORY / f"{self.learner.accelerator.process_index}-{error.name}.json"
+            write_atomically(file, json.dumps(note) + "\n")
+
+    def read_smaller(self) -> dict[str, int]:
+        """The smallest sizes that earlier starts noted; notes that other settings made, or that are damaged, do not count."""
+        found: dict[str, int] = {}
+        for file in sorted((self.folder / MEMORY).glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+                note = json.loads(file.read_text(encoding="utf-8"))
+                for name, value in note["state"].items():
+                    if name in LEARNED_UNDER and self.still_holds(name, note["settings"]):
+                        found[name] = min(int(value), found.get(name, int(value)))
+        return found
+
+    def use_smaller(self, sizes: dict[str, int]) -> None:
+        """Use noted sizes where they are smaller than those of the state."""
+        for name, value in sizes.items():
+            known = getattr(self.learner.state, name)
+            setattr(self.learner.state, name, value if known is None else min(value, known))
 
     def restore_best(self, checkpoint: Path) -> str:
         """Make the best model of a checkpoint that of the run; returns what is wrong, in words, if all copies are damaged."""

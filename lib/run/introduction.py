@@ -7,6 +7,7 @@ from lib.data.labels.problem_types import summarize_labels
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.errors import printable
+from lib.model.adapters.adapt import describe_adapter
 from lib.model.load import summarize_weight_names
 from lib.model.source import LoadingInfo
 from lib.run.memory import describe_memory
@@ -50,6 +51,9 @@ def describe_run(
         "padding": describe_padding(config, settings),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
+    if adapter := describe_adapter(learner.inner_model):
+        held = f"; the frozen linear layers in {config.model.load_in}" if config.model.load_in else ""
+        rows["adapter"] = f"{adapter}{held}"
     if config.model.config_overrides:
         rows["changes"] = f"{' '.join(config.model.config_overrides)} (--config_overrides)"
     if config.model.from_scratch:

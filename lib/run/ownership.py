@@ -9,14 +9,14 @@ from lib.config.cli import dump_config, is_saved_config
 from lib.config.train import TrainConfig
 from lib.errors import UserError
 from lib.evaluation.report import FILE_NAMES
-from lib.run.checkpoint import is_checkpoint, list_checkpoints
+from lib.run.checkpoint import MEMORY, is_checkpoint, list_checkpoints
 from lib.runtime.atomic import is_ours
 from lib.runtime.lock import NAME as LOCK
 
 CONFIG, RECORD, RESULTS = "config.yaml", "record.json", "results.json"
 RUN_FILES = (CONFIG, RECORD, RESULTS, "metrics.jsonl", "tracker.json", "learning_curves.png")
 """The files of a run. By each of the first two a folder is known as that of a run."""
-MODEL, CHECKPOINTS, HEARTBEATS = RUN_FOLDERS = ("model", "checkpoints", "heartbeats")
+MODEL, CHECKPOINTS, HEARTBEATS, _ = RUN_FOLDERS = ("model", "checkpoints", "heartbeats", MEMORY)
 
 
 def check_run_folder(config: TrainConfig, folder: Path) -> None:

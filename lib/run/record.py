@@ -27,6 +27,7 @@ from lib.model.source import LoadingInfo, model_identity, model_name
 from lib.runtime.accelerator import describe_devices
 from lib.runtime.atomic import finite, write_atomically
 from lib.runtime.git import git
+from lib.runtime.launch_checks import read_sharding
 from lib.runtime.variables import variables
 from lib.training.learner import Learner
 
@@ -139,10 +140,13 @@ def run_settings(
     padding = padding_shares(config.training, data, multiple)
     padding["evaluation"] = evaluation_padding(config.training, data, multiple)
     record = run_record(accelerator) | describe_data(data, metrics)
+    record |= {"sharding": str(sharding)} if (sharding := read_sharding()) else {}
     record["attention"] = learner.inner_model.config._attn_implementation
     record["notes"] += [redact(note) for note in learner.objective.notes]
     record |= {"metric_for_best_model": metrics.best, "trainable_parameters": trainable, "parameters": total}
     record |= {"new_weights": summarize_weight_names(weights.new)} if weights.new else {}
+    if config.model.load_in:
+        record["version_bitsandbytes"] = version("bitsandbytes")
     if config.training.train_sampling_strategy == "group_by_length":
         record["batches_sorted_together"] = BATCHES_PER_MEGABATCH
     record |= {f"padding_{name}": round(share, 4) for name, share in padding.items()}

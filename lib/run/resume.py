@@ -184,6 +184,7 @@ def describe_promise(before: dict[str, Any], now: dict[str, Any], changed: list[
         return "with other settings, so the result belongs to neither:\n" + "\n".join(changed)
     keys = [
         "run/num_processes",
+        "run/sharding",
         "per_device_train_batch_size",
         "pad_to_max_length",
         "cpu_kernels",

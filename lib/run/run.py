@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +22,11 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
+from lib.model.sharding import is_sharded, whole_weights
 from lib.model.source import LoadingInfo
 from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
-from lib.run.checkpoint import Checkpointer, read_best_steps, remove_checkpoints
+from lib.run.checkpoint import MEMORY, Checkpointer, read_best_steps, remove_checkpoints
 from lib.run.introduction import describe_run
 from lib.run.learning_curves import draw_learning_curves
 from lib.run.ownership import check_run_folder
@@ -127,6 +129,12 @@ class Run:
             print(describe_run(config, self.settings, learner, batches, weights), flush=True)
         self.checkpointer = Checkpointer(folder, config.training, self.settings, learner)
         run_id = self.checkpointer.load(checkpoint) if checkpoint else None
+        if is_sharded(learner.model):
+            when_script_fails(self.checkpointer.note_smaller)
+        smaller = self.on_first(self.checkpointer.read_smaller)
+        self.checkpointer.use_smaller(smaller)
+        for name, value in smaller.items() if accelerator.is_main_process else ():
+            print(f"out of memory before: going on with {name} {value:,}", flush=True)
         anew = config.training.resume_from_checkpoint == "never"
 
         def open_log() -> None:
@@ -218,7 +226,8 @@ class Run:
         state.averaged_steps = [state.best_step]
         for step in [step for step in files if step != state.best_step]:
             steps, before = [*state.averaged_steps, step], state.best_scores
-            load_mean(learner.inner_model, [files[step] for step in steps])
+            with whole_weights(learner.inner_model, change=True):
+                load_mean(learner.inner_model, [files[step] for step in steps])
             yield steps
             kept = state.averaged_steps == steps
             found = "  ".join(
@@ -285,6 +294,7 @@ class Run:
     def write_end(self, results: dict[str, Any]) -> list[str]:
         """Write results.json, by which a run is known to be finished; returns what is printed last."""
         texts = [next_commands(self.folder), write_results(self.folder, results)]
+        shutil.rmtree(self.folder / MEMORY, ignore_errors=True)
         if self.config.training.save_total_limit == 0:
             remove_checkpoints(self.folder / "checkpoints")
         return texts

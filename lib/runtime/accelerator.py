@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, patch_environment
 
 from lib.errors import UserError
 from lib.runtime.attention import check_attention, choose_kernels
@@ -16,7 +16,7 @@ from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import tune_cpu
 from lib.runtime.determinism import request_determinism
 from lib.runtime.device_options import DeviceOptions
-from lib.runtime.launch_checks import check_device, check_launch, truth
+from lib.runtime.launch_checks import check_device, check_launch, read_sharding, truth
 from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.network import JOIN_SECONDS
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
@@ -28,18 +28,23 @@ logger = logging.getLogger(__name__)
 
 
 def build_accelerator(
-    options: DeviceOptions, log_with: str = "none", folder: Path | None = None, join_timeout: float = JOIN_SECONDS
+    options: DeviceOptions,
+    log_with: str = "none",
+    folder: Path | None = None,
+    join_timeout: float = JOIN_SECONDS,
+    shards: bool = False,
 ) -> Accelerator:
     """The accelerator of this process, after checks that the launch is what the user asked for.
 
-    `log_with` is the tracker and `folder` the place for its files. The processes of the launch wait for each other for at
-    most `join_timeout` seconds without a sign of the others. Gradient accumulation stays with the training loop, which
+    `log_with` is the tracker and `folder` the place for its files; `shards`: the script can spread a model over processes,
+    as `read_sharding` says. The processes of the launch wait for each other for at most `join_timeout` seconds without a
+    sign of the others. Gradient accumulation stays with the training loop, which
     knows the samples of a whole step. Raises UserError if the launcher was told what is not followed here, if GPUs were
     asked for and none is visible, if processes outnumber GPUs, if attention cannot be computed as asked, if each process
     believes it is alone, or if a process does not come.
     """
     follow_launcher()
-    notes = check_launch()
+    notes = check_launch(shards)
     notes_of_one = check_devices()
     tune_cpu()
     request_determinism(options.deterministic)
@@ -52,17 +57,22 @@ def build_accelerator(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
     check_attention(options.attn_implementation, precision)
+    if precision == "fp16" and read_sharding():
+        raise UserError("FSDP and fp16 do not go together: shards know no loss scale; use --mixed_precision bf16 or no")
     if {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         join("nccl" if uses_gpu() else "gloo", join_timeout)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        project_dir=folder,
-        log_with=None if log_with == "none" else log_with,
-        step_scheduler_with_optimizer=False,
-        # Else a number in the environment would divide the gradients.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-    )
+    # A model is spread by `shard_model`, on GPUs and CPUs alike: Accelerate's way averages gradients and forgets new heads.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load nothing on other processes
+    with patch_environment(ACCELERATE_USE_FSDP="false", ACCELERATE_USE_PARALLELISM_CONFIG="false"):
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            project_dir=folder,
+            log_with=None if log_with == "none" else log_with,
+            step_scheduler_with_optimizer=False,
+            # Else a number in the environment would divide the gradients.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
     show_log(accelerator)
     notes += check_device(accelerator)
     for note in notes + (notes_of_one if accelerator.num_processes == 1 else []):

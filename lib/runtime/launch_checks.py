@@ -53,19 +53,24 @@ class Setting:
     asks: Callable[[str], bool] = is_on
 
 
-WHOLE = "here every process holds the whole model"
+WHOLE = "here every process holds the whole model, or FSDP2 spreads it: accelerate_configs/fsdp2.yaml"
 PARALLEL = "tensor, context or sequence parallelism"
 TPU = "it is not tested there"
 
 REFUSED = (
     Setting("DeepSpeed", WHOLE, "ACCELERATE_USE_DEEPSPEED", "use_deepspeed", "distributed_type: DEEPSPEED"),
-    Setting("FSDP", WHOLE, "ACCELERATE_USE_FSDP", "use_fsdp", "distributed_type: FSDP"),
     Setting("Megatron-LM", WHOLE, "ACCELERATE_USE_MEGATRON_LM", "use_megatron_lm", "distributed_type: MEGATRON_LM"),
-    Setting(PARALLEL, WHOLE, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
     Setting(PARALLEL, WHOLE, "ACCELERATE_ALLOW_CP_STANDALONE"),
     *(
-        Setting(PARALLEL, WHOLE, f"PARALLELISM_CONFIG_{axis}_SIZE", asks=lambda value: value not in ("", "1"))
-        for axis in ("TP", "CP", "SP", "DP_SHARD", "DP_REPLICATE")
+        Setting(
+            PARALLEL,
+            WHOLE,
+            f"PARALLELISM_CONFIG_{axis}_SIZE",
+            f"parallelism_config_{axis.lower()}_size",
+            f"parallelism_config: parallelism_config_{axis.lower()}_size",
+            lambda value: value not in ("", "1"),
+        )
+        for axis in ("TP", "CP", "SP")
     ),
     Setting(
         "TorchDynamo around the whole model",
@@ -93,6 +98,64 @@ REFUSED = (
         "ACCELERATE_TORCH_DEVICE",
     ),
 )
+
+SIZES = ("dp_replicate_size", "dp_shard_size")
+"""The settings of Accelerate for replicas and shards."""
+REPLICAS = "shards or replicas of a model", "they go with FSDP2, as in accelerate_configs/hsdp.yaml"
+WITHOUT_FSDP = (
+    Setting(*REPLICAS, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
+    *(Setting(*REPLICAS, f"PARALLELISM_CONFIG_{n.upper()}", asks=lambda value: value not in ("", "1")) for n in SIZES),
+)
+"""What is refused where FSDP is not asked for."""
+
+WITH_FSDP = (
+    Setting(
+        "weights in main memory",
+        "AdamW steps where the model computes; leave it out",
+        "FSDP_OFFLOAD_PARAMS",
+        "fsdp_offload_params",
+        "fsdp_config: fsdp_offload_params",
+    ),
+    Setting(
+        "FSDP's activation checkpointing",
+        "`train.py --gradient_checkpointing True` computes the trained layers a second time; leave it out",
+        "FSDP_ACTIVATION_CHECKPOINTING",
+        "fsdp_activation_checkpointing",
+        "fsdp_config: fsdp_activation_checkpointing",
+    ),
+    Setting(
+        "modules that FSDP ignores",
+        "their gradients would not be summed; leave it out",
+        "FSDP_IGNORED_MODULES",
+        "fsdp_ignored_modules",
+        "fsdp_config: fsdp_ignored_modules",
+    ),
+)
+"""Settings of FSDP that are refused."""
+
+UNUSED_BY_FSDP = {
+    "fsdp_auto_wrap_policy": "each transformer layer is gathered by itself",
+    "fsdp_transformer_layer_cls_to_wrap": "each transformer layer is gathered by itself",
+    "fsdp_min_num_params": "each transformer layer is gathered by itself",
+    "fsdp_state_dict_type": "checkpoints are the same with and without FSDP",
+    "fsdp_forward_prefetch": "FSDP2 has its own order",
+}
+"""Settings of FSDP that change nothing, and why; they are said."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 spreads a model: `replicas` groups of processes hold it, each in `shards` parts.
+
+    `reshard_after_forward`: a layer is freed after forward, and gathered again for backward.
+    """
+
+    shards: int
+    replicas: int = 1
+    reshard_after_forward: bool = True
+
+    def __str__(self) -> str:
+        return f"FSDP2: {self.shards} shards" + (f" x {self.replicas} replicas" if self.replicas > 1 else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +223,11 @@ def launch_arguments(command: list[str]) -> list[str] | None:
     return None
 
 
-def check_launch() -> list[str]:
+def check_launch(shards: bool = True) -> list[str]:
     """What a user should know about settings of the launcher that change nothing here, one line each.
 
-    Raises UserError for a setting that is not followed, under the name that the user gave it, with the line that works.
+    `shards`: the script can spread a model over processes. Raises UserError for a setting that is not followed, under the
+    name that the user gave it, with the line that works.
     """
     for name in ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"):
         truth(name)
@@ -173,9 +237,10 @@ def check_launch() -> list[str]:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` overwrites it for one process
     for setting in REFUSED:
         check_setting(setting, launch, outside)
+    notes = check_fsdp(launch, outside, shards)
     check_gpus(launch, outside)
     check_processes(launch)
-    return unused_settings(launch, outside)
+    return notes + unused_settings(launch, outside)
 
 
 def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, str]) -> None:
@@ -191,6 +256,70 @@ def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, st
             raise UserError(
                 f"{setting.variable}={value} {reason}\nThis works: unset {setting.variable}, then the same command"
             )
+
+
+def check_fsdp(launch: Launch | None, outside: dict[str, str], shards: bool) -> list[str]:
+    """What FSDP was told that changes nothing, one line each.
+
+    Raises UserError if FSDP was asked for and is not what runs, or in a way that is not followed here.
+    """
+    told = bool(launch and (launch.told("use_fsdp") or str(launch.keys.get("distributed_type")).endswith("FSDP")))
+    if not (told or truth("ACCELERATE_USE_FSDP")):
+        for setting in WITHOUT_FSDP:
+            check_setting(setting, launch, outside)
+        return []
+    given = launch and launch.origin("use_fsdp", "distributed_type: FSDP", True)
+    asks = f"{given} of accelerate launch asks for FSDP" if given else "ACCELERATE_USE_FSDP=true asks for FSDP"
+    if not shards:
+        raise UserError(
+            f"{asks}, which spreads a model in training; in {script()} every process holds it whole\n"
+            f"This works: {working_line(launch)}"
+        )
+    version = str(launch.told("fsdp_version")) if launch and told else os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise UserError(
+            f"{asks} in its first version (fsdp_version 1, the default of the launcher), which {script()} does not follow; "
+            f"FSDP2 does the same\nThis works: {working_line(launch, file='fsdp2')}"
+        )
+    for setting in WITH_FSDP:
+        check_setting(setting, launch, outside)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError(
+            f"{asks}, which spreads a model over processes, and one process runs {script()}: the launcher was asked for one, "
+            f"or told --cpu\nThis works: {working_line(launch, file='fsdp2')}"
+        )
+    read_sharding()
+    given_settings = launch.flags | (launch.keys.get("fsdp_config") or {}).keys() if launch else ()
+    return [
+        f"{launch.origin(flag, f'fsdp_config: {flag}', launch.told(flag))} is not used: {why}"
+        for flag, why in UNUSED_BY_FSDP.items()
+        if launch and flag in given_settings and is_on(str(launch.told(flag) or ""))
+    ]
+
+
+def read_sharding() -> Sharding | None:
+    """How the launcher was told to spread the model over processes; None where every process holds it whole.
+
+    Raises UserError for sizes that do not make the number of processes.
+    """
+    if not truth("ACCELERATE_USE_FSDP"):
+        return None
+    size, reshard = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
+    if reshard not in ("true", "false", "full_shard", "shard_grad_op"):
+        raise UserError(f"fsdp_reshard_after_forward is {reshard!r}: it is true or false with FSDP2")
+    resharding = reshard in ("true", "full_shard")
+    given = [os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in SIZES]
+    if not truth("ACCELERATE_USE_PARALLELISM_CONFIG") and given == ["1", "1"]:
+        return Sharding(size, 1, resharding)
+    replicas, shards = (int(value) if value.isdecimal() else 0 for value in given)
+    if shards < 2 or replicas * shards != size:
+        raise UserError(
+            f"parallelism_config: {' and '.join(f'{n} {v}' for n, v in zip(SIZES, given, strict=True))} do not fit {size} "
+            "processes: their product is the number of processes, and dp_shard_size, the parts of each layer, is at least 2\n"
+            f"This works: accelerate launch --config_file accelerate_configs/hsdp.yaml --num_processes 4 "
+            f"--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2 {script()} ..."
+        )
+    return Sharding(shards, replicas, resharding)
 
 
 def check_gpus(launch: Launch | None, outside: dict[str, str]) -> None:
@@ -273,15 +402,19 @@ def script() -> str:
     return Path(sys.argv[0]).name
 
 
-def working_line(launch: Launch | None, processes: int | None = None, cpu: bool = False) -> str:
+def working_line(
+    launch: Launch | None, processes: int | None = None, cpu: bool = False, file: str = "multi_gpu"
+) -> str:
     """A command that runs as many processes as were asked for, by a file of this project instead of the user's."""
     count = processes or max(int(os.environ.get("WORLD_SIZE", "1")), launch.processes() if launch else 1)
     cpu = cpu or truth("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
+    if count == 1 and file == "fsdp2":
+        count = 2
     if count == 1:
         return (
             f"accelerate launch --config_file accelerate_configs/{'cpu' if cpu else 'single_gpu'}.yaml {script()} ..."
         )
-    line = f"accelerate launch --config_file accelerate_configs/multi_gpu.yaml --num_processes {count}"
+    line = f"accelerate launch --config_file accelerate_configs/{file}.yaml --num_processes {count}"
     if launch and (launch.told("num_machines") or 1) > 1:
         names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
         line += "".join(f" --{name} {launch.told(name)}" for name in names)

@@ -40,6 +40,21 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return should_reduce_batch_size(error) or OUT_OF_MEMORY.search(str(error)) is not None
 
 
+class StartAgain(UserError):
+    """Memory was too short on one process of a model in shards, where the others wait for it in a gather.
+
+    It cannot tell them: the run ends, and its next start goes on with `value` for the size `name` of the state.
+    """
+
+    def __init__(self, name: str, value: int) -> None:
+        self.name, self.value = name, value
+        super().__init__(
+            f"out of memory; with a model in shards the other processes cannot be told, and the run ends. The same command "
+            f"goes on from the last checkpoint with smaller batches ({name} {value:,}); a launcher with --max_restarts 3 "
+            "runs it by itself"
+        )
+
+
 def halve(size: int, flag: str, unit: str = "samples", remedies: str = "") -> int:
     """Free unused memory and return half as many samples, or other units, per forward, rounded down.
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lib.errors import UserError, first_line
+from lib.runtime.launch_checks import read_sharding
 from lib.runtime.lock import is_locked_by
 from lib.runtime.network import (
     Member,
@@ -136,14 +137,15 @@ def has_lost_another(error: BaseException | None) -> bool:
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs)`.
+    """`1`, or the number of processes with what connects them: `2 (gloo, CPU)`, `8 (nccl, GPUs; FSDP2: 8 shards)`.
 
     Of several machines also the network of each: `4 (gloo, CPU) on 2 machines, over eth0 of node1, eth0 of node2`.
     """
     if accelerator.num_processes == 1:
         return "1"
     devices = {"cpu": "CPU", "cuda": "GPUs"}.get(accelerator.device.type, accelerator.device.type)
-    text = f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices})"
+    spread = f"; {sharding}" if (sharding := read_sharding()) else ""
+    text = f"{accelerator.num_processes} ({torch.distributed.get_backend()}, {devices}{spread})"
     return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
@@ -200,7 +202,7 @@ def share_weights(accelerator: Accelerator, model: nn.Module) -> None:
     if accelerator.num_processes == 1:
         return
     for bucket in buckets([tensor.detach() for tensor in (*model.parameters(), *model.buffers())]):
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(accelerator.device)
         torch.distributed.broadcast(flat, 0)
         if not accelerator.is_main_process:
             copy_from(flat, bucket)

@@ -17,8 +17,9 @@ from typing import Any
 from lib.errors import UserError, one_message, redact
 from lib.runtime.signals import EXIT_RESUME, REQUEST, Stopped, end_children, is_first_to_fail, leave
 
-UNUSED = ("peft", "scipy")
-"""Packages that transformers imports with every model if they are installed: for its Trainer, and for object detection."""
+UNUSED = ("peft", "scipy", "bitsandbytes")
+"""Packages that transformers imports with every model if they are installed: for its Trainer, for object detection, and for
+quantized weights."""
 
 
 @contextlib.contextmanager

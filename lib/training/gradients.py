@@ -8,6 +8,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from lib.data.loader import MicroBatch
+from lib.errors import UserError, first_line
+from lib.runtime.memory import is_out_of_memory
 from lib.runtime.processes import buckets, lowest_of_each, start_sum
 
 logger = logging.getLogger(__name__)
@@ -60,16 +63,21 @@ class Gradients:
         self.sent = 0
         """Buckets sent in this attempt."""
         self.overlapping = True
-        """Whether buckets are sent within the last backward pass; else after it."""
+        """Whether buckets are sent within the last backward pass; else after it. The same on all processes."""
         self.is_last = self.is_late = False
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self.arrived)
+
+    def pad(self, pieces: list[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches of an attempt: processes need not have as many."""
+        return pieces
 
     def begin(self) -> None:
         """An attempt at a step begins: no parameter has a gradient yet."""
         self.used.clear()
         self.sent, self.is_last, self.is_late = 0, False, False
         for bucket in self.buckets:
+            bucket.pending = None
             bucket.awaited = set(bucket.parameters) & (self.ever_used or self.bucket_of.keys())
 
     def begin_last(self) -> None:
@@ -88,21 +96,29 @@ class Gradients:
             return
         if bucket.number < self.sent:
             self.is_late = True
-            if self.overlapping and parameter in (self.ever_used or self.bucket_of):  # else it was never used so far
-                self.overlapping = False
-                logger.info("a micro-batch runs several backward passes: gradients are summed after the last one")
         bucket.awaited.discard(parameter)
         while self.sent < len(self.buckets) and not self.buckets[self.sent].awaited:
             self.send()
 
     def send(self) -> None:
-        """Start the sum of the next bucket over all processes."""
+        """Start the sum of the next bucket over all processes.
+
+        Raises UserError if memory is short just then: the others may have begun this sum, so that it cannot be tried again.
+        """
         bucket = self.buckets[self.sent]
-        self.sent += 1
         for parameter in bucket.parameters:
             if parameter not in self.used:
                 bucket.views[parameter].zero_()
-        bucket.pending = start_sum(bucket.flat)
+        try:
+            bucket.pending = start_sum(bucket.flat)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory where processes sum their gradients, which cannot be tried again: {first_line(error)}\n"
+                "Try a smaller --per_device_train_batch_size, which leaves room for that"
+            ) from error
+        self.sent += 1
 
     def finish(self, failed: bool, relaxed: bool) -> tuple[bool, bool]:
         """Send what is left and wait for the sums; every process must call this at the end of an attempt.
@@ -120,6 +136,10 @@ class Gradients:
         failed, relaxed, late = (not value for value in word[:3])
         if not (failed or relaxed):
             used = [parameter for parameter, unused in zip(self.bucket_of, word[3:], strict=True) if not unused]
+            # Late are the gradients of a second backward pass, or of a parameter that nobody used, or waited for, so far.
+            if late and (not self.ever_used or self.ever_used.issuperset(used)):
+                self.overlapping = False
+                logger.info("a micro-batch runs several backward passes: gradients are summed after the last one")
             self.ever_used.update(used)
             for parameter in used:
                 parameter.grad = self.bucket_of[parameter].views[parameter]

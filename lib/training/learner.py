@@ -15,6 +15,8 @@ from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
 from lib.model.adapters.adapt import frozen_layers
 from lib.model.layers import set_train_mode
+from lib.model.sharding import is_sharded, shard_model
+from lib.runtime.launch_checks import read_sharding
 from lib.runtime.precision import keep_in_dtype
 from lib.runtime.processes import share_weights
 from lib.training.gradients import Gradients
@@ -28,6 +30,7 @@ from lib.training.optimizer import (
     learning_rate,
 )
 from lib.training.plan import Plan
+from lib.training.sharded_gradients import ShardedGradients
 from lib.training.state import State
 
 SMALLEST_LOSS_SCALE = 2.0**-14
@@ -45,14 +48,15 @@ class Learner:
     scheduler: Any
     plan: Plan
     state: State
-    gradients: Gradients = dataclasses.field(init=False)
+    gradients: Gradients | ShardedGradients = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
     skipped: bool = False
     """Whether the last step changed nothing, since a gradient overflowed under the loss scale of fp16."""
 
     def __post_init__(self) -> None:
         # After the optimizer, which keeps the gradients of large tables.
-        self.gradients = Gradients(self.accelerator, self.model)
+        kind = ShardedGradients if is_sharded(self.model) else Gradients
+        self.gradients = kind(self.accelerator, self.model)
         self.meter = Meter(self.accelerator, self.plan)
 
     @property
@@ -118,16 +122,21 @@ def build_learner(
 ) -> Learner:
     """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
 
-    Frozen weights below an adapter are held in the dtype that they are computed in. The schedule is not prepared: it
+    Frozen weights below an adapter are held in the dtype that they are computed in. Where the launcher asks for FSDP2, the
+    model is spread over processes. The schedule is not prepared: it
     advances once per optimizer step, not once per process. Raises UserError if the schedule does not accept its settings,
-    or if rates by layer do not fit the model.
+    or if rates by layer, or shards, do not fit the model.
     """
     keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
+    if sharding := read_sharding():
+        share_weights(accelerator, model)
+        shard_model(model, sharding, accelerator.device)
     optimizer = build_optimizer(model, config, accelerator.device)
     scheduler = build_scheduler(optimizer, config, plan.total_steps, plan.best_metric)
     # In evaluation mode, without DDP: `Gradients` sums, also where a process runs out of memory within backward.
     model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
-    share_weights(accelerator, model)
+    if not sharding:
+        share_weights(accelerator, model)
     set_train_mode(model)
     state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
     return Learner(accelerator, model, objective, optimizer, scheduler, plan, state)

@@ -101,6 +101,7 @@ def copy_shapes(model: nn.Module, device: torch.device) -> Any:
             shape = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
             is_parameter = isinstance(tensor, nn.Parameter)
             held[id(tensor)] = nn.Parameter(shape, requires_grad=tensor.requires_grad) if is_parameter else shape
+            vars(held[id(tensor)]).update(vars(tensor))  # what quantized weights know of their scales
     return copy.deepcopy(model, held)
 
 

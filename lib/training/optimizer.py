@@ -16,6 +16,7 @@ from lib.config.train import OptimConfig
 from lib.errors import UserError
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.model.layers import backbone_of, find_embeddings, find_layers
+from lib.model.sharding import as_shard, is_sharded, whole
 from lib.runtime.processes import is_alone
 from lib.training.plan import count_steps
 
@@ -30,9 +31,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
     """AdamW (Loshchilov and Hutter 2019) over the trainable parameters, fused if PyTorch has it for the device.
 
     On a CPU the trainable parameters are copied to memory of their own: they lie in the memory-mapped file of the
-    checkpoint, where the first step would copy them page by page, ten times as slowly.
+    checkpoint, where the first step would copy them page by page, ten times as slowly. Shards have it already; their
+    tables have no gradients to reuse.
     """
-    on_cpu = device.type == "cpu"
+    on_cpu = device.type == "cpu" and not is_sharded(model)
     for parameter in model.parameters() if on_cpu else ():
         if parameter.requires_grad:
             parameter.data = parameter.data.clone()
@@ -193,6 +195,16 @@ def learning_rate(optimizer: Optimizer) -> float:
     return float(rate.item() if isinstance(rate, torch.Tensor) else rate)
 
 
+def whole_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state dict of the optimizer as one process would have it; every process must call this."""
+    saved = optimizer.state_dict()
+    moments = {
+        number: {name: whole(value) if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+        for number, state in saved["state"].items()
+    }
+    return saved | {"state": moments}
+
+
 def restore_optimizer(
     optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
 ) -> None:
@@ -209,7 +221,12 @@ def restore_optimizer(
     fresh = [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]
-    optimizer.load_state_dict(saved)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {n: as_shard(v, parameters[number]) if n != "step" else v for n, v in state.items()}
+        for number, state in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": moments})
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update(settings)
     scheduler.load_state_dict(saved_scheduler)

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
+from lib.model.sharding import is_sharded, norm_over_shards, own_part
 from lib.runtime.determinism import demand, relax
-from lib.runtime.memory import halve, has_own_memory, is_out_of_memory
+from lib.runtime.memory import StartAgain, halve, has_own_memory, is_out_of_memory
 from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
@@ -22,11 +23,15 @@ from lib.training.memory_forecast import can_recompute
 ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 """(learner, micro-batch, weight of the whole step) -> summed loss; adds to the gradients of the parameters."""
 
+MICRO_BATCHES = "--per_device_train_batch_size"
+"""The flag that makes micro-batches smaller."""
+
 
 class Attempt:
     """One try at the gradients of a step: `with attempt as micro_batches` swallows errors after which another may succeed.
 
-    These are a lack of memory, and an operation that has no deterministic algorithm, which is allowed from then on.
+    These are a lack of memory, and an operation that has no deterministic algorithm, which is allowed from then on. Where
+    the model is in shards, a lack of memory raises StartAgain.
     """
 
     def __init__(self, learner: Learner, batch: StepBatch) -> None:
@@ -45,7 +50,7 @@ class Attempt:
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """The share of this process on its device; other processes may have more micro-batches, or fewer."""
-        pieces = self.batch.pieces(self.learner.state.micro_batch_positions)
+        pieces = self.learner.gradients.pad(self.batch.pieces(self.learner.state.micro_batch_positions))
         for index, piece in enumerate(pieces):
             if index == len(pieces) - 1:
                 self.learner.gradients.begin_last()
@@ -54,6 +59,8 @@ class Attempt:
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)
+        if self.failed and is_sharded(self.learner.model):
+            raise StartAgain("micro_batch_positions", halve(self.largest(), MICRO_BATCHES, "positions")) from error
         return self.failed or self.relaxed
 
     def largest(self) -> int:
@@ -82,8 +89,7 @@ def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[At
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
             remedies = "--gradient_checkpointing True" if can_recompute(learner.inner_model) else ""
-            flag = "--per_device_train_batch_size"
-            state.micro_batch_positions = halve(largest, flag, "positions", remedies)
+            state.micro_batch_positions = halve(largest, MICRO_BATCHES, "positions", remedies)
 
 
 def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: ForwardBackward) -> None:
@@ -95,7 +101,7 @@ def try_longest_batch(learner: Learner, batch: StepBatch, forward_backward: Forw
     accelerator, model = learner.accelerator, learner.model
     if not has_own_memory(accelerator.device):
         return
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trained = sum(own_part(p).nbytes for p in model.parameters() if p.requires_grad)
     made = bool(learner.optimizer.state)
     moments = None if made else torch.empty(2 * trained, dtype=torch.uint8, device=accelerator.device)
     for attempt in attempts(learner, batch, "trying the longest batch"):
@@ -119,7 +125,8 @@ def clip_gradients(accelerator: Accelerator, optimizer: Any, max_norm: float | N
         accelerator.scaler.unscale_(inner)
     if accelerator.scaler is not None or not inner.defaults.get("fused"):
         return nn.utils.clip_grad_norm_([p for group in inner.param_groups for p in group["params"]], limit)
-    norm = gradient_norm(inner.gradients())
+    gradients = inner.gradients()
+    norm = norm_over_shards(gradient_norm([part for g in gradients if (part := own_part(g)).numel()]), gradients)
     inner.found_inf = (~torch.isfinite(norm)).float()
     inner.grad_scale = None if math.isinf(limit) else ((norm + 1e-6) / limit).clamp(min=1.0)
     return norm

@@ -111,7 +111,7 @@ def refusals(folder: Path, tokenizer: Any) -> list[str]:
         (settings(layer_types=[["x"]]), "config.json"),
         (settings(attn_implementation="flash_attention_2"), "flash-attn"),
         (settings(attn_implementation="nonsense"), "nonsense"),
-        (settings(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "bitsandbytes"),
+        (settings(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "pip install"),
         (settings(quantization_config={"quant_method": "gptq", "bits": 4}), "optimum"),
         (text("model.safetensors", ""), "model.safetensors is empty"),
         (text("model.safetensors", PAGE), "model.safetensors is a web page"),
@@ -131,7 +131,10 @@ def refusals(folder: Path, tokenizer: Any) -> list[str]:
         (settings("config.json", attn_implementation="flex_attention"), "flex_attention"),
     ],
 )
-def test_damaged_files_and_settings_are_refused_by_name(copy: Path, damage: Damage, word: str) -> None:
+def test_damaged_files_and_settings_are_refused_by_name(
+    copy: Path, damage: Damage, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
     tokenizer = load_tokenizer(ModelConfig(str(copy)))
     damage(copy)
     for message in refusals(copy, tokenizer):

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, rotate
+from lib.runtime.memory import StartAgain
 from tests.resuming import build, checkpointer, equal_weights, make_checkpoints
 
 
@@ -42,6 +43,21 @@ def test_batch_size_learned_from_out_of_memory_is_kept_until_it_means_something_
         later.learner.state.micro_batch_positions, later.learner.state.eval_batch_size = None, 64
         later.load(tmp_path / "checkpoints" / "step-3")
         assert (later.learner.state.micro_batch_positions, later.learner.state.eval_batch_size) == kept
+
+
+def test_sizes_noted_where_memory_was_too_short_are_used_by_the_next_start_until_they_mean_something_else(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path
+) -> None:
+    for value in (12, 8):
+        checkpointer(accelerator, tmp_path, build(roberta)).note_smaller(StartAgain("eval_batch_size", value))
+        checkpointer(accelerator, tmp_path, build(roberta)).note_smaller(UserError("something else"))
+    (tmp_path / "memory" / "9-micro_batch_positions.json").write_text('{"state": {"micro_ba')
+    later = checkpointer(accelerator, tmp_path, build(roberta))
+    assert later.read_smaller() == {"eval_batch_size": 8}
+    later.use_smaller(later.read_smaller())
+    assert (later.learner.state.eval_batch_size, later.learner.state.micro_batch_positions) == (8, 2)
+    other = checkpointer(accelerator, tmp_path, build(roberta), per_device_eval_batch_size=32)
+    assert other.read_smaller() == {}
 
 
 def test_checkpoint_does_not_overwrite_hyper_parameters(

@@ -15,7 +15,16 @@ from lib.errors import UserError
 from lib.runtime import launch_checks
 from lib.runtime.accelerator import build_accelerator, check_devices
 from lib.runtime.device_options import DeviceOptions
-from lib.runtime.launch_checks import REFUSED, check_launch, launch_arguments
+from lib.runtime.launch_checks import (
+    REFUSED,
+    WITH_FSDP,
+    WITHOUT_FSDP,
+    Setting,
+    Sharding,
+    check_launch,
+    launch_arguments,
+    read_sharding,
+)
 from lib.runtime.launcher import Launcher
 from tests.conftest import ROOT, Command, results_of, sentences, write_csv
 
@@ -79,7 +88,7 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("variable", sorted({setting.variable for setting in REFUSED} - {""}))
+@pytest.mark.parametrize("variable", sorted({setting.variable for setting in (*REFUSED, *WITHOUT_FSDP)} - {""}))
 def test_variable_that_asks_for_what_is_not_followed_is_named(
     variable: str, told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,10 +119,9 @@ def test_variable_that_asks_for_nothing_is_no_error(name: str, value: str, monke
 
 
 FLAGS = {
-    "--use_fsdp": ["--fsdp_version", "2"],
+    "--use_fsdp": [],  # the launcher's default is version 1
     "--use_deepspeed": [],
     "--use_megatron_lm": [],
-    "--use_parallelism_config": ["--use_fsdp", "--fsdp_version", "2"],
     "--tpu": [],
     "--downcast_bf16": [],
     "--dynamo_backend inductor": [],
@@ -124,17 +132,21 @@ FLAGS = {
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_flag_of_the_launcher_that_is_not_followed_is_named(flag: str, told: Told) -> None:
-    wanted = "--use_fsdp" if flag == "--use_parallelism_config" else flag  # one cannot be without the other
-    with pytest.raises(UserError, match=rf"{wanted} of accelerate launch .*\nThis works: .*accelerate launch"):
+    with pytest.raises(UserError, match=rf"{flag} of accelerate launch .*\nThis works: .*accelerate launch"):
         told(*flag.split(), *FLAGS[flag])
 
 
 KEYS = {
-    "distributed_type: FSDP": {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}, "num_processes": 2},
+    "distributed_type: FSDP": {"distributed_type": "FSDP", "num_processes": 2},
+    "parallelism_config": {
+        "distributed_type": "MULTI_GPU",
+        "num_processes": 2,
+        "parallelism_config": {"parallelism_config_dp_shard_size": 2},
+    },
     "distributed_type: DEEPSPEED": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
     "distributed_type: MEGATRON_LM": {"distributed_type": "MEGATRON_LM"},
     "distributed_type: XLA": {"distributed_type": "XLA"},
-    "parallelism_config": {
+    "parallelism_config: parallelism_config_tp_size: 2": {
         "distributed_type": "MULTI_GPU",
         "num_processes": 2,
         "parallelism_config": {"parallelism_config_tp_size": 2},
@@ -160,9 +172,86 @@ def test_key_of_the_users_file_that_is_not_followed_is_named_with_the_file(key: 
         told(keys=KEYS[key])
 
 
-def test_file_for_fsdp_is_refused_also_where_the_launcher_drops_it(told: Told) -> None:
-    with pytest.raises(UserError, match="distributed_type: FSDP in"):
-        told("--cpu", keys=KEYS["distributed_type: FSDP"])
+FSDP2 = {"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": {"fsdp_version": 2}}
+
+
+@pytest.fixture
+def shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launcher passes on with FSDP2 for four processes."""
+    for name, value in (("WORLD_SIZE", "4"), ("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2")):
+        monkeypatch.setenv(name, value)
+
+
+def test_file_for_fsdp_is_refused_where_the_launcher_drops_it(told: Told) -> None:
+    with pytest.raises(UserError, match=r"distributed_type: FSDP in(.|\n)*fsdp2\.yaml --num_processes 4"):
+        told("--cpu", keys=FSDP2)
+
+
+@pytest.mark.usefixtures("shards")
+def test_fsdp2_is_followed_and_said_what_is_not_used(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(keys=FSDP2) == []
+    assert read_sharding() == Sharding(4)
+    written = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    written |= {
+        "fsdp_offload_params": False,
+        "fsdp_activation_checkpointing": False,
+        "fsdp_cpu_ram_efficient_loading": True,
+    }
+    notes = told(keys=FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | written})
+    assert [re.search(r"fsdp_config: \w+", note)[0] for note in notes] == [  # type: ignore[index]
+        "fsdp_config: fsdp_auto_wrap_policy",
+        "fsdp_config: fsdp_state_dict_type",
+    ]
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    assert read_sharding() == Sharding(4, reshard_after_forward=False)
+
+
+@pytest.mark.usefixtures("shards")
+def test_fsdp_in_its_first_version_is_an_error_with_the_line_for_the_second(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"distributed_type: FSDP in(.|\n)*fsdp2\.yaml --num_processes 4"):
+        told(keys=FSDP2 | {"fsdp_config": {}})
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setattr(launch_checks, "find_launcher", lambda: None)
+    with pytest.raises(UserError, match=r"ACCELERATE_USE_FSDP=true(.|\n)*fsdp2\.yaml --num_processes 4"):
+        check_launch()
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize(("replicas", "size"), [("2", "2"), ("2", "1"), ("4", "1"), ("3", "2"), ("2", "x")])
+def test_replicas_and_shards_must_make_the_processes(
+    replicas: str, size: str, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", replicas)
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", size)
+    if (replicas, size) == ("2", "2"):
+        assert told(keys=FSDP2) == []
+        assert read_sharding() == Sharding(2, 2)
+    else:
+        with pytest.raises(UserError, match=f"dp_replicate_size {replicas} and dp_shard_size {size}"):
+            told(keys=FSDP2)
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize("setting", WITH_FSDP, ids=lambda setting: setting.flag)
+def test_setting_of_fsdp_that_is_not_followed_is_named(
+    setting: Setting, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=rf"{setting.key}.* in \S*lab\.yaml"):
+        told(keys=FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | {setting.flag: True}})
+    monkeypatch.setattr(launch_checks, "find_launcher", lambda: None)
+    monkeypatch.setenv(setting.variable, "true")
+    with pytest.raises(UserError, match=rf"{setting.variable}=true"):
+        check_launch()
+
+
+@pytest.mark.usefixtures("shards")
+def test_scripts_that_do_not_train_refuse_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["eval.py"])
+    with pytest.raises(UserError, match=r"eval\.py(.|\n)*multi_gpu\.yaml --num_processes 4"):
+        check_launch(shards=False)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ OVERFLOWS = (1, 3)
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """train.py with the loss scale of fp16, in float32 on a CPU, and a gradient that overflows at two steps."""
 
-    def build_accelerator(*arguments: Any) -> Accelerator:
-        accelerator = real_accelerator(*arguments)
+    def build_accelerator(*arguments: Any, **options: Any) -> Accelerator:
+        accelerator = real_accelerator(*arguments, **options)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         return accelerator
 

@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from lib.config.sections import AdapterConfig, ModelSource
+from lib.config.sections import AdapterConfig, ModelConfig, ModelSource
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import compute_logits
+from lib.model.frozen_weights import frozen_weights
 from lib.model.layers import set_train_mode
+from lib.model.load import build_model, load_tokenizer
 from lib.model.recomputation import recompute_layers
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.precision import DTYPES, keep_in_dtype
 from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts
-from tests.tiny_models import build_from, trainable
+from tests.tiny_models import NAMES, any_classifier, build_from, trainable
 
 CPU = torch.device("cpu")
 
@@ -163,3 +165,17 @@ def test_method_that_an_architecture_does_not_have_is_told(tmp_path: Path) -> No
     model = trained("albert", tmp_path)
     with pytest.raises(UserError, match="--gradient_checkpointing"):
         Method(recomputed=True).apply(model, ModelSource(str(tmp_path)), [], "no")
+
+
+@pytest.mark.parametrize("load_in", ["4bit", "8bit"])
+def test_quantized_layers_are_counted_as_they_are_held(tmp_path, load_in):
+    """Their activations are those of a base in bf16; the weights take less."""
+    source = ModelSource(str(any_classifier("llama", tmp_path / "llama")))
+    found = []
+    for frozen in (frozen_weights(None, "bf16", CPU), frozen_weights(load_in, "bf16", CPU)):
+        model, _ = build_model(ModelConfig(source.model), NAMES, load_tokenizer(source), frozen=frozen)
+        model = adapt(model, AdapterConfig(adapter="lora"), source, [])
+        found.append(forecast(model, batch(4), CPU, "bf16"))
+    half, quantized = found
+    assert quantized.activations == half.activations
+    assert quantized.weights < half.weights

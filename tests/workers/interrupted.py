@@ -3,7 +3,8 @@
     interrupted.py PLAN FLAG [FLAG ...]
 
 PLAN is a JSON file with a list of calls of train.py: `folder`; `stop`, the step after which the last process is asked to
-stop, and `during`, whether right after the step or in its evaluation; `broken`, what is broken on purpose; `flags`.
+stop, and `during`, whether right after the step or in its evaluation; `broken`, what is broken on purpose; `flags`; `engine`,
+see engines.py.
 """
 
 import json
@@ -21,6 +22,7 @@ from lib.evaluation import scoring
 from lib.run import run
 from lib.runtime import signals
 from lib.training import plan
+from tests.workers.engines import use_engine
 
 
 def is_last_process() -> bool:
@@ -65,6 +67,7 @@ def patches(call: dict[str, Any]) -> list[Any]:
 def play(call: dict[str, Any], flags: list[str]) -> None:
     config = parse_cli(TrainConfig, [*flags, *call.get("flags", []), "--output_dir", call["folder"]])
     active = patches(call)
+    use_engine(call.get("engine"))
     for patch in active:
         patch.start()
     signals.REQUEST.reason = ""

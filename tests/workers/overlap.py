@@ -1,9 +1,9 @@
 """Steps in which processes run out of memory, drop layers or go backward twice; saves what each process learned.
 
-    overlap.py MODEL DROPPING OUT
+    overlap.py MODEL DROPPING OUT some|all
 
-MODEL has no dropout, DROPPING drops layers. Run by tests through the launcher. Results are lists with an entry for each
-process, by the name of the case.
+MODEL has no dropout, DROPPING drops layers; memory runs out at some places of a step, or at all. Run by tests through the
+launcher. Results are lists with an entry for each process, by the name of the case.
 """
 
 import copy
@@ -177,7 +177,7 @@ def compare_sums(experiment: Experiment) -> dict[str, Any]:
     return {"differences": differences, "users": users, "same_missing": same_missing}
 
 
-def main(model: str, dropping: str, out: str) -> None:
+def main(model: str, dropping: str, out: str, places: str) -> None:
     accelerator = build_accelerator(DeviceOptions("no"))
     stage, results = Stage(accelerator, Path(out)), {}
     processes.BUCKET_BYTES, gradients.FIRST_BUCKET = 4096, 1024  # many buckets in a tiny model
@@ -189,11 +189,15 @@ def main(model: str, dropping: str, out: str) -> None:
     every = tuple(range(accelerator.num_processes))
     experiment = stage.build(model, 24)
     weights = {name: tensor.clone() for name, tensor in experiment.learner.model.state_dict().items()}
-    for ranks in ((0,), (1,), every):
-        faults = [Fault(ranks, bucket) for bucket in range(results["plain"][0]["buckets"])]
-        for fault in (*faults, Fault(ranks), Fault(ranks, None, 0), Fault(ranks, 3, 0)):
-            case = ("memory", ranks, fault.bucket, fault.micro_batch)
-            results[case] = stage.all(stage.train(stage.again(experiment, weights), fault))
+    number = results["plain"][0]["buckets"]
+    if places == "all":
+        faults = [Fault(ranks, bucket) for ranks in ((0,), (1,), every) for bucket in range(number)]
+        faults += [Fault(ranks, *place) for ranks in ((0,), (1,), every) for place in ((None, -1), (None, 0), (3, 0))]
+    else:
+        faults = [Fault((0,), number - 1), Fault((1,), number // 2), Fault(every, 0), Fault((1,)), Fault((0,), 3, 0)]
+    for fault in faults:
+        case = ("memory", fault.ranks, fault.bucket, fault.micro_batch)
+        results[case] = stage.all(stage.train(stage.again(experiment, weights), fault))
     determinism.REQUEST.strict = True  # as on a GPU
     results["not deterministic"] = stage.all(
         stage.train(stage.again(experiment, weights), Fault((1,), 3, error=NOT_DETERMINISTIC))

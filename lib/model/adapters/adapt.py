@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +26,8 @@ from lib.model.adapters.adapterhub import (
 )
 from lib.model.adapters.bottleneck import BottleneckConfig, add_bottlenecks, bottleneck_config
 from lib.model.adapters.peft_methods import add_peft, load_peft, reload_peft
+from lib.model.frozen_weights import FLOAT32, frozen_weights
+from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.model.source import ANSWER_SETTINGS, load_hf_config, load_pretrained, resolve_model
 
 
@@ -79,7 +82,7 @@ def head_modules(model: PreTrainedModel, new_weights: list[str]) -> list[str]:
 
 
 def frozen_layers(model: nn.Module) -> list[nn.Module]:
-    """The linear layers below an adapter whose frozen weights only multiply, and are not saved; none without an adapter.
+    """The plain linear layers below an adapter whose frozen weights only multiply, and are not saved; none without one.
 
     DoRA also reads the norms of their columns.
     """
@@ -87,6 +90,23 @@ def frozen_layers(model: nn.Module) -> list[nn.Module]:
     if info is None or getattr(getattr(model, "active_peft_config", None), "use_dora", False):
         return []
     return [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+
+
+def describe_adapter(model: Any) -> str | None:
+    """The method of an adapter, its size, and the names of the layers that it adapts, in words; None without one."""
+    info = adapter_info(model)
+    if info is None:
+        return None
+    if info.bottleneck is not None:
+        where = "attention and feed-forward" if info.bottleneck.attention else "feed-forward"
+        return f"bottleneck after {where}, a {info.bottleneck.reduction_factor:g}th of the width"
+    config = model.active_peft_config
+    method = "dora" if getattr(config, "use_dora", False) else config.peft_type.lower().replace("_", " ")
+    if config.is_prompt_learning:
+        return f"{method} of {config.num_virtual_tokens} tokens"
+    names = sorted({name.rpartition(".")[2] for name in config.target_modules})
+    size = f" of rank {config.r}, alpha {config.lora_alpha:g}," if hasattr(config, "r") else ""
+    return f"{method}{size} on {', '.join(names)}"
 
 
 def save_adapter(model: Any, folder: Path) -> None:
@@ -127,34 +147,45 @@ def base_of(folder: Path) -> ModelSource:
     return ModelSource(model=base, model_revision=revision)
 
 
-def load_adapter(folder: Path, attention: Attention = "auto") -> Any:
-    """A trained classifier in float32: the base model with the adapter and the head of `folder`.
+def load_adapter(
+    folder: Path,
+    attention: Attention = "auto",
+    mixed_precision: str = "no",
+    device: torch.device = FLOAT32.device,
+    quantized: bool = True,
+) -> Any:
+    """A trained classifier: the base model with the adapter and the head of `folder`, which are float32.
 
-    Raises UserError if base model or adapter cannot be loaded, do not fit each other, or have no trained head.
+    The linear layers of the base are held as `load_classifier` says. Raises UserError if base model or adapter cannot be
+    loaded, do not fit each other, or have no trained head.
     """
     base = dataclasses.replace(base_of(folder), attn_implementation=attention)
-    is_peft = "peft_type" in read_json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
+    is_peft = "peft_type" in settings
     head = {} if is_peft else read_head(folder)
     if (folder / "config.json").is_file():
         hf_config = load_hf_config(ModelSource(str(folder)), labels=True)
     else:
         hf_config = load_hf_config(base, labels=is_peft)
-        for key in (*ANSWER_SETTINGS, KEY):  # of the head and the data of the base model
+        for key in (*ANSWER_SETTINGS, KEY, LOAD_IN):  # of the head and the data of the base model
             vars(hf_config).pop(key, None)
         if not is_peft:
             hf_config.num_labels, hf_config.label2id = head["num_labels"], head["label2id"]
             hf_config.id2label = {index: name for name, index in head["label2id"].items()}
-    model, info = load_pretrained(base, AutoModelForSequenceClassification, hf_config, changed=True)
+    load_in = getattr(hf_config, LOAD_IN, None) if quantized else None
+    frozen = frozen_weights(load_in, mixed_precision, device, weight_norms=bool(settings.get("use_dora")))
+    kind = AutoModelForSequenceClassification
+    model, info = load_pretrained(base, kind, hf_config, changed=True, frozen=frozen)
     model.config._name_or_path = str(folder)  # where ONNX export looks for the model card
     if is_peft:
         adapted: Any = load_peft(model, folder)
         adapted.adapter_info = AdapterInfo(base, None)
         return adapted
-    settings = read_bottleneck_config(folder)
-    add_bottlenecks(model, settings)
-    missing = set(info.new) - load_bottlenecks(model, settings, folder)
+    places = read_bottleneck_config(folder)
+    add_bottlenecks(model, places)
+    missing = set(info.new) - load_bottlenecks(model, places, folder)
     if missing:
         raise UserError(f"{folder} does not fit {base.model}: both lack {', '.join(sorted(missing)[:4])}")
     adapted = model.eval()
-    adapted.adapter_info = AdapterInfo(base, settings)
+    adapted.adapter_info = AdapterInfo(base, places)
     return adapted

@@ -14,8 +14,19 @@ from transformers import PreTrainedModel
 
 from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError, first_line
+from lib.model.frozen_weights import LINEAR, seeming_float32
+from lib.runtime.startup import hidden
 
-LORA_TARGETS = {"distilbert": ["q_lin", "v_lin"], "modernbert": ["Wqkv"]}
+QUERIES_AND_VALUES = (
+    *(("query", "value"), ("query_proj", "value_proj"), ("q_proj", "v_proj"), ("q_lin", "v_lin"), ("q", "v")),
+    *(("Wqkv",), ("qkv_proj",), ("query_key_value",), ("qkv",), ("c_attn",), ("in_proj",)),
+)
+"""What transformers calls the projections of attention that Hu et al. (2021, arXiv:2106.09685, section 7.1) adapt: those to
+queries and values, or one to queries, keys and values."""
+
+ALL_LINEAR = "all-linear"
+"""Every linear layer, as Dettmers et al. (2023, arXiv:2305.14314, section 4) found best below quantized weights."""
+
 IA3_TARGETS = {
     "distilbert": ["k_lin", "v_lin", "ffn.lin2"],
     "electra": ["key", "value", "output.dense"],
@@ -33,7 +44,8 @@ def add_peft(model: PreTrainedModel, config: AdapterConfig, head: list[str], bas
     Raises UserError if peft is not installed or the method does not fit the architecture.
     """
     check_package(f"--adapter {config.adapter}")
-    import peft
+    with using_peft():
+        import peft
 
     kind = model.config.model_type
     if config.adapter == "prefix" and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
@@ -41,7 +53,7 @@ def add_peft(model: PreTrainedModel, config: AdapterConfig, head: list[str], bas
     try:
         settings = peft_config(model, config, head)
         settings.revision = base.model_revision
-        with no_future_warnings():
+        with using_peft(), seeming_float32(model):
             adapted = peft.get_peft_model(model, settings)
         settings.base_model_name_or_path = base.model
     except (ValueError, KeyError) as error:
@@ -58,7 +70,7 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, head: list[str]) 
     shared: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": list(head)}
     targets = list(config.adapter_target_modules) or None
     if config.adapter in ("lora", "dora"):
-        targets = targets or LORA_TARGETS.get(kind)
+        targets = lora_targets(model, targets, head)
         lora = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
         return peft.LoraConfig(**shared, **lora, target_modules=targets, use_dora=config.adapter == "dora")
     if config.adapter == "ia3":
@@ -78,16 +90,39 @@ def peft_config(model: PreTrainedModel, config: AdapterConfig, head: list[str]) 
     return (peft.PrefixTuningConfig if config.adapter == "prefix" else peft.PromptTuningConfig)(**shared)
 
 
+def lora_targets(model: PreTrainedModel, wanted: list[str] | None, head: list[str]) -> list[str] | None:
+    """The modules that LoRA adapts: those `wanted`, else queries and values; None leaves the choice to peft, or its error.
+
+    The modules `head`, which are trained whole, are not among `all-linear`.
+    """
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    if wanted not in (None, [ALL_LINEAR]) or (wanted is None and model.config.model_type in KNOWN):
+        return wanted
+    trained = tuple(f"{name}." for name in head)
+    linear = [
+        path
+        for path, layer in model.named_modules()
+        if isinstance(layer, LINEAR) and path.startswith(f"{model.base_model_prefix}.")
+    ]
+    linear = [path for path in linear if not f"{path}.".startswith(trained)]
+    if wanted:
+        return linear
+    names = {path.rpartition(".")[2] for path in linear}
+    return next((list(pair) for pair in QUERIES_AND_VALUES if {*pair} <= names), None)
+
+
 def load_peft(model: PreTrainedModel, folder: Path) -> torch.nn.Module:
     """The model with the trained adapter and head of a folder, not trainable.
 
     Raises UserError if peft is not installed, or the files are damaged or do not fit the model.
     """
     check_package(f"the adapter in {folder}")
-    import peft
+    with using_peft():
+        import peft
 
     try:
-        with no_future_warnings():
+        with using_peft(), seeming_float32(model):
             return peft.PeftModel.from_pretrained(model, str(folder), torch_device="cpu")
     except (ValueError, KeyError, RuntimeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} could not be loaded: {first_line(error)}") from error
@@ -97,18 +132,21 @@ def reload_peft(model: torch.nn.Module, folder: Path) -> None:
     """Load the saved weights of adapter and head into the model that has them, in place."""
     import peft
 
-    peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
+    with using_peft():
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(folder), device="cpu"))
 
 
 def merge_peft(model: Any) -> Any:
     """The base model with the adapter's update added to its weights, and with the trained head; `model` is used up."""
-    from peft.utils import ModulesToSaveWrapper
+    with using_peft():
+        from peft.utils import ModulesToSaveWrapper
 
     base = model.get_base_model()
     wrapped = [(name, part) for name, part in base.named_modules() if isinstance(part, ModulesToSaveWrapper)]
     for name, part in wrapped:  # peft itself fails here for IA3
         base.set_submodule(name, part.modules_to_save[part.active_adapter])
-    return model.merge_and_unload(safe_merge=True)
+    with using_peft():
+        return model.merge_and_unload(safe_merge=True)
 
 
 def check_package(reason: str) -> None:
@@ -118,8 +156,8 @@ def check_package(reason: str) -> None:
 
 
 @contextlib.contextmanager
-def no_future_warnings() -> Iterator[None]:
-    """Hide the FutureWarnings of transformers about names that peft uses."""
-    with warnings.catch_warnings():
+def using_peft() -> Iterator[None]:
+    """Within, FutureWarnings of transformers about names that peft uses are hidden, and bitsandbytes, unless it is in use."""
+    with warnings.catch_warnings(), hidden("bitsandbytes"):
         warnings.simplefilter("ignore", FutureWarning)
         yield

@@ -18,6 +18,7 @@ from lib.data.loader import Batches, Tensors, build_loader, to_device
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.padding import same_logits
+from lib.model.sharding import is_sharded
 from lib.runtime.cpu.tuning import use_one_core_for
 from lib.runtime.memory import halve
 from lib.runtime.precision import DTYPES, cast_weights
@@ -50,14 +51,17 @@ def cache_features(learner: Learner, batches: Batches, model: ModelConfig, train
 
     The output is computed once for every split, shared among processes, or loaded from disk. Samples, batches and dropout
     above the frozen part stay the same. Returns `batches` unchanged if nothing is frozen, if `--no_cache_features` or
-    `--head_solver` is given, or if logits from the cache differ from those of the model; the main process prints why. The
-    learner must be prepared and hold its weights.
+    `--head_solver` is given, if the model is in shards, or if logits from the cache differ from those of the model; the main
+    process prints why. The learner must be prepared and hold its weights.
     """
     accelerator, data, part = learner.accelerator, batches.data, model.freeze
     if training.no_cache_features or part in (None, "embeddings", "0") or model.head_solver:
         return batches
     if "num_windows" in data.tokens["train"].column_names:
         say(accelerator, "- the frozen part runs in every step: --window_stride gives a text more than one input")
+        return batches
+    if is_sharded(learner.model):
+        say(accelerator, "- the frozen part runs in every step: with FSDP no process holds it whole")
         return batches
     lengths = np.concatenate([data.lengths[split] for split in data.tokens])
     stand_in = StandIn(learner.inner_model, str(part), lengths, accelerator.device)

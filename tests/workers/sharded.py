@@ -1,0 +1,95 @@
+"""Train tiny models on data of some sizes; save losses, gradient norms and weights.
+
+    sharded.py PLAN OUT
+
+PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data; `engine`: plain, fsdp, or as
+launched; `precision`; `broken`, what is broken on purpose: mean, or norm. Run by tests on one process and, through the
+launcher, on several.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState
+
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
+from lib.data.load import load_data
+from lib.model.load import load_tokenizer
+from lib.model.sharding import is_sharded, norm_over_shards, whole_weights
+from lib.runtime.accelerator import build_accelerator
+from lib.runtime.device_options import DeviceOptions
+from lib.runtime.launch_checks import read_sharding
+from lib.runtime.processes import finish
+from lib.training import step
+from tests.conftest import write_csv
+from tests.stepping import build_experiment
+from tests.workers.engines import use_engine
+from tests.workers.world_size import FIXED, HEADER, rows, shorten
+
+
+def train(accelerator: Any, case: dict[str, Any], config: TrainConfig, data: Any) -> dict[str, Any]:
+    experiment = build_experiment(config, accelerator, data)
+    learner = experiment.learner
+    assert is_sharded(learner.model) == bool(read_sharding())
+    if case.get("broken") == "mean":
+        for module in learner.model.modules():
+            if is_sharded(module):
+                module.set_gradient_divide_factor(float(accelerator.num_processes))
+    made = experiment.train()
+    with whole_weights(learner.inner_model):
+        weights = {name: tensor.clone() for name, tensor in learner.inner_model.state_dict().items()}
+    accelerator.free_memory(learner.model, learner.optimizer)
+    losses, norms = zip(*made, strict=True)
+    return {"losses": losses, "norms": norms, "weights": weights}
+
+
+@contextlib.contextmanager
+def broken(what: str | None) -> Iterator[None]:
+    """Within, the norm is summed over replicas as well, if `what` is norm."""
+
+    def over_all(norm: torch.Tensor, gradients: Any) -> torch.Tensor:
+        squares = norm_over_shards(norm, gradients).square()
+        torch.distributed.all_reduce(squares)
+        return (squares / torch.distributed.get_world_size() * 2).sqrt()  # two replicas
+
+    with mock.patch.object(step, "norm_over_shards", over_all) if what == "norm" else contextlib.nullcontext():
+        yield
+
+
+def start(case: dict[str, Any]) -> Any:
+    """The accelerator of a case."""
+    AcceleratorState._reset_state()  # of the last case, whose precision may be another
+    use_engine(case.get("engine"))
+    return build_accelerator(DeviceOptions(case.get("precision", "no")), shards=True)
+
+
+def main(plan: str, out: str) -> None:
+    cases, results = json.loads(Path(plan).read_text()), {}
+    accelerator = start(cases[0])
+    fixed = [*FIXED.split(), "--per_device_train_batch_size", "3"]
+    with accelerator.main_process_first():
+        for role in ("train", "validation"):
+            fixed += [f"--{role}_file", str(write_csv(Path(plan).parent / f"{role}.csv", rows(), HEADER))]
+    for case in cases:
+        accelerator = start(case)
+        config = parse_cli(TrainConfig, [*fixed, *case["flags"]])
+        tokenizer = load_tokenizer(config.model)
+        with accelerator.main_process_first():
+            data = load_data(config.data, tokenizer)
+        for size in case["sizes"]:
+            with broken(case.get("broken")):
+                results[case["name"], size] = train(accelerator, case, config, shorten(data, size))
+    if accelerator.is_main_process:
+        torch.save(results | {"world_size": accelerator.num_processes, "sharding": str(read_sharding())}, out)
+    finish(accelerator)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
