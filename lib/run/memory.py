@@ -26,7 +26,7 @@ from lib.runtime.cpu.tuning import keeps_freed_memory
 from lib.runtime.memory import own_memory
 from lib.runtime.precision import resolve_precision, uses_gpu
 from lib.training.learner import Learner
-from lib.training.memory_forecast import Forecast, Method, can_recompute, forecast, lasting_parts
+from lib.training.memory_forecast import Forecast, Method, forecast, lasting_parts, lighter_methods
 
 LITTLE = 0.1
 """Share of a device's memory below which activations are not counted: the start would take a quarter second longer."""
@@ -90,9 +90,9 @@ def describe_memory(
         return f"{flags}: {gib(found.peak)} GiB{'' if found.peak <= most else ' (still too much)'}"
 
     helps: list[str] = []
-    whole = config.adapter.adapter is None and config.model.freeze is None and not config.model.from_scratch
-    recompute = [Method(recomputed=True)] if can_recompute(learner.inner_model) else []
-    for method in [*recompute, *([Method(adapter="lora")] if whole else [])]:
+    for method in lighter_methods(learner.inner_model):
+        if config.model.from_scratch and not method.recomputed:
+            continue  # random weights are not kept
         with contextlib.suppress(Exception):  # not for this architecture, or a package is missing
             helps.append(help_line(method.flags, count(method, size)))
     fewer = size

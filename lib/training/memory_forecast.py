@@ -1,7 +1,8 @@
 """The memory that training takes, counted before it starts: one step on tensors that have shapes and dtypes, but no data.
 
-forecast    the bytes of each part, and their peak, for a model and a micro-batch
-Method      another way to train the model, to be forecast
+forecast          the bytes of each part, and their peak, for a model and a micro-batch
+Method            another way to train the model, to be forecast
+lighter_methods   those that take less than the way that a model is trained
 """
 
 import contextlib
@@ -210,6 +211,15 @@ class Method:
         keep_in_dtype(frozen_layers(changed), precision)
         set_train_mode(changed)
         return changed
+
+
+def lighter_methods(model: nn.Module) -> list[Method]:
+    """What could be added to the way `model` is trained, so that it takes less; not what train.py would refuse."""
+    whole = all(
+        parameter.requires_grad for parameter in model.parameters()
+    )  # nothing is frozen, nor is there an adapter
+    methods = [Method(adapter="lora"), Method(frozen="backbone")] if whole else []
+    return [Method(recomputed=True), *methods] if can_recompute(model) else methods
 
 
 def can_recompute(model: nn.Module) -> bool:

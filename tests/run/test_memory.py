@@ -145,12 +145,7 @@ def test_only_the_settings_of_a_model_are_downloaded(empty_cache: None, served: 
 
 
 def test_samples_that_fit_are_those_whose_peak_does() -> None:
-    peaks = {
-        1: 50,
-        2: 60,
-        3: 70,
-        4: 65,
-    }  # of a whole step, without earlier gradients, less than of the next smaller one
+    peaks = {1: 50, 2: 60, 3: 70, 4: 65}  # of the whole step, without earlier gradients: less than of the next smaller
     fits = [samples_that_fit(peaks.__getitem__, 4, most) for most in (49, 50, 59, 60, 64, 65)]
     assert fits == ["0", "1", "1", "2", "2", "all 4"]
 

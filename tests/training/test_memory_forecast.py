@@ -12,12 +12,12 @@ from lib.errors import UserError
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import compute_logits
 from lib.model.frozen_weights import frozen_weights
-from lib.model.layers import set_train_mode
+from lib.model.layers import freeze, set_train_mode
 from lib.model.load import build_model, load_tokenizer
 from lib.model.recomputation import recompute_layers
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.precision import DTYPES, keep_in_dtype
-from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts
+from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts, lighter_methods
 from tests.tiny_models import NAMES, any_classifier, build_from, trainable
 
 CPU = torch.device("cpu")
@@ -179,3 +179,15 @@ def test_quantized_layers_are_counted_as_they_are_held(tmp_path, load_in):
     half, quantized = found
     assert quantized.activations == half.activations
     assert quantized.weights < half.weights
+
+
+def test_lighter_methods_are_those_that_training_would_take(tmp_path: Path) -> None:
+    """A frozen part or an adapter is not added to another; layers are not recomputed twice, nor where they cannot be."""
+    flags = []
+    for kind, frozen in (("bert", False), ("bert", True), ("albert", False)):
+        model = trained(kind, tmp_path / f"{kind}{frozen}")
+        freeze(model, "embeddings" if frozen else None)
+        flags.append([method.flags for method in lighter_methods(model)])
+    anew = ["--adapter lora", "--freeze backbone"]
+    assert flags == [["--gradient_checkpointing True", *anew], ["--gradient_checkpointing True"], anew]
+    assert [method.flags for method in lighter_methods(recompute_layers(trained("bert", tmp_path), True))] == anew

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import sys
 from typing import Any
 
@@ -22,7 +21,22 @@ def keep_forecast(*arguments: Any) -> Any:
 
 def train_and_measure(*arguments: Any) -> None:
     train_step(*arguments)
-    seen["measured"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    seen["measured"] = most_held()
+
+
+if sys.platform == "win32":
+
+    def most_held() -> int:
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+
+else:
+
+    def most_held() -> int:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 lib.run.memory.LITTLE = 0.0  # a small model is counted, too
