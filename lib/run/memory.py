@@ -66,9 +66,9 @@ def describe_memory(
     if most is not None and guess is not None and parts.peak + guess < LITTLE * most:
         return f"less than a tenth of {gib(most)} GiB ({list_parts(parts)}; activations were not counted)", []
 
-    kept = sum(bucket.flat.nbytes for bucket in learner.gradients.buckets) or sum(
-        parameter.grad.nbytes for parameter in learner.inner_model.parameters() if parameter.grad is not None
-    )
+    buckets = [bucket.flat for bucket in getattr(learner.gradients, "buckets", [])]
+    own = [parameter.grad for parameter in learner.inner_model.parameters() if parameter.grad is not None]
+    kept = sum(gradient.nbytes for gradient in buckets or own)
     base = max(0, held - parts.weights - kept)  # gradients that are there already are a part of the step
 
     def count(method: Method, size: int) -> Forecast:

@@ -155,7 +155,7 @@ def count_step(
     return kept, before + tally.peak
 
 
-def prepare_tables(model: nn.Module) -> set[nn.Parameter]:
+def prepare_tables(model: nn.Module) -> set[torch.Tensor]:
     """Treat large embedding tables as `TableAdamW` does; returns their weights, whose gradients are always there."""
     tables = large_tables(model)
     for table in tables:
