@@ -51,6 +51,8 @@ def main(config: ImportConfig | VerifyConfig | DoctorConfig) -> int:
     if config.model is not None and healthy:
         with settings_folder(config) as folder:
             print(f"\n{lines_of(memory_page(config, folder))}")
+    elif config.model is not None:
+        print("\nWhat memory training takes is not counted before a run can start.")
     return 0 if healthy else 1
 
 

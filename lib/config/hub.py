@@ -7,6 +7,7 @@ from tyro.conf import Positional
 
 from lib.config.limits import COUNT, INPUT_NAME, INPUT_PATH, check_values
 from lib.config.sections import HubConfig, Precision, alias
+from lib.errors import UserError
 
 RepoType = Literal["model", "dataset"]
 
@@ -75,6 +76,11 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        for name in ("train_batch_size", "per_device_train_batch_size", "max_length", "mixed_precision"):
+            if self.model is None and getattr(self, name) != getattr(DoctorConfig, name):
+                raise UserError(
+                    f"--{name} is for the memory that training takes, which needs --model: give it, or leave it out"
+                )
 
 
 COMMANDS = {"import": ImportConfig, "verify": VerifyConfig, "doctor": DoctorConfig}

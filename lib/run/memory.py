@@ -1,9 +1,12 @@
 """What memory a run takes, in words: of a run that starts, and of the ways to train a model, side by side."""
 
+import bisect
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +26,7 @@ from lib.runtime.cpu.tuning import keeps_freed_memory
 from lib.runtime.memory import own_memory
 from lib.runtime.precision import resolve_precision, uses_gpu
 from lib.training.learner import Learner
-from lib.training.memory_forecast import Forecast, Method, forecast, lasting_parts
+from lib.training.memory_forecast import Forecast, Method, forecast, lasting_parts, lighter_methods
 
 LITTLE = 0.1
 """Share of a device's memory below which activations are not counted: the start would take a quarter second longer."""
@@ -31,7 +34,7 @@ LITTLE = 0.1
 HOLES = 0.3
 """Share of a step that is lost on a CPU where freed memory is kept, in holes too small for what is needed next.
 
-Measured on BERT and GPT-2 of 24 million parameters: 0.32 and 0.30.
+Fitted on a BERT and a GPT-2 of 20 to 30 million parameters: 0.32 and 0.30.
 """
 
 METHODS = (
@@ -63,30 +66,41 @@ def describe_memory(
     if most is not None and guess is not None and parts.peak + guess < LITTLE * most:
         return f"less than a tenth of {gib(most)} GiB ({list_parts(parts)}; activations were not counted)", []
 
+    buckets = [bucket.flat for bucket in getattr(learner.gradients, "buckets", [])]
+    own = [parameter.grad for parameter in learner.inner_model.parameters() if parameter.grad is not None]
+    kept = sum(gradient.nbytes for gradient in buckets or own)
+    base = max(0, held - parts.weights - kept)  # gradients that are there already are a part of the step
+
     def count(method: Method, size: int) -> Forecast:
         # The model is what it is: frozen, adapted or recomputed already.
         model = learner.inner_model
         model = model if method == Method() else method.apply(model, config.model, new_weights, precision)
-        pieces = math.ceil(per_process / size)
-        found = forecast(model, longest_inputs(batches, size), device, precision, pieces, plan.world_size)
-        return with_process(found, max(0, held - parts.weights), device)
+        has_gradients = size < per_process or plan.world_size > 1
+        return with_process(
+            forecast(model, longest_inputs(batches, size), device, precision, has_gradients), base, device
+        )
 
     found = count(Method(), size)
     shown = " x ".join(f"{number:,}" for number in inputs["input_ids"].shape)
     text = f"about {gib(found.peak)} GiB{'' if most is None else f' of {gib(most)}'} ({list_parts(found, shown)})"
     if most is None or found.peak <= most:
         return text, []
+
+    def help_line(flags: str, found: Forecast) -> str:
+        return f"{flags}: {gib(found.peak)} GiB{'' if found.peak <= most else ' (still too much)'}"
+
     helps: list[str] = []
-    whole = config.adapter.adapter is None and config.model.freeze is None and not config.model.from_scratch
-    recomputed = plan.config.gradient_checkpointing or config.adapter.adapter == "prefix"
-    for method in [*([] if recomputed else [Method(recomputed=True)]), *([Method(adapter="lora")] if whole else [])]:
+    for method in lighter_methods(learner.inner_model):
+        if config.model.from_scratch and not method.recomputed:
+            continue  # random weights are not kept
         with contextlib.suppress(Exception):  # not for this architecture, or a package is missing
-            helps.append(f"{method.flags}: {gib(count(method, size).peak)} GiB")
-    while found.peak > most and size > 1:
-        size //= 2
-        found = count(Method(), size)
-    if size < len(inputs["input_ids"]):
-        helps.append(f"--per_device_train_batch_size {size}: {gib(found.peak)} GiB")
+            helps.append(help_line(method.flags, count(method, size)))
+    fewer = size
+    while found.peak > most and fewer > 1:
+        fewer //= 2
+        found = count(Method(), fewer)
+    if fewer < size:
+        helps.append(help_line(f"--per_device_train_batch_size {fewer}", found))
     advice = f"; what helps, and to how much: {', '.join(helps)}" if helps else ""
     return text, [f"warning: memory may not suffice{advice}"]
 
@@ -128,7 +142,7 @@ def list_parts(found: Forecast, shape: str = "") -> str:
     if found.activations is not None:
         parts.append(f"activations {gib(found.activations)} for {shape} tokens")
     elif shape:
-        parts.append("activations are not known, since the model does not run without data")
+        parts.append(f"activations are not known: the model does not run without data ({found.fault})")
     others = {"libraries and data": found.base, "unused between blocks": found.lost}
     return ", ".join(parts + [f"{name} {gib(size)}" for name, size in others.items() if size])
 
@@ -151,26 +165,27 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     length = min(config.max_length, longest_input(hf_config) or config.max_length)
     size = min(config.train_batch_size, config.per_device_train_batch_size or config.train_batch_size)
 
-    def count(method: Method, rows: int) -> Forecast:
-        changed = method.apply(model, source, [], precision)
+    def count(changed: Any, rows: int) -> Forecast:
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         inputs = {"input_ids": ids, "attention_mask": ids}
-        found = forecast(changed, inputs, device, precision, math.ceil(config.train_batch_size / rows))
+        found = forecast(changed, inputs, device, precision, has_gradients=rows < config.train_batch_size)
         return with_process(found, held, device)
 
     table = [["GiB", "weights", "gradients", "AdamW", "activations", "peak", "samples that fit"]]
     for method in METHODS:
         name = method.flags or "the whole model"
         try:
-            found = count(method, size)
+            changed = method.apply(model, source, [], precision)
         except UserError as error:
             table.append([name, f"not possible: {first_line(error)}"])
             continue
+        found = count(changed, size)
         row = [name, gib(found.weights), gib(found.gradients), gib(found.moments)]
         if found.activations is None:
-            table.append([*row, "not known"])
+            table.append([*row, f"not known ({found.fault})"])
             continue
-        fits = "not known" if most is None else samples_that_fit(found.peak, count(method, 4 * size).peak, size, most)
+        peak = functools.partial(lambda changed, rows: count(changed, rows).peak, changed)
+        fits = "not known" if most is None else samples_that_fit(peak, config.train_batch_size, most)
         table.append([*row, gib(found.activations), gib(found.peak), fits])
     widths = [max(len(row[column]) for row in table if len(row) == len(table[0])) for column in range(len(table[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
@@ -185,9 +200,9 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     return "\n".join([title, "", *lines, "", note])
 
 
-def samples_that_fit(peak: int, peak_of_four: int, size: int, most: int) -> str:
-    """About how many samples a micro-batch can have: memory grows with their number, by what `size` and 4 `size` take."""
-    growth = (peak_of_four - peak) / (3 * size)
-    if growth <= 0:
-        return "any number"
-    return f"{max(0, int(size + (most - peak) / growth)):,}"
+def samples_that_fit(peak: Callable[[int], int], whole: int, most: int) -> str:
+    """How many of the `whole` samples of a step a micro-batch can have, where one of n takes `peak(n)` of `most` bytes."""
+    if peak(whole) <= most:
+        return f"all {whole:,}"
+    # Smaller ones add to the gradients of those before, so that all of them take more with each sample.
+    return f"{bisect.bisect_right(range(1, whole), most, key=peak):,}"

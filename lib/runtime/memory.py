@@ -66,7 +66,7 @@ def halve(size: int, flag: str, unit: str = "samples", remedies: str = "") -> in
         also = f"{remedies}, " if remedies else ""
         raise UserError(
             f"out of memory with a single sample per forward; try {also}a shorter --max_length, --mixed_precision bf16, "
-            "--freeze, --adapter lora, a smaller --model, or a device with more free memory"
+            "a smaller --model, or a device with more free memory"
         )
     of = " (rows x padded length)" if unit == "positions" else ""
     hint = f"; {remedies} or a smaller {flag} takes less" if remedies else f" ({flag})"

@@ -1,7 +1,8 @@
 """The memory that training takes, counted before it starts: one step on tensors that have shapes and dtypes, but no data.
 
-forecast    the bytes of each part, and their peak, for a model and a micro-batch
-Method      another way to train the model, to be forecast
+forecast          the bytes of each part, and their peak, for a model and a micro-batch
+Method            another way to train the model, to be forecast
+lighter_methods   those that take less than the way that a model is trained
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.config.sections import AdapterConfig, ModelSource
+from lib.errors import UserError, first_line
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import Inputs, compute_logits
 from lib.model.layers import freeze, set_train_mode
@@ -33,8 +35,8 @@ class Forecast:
     the two `moments` of AdamW. In each step come and go the `gradients` and the `activations`: all that a forward of one
     micro-batch keeps for its backward, copies of weights in another dtype included. Gradients appear while activations
     go, so that the most of both at once, `step`, lies between the larger one and their sum, with what operations need
-    for a moment. `activations` and `step` are None where the model cannot be run without data. Of a step, some memory is
-    `lost` between blocks that are in use.
+    for a moment. `activations` and `step` are None where the model cannot be run without data, for the reason `fault`. Of a
+    step, some memory is `lost` between blocks that are in use.
     """
 
     weights: int
@@ -44,6 +46,7 @@ class Forecast:
     step: int | None
     base: int = 0
     lost: int = 0
+    fault: str = ""
 
     @property
     def peak(self) -> int:
@@ -104,24 +107,23 @@ def copy_shapes(model: nn.Module, device: torch.device) -> Any:
 
 
 def forecast(
-    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, pieces: int = 1, processes: int = 1
+    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, has_gradients: bool = False
 ) -> Forecast:
-    """What a step of `model` takes on `device`, where a process runs `pieces` micro-batches of the size of `inputs`.
+    """What a step of `model` takes on `device`, for the micro-batch `inputs`.
 
     The step is a forward and a backward of a copy of the model, on tensors without data, with the casts that mixed
     `precision` makes on the device. It takes about a second for a model of any size, draws no random numbers, and changes
-    nothing. Without a mask of attention, `inputs` have no padding. With several processes there is a second copy of the
-    gradients, which is summed. Not counted are what the allocator of the device loses to rounding and fragments, and
-    AdamW's own step, which needs less than the backward before it.
+    nothing. Without a mask of attention, `inputs` have no padding. With `has_gradients`, all gradients are there already:
+    of earlier micro-batches, or in the memory in which several processes sum them. Not counted are what the allocator of
+    the device loses to rounding and fragments, and AdamW's own step, which needs less than the backward before it.
     """
     parts = lasting_parts(model)
     evaluation = cast_bytes(model, precision)
     try:
-        activations, step = count_step(copy_shapes(model, device), inputs, device, precision, pieces)
-    except Exception:  # code of others, which must not end a run here
-        return parts
-    step = max(step, evaluation) + (parts.gradients if processes > 1 else 0)
-    return dataclasses.replace(parts, activations=activations, step=step)
+        activations, step = count_step(copy_shapes(model, device), inputs, device, precision, has_gradients)
+    except Exception as error:  # code of others, which must not end a run here
+        return dataclasses.replace(parts, fault=f"{type(error).__name__}: {first_line(error)}")
+    return dataclasses.replace(parts, activations=activations, step=max(step, evaluation))
 
 
 def lasting_parts(model: nn.Module) -> Forecast:
@@ -131,16 +133,17 @@ def lasting_parts(model: nn.Module) -> Forecast:
     return Forecast(sum(held.values()), gradients, 2 * gradients, None, None)
 
 
-def count_step(model: nn.Module, inputs: Inputs, device: torch.device, precision: str, pieces: int) -> tuple[int, int]:
+def count_step(
+    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, has_gradients: bool
+) -> tuple[int, int]:
     """(bytes that a forward keeps for its backward, most bytes of gradients and activations at once); uses `model` up."""
     first: Any = next(model.parameters())
     before = 0
     with first.fake_mode, torch.random.fork_rng(devices=[]):
-        if device.type == "cpu":
-            before += prepare_tables(model)
-        for parameter in model.parameters() if pieces > 1 else ():
-            if parameter.requires_grad:
-                parameter.grad = torch.empty_like(parameter)  # of the micro-batches before
+        tables = prepare_tables(model) if device.type == "cpu" else set()
+        for parameter in model.parameters():
+            if parameter in tables or (has_gradients and parameter.requires_grad):
+                parameter.grad = torch.empty_like(parameter)
                 before += parameter.nbytes
         # Counts of windows are read on the CPU.
         fed = {n: t if n == "num_windows" else torch.empty_like(t, device=device) for n, t in inputs.items()}
@@ -152,13 +155,13 @@ def count_step(model: nn.Module, inputs: Inputs, device: torch.device, precision
     return kept, before + tally.peak
 
 
-def prepare_tables(model: nn.Module) -> int:
-    """Treat large embedding tables as `TableAdamW` does; returns the bytes of their gradients, which are always there."""
+def prepare_tables(model: nn.Module) -> set[torch.Tensor]:
+    """Treat large embedding tables as `TableAdamW` does; returns their weights, whose gradients are always there."""
     tables = large_tables(model)
     for table in tables:
         table.sparse = False
         table.register_forward_hook(lambda module, _, output: RowsOnly.apply(module.weight, output.detach()))
-    return sum(table.weight.nbytes for table in tables)
+    return {table.weight for table in tables}
 
 
 class RowsOnly(torch.autograd.Function):
@@ -208,3 +211,26 @@ class Method:
         keep_in_dtype(frozen_layers(changed), precision)
         set_train_mode(changed)
         return changed
+
+
+def lighter_methods(model: nn.Module) -> list[Method]:
+    """What could be added to the way `model` is trained, so that it takes less; not what train.py would refuse."""
+    whole = all(
+        parameter.requires_grad for parameter in model.parameters()
+    )  # nothing is frozen, nor is there an adapter
+    methods = [Method(adapter="lora"), Method(frozen="backbone")] if whole else []
+    return [Method(recomputed=True), *methods] if can_recompute(model) else methods
+
+
+def can_recompute(model: nn.Module) -> bool:
+    """Whether --gradient_checkpointing would make training `model` take less: not where it is refused, or on already."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return False
+    prompt: Any = getattr(model, "active_peft_config", None)
+    if str(getattr(prompt, "peft_type", "")).endswith("PREFIX_TUNING"):
+        return False
+    try:
+        recompute_layers(copy_shapes(model, torch.device("meta")), True)
+    except UserError:
+        return False
+    return True

@@ -18,6 +18,7 @@ from lib.runtime.memory import StartAgain, halve, has_own_memory, is_out_of_memo
 from lib.runtime.processes import lowest
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
+from lib.training.memory_forecast import lighter_methods
 
 ForwardBackward = Callable[[Learner, MicroBatch, float], torch.Tensor]
 """(learner, micro-batch, weight of the whole step) -> summed loss; adds to the gradients of the parameters."""
@@ -87,7 +88,7 @@ def attempts(learner: Learner, batch: StepBatch, phase: str = "") -> Iterator[At
         if failed:
             # A process whose share did fit has no say.
             largest = lowest(accelerator, attempt.largest() if attempt.failed else sys.maxsize)
-            remedies = "" if learner.plan.config.gradient_checkpointing else "--gradient_checkpointing True"
+            remedies = ", ".join(method.flags for method in lighter_methods(learner.inner_model))
             state.micro_batch_positions = halve(largest, MICRO_BATCHES, "positions", remedies)
 
 

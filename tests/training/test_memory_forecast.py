@@ -12,12 +12,12 @@ from lib.errors import UserError
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import compute_logits
 from lib.model.frozen_weights import frozen_weights
-from lib.model.layers import set_train_mode
+from lib.model.layers import freeze, set_train_mode
 from lib.model.load import build_model, load_tokenizer
 from lib.model.recomputation import recompute_layers
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.precision import DTYPES, keep_in_dtype
-from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts
+from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts, lighter_methods
 from tests.tiny_models import NAMES, any_classifier, build_from, trainable
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_recomputed_layers_keep_less(tmp_path: Path) -> None:
 
 def test_gradients_of_several_micro_batches_are_there_beside_the_activations(tmp_path: Path) -> None:
     model = trained("bert", tmp_path)
-    one, two = (forecast(model, batch(8), CPU, "no", pieces) for pieces in (1, 2))
+    one, two = (forecast(model, batch(8), CPU, "no", has_gradients) for has_gradients in (False, True))
     assert one.step is not None
     assert two.step is not None
     assert two.step >= two.gradients + (two.activations or 0) > one.step
@@ -142,7 +142,9 @@ class Reader(nn.Module):
 
 
 def test_model_that_needs_data_has_no_figure_for_activations() -> None:
-    assert forecast(Reader(), batch(2), CPU, "no") == Forecast(40, 40, 80, None, None)
+    found = forecast(Reader(), batch(2), CPU, "no")
+    assert found == Forecast(40, 40, 80, None, None, fault=found.fault)
+    assert found.fault
 
 
 @pytest.mark.parametrize("method", ["lora", "backbone"])
@@ -177,3 +179,15 @@ def test_quantized_layers_are_counted_as_they_are_held(tmp_path, load_in):
     half, quantized = found
     assert quantized.activations == half.activations
     assert quantized.weights < half.weights
+
+
+def test_lighter_methods_are_those_that_training_would_take(tmp_path: Path) -> None:
+    """A frozen part or an adapter is not added to another; layers are not recomputed twice, nor where they cannot be."""
+    flags = []
+    for kind, frozen in (("bert", False), ("bert", True), ("albert", False)):
+        model = trained(kind, tmp_path / f"{kind}{frozen}")
+        freeze(model, "embeddings" if frozen else None)
+        flags.append([method.flags for method in lighter_methods(model)])
+    anew = ["--adapter lora", "--freeze backbone"]
+    assert flags == [["--gradient_checkpointing True", *anew], ["--gradient_checkpointing True"], anew]
+    assert [method.flags for method in lighter_methods(recompute_layers(trained("bert", tmp_path), True))] == anew

@@ -1,7 +1,7 @@
 """Runs train.py; prints what its start block forecasts, and the most memory until the last step was over, in bytes."""
 
 import json
-import resource
+import os
 import sys
 from typing import Any
 
@@ -21,10 +21,26 @@ def keep_forecast(*arguments: Any) -> Any:
 
 def train_and_measure(*arguments: Any) -> None:
     train_step(*arguments)
-    seen["measured"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seen["measured"] = most_held()
+
+
+if sys.platform == "win32":
+
+    def most_held() -> int:
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+
+else:
+
+    def most_held() -> int:
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 lib.run.memory.LITTLE = 0.0  # a small model is counted, too
 lib.run.memory.with_process, train.train_step = keep_forecast, train_and_measure
 train.main(parse_cli(TrainConfig, sys.argv[1:]))
+seen["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
 print(json.dumps(seen))
