@@ -53,7 +53,7 @@ def describe_memory(
     """
     if is_sharded(learner.model):
         return (
-            f"{list_parts(lasting_parts(learner.model))} in the shards of a process; activations and gathered layers are not counted",
+            f"{list_parts(lasting_parts(learner.model))} in a process's shards; activations are not counted",
             [],
         )
     device, plan, precision = learner.accelerator.device, learner.plan, learner.accelerator.mixed_precision

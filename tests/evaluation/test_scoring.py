@@ -96,7 +96,9 @@ def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
     accelerator: Accelerator, parts: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A batch of short texts holds more samples than that size."""
-    assert max(map(len, eval_batches(parts[2], 2))) > 4
+    model, tokens, _, collator = parts
+    lengths = np.array([64, *[8] * (SIZE - 1)])
+    assert max(map(len, eval_batches(lengths, 2))) > 4
 
     def no_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -104,7 +106,7 @@ def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
     monkeypatch.setattr(scoring, "read_sharding", lambda: Sharding(2))
     monkeypatch.setattr(scoring, "predict_batch", no_memory)
     with pytest.raises(StartAgain, match="--per_device_eval_batch_size") as error:
-        predict_all(accelerator, parts, 2)
+        predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), 2)
     assert (error.value.name, error.value.value) == ("eval_batch_size", 1)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.default import write_basic_config
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from lib.errors import UserError
 from lib.runtime import launch_checks
@@ -23,6 +24,7 @@ from lib.runtime.launch_checks import (
     Sharding,
     check_launch,
     launch_arguments,
+    read_launch,
     read_sharding,
 )
 from lib.runtime.launcher import Launcher
@@ -249,7 +251,7 @@ def test_variable_that_asks_for_fsdp_is_named_and_not_a_key_that_is_not_in_the_f
     told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="^ACCELERATE_USE_FSDP=true"):
+    with pytest.raises(UserError, match=r"^ACCELERATE_USE_FSDP=true"):
         told(keys={"distributed_type": "MULTI_GPU", "num_processes": 2})
 
 
@@ -465,6 +467,12 @@ def test_documented_launch_is_allowed(line: str, told: Told, monkeypatch: pytest
     flags = launch_arguments(["accelerate", *parts[start:]]) or []
     if "--num_processes" in flags:
         monkeypatch.setenv("WORLD_SIZE", flags[flags.index("--num_processes") + 1])
+    monkeypatch.setattr(launch_checks, "find_launcher", lambda: Launcher(["accelerate", *parts[start:]], outside))
+    launch = read_launch()
+    if launch and launch.told("use_fsdp"):
+        for name, value in prepare_multi_gpu_env(launch.settings).items():
+            if name.startswith(("ACCELERATE_USE_", "FSDP_", "PARALLELISM_")):
+                monkeypatch.setenv(name, value)
     assert told(*flags, outside=outside) == []
 
 

@@ -3,8 +3,8 @@
     sharded.py PLAN OUT
 
 PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data; `engine`: plain, fsdp, or as
-launched; `precision`; `reshard`: whether a layer is freed after forward; `broken`, what is broken on purpose: mean, or norm. Run by tests on one process and, through the
-launcher, on several.
+launched; `precision`; `reshard`: whether a layer is freed after forward; `broken`, what is broken on purpose: mean, or
+norm. Run by tests on one process and, through the launcher, on several.
 """
 
 import contextlib
