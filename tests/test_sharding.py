@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.errors import UserError
+from lib.model import padding
 from lib.model.build import check_trainable
 from lib.model.sharding import shard_model
 from lib.run.checkpoint import list_checkpoints
@@ -121,19 +122,28 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def test_shards_give_the_losses_norms_and_weights_of_whole_models(train: Train, folder: Path) -> None:
     """Two processes with whole models give those of one, by the laws of test_laws.py."""
-    flags = ["--model", str(tiny(folder, "roberta"))]
+    flags, lora = ["--model", str(tiny(folder, "roberta"))], ["--adapter", "lora"]
     cases = [
         {"name": "whole", "engine": "plain", "flags": flags, "sizes": [1, 13, 19]},
         {"name": "shards", "flags": flags, "sizes": [1, 13, 19]},
         {"name": "mean", "flags": flags, "sizes": [19], "broken": "mean"},
         {"name": "whole bf16", "engine": "plain", "precision": "bf16", "flags": flags, "sizes": [19]},
         {"name": "shards bf16", "precision": "bf16", "flags": flags, "sizes": [19]},
+        {"name": "whole layers", "reshard": "false", "flags": flags, "sizes": [19]},
+        {"name": "whole lora", "engine": "plain", "precision": "bf16", "flags": [*flags, *lora], "sizes": [19]},
+        {"name": "shards lora", "precision": "bf16", "flags": [*flags, *lora], "sizes": [19]},
     ]
     found = train("fsdp-2", cases)
     for size in (1, 13, 19):  # of 13, one process has three micro-batches and the other two
         assert same(found["whole", size], found["shards", size]), size
     assert not same(found["whole", 19], found["mean", 19])
+    assert same(found["whole", 19], found["whole layers", 19])
+    assert (found["shards", 19]["freed"], found["whole layers", 19]["freed"]) == (True, False)
     assert found["whole bf16", 19]["losses"] == found["shards bf16", 19]["losses"] != found["shards", 19]["losses"]
+    assert found["whole lora", 19]["losses"] == found["shards lora", 19]["losses"]
+    assert "not counted" in found["shards", 19]["memory"]
+    half = sum(weight.nbytes for weight in found["whole", 19]["weights"].values()) / 2
+    assert half <= found["shards", 19]["held"] <= 1.1 * half
 
 
 @pytest.mark.slow
@@ -209,6 +219,12 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
                     assert b.get(key) == pytest.approx(a.get(key), abs=1e-6), after
             for file, wanted in load_file(after / "model" / "model.safetensors").items():
                 torch.testing.assert_close(wanted, weights[file], atol=1e-6, rtol=0)
+
+
+def test_run_in_shards_is_resumed_bit_by_bit(run: Command, roberta: Path, tmp_path: Path) -> None:
+    calls: list[dict[str, Any]] = [{"folder": "whole"}, {"folder": "stopped", "stop": 5}, {"folder": "stopped"}]
+    play(run, tmp_path, roberta, [call | {"flags": ["--epochs", "1"]} for call in calls], 2, "fsdp2.yaml")
+    assert not differences(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.slow
@@ -298,7 +314,8 @@ def test_run_in_shards_leaves_what_a_run_of_one_process_leaves(
     [
         ("roberta", "--head_solver lbfgs --freeze backbone", "--head_solver"),
         ("roberta", "--compile True", "--compile"),
-        ("opt", "--config_overrides layerdrop=0.1", "layerdrop=0.0"),
+        ("roberta", "--load_in 4bit --adapter lora", "--load_in"),
+        ("opt", "", "opt.*multi_gpu"),
     ],
 )
 def test_what_does_not_go_with_shards_is_refused_by_name(
@@ -310,6 +327,21 @@ def test_what_does_not_go_with_shards_is_refused_by_name(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=rf"(?s)FSDP.*{words}"):
         check_trainable(trained)
+
+
+def test_lack_of_memory_in_shards_is_not_taken_for_a_length_that_the_model_does_not_take(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other processes would wait for this one's next forward."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny(folder, "roberta"))
+
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(padding, "is_sharded", lambda _: True)
+    monkeypatch.setattr(padding, "compute_logits", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        padding.find_leak(model, {}, {}, {})
 
 
 def test_model_whose_layers_are_not_found_is_refused_by_name(folder: Path) -> None:

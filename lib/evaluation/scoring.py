@@ -83,8 +83,9 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
 
     Batches depend only on the lengths of the texts and on `batch_size`, so any number of processes computes the same
     numbers. Each process writes its samples into zeros and the arrays are summed; a count of writes proves that no sample
-    is missing or counted twice. After an out-of-memory error, batches are halved on all processes. Raises RuntimeError if
-    a sample is missing or counted twice, Stopped if a process was asked to stop.
+    is missing or counted twice. After an out-of-memory error, batches are halved on all processes; of a model in shards,
+    by the next start, for which StartAgain is raised. Raises RuntimeError if a sample is missing or counted twice, Stopped
+    if a process was asked to stop.
     """
     started = time.perf_counter()
     training = {module: module.training for module in model.modules()}
@@ -92,9 +93,15 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     results = None
     with cast_weights(model, "no" if is_sharded(model) else accelerator.mixed_precision):
         while results is None:
-            results = predict_table(accelerator, model, split, eval_batches(split.positions, batch_size))
+            flag, largest = "--per_device_eval_batch_size", min(batch_size, len(split.tokens))
+            try:
+                results = predict_table(accelerator, model, split, eval_batches(split.positions, batch_size))
+            except (RuntimeError, MemoryError) as error:  # of a model in shards: else there are no results
+                if not is_out_of_memory(error):
+                    raise
+                raise StartAgain("eval_batch_size", halve(largest, flag), flag) from error
             if results is None:
-                batch_size = halve(min(batch_size, len(split.tokens)), "--per_device_eval_batch_size")
+                batch_size = halve(largest, flag)
     for module, mode in training.items():
         module.training = mode
     summed = results if accelerator.num_processes == 1 else accelerator.reduce(results, "sum")  # else a copy
@@ -143,7 +150,8 @@ def share_batches(
     """Call `compute` with the indices and tensors of each batch of this process; False after an out-of-memory error.
 
     All processes advance from batch to batch together, so they can agree to stop, or to start again with smaller batches.
-    Where a model is in shards, all of them compute every time: one that has no batch left gets a text and no indices.
+    Where a model is in shards, all of them compute every time: one that has no batch left gets a text and no indices; and
+    an out-of-memory error is raised, since the others cannot be told.
     """
     rounds, sharding = -(-len(batches) // accelerator.num_processes), read_sharding()
     mine = batches[accelerator.process_index :: accelerator.num_processes]
@@ -161,11 +169,8 @@ def share_batches(
                 indices = torch.from_numpy(mine[index].copy()).to(accelerator.device)
                 compute(indices if index < own else indices[:0], batch)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if sharding or not is_out_of_memory(error):
                     raise
-                if sharding:
-                    smaller = halve(max(map(len, mine)), "--per_device_eval_batch_size")
-                    raise StartAgain("eval_batch_size", smaller) from error
                 failed = True
         if any_process(accelerator, failed):
             return False

@@ -15,6 +15,7 @@ from lib.model.frozen_weights import FLOAT32, check_package, frozen_weights
 from lib.model.load import build_model
 from lib.model.overrides import override
 from lib.model.recomputation import recompute_layers
+from lib.model.sharding import SHARDED
 from lib.model.source import LoadingInfo, load_hf_config
 from lib.runtime.launch_checks import read_sharding
 
@@ -74,12 +75,10 @@ def check_sharding(config: TrainConfig, hf_config: Any, quantized: bool) -> None
             f"FSDP does not spread quantized weights, and those of --model {config.model.model} are; {plain}, or use the "
             "model's original, without --load_in"
         )
-    if dropping := [name for name, value in vars(hf_config).items() if name.endswith("layerdrop") and value]:
-        changes = " ".join([*config.model.config_overrides, *(f"{name}=0.0" for name in dropping)])
+    if hf_config.model_type not in SHARDED:
         raise UserError(
-            f"FSDP and --model {config.model.model} do not go together: it drops whole layers in training "
-            f"({', '.join(dropping)} in its config.json), each process others, and no layer is put together without all of "
-            f"them\nThis works: --config_overrides {changes}"
+            f"FSDP is not tested for --model {config.model.model}, of type {hf_config.model_type}, but for "
+            f"{', '.join(SHARDED)}; {plain}"
         )
     if config.model.head_solver:
         raise UserError(

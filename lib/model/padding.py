@@ -9,7 +9,8 @@ import torch
 
 from lib.model.forward import Inputs, compute_logits
 from lib.model.frozen_weights import widened
-from lib.model.sharding import without_gradients
+from lib.model.sharding import is_sharded, without_gradients
+from lib.runtime.memory import is_out_of_memory
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 """Largest difference between logits, relative to the largest logit, that counts as rounding."""
@@ -45,11 +46,15 @@ def find_leak(model: Any, alone: Inputs, twice: Inputs, padded: Inputs) -> str |
     with in_full_precision(model):
         try:
             long = compute_logits(model, padded)[:1]
-        except FAILURES:
+        except FAILURES as error:
+            if is_sharded(model) and is_out_of_memory(error):
+                raise  # of this process alone: the others compute on, and wait for its part
             return None  # made for one fixed length: evaluation ends in the same error
         try:
             first = compute_logits(model, alone)
-        except FAILURES:
+        except FAILURES as error:
+            if is_sharded(model) and is_out_of_memory(error):
+                raise
             return "length"  # such as Canine, which pools four characters
         if same_logits(first, long):
             return None

@@ -6,7 +6,6 @@ Zhao et al. 2023). With replicas (HSDP), every group of processes holds a whole 
 """
 
 import contextlib
-import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,10 +14,19 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from lib.model.layers import find_layers
 from lib.runtime.launch_checks import Sharding
+
+SHARDED = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"),
+    *("gpt2", "llama", "qwen2", "qwen3"),
+)
+"""Model types that are tested in shards, and two with the code of one of them.
+
+In others a list of layers may be half of the model, or a process may use other parameters than the rest.
+"""
 
 
 def shard_model(model: nn.Module, sharding: Sharding, device: torch.device) -> None:
@@ -37,7 +45,6 @@ def shard_model(model: nn.Module, sharding: Sharding, device: torch.device) -> N
         module.set_force_sum_reduction_for_comms(True)
 
 
-@functools.cache
 def device_mesh(shards: int, replicas: int, device: str) -> DeviceMesh:
     """The processes as (replicas, shards), or as (shards,) without replicas: neighbours hold the parts of one model."""
     if replicas == 1:
@@ -80,7 +87,18 @@ def as_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor that every process holds whole, in the shards of `like`; nothing is sent."""
     if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    part = tensor.detach()
+    for dimension, placement in enumerate(like.placements):
+        if isinstance(placement, Shard):
+            pieces, own = (
+                part.chunk(like.device_mesh.size(dimension), placement.dim),
+                like.device_mesh.get_local_rank(dimension),
+            )
+            part = pieces[own] if own < len(pieces) else part.narrow(placement.dim, 0, 0)
+    part = part.to(
+        like.to_local().device, copy=True, memory_format=torch.contiguous_format
+    )  # after the cut: the GPU has room
+    return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,7 +268,15 @@ class Checkpointer:
             depends = {name: self.settings.get(name) for name in LEARNED_UNDER[error.name]}
             note = {"state": {error.name: error.value}, "settings": depends}
             file = self.folder / MEMORY / f"{self.learner.accelerator.process_index}-{error.name}.json"
-            write_atomically(file, json.dumps(note) + "\n")
+            try:
+                write_atomically(file, json.dumps(note) + "\n")
+            except WRITE_ERRORS as failure:
+                print(
+                    f"warning: the next start does not know of it and runs out of memory again, unless a smaller "
+                    f"--{LEARNED_UNDER[error.name][0]} is set: {explain(failure, file)}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     def read_smaller(self) -> dict[str, int]:
         """The smallest sizes that earlier starts noted; notes that other settings made, or that are damaged, do not count."""

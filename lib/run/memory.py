@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import AutoModelForSequenceClassification
 
 from lib.config.hub import DoctorConfig
@@ -20,6 +19,7 @@ from lib.data.loader import Batches
 from lib.errors import UserError, first_line
 from lib.model.forward import Inputs, attend_by_length
 from lib.model.load import longest_input
+from lib.model.sharding import is_sharded
 from lib.model.source import load_hf_config, loading_errors
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.cpu.tuning import keeps_freed_memory
@@ -54,8 +54,11 @@ def describe_memory(
     Activations are counted only where weights, gradients and moments, with a generous guess at the activations, take more
     than a tenth of the memory that this process can have.
     """
-    if learner.accelerator.distributed_type == DistributedType.FSDP:
-        return "not known where the model is split among processes", []
+    if is_sharded(learner.model):
+        return (
+            f"{list_parts(lasting_parts(learner.model))} in a process's shards; activations are not counted",
+            [],
+        )
     device, plan, precision = learner.accelerator.device, learner.plan, learner.accelerator.mixed_precision
     held, most = own_memory(device)
     per_process = math.ceil(min(plan.config.train_batch_size, len(plan.lengths)) / plan.world_size)

@@ -26,7 +26,7 @@ from lib.model.sharding import is_sharded, whole_weights
 from lib.model.source import LoadingInfo
 from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
-from lib.run.checkpoint import MEMORY, Checkpointer, read_best_steps, remove_checkpoints
+from lib.run.checkpoint import LEARNED_UNDER, MEMORY, Checkpointer, read_best_steps, remove_checkpoints
 from lib.run.introduction import describe_run
 from lib.run.learning_curves import draw_learning_curves
 from lib.run.ownership import check_run_folder
@@ -134,7 +134,10 @@ class Run:
         smaller = self.on_first(self.checkpointer.read_smaller)
         self.checkpointer.use_smaller(smaller)
         for name, value in smaller.items() if accelerator.is_main_process else ():
-            print(f"out of memory before: going on with {name} {value:,}", flush=True)
+            flag, unit = LEARNED_UNDER[name][0], "positions" if name == "micro_batch_positions" else "samples"
+            print(
+                f"out of memory before: at most {value:,} {unit} a forward, until another --{flag} is set", flush=True
+            )
         anew = config.training.resume_from_checkpoint == "never"
 
         def open_log() -> None:

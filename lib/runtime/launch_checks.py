@@ -53,7 +53,7 @@ class Setting:
     asks: Callable[[str], bool] = is_on
 
 
-WHOLE = "here every process holds the whole model, or FSDP2 spreads it: accelerate_configs/fsdp2.yaml"
+WHOLE = "here every process holds the whole model"
 PARALLEL = "tensor, context or sequence parallelism"
 TPU = "it is not tested there"
 
@@ -102,6 +102,10 @@ REFUSED = (
 SIZES = ("dp_replicate_size", "dp_shard_size")
 """The settings of Accelerate for replicas and shards."""
 REPLICAS = "shards or replicas of a model", "they go with FSDP2, as in accelerate_configs/hsdp.yaml"
+HSDP_LINE = (
+    "accelerate launch --config_file accelerate_configs/hsdp.yaml --num_processes 4 "
+    "--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2"
+)
 WITHOUT_FSDP = (
     Setting(*REPLICAS, "ACCELERATE_USE_PARALLELISM_CONFIG", "use_parallelism_config", "parallelism_config"),
     *(Setting(*REPLICAS, f"PARALLELISM_CONFIG_{n.upper()}", asks=lambda value: value not in ("", "1")) for n in SIZES),
@@ -109,6 +113,15 @@ WITHOUT_FSDP = (
 """What is refused where FSDP is not asked for."""
 
 WITH_FSDP = (
+    Setting(
+        "another strategy than full shards",
+        "replicas are those of accelerate_configs/hsdp.yaml; layers stay whole after forward with "
+        "fsdp_reshard_after_forward: false",
+        "FSDP_SHARDING_STRATEGY",
+        "fsdp_sharding_strategy",
+        "fsdp_config: fsdp_sharding_strategy",
+        lambda value: value.upper() not in ("", "FULL_SHARD", "1"),
+    ),
     Setting(
         "weights in main memory",
         "AdamW steps where the model computes; leave it out",
@@ -139,6 +152,10 @@ UNUSED_BY_FSDP = {
     "fsdp_min_num_params": "each transformer layer is gathered by itself",
     "fsdp_state_dict_type": "checkpoints are the same with and without FSDP",
     "fsdp_forward_prefetch": "FSDP2 has its own order",
+    "fsdp_backward_prefetch": "FSDP2 has its own order",
+    "fsdp_use_orig_params": "FSDP2 always keeps the parameters of the model",
+    "fsdp_sync_module_states": "every process starts with the weights of the first",
+    "fsdp_activation_checkpointing_offload": "there is no activation checkpointing of FSDP here",
 }
 """Settings of FSDP that change nothing, and why; they are said."""
 
@@ -236,16 +253,22 @@ def check_launch(shards: bool = True) -> list[str]:
     if is_on(outside.get("ACCELERATE_USE_CPU", "")):
         os.environ["ACCELERATE_USE_CPU"] = "true"  # `accelerate launch` overwrites it for one process
     for setting in REFUSED:
-        check_setting(setting, launch, outside)
+        spreads = shards and setting.why == WHOLE
+        check_setting(
+            setting, launch, outside, ", or FSDP2 spreads it: accelerate_configs/fsdp2.yaml" if spreads else ""
+        )
     notes = check_fsdp(launch, outside, shards)
     check_gpus(launch, outside)
     check_processes(launch)
     return notes + unused_settings(launch, outside)
 
 
-def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, str]) -> None:
-    """Raise UserError if flag, YAML file or variable ask for `setting`; `outside` is the launcher's environment."""
-    reason = f"asks for {setting.what}, which {script()} does not follow: {setting.why}"
+def check_setting(setting: Setting, launch: Launch | None, outside: dict[str, str], more: str = "") -> None:
+    """Raise UserError if flag, YAML file or variable ask for `setting`; `outside` is the launcher's environment.
+
+    `more` is added to the reason.
+    """
+    reason = f"asks for {setting.what}, which {script()} does not follow: {setting.why}{more}"
     if launch and setting.flag:
         told = launch.told(setting.flag) or launch.keys.get(setting.flag)
         if setting.asks(str(told or "")) and (origin := launch.origin(setting.flag, setting.key, told)):
@@ -268,7 +291,7 @@ def check_fsdp(launch: Launch | None, outside: dict[str, str], shards: bool) -> 
         for setting in WITHOUT_FSDP:
             check_setting(setting, launch, outside)
         return []
-    given = launch and launch.origin("use_fsdp", "distributed_type: FSDP", True)
+    given = launch.origin("use_fsdp", "distributed_type: FSDP", True) if launch and told else None
     asks = f"{given} of accelerate launch asks for FSDP" if given else "ACCELERATE_USE_FSDP=true asks for FSDP"
     if not shards:
         raise UserError(
@@ -288,12 +311,32 @@ def check_fsdp(launch: Launch | None, outside: dict[str, str], shards: bool) -> 
             f"{asks}, which spreads a model over processes, and one process runs {script()}: the launcher was asked for one, "
             f"or told --cpu\nThis works: {working_line(launch, file='fsdp2')}"
         )
+    if not truth("ACCELERATE_USE_FSDP"):
+        raise UserError(
+            f"{asks}, and another way to run processes, such as --multi_gpu, was asked for as well, which the launcher "
+            f"followed: give one of them\nThis works: {working_line(launch, file='fsdp2')}"
+        )
+    for name in SIZES if launch and not truth("ACCELERATE_USE_PARALLELISM_CONFIG") else ():
+        flag = f"parallelism_config_{name}"
+        if launch and str(launch.told(flag) or "1") != "1":
+            raise UserError(
+                f"{launch.origin(flag, f'parallelism_config: {flag}', launch.told(flag))} of accelerate launch asks for "
+                f"{REPLICAS[0]}, and the launcher dropped it: it reads such sizes only where the file has both "
+                f"distributed_type: FSDP and parallelism_config, and no flag such as --use_fsdp replaces the first\n"
+                f"This works: {HSDP_LINE} {script()} ..."
+            )
     read_sharding()
-    given_settings = launch.flags | (launch.keys.get("fsdp_config") or {}).keys() if launch else ()
+    if launch is None:
+        return [
+            f"{variable}={os.environ[variable]} is not used: {why}"
+            for flag, why in UNUSED_BY_FSDP.items()
+            if is_on(os.environ.get(variable := flag.upper().replace("_LAYER_CLS", "_CLS"), ""))
+        ]
+    given_settings = launch.flags | (launch.keys.get("fsdp_config") or {}).keys()
     return [
         f"{launch.origin(flag, f'fsdp_config: {flag}', launch.told(flag))} is not used: {why}"
         for flag, why in UNUSED_BY_FSDP.items()
-        if launch and flag in given_settings and is_on(str(launch.told(flag) or ""))
+        if flag in given_settings and is_on(str(launch.told(flag) or ""))
     ]
 
 
@@ -316,8 +359,7 @@ def read_sharding() -> Sharding | None:
         raise UserError(
             f"parallelism_config: {' and '.join(f'{n} {v}' for n, v in zip(SIZES, given, strict=True))} do not fit {size} "
             "processes: their product is the number of processes, and dp_shard_size, the parts of each layer, is at least 2\n"
-            f"This works: accelerate launch --config_file accelerate_configs/hsdp.yaml --num_processes 4 "
-            f"--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2 {script()} ..."
+            f"This works: {HSDP_LINE} {script()} ..."
         )
     return Sharding(shards, replicas, resharding)
 

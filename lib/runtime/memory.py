@@ -43,15 +43,16 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 class StartAgain(UserError):
     """Memory was too short on one process of a model in shards, where the others wait for it in a gather.
 
-    It cannot tell them: the run ends, and its next start goes on with `value` for the size `name` of the state.
+    It cannot tell them: the run ends, and its next start goes on with `value` for the size `name` of the state, below that
+    of `flag`.
     """
 
-    def __init__(self, name: str, value: int) -> None:
+    def __init__(self, name: str, value: int, flag: str) -> None:
         self.name, self.value = name, value
         super().__init__(
             f"out of memory; with a model in shards the other processes cannot be told, and the run ends. The same command "
-            f"goes on from the last checkpoint with smaller batches ({name} {value:,}); a launcher with --max_restarts 3 "
-            "runs it by itself"
+            f"goes on from the last checkpoint with half the batch per forward, until another {flag} is set; a launcher with "
+            "--max_restarts 3 runs it by itself"
         )
 
 

@@ -123,9 +123,8 @@ def build_learner(
     """AdamW and its schedule for the trainable parameters of `model`, prepared for all processes, in train mode.
 
     Frozen weights below an adapter are held in the dtype that they are computed in. Where the launcher asks for FSDP2, the
-    model is spread over processes. The schedule is not prepared: it
-    advances once per optimizer step, not once per process. Raises UserError if the schedule does not accept its settings,
-    or if rates by layer, or shards, do not fit the model.
+    model is spread over processes. The schedule is not prepared: it advances once per optimizer step, not once per process.
+    Raises UserError if the schedule does not accept its settings, or if rates by layer, or shards, do not fit the model.
     """
     keep_in_dtype(frozen_layers(model), accelerator.mixed_precision)
     if sharding := read_sharding():

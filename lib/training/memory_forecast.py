@@ -23,6 +23,7 @@ from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import Inputs, compute_logits
 from lib.model.layers import freeze, set_train_mode
 from lib.model.recomputation import recompute_layers
+from lib.model.sharding import own_part
 from lib.runtime.precision import DTYPES, keep_in_dtype
 from lib.training.optimizer import large_tables
 
@@ -127,9 +128,10 @@ def forecast(
 
 
 def lasting_parts(model: nn.Module) -> Forecast:
-    """A forecast without activations."""
-    held = {t.untyped_storage()._cdata: t.nbytes for t in (*model.parameters(), *model.buffers())}
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    """A forecast without activations; of a model in shards, for those of this process."""
+    own = [own_part(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    held = {t.untyped_storage()._cdata: t.nbytes for t in own}
+    gradients = sum(own_part(parameter).nbytes for parameter in model.parameters() if parameter.requires_grad)
     return Forecast(sum(held.values()), gradients, 2 * gradients, None, None)
 
 

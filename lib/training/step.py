@@ -60,7 +60,8 @@ class Attempt:
         demand(strict=False)
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)
         if self.failed and is_sharded(self.learner.model):
-            raise StartAgain("micro_batch_positions", halve(self.largest(), MICRO_BATCHES, "positions")) from error
+            smaller = halve(self.largest(), MICRO_BATCHES, "positions")
+            raise StartAgain("micro_batch_positions", smaller, MICRO_BATCHES) from error
         return self.failed or self.relaxed
 
     def largest(self) -> int:

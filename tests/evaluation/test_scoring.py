@@ -1,6 +1,7 @@
 """Every sample is predicted once, in input order, and no batching changes a number."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,14 @@ from lib.config.sections import CLASSIFICATION, MULTI_LABEL, ModelConfig
 from lib.data.batching import eval_batches
 from lib.data.load import Data
 from lib.data.loader import Batches, Collator, Split, build_collator
+from lib.evaluation import scoring
 from lib.evaluation.calibration import cross_entropy
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import check_counts, evaluate, predict
 from lib.model.layers import set_train_mode
 from lib.model.load import build_model, load_tokenizer
+from lib.runtime.launch_checks import Sharding
+from lib.runtime.memory import StartAgain
 from tests.conftest import sentences
 
 NAMES = ["bad", "good", "mixed"]
@@ -86,6 +90,24 @@ def test_model_runs_once_per_batch(accelerator: Accelerator, parts: tuple, batch
     predict_all(accelerator, parts, batch_size)
     hook.remove()
     assert sizes == [len(batch) for batch in eval_batches(lengths, batch_size)]
+
+
+def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
+    accelerator: Accelerator, parts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of short texts holds more samples than that size."""
+    model, tokens, _, collator = parts
+    lengths = np.array([64, *[8] * (SIZE - 1)])
+    assert max(map(len, eval_batches(lengths, 2))) > 4
+
+    def no_memory(*_: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(scoring, "read_sharding", lambda: Sharding(2))
+    monkeypatch.setattr(scoring, "predict_batch", no_memory)
+    with pytest.raises(StartAgain, match="--per_device_eval_batch_size") as error:
+        predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), 2)
+    assert (error.value.name, error.value.value) == ("eval_batch_size", 1)
 
 
 def test_each_module_gets_its_mode_back(accelerator: Accelerator, parts: tuple) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.default import write_basic_config
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from lib.errors import UserError
 from lib.runtime import launch_checks
@@ -23,6 +24,7 @@ from lib.runtime.launch_checks import (
     Sharding,
     check_launch,
     launch_arguments,
+    read_launch,
     read_sharding,
 )
 from lib.runtime.launcher import Launcher
@@ -204,6 +206,61 @@ def test_fsdp2_is_followed_and_said_what_is_not_used(told: Told, monkeypatch: py
     ]
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
     assert read_sharding() == Sharding(4, reshard_after_forward=False)
+
+
+@pytest.mark.usefixtures("shards")
+def test_flag_that_replaces_fsdp_of_the_file_is_an_error(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")  # which the launcher does not set then
+    monkeypatch.delenv("FSDP_VERSION")
+    with pytest.raises(UserError, match=r"distributed_type: FSDP in(.|\n)*fsdp2\.yaml --num_processes 4"):
+        told("--multi_gpu", keys=FSDP2)
+
+
+SIZES_OF_HSDP = {"parallelism_config_dp_replicate_size": 2, "parallelism_config_dp_shard_size": 2}
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        ("--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 2", FSDP2),
+        ("--use_fsdp --fsdp_version 2", FSDP2 | {"parallelism_config": SIZES_OF_HSDP}),
+    ],
+)
+def test_replicas_that_the_launcher_drops_are_an_error(flags: str, keys: dict, told: Told) -> None:
+    with pytest.raises(UserError, match=r"parallelism_config_dp_replicate_size(.|\n)*hsdp\.yaml"):
+        told(*flags.split(), keys=keys)
+
+
+@pytest.mark.usefixtures("shards")
+def test_unused_variable_of_fsdp_is_said_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_checks, "find_launcher", lambda: None)
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "BertLayer")
+    (note,) = check_launch()
+    assert note.startswith("FSDP_TRANSFORMER_CLS_TO_WRAP=BertLayer")
+
+
+@pytest.mark.usefixtures("shards")
+@pytest.mark.parametrize("strategy", ["SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
+def test_strategy_of_fsdp_that_is_not_followed_is_an_error(strategy: str, told: Told) -> None:
+    with pytest.raises(UserError, match=rf"fsdp_sharding_strategy: {strategy} in"):
+        told(keys=FSDP2 | {"fsdp_config": FSDP2["fsdp_config"] | {"fsdp_sharding_strategy": strategy}})
+
+
+def test_variable_that_asks_for_fsdp_is_named_and_not_a_key_that_is_not_in_the_file(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"^ACCELERATE_USE_FSDP=true"):
+        told(keys={"distributed_type": "MULTI_GPU", "num_processes": 2})
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_shards_are_proposed_only_by_the_script_that_has_them(shards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError) as error:
+        check_launch(shards)
+    assert ("fsdp2.yaml" in str(error.value)) == shards
 
 
 @pytest.mark.usefixtures("shards")
@@ -410,6 +467,12 @@ def test_documented_launch_is_allowed(line: str, told: Told, monkeypatch: pytest
     flags = launch_arguments(["accelerate", *parts[start:]]) or []
     if "--num_processes" in flags:
         monkeypatch.setenv("WORLD_SIZE", flags[flags.index("--num_processes") + 1])
+    monkeypatch.setattr(launch_checks, "find_launcher", lambda: Launcher(["accelerate", *parts[start:]], outside))
+    launch = read_launch()
+    if launch and launch.told("use_fsdp"):
+        for name, value in prepare_multi_gpu_env(launch.settings).items():
+            if name.startswith(("ACCELERATE_USE_", "FSDP_", "PARALLELISM_")):
+                monkeypatch.setenv(name, value)
     assert told(*flags, outside=outside) == []
 
 

@@ -3,12 +3,13 @@
     sharded.py PLAN OUT
 
 PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data; `engine`: plain, fsdp, or as
-launched; `precision`; `broken`, what is broken on purpose: mean, or norm. Run by tests on one process and, through the
-launcher, on several.
+launched; `precision`; `reshard`: whether a layer is freed after forward; `broken`, what is broken on purpose: mean, or
+norm. Run by tests on one process and, through the launcher, on several.
 """
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +18,22 @@ from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
+from torch.distributed.tensor import DTensor
 
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.data.load import load_data
+from lib.model.forward import compute_logits
+from lib.model.layers import find_layers
 from lib.model.load import load_tokenizer
 from lib.model.sharding import is_sharded, norm_over_shards, whole_weights
+from lib.run.memory import describe_memory
 from lib.runtime.accelerator import build_accelerator
 from lib.runtime.device_options import DeviceOptions
 from lib.runtime.launch_checks import read_sharding
 from lib.runtime.processes import finish
 from lib.training import step
+from lib.training.memory_forecast import lasting_parts
 from tests.conftest import write_csv
 from tests.stepping import build_experiment
 from tests.workers.engines import use_engine
@@ -42,12 +48,20 @@ def train(accelerator: Any, case: dict[str, Any], config: TrainConfig, data: Any
         for module in learner.model.modules():
             if is_sharded(module):
                 module.set_gradient_divide_factor(float(accelerator.num_processes))
+    about: dict[str, Any] = {}
+    if is_sharded(learner.model):
+        about["memory"], _ = describe_memory(config, learner, experiment.batches, [])
+        about["held"] = lasting_parts(learner.model).weights
     made = experiment.train()
+    if is_sharded(learner.model):  # after a forward, in which state is a layer?
+        with torch.no_grad():
+            compute_logits(learner.model, {"input_ids": torch.full((1, 3), 7)})
+        about["freed"] = isinstance(next(find_layers(learner.inner_model, "FSDP")[0].parameters()), DTensor)
     with whole_weights(learner.inner_model):
         weights = {name: tensor.clone() for name, tensor in learner.inner_model.state_dict().items()}
     accelerator.free_memory(learner.model, learner.optimizer)
     losses, norms = zip(*made, strict=True)
-    return {"losses": losses, "norms": norms, "weights": weights}
+    return {"losses": losses, "norms": norms, "weights": weights} | about
 
 
 @contextlib.contextmanager
@@ -67,6 +81,7 @@ def start(case: dict[str, Any]) -> Any:
     """The accelerator of a case."""
     AcceleratorState._reset_state()  # of the last case, whose precision may be another
     use_engine(case.get("engine"))
+    os.environ["FSDP_RESHARD_AFTER_FORWARD"] = case.get("reshard", "true")
     return build_accelerator(DeviceOptions(case.get("precision", "no")), shards=True)
 
 
