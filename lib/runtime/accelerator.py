@@ -20,7 +20,7 @@ from lib.runtime.launch_checks import check_device, check_launch, read_sharding,
 from lib.runtime.launcher import asks_for_gpu
 from lib.runtime.network import is_launched
 from lib.runtime.precision import resolve_precision, use_tf32, uses_gpu
-from lib.runtime.processes import PROCESS_TIMEOUT, join
+from lib.runtime.processes import PROCESS_TIMEOUT, is_alone, join
 from lib.runtime.signals import follow_launcher
 from lib.runtime.startup import quiet_libraries
 
@@ -54,7 +54,7 @@ def build_accelerator(
     check_attention(options.attn_implementation, precision)
     if precision == "fp16" and read_sharding():
         raise UserError("FSDP and fp16 do not go together: shards know no loss scale; use --mixed_precision bf16 or no")
-    if is_launched():
+    if is_launched() and is_alone():
         join("nccl" if uses_gpu() else "gloo", options.join_timeout)
     # A model is spread by `shard_model`, on GPUs and CPUs alike: Accelerate's way averages gradients and forgets new heads.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # transformers would load nothing on other processes
