@@ -165,7 +165,7 @@ def test_model_without_deterministic_algorithms_is_trained_without_and_says_so(
 
 def test_single_sample_that_does_not_fit_in_memory_ends_the_run_with_advice(experiment, batches, monkeypatch):
     fail_above(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"with a single sample.*--max_length.*--freeze"):
+    with pytest.raises(UserError, match=r"with a single sample.*--adapter lora.*--freeze.*--max_length"):
         experiment.step(batches[0])
 
 
