@@ -125,7 +125,8 @@ def test_only_the_settings_of_a_model_are_downloaded(empty_cache: None, served: 
 def test_samples_that_fit_follow_from_the_memory_of_two_sizes() -> None:
     assert samples_that_fit(100, 190, 10, 250) == "60"
     assert samples_that_fit(100, 190, 10, 40) == "0"
-    assert samples_that_fit(100, 100, 10, 250) == "any number"
+    assert samples_that_fit(100, 100, 10, 250) == "over 40"
+    assert samples_that_fit(100, 100, 10, 50) == "0"
 
 
 def test_gib_has_about_three_digits() -> None:
