@@ -18,7 +18,8 @@ from lib.model.recomputation import recompute_layers
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.precision import DTYPES, keep_in_dtype
 from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts, lighter_methods
-from tests.tiny_models import NAMES, any_classifier, build_from, trainable
+from lib.training.optimizer import LARGE_TABLE
+from tests.tiny_models import NAMES, any_classifier, build_from, save_classifier, trainable
 
 CPU = torch.device("cpu")
 
@@ -114,6 +115,16 @@ def test_gradients_of_several_micro_batches_are_there_beside_the_activations(tmp
     assert one.step is not None
     assert two.step is not None
     assert two.step >= two.gradients + (two.activations or 0) > one.step
+
+
+def test_gradient_of_a_large_table_is_there_beside_the_activations(tmp_path: Path) -> None:
+    """On a CPU, where AdamW keeps it from step to step."""
+    model, _ = build_from(save_classifier("bert", tmp_path, vocab_size=LARGE_TABLE // 16))
+    set_train_mode(model)
+    found = forecast(model, batch(8), CPU, "no")
+    assert found.activations is not None
+    assert found.step is not None
+    assert found.activations + 4 * LARGE_TABLE <= found.step < found.activations + 4 * LARGE_TABLE * 1.5
 
 
 def test_counting_changes_neither_the_model_nor_random_numbers(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Runs train.py; prints what its start block forecasts, and the most memory until the last step was over, in bytes."""
+"""Runs three steps of train.py; prints what its start block forecasts, and the most memory until then, in bytes."""
 
 import json
 import os
