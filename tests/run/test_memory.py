@@ -50,21 +50,17 @@ def measure(run: Command, folder: Path, model: Path, *flags: object, **settings:
     return json.loads(next(line for line in done.stdout.splitlines()[::-1] if line.startswith('{"')))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "flags"),
     [
         ("bert", []),
-        *(
-            pytest.param(kind, flags, marks=pytest.mark.slow)
-            for kind, flags in [
-                ("bert", ["--gradient_checkpointing", "True"]),
-                ("gpt2", []),
-                ("gpt2", ["--per_device_train_batch_size", "8"]),
-                ("llama", []),
-                ("llama", ["--adapter", "lora"]),
-                ("llama", ["--gradient_checkpointing", "True", "--mixed_precision", "no"]),
-            ]
-        ),
+        ("bert", ["--gradient_checkpointing", "True"]),
+        ("gpt2", []),
+        ("gpt2", ["--per_device_train_batch_size", "8"]),
+        ("llama", []),
+        ("llama", ["--adapter", "lora"]),
+        ("llama", ["--gradient_checkpointing", "True", "--mixed_precision", "no"]),
     ],
 )
 def test_forecast_is_within_15_percent_of_the_measured_peak(
@@ -129,7 +125,7 @@ def test_run_that_may_not_fit_is_told_what_helps(
 
 def test_methods_are_compared_without_weights(roberta: Path, tmp_path: Path) -> None:
     shutil.copy(roberta / "config.json", tmp_path)
-    lines = compare_methods(DoctorConfig(max_length=1000), ModelSource(str(tmp_path))).splitlines()
+    lines = compare_methods(DoctorConfig(str(tmp_path), max_length=1000), ModelSource(str(tmp_path))).splitlines()
     assert "32 x 78 tokens" in lines[0]  # as many positions as the model has for text
     for flags in ("--gradient_checkpointing True", "--adapter lora", "--freeze backbone"):
         assert any(line.startswith(flags) for line in lines)
