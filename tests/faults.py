@@ -897,7 +897,7 @@ def cases_of_launches() -> Iterator[Case]:
 def cases_of_numbers() -> Iterator[Case]:
     near = "told, every step once, same losses but for dropout"
     yield Case("out of memory in a forward of one process", near, lambda lab: out_of_memory(lab, "oom"))
-    yield Case("out of memory in a backward of one process", near, lambda lab: out_of_memory(lab, "oom_backward"), True)
+    yield Case("out of memory in a backward of one process", near, lambda lab: out_of_memory(lab, "oom_backward"))
     yield Case(
         "out of memory in evaluation of one process", f"told, {EQUAL}", lambda lab: out_of_memory(lab, "eval_oom")
     )

@@ -266,6 +266,7 @@ def test_only_the_tuned_split_changes_the_thresholds(roberta: Path) -> None:
     assert score("test", tune=True).tolist() != tuned.tolist()
 
 
+@pytest.mark.slow
 def test_resumed_run_on_two_processes_equals_an_uninterrupted_one(run: Command, roberta: Path, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = []
     for name in TARGETS:

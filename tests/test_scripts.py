@@ -131,6 +131,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_wandb_server_that_refuses_connections_does_not_stop_a_run(run, roberta, tmp_path):
     (tmp_path / "impatient.py").write_text(IMPATIENT)
     env = {"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
@@ -215,7 +216,8 @@ def test_there_is_a_launch_configuration_for_each_kind_of_machine():
 def test_launch_configuration_has_only_keys_of_the_launcher(path):
     settings = yaml.safe_load(path.read_text())
     known = {"compute_environment", "distributed_type", "use_cpu", "num_processes", "num_machines", "machine_rank"}
-    assert set(settings) <= known | {"main_process_port", "mixed_precision"}
+    sharding = {"fsdp_config", "parallelism_config"} if settings["distributed_type"] == "FSDP" else set()
+    assert set(settings) <= known | {"main_process_port", "mixed_precision"} | sharding
     assert settings.get("main_process_port", 0) == 0
 
 

@@ -221,6 +221,7 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
                 torch.testing.assert_close(wanted, weights[file], atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_run_in_shards_is_resumed_bit_by_bit(run: Command, roberta: Path, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = [{"folder": "whole"}, {"folder": "stopped", "stop": 5}, {"folder": "stopped"}]
     play(run, tmp_path, roberta, [call | {"flags": ["--epochs", "1"]} for call in calls], 2, "fsdp2.yaml")

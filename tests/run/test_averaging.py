@@ -127,6 +127,7 @@ def test_stopped_at_any_time_and_resumed_equals_undisturbed_bit_by_bit(
         assert not differences(tmp_path / "whole", tmp_path / call["folder"]), call["folder"]
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_same_weights(averaged: tuple[Path, list[Any]], run: Command, tmp_path: Path) -> None:
     folder, flags = averaged
     one = json.loads((folder / "run" / "results.json").read_text())

@@ -49,7 +49,9 @@ def test_sizes_noted_where_memory_was_too_short_are_used_by_the_next_start_until
     accelerator: Accelerator, roberta: Path, tmp_path: Path
 ) -> None:
     for value in (12, 8):
-        checkpointer(accelerator, tmp_path, build(roberta)).note_smaller(StartAgain("eval_batch_size", value))
+        checkpointer(accelerator, tmp_path, build(roberta)).note_smaller(
+            StartAgain("eval_batch_size", value, "--per_device_eval_batch_size")
+        )
         checkpointer(accelerator, tmp_path, build(roberta)).note_smaller(UserError("something else"))
     (tmp_path / "memory" / "9-micro_batch_positions.json").write_text('{"state": {"micro_ba')
     later = checkpointer(accelerator, tmp_path, build(roberta))

@@ -377,9 +377,9 @@ def test_log_is_on_the_disk_before_the_checkpoint_that_counts_on_it(
         synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    def save(self: Checkpointer, record: dict[str, Any]) -> None:
+    def save(self: Checkpointer, *arguments: Any) -> None:
         seen.append(any(name.endswith("metrics.jsonl") for name in synced))
-        write(self, record)
+        write(self, *arguments)
         synced.clear()
 
     monkeypatch.setattr(os, "fsync", note)

@@ -543,6 +543,7 @@ def flags_of(folder: Path, model: Path) -> list[object]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+@pytest.mark.slow
 def test_default_file_of_the_user_is_named_and_the_line_in_the_error_works(
     run: Command, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -250,6 +250,7 @@ def launch(
     return tmp_path / name, done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_a_resumed_run_loads_the_features(run, roberta_without_dropout, tmp_path):
     slow, _ = launch(run, roberta_without_dropout, tmp_path, "slow", "--no_cache_features")
     fast, said = launch(run, roberta_without_dropout, tmp_path, "fast", processes=2)

@@ -258,6 +258,7 @@ def test_options_of_training_by_steps_are_refused(flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_run_equals_one_on_two_processes_and_one_that_ended_before_its_report(run, roberta_without_dropout, tmp_path):
     env = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     given = run_flags(tmp_path, roberta_without_dropout)

@@ -73,9 +73,9 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     Checkpointer(folder, plan.config, {}, learner, kept=before).save(None)
 
 
-def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
+def remove_first(self: Checkpointer, *arguments: Any) -> None:
     shutil.rmtree(self.folder / "checkpoints")
-    WRITE(self, record)
+    WRITE(self, *arguments)
 
 
 WRITE = Checkpointer.write
