@@ -18,6 +18,15 @@ from tests.conftest import ROOT, WORKER_ENV
 PORT = 29500
 """Free on every new machine."""
 
+IMPATIENT = """
+import runpy, sys
+from lib.runtime import processes
+processes.NFS_SECONDS = 1.0
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A program that runs another one, which waits a second, not half a minute, for what NFS shows late."""
+
 
 class Machine:
     """A network namespace in which commands are started; its own name leads to its loopback, as Debian has it."""
@@ -54,34 +63,10 @@ class Machine:
 
     def block(self) -> None:
         """Drop what this machine sends to the other one over TCP, but for what goes from or to PORT, as a firewall does."""
-        for number, side in enumerate(("sport", "dport")):
-            ip(
-                "-n",
-                self.name,
-                "rule",
-                "add",
-                "pref",
-                str(10 + number),
-                "ipproto",
-                "tcp",
-                side,
-                str(PORT),
-                "lookup",
-                "main",
-            )
-        ip(
-            "-n",
-            self.name,
-            "rule",
-            "add",
-            "pref",
-            "12",
-            "ipproto",
-            "tcp",
-            "to",
-            f"10.77.0.{2 - self.number}",
-            "blackhole",
-        )
+        other = f"10.77.0.{2 - self.number}"
+        rules = (f"sport {PORT} lookup main", f"dport {PORT} lookup main", f"to {other} blackhole")
+        for number, rule in enumerate(rules, start=10):
+            ip(*f"-n {self.name} rule add pref {number} ipproto tcp {rule}".split())
 
     def processes(self) -> list[int]:
         listed = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, check=False, timeout=20)

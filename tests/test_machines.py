@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, WORKER_ENV, Command, read_lines, sentences, write_csv
-from tests.machines import TRAIN, Machine, accelerate_launch, torchrun, two_machines, wait_for
+from tests.machines import IMPATIENT, TRAIN, Machine, accelerate_launch, torchrun, two_machines, wait_for
 from tests.resuming import differences, run_flags
 
 WORKER = ROOT / "tests" / "workers" / "faulty.py"
@@ -230,15 +230,6 @@ def test_machines_without_a_shared_folder_are_refused_before_the_first_step(flag
     text = logs[0].read_text() + logs[1].read_text()
     assert f"{names[0]}:{places[0] / 'run'} is not in {names[1]}:{places[1] / 'run'}" in text
     assert "step 1/" not in text
-
-
-IMPATIENT = """
-import runpy, sys
-from lib.runtime import processes
-processes.NFS_SECONDS = 1.0
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow

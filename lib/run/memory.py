@@ -171,6 +171,7 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     length = min(config.max_length, longest_input(hf_config) or config.max_length)
     size = min(config.train_batch_size, config.per_device_train_batch_size or config.train_batch_size)
 
+    @functools.cache  # the table and the samples that fit ask for the same sizes
     def count(changed: Any, rows: int) -> Forecast:
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         inputs = {"input_ids": ids, "attention_mask": ids}

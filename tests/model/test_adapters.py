@@ -365,6 +365,10 @@ def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
         ("--adapter lora --adapter_placement houlsby", "--adapter_placement is for --adapter bottleneck, not for lora"),
         ("--adapter prefix --num_virtual_tokens 0", "--num_virtual_tokens must be above 0"),
         ("--adapter ia3 --num_virtual_tokens 3", "--num_virtual_tokens is for --adapter prefix or prompt"),
+        ("--load_in 4bit", "--load_in 4bit: quantized weights do not learn; add --adapter lora"),
+        ("--load_in 8bit --freeze backbone", "add --adapter lora"),
+        ("--load_in 8bit --adapter lora --compile", "--compile"),
+        ("--load_in 3bit --adapter lora", "4bit"),
     ],
 )
 def test_contradictory_options_are_refused_when_parsed(capsys, flags, message):

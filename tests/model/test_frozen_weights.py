@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from lib.config.cli import parse_cli
 from lib.config.sections import AdapterConfig, ModelConfig
 from lib.config.train import TrainConfig
 from lib.errors import UserError
@@ -292,22 +291,6 @@ def test_quantized_run_is_resumed_scored_used_and_merged(call, tmp_path):
     adapted = load_classifier(ModelConfig(str(whole / "model")), quantized=False)
     tokenizer = load_tokenizer(ModelConfig(str(folder)))
     torch.testing.assert_close(logits(plain, tokenizer), logits(adapted, tokenizer))
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ("--load_in 4bit", "--load_in 4bit: quantized weights do not learn; add --adapter lora"),
-        ("--load_in 8bit --freeze backbone", "add --adapter lora"),
-        ("--load_in 8bit --adapter lora --compile", "--compile"),
-        ("--load_in 3bit --adapter lora", "4bit"),
-    ],
-)
-def test_quantization_that_has_no_effect_is_refused(flags, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        parse_cli(TrainConfig, flags.split())
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):

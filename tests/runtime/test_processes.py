@@ -22,6 +22,7 @@ from lib.runtime.network import Member, interface_of
 from lib.runtime.processes import buckets, check_shared, check_time
 from lib.runtime.signals import Stopped
 from tests.conftest import ROOT
+from tests.machines import IMPATIENT
 from tests.resuming import run_flags
 
 
@@ -172,15 +173,6 @@ def launch_nodes(folder: Path, command: list[Any], places: list[Path]) -> tuple[
         for node in nodes:
             node.kill()
     return codes, (folder / "log").read_text()
-
-
-IMPATIENT = """
-import runpy, sys
-from lib.runtime import processes
-processes.NFS_SECONDS = 1.0
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow
