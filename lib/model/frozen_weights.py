@@ -179,8 +179,8 @@ def skip_head(config: Any, folder: str, prefix: str) -> None:
         ]
         scaled = [name.removesuffix(end) for end in (".SCB", ".weight.absmax") for name in names if name.endswith(end)]
         outside = "|".join(re.escape(name) for name in scaled if not name.startswith(f"{prefix}."))
-        skipped = [*(settings.get("llm_int8_skip_modules") or ()), rf"(?!{re.escape(prefix)}\.|(?:{outside})$).*"]
-        config.quantization_config = settings | {"llm_int8_skip_modules": skipped}
+        known, more = settings.get("llm_int8_skip_modules") or (), rf"(?!{re.escape(prefix)}\.|(?:{outside})$).*"
+        config.quantization_config = settings | {"llm_int8_skip_modules": list(dict.fromkeys([*known, more]))}
 
 
 def plain_linear(layer: Any) -> nn.Linear:
