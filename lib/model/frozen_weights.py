@@ -179,8 +179,8 @@ def skip_head(config: Any, folder: str, prefix: str) -> None:
         ]
         scaled = [name.removesuffix(end) for end in (".SCB", ".weight.absmax") for name in names if name.endswith(end)]
         outside = "|".join(re.escape(name) for name in scaled if not name.startswith(f"{prefix}."))
-        skipped = [*(settings.get("llm_int8_skip_modules") or ()), rf"(?!{re.escape(prefix)}\.|(?:{outside})$).*"]
-        config.quantization_config = settings | {"llm_int8_skip_modules": skipped}
+        known, more = settings.get("llm_int8_skip_modules") or (), rf"(?!{re.escape(prefix)}\.|(?:{outside})$).*"
+        config.quantization_config = settings | {"llm_int8_skip_modules": list(dict.fromkeys([*known, more]))}
 
 
 def plain_linear(layer: Any) -> nn.Linear:
@@ -232,11 +232,24 @@ class Restored(torch.autograd.Function):
         return gradient @ restore(ctx.layer, gradient.dtype), None, None
 
 
+def hold_as_4bit(layers: Sequence[Any]) -> None:
+    """Treat frozen linear `layers` that have no data as --load_in 4bit would: few bytes, of which weights are restored."""
+    for layer in layers:
+        if not layer.weight.requires_grad:
+            outputs, inputs = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.T.shape
+            size = outputs * inputs // 2 + outputs * inputs // 64  # with a scale of one byte for each block
+            held = torch.empty(size, dtype=torch.uint8, device=layer.weight.device)
+            layer.weight, layer.restored = nn.Parameter(held, requires_grad=False), (outputs, inputs)
+            layer.forward = types.MethodType(compute, layer)
+
+
 def restore(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(outputs, inputs): the weights of a quantized layer."""
+    weight = layer.weight
+    if type(layer) in LINEAR:  # see hold_as_4bit
+        return torch.empty(layer.restored, dtype=dtype, device=weight.device)
     from bitsandbytes import functional
 
-    weight = layer.weight
     if type(layer).__name__ == "Linear8bitLt":
         scales = layer.state.SCB if weight.SCB is None else weight.SCB
         return functional.int8_vectorwise_dequant(weight.data, scales).to(dtype)

@@ -1,6 +1,5 @@
 """What memory a run takes, in words: of a run that starts, and of the ways to train a model, side by side."""
 
-import bisect
 import contextlib
 import copy
 import dataclasses
@@ -36,6 +35,8 @@ METHODS = (
     Method(recomputed=True),
     Method(adapter="lora"),
     Method(adapter="lora", recomputed=True),
+    Method(adapter="lora", load_in="4bit"),
+    Method(adapter="lora", load_in="4bit", recomputed=True),
     Method(frozen="backbone"),
 )
 
@@ -192,7 +193,8 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
             table.append([*row, f"not known ({found.fault})"])
             continue
         peak = functools.partial(lambda changed, rows: count(changed, rows).peak, changed)
-        fits = "not known" if most is None else samples_that_fit(peak, config.train_batch_size, most)
+        least = found.base + found.weights + found.moments
+        fits = "not known" if most is None else samples_that_fit(peak, config.train_batch_size, most, least)
         table.append([*row, gib(found.activations), gib(found.peak), fits])
     widths = [max(len(row[column]) for row in table if len(row) == len(table[0])) for column in range(len(table[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in table]
@@ -207,9 +209,22 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     return "\n".join([title, "", *lines, "", note])
 
 
-def samples_that_fit(peak: Callable[[int], int], whole: int, most: int) -> str:
-    """How many of the `whole` samples of a step a micro-batch can have, where one of n takes `peak(n)` of `most` bytes."""
+def samples_that_fit(peak: Callable[[int], int], whole: int, most: int, least: int = 0) -> str:
+    """How many of the `whole` samples of a step a micro-batch can have, where one of n takes `peak(n)` of `most` bytes.
+
+    `least` bytes are taken whatever n is. Peaks are forecasts that take seconds: few of them are asked for.
+    """
+    if least > most:
+        return "0"
     if peak(whole) <= most:
         return f"all {whole:,}"
+    if peak(1) > most:
+        return "0"
     # Smaller ones add to the gradients of those before, so that all of them take more with each sample.
-    return f"{bisect.bisect_right(range(1, whole), most, key=peak):,}"
+    fits, fails = 1, whole
+    while fails - fits > 1:
+        slope = (peak(fails) - peak(fits)) / (fails - fits)  # nearly a line
+        guess = fits + int((most - peak(fits)) / slope) if slope > 0 else fails
+        guess = min(max(guess, fits + 1), fails - 1)
+        fits, fails = (guess, fails) if peak(guess) <= most else (fits, guess)
+    return f"{fits:,}"

@@ -21,7 +21,8 @@ from lib.config.sections import AdapterConfig, ModelSource
 from lib.errors import UserError, first_line
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import Inputs, compute_logits
-from lib.model.layers import freeze, set_train_mode
+from lib.model.frozen_weights import hold_as_4bit
+from lib.model.layers import backbone_of, freeze, set_train_mode
 from lib.model.recomputation import recompute_layers
 from lib.model.sharding import own_part
 from lib.runtime.precision import DTYPES, keep_in_dtype
@@ -192,12 +193,18 @@ class Method:
 
     adapter: Literal["lora"] | None = None
     frozen: Literal["backbone"] | None = None
+    load_in: Literal["4bit"] | None = None
     recomputed: bool = False
 
     @property
     def flags(self) -> str:
         """How to ask train.py for it."""
-        given = [("--adapter", self.adapter), ("--freeze", self.frozen), ("--gradient_checkpointing", self.recomputed)]
+        given = [
+            ("--adapter", self.adapter),
+            ("--freeze", self.frozen),
+            ("--load_in", self.load_in),
+            ("--gradient_checkpointing", self.recomputed),
+        ]
         return " ".join(f"{flag} {value}" for flag, value in given if value)
 
     def apply(self, model: nn.Module, source: ModelSource, new_weights: list[str], precision: str) -> Any:
@@ -210,6 +217,8 @@ class Method:
             freeze(changed, self.frozen)
             changed = adapt(changed, AdapterConfig(adapter=self.adapter), source, new_weights)
             changed = recompute_layers(changed, self.recomputed)
+        if self.load_in:
+            hold_as_4bit(frozen_layers(changed))
         keep_in_dtype(frozen_layers(changed), precision)
         set_train_mode(changed)
         return changed
@@ -221,6 +230,10 @@ def lighter_methods(model: nn.Module) -> list[Method]:
         parameter.requires_grad for parameter in model.parameters()
     )  # nothing is frozen, nor is there an adapter
     methods = [Method(adapter="lora"), Method(frozen="backbone")] if whole else []
+    backbone = set(backbone_of(model).modules())
+    held = [next(layer.parameters()) for layer in frozen_layers(model) if layer in backbone]
+    if any(weight.is_floating_point() and not weight.requires_grad for weight in held):
+        methods = [Method(load_in="4bit")]
     return [Method(recomputed=True), *methods] if can_recompute(model) else methods
 
 

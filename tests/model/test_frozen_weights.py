@@ -205,6 +205,8 @@ def test_checkpoint_that_is_quantized_already_is_adapted_as_it_is(tmp_path, load
     save_model(model, tmp_path / "model")
     loaded = load_classifier(ModelConfig(str(tmp_path / "model")), tokenizer)
     assert torch.equal(logits(loaded, tokenizer), wanted)
+    save_model(loaded, tmp_path / "again")  # the settings of its config.json do not grow with each saving
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "model" / "config.json").read_text()
     with pytest.raises(UserError, match="quantized in its own files"):
         export_merged(loaded, tokenizer, tmp_path / "merged")
     config = TrainConfig(model=ModelConfig(str(folder), load_in="4bit"), adapter=AdapterConfig(adapter="lora"))

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -127,7 +128,7 @@ def test_methods_are_compared_without_weights(roberta: Path, tmp_path: Path) -> 
     shutil.copy(roberta / "config.json", tmp_path)
     lines = compare_methods(DoctorConfig(str(tmp_path), max_length=1000), ModelSource(str(tmp_path))).splitlines()
     assert "32 x 78 tokens" in lines[0]  # as many positions as the model has for text
-    for flags in ("--gradient_checkpointing True", "--adapter lora", "--freeze backbone"):
+    for flags in ("--gradient_checkpointing True", "--adapter lora --load_in 4bit", "--freeze backbone"):
         assert any(line.startswith(flags) for line in lines)
 
 
@@ -144,6 +145,25 @@ def test_samples_that_fit_are_those_whose_peak_does() -> None:
     peaks = {1: 50, 2: 60, 3: 70, 4: 65}  # of the whole step, without earlier gradients: less than of the next smaller
     fits = [samples_that_fit(peaks.__getitem__, 4, most) for most in (49, 50, 59, 60, 64, 65)]
     assert fits == ["0", "1", "1", "2", "2", "all 4"]
+    bent = {rows: rows**2 for rows in range(1, 33)}
+    assert [samples_that_fit(bent.__getitem__, 32, most) for most in range(1024)] == [
+        f"{math.isqrt(most)}" for most in range(1024)
+    ]
+
+
+def test_samples_that_fit_ask_for_few_forecasts() -> None:
+    """One for a model of 8 billion parameters takes seconds."""
+    asked: list[int] = []
+
+    def peak(rows: int) -> int:
+        asked.append(rows)
+        return 1000 + 7 * rows
+
+    assert samples_that_fit(peak, 1024, 4000) == "428"
+    assert len(set(asked)) <= 4
+    asked.clear()
+    assert samples_that_fit(peak, 1024, 900, least=1000) == "0"
+    assert not asked
 
 
 def test_gib_has_about_three_digits() -> None:

@@ -192,6 +192,23 @@ def test_quantized_layers_are_counted_as_they_are_held(tmp_path, load_in):
     assert quantized.weights < half.weights
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_shapes_of_quantized_layers_take_what_quantized_layers_do(tmp_path, kind):
+    """The doctor has no weights to quantize: it counts the shapes of a whole model."""
+    source = ModelSource(str(any_classifier(kind, tmp_path / kind)))
+    model, info = build_model(ModelConfig(source.model), NAMES, load_tokenizer(source))
+    counted = Method(adapter="lora", load_in="4bit").apply(model, source, info.new, "bf16")
+    model, info = build_model(
+        ModelConfig(source.model), NAMES, load_tokenizer(source), frozen=frozen_weights("4bit", "bf16", CPU)
+    )
+    real = adapt(model, AdapterConfig(adapter="lora"), source, info.new)
+    set_train_mode(real)
+    found, wanted = (forecast(each, batch(4), CPU, "bf16") for each in (counted, real))
+    assert found.activations == wanted.activations
+    assert found.weights == pytest.approx(wanted.weights, rel=0.01)
+    assert found.step == pytest.approx(wanted.step, rel=0.01)
+
+
 def test_lighter_methods_are_those_that_training_would_take(tmp_path: Path) -> None:
     """A frozen part or an adapter is not added to another; layers are not recomputed twice, nor where they cannot be."""
     flags = []
@@ -202,3 +219,8 @@ def test_lighter_methods_are_those_that_training_would_take(tmp_path: Path) -> N
     anew = ["--adapter lora", "--freeze backbone"]
     assert flags == [["--gradient_checkpointing True", *anew], ["--gradient_checkpointing True"], anew]
     assert [method.flags for method in lighter_methods(recompute_layers(trained("bert", tmp_path), True))] == anew
+    source = ModelSource(str(tmp_path / "bertFalse"))
+    adapted = Method(adapter="lora").apply(trained("bert", tmp_path / "bertFalse"), source, [], "no")
+    assert [method.flags for method in lighter_methods(adapted)] == ["--gradient_checkpointing True", "--load_in 4bit"]
+    quantized = Method(adapter="lora", load_in="4bit").apply(trained("bert", tmp_path), source, [], "no")
+    assert [method.flags for method in lighter_methods(quantized)] == ["--gradient_checkpointing True"]
