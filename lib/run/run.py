@@ -22,7 +22,7 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
-from lib.model.sharding import is_sharded, whole_weights
+from lib.model.sharding import is_sharded
 from lib.model.source import LoadingInfo
 from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
@@ -229,8 +229,7 @@ class Run:
         state.averaged_steps = [state.best_step]
         for step in [step for step in files if step != state.best_step]:
             steps, before = [*state.averaged_steps, step], state.best_scores
-            with whole_weights(learner.inner_model, change=True):
-                load_mean(learner.inner_model, [files[step] for step in steps])
+            load_mean(learner.inner_model, [files[step] for step in steps])
             yield steps
             kept = state.averaged_steps == steps
             found = "  ".join(

@@ -16,7 +16,8 @@ from lib.config.train import OptimConfig
 from lib.errors import UserError
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.model.layers import backbone_of, find_embeddings, find_layers
-from lib.model.sharding import as_shard, is_sharded, whole
+from lib.model.sharding import as_shard, is_shard, is_sharded, whole
+from lib.model.stored_tensors import StoredTensors
 from lib.runtime.processes import is_alone
 from lib.training.plan import count_steps
 
@@ -205,6 +206,46 @@ def whole_state(optimizer: Optimizer) -> dict[str, Any]:
     return saved | {"state": moments}
 
 
+def state_in_parts(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The state dict of the optimizer of a model in shards without its moments, and these as `NUMBER.NAME`, in shards."""
+    saved = optimizer.state_dict()
+    moments = {
+        f"{number}.{name}": value
+        for number, state in saved["state"].items()
+        for name, value in state.items()
+        if is_shard(value)
+    }
+    rest = {
+        number: {name: value for name, value in state.items() if f"{number}.{name}" not in moments}
+        for number, state in saved["state"].items()
+    }
+    return saved | {"state": rest}, moments
+
+
+def with_moments(saved: dict[str, Any], optimizer: Optimizer, stored: StoredTensors) -> dict[str, Any]:
+    """The first part of `state_in_parts` with moments again, of which each process reads what it is to hold.
+
+    Raises UserError if other parameters are trained than in the checkpoint.
+    """
+    check_groups(saved, optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        name: torch.empty_like(parameters[int(name.partition(".")[0])], dtype=dtype, requires_grad=False)
+        for name, dtype in stored.dtypes.items()
+    }
+    stored.fill(moments)
+    state = {number: dict(values) for number, values in saved["state"].items()}
+    for name, moment in moments.items():
+        number, _, kind = name.partition(".")
+        state[int(number)][kind] = moment
+    return saved | {"state": state}
+
+
+def check_groups(saved: dict[str, Any], optimizer: Optimizer) -> None:
+    """Raise UserError if other parameters are trained than in the checkpoint, or in other groups."""
+    check_groups(saved, optimizer)
+
+
 def restore_optimizer(
     optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
 ) -> None:
@@ -212,12 +253,7 @@ def restore_optimizer(
 
     Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
     """
-    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            "the checkpoint has other parameter groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
-            "--adapter changed; start again with --resume_from_checkpoint never"
-        )
+    check_groups(saved, optimizer)
     fresh = [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]
