@@ -42,12 +42,20 @@ def frozen_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
-def save_weights(model: nn.Module, folder: Path) -> None:
-    """Write the weights of a checkpoint, which `load_weights` reads; a file of frozen weights in `folder` is kept as it is."""
+def split_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights that training changes, the frozen ones) of a checkpoint, by name."""
     tensors, frozen = saved_tensors(model), frozen_names(model)
-    save_tensors({name: tensor for name, tensor in tensors.items() if name not in frozen}, folder / WEIGHTS)
+    return (
+        {name: tensor for name, tensor in tensors.items() if name not in frozen},
+        {name: tensor for name, tensor in tensors.items() if name in frozen},
+    )
+
+
+def save_weights(trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write weights of `split_weights`, which `load_weights` reads; a file of frozen ones in `folder` is kept as it is."""
+    save_tensors(trained, folder / WEIGHTS)
     if frozen and not (folder / FROZEN).exists():
-        save_tensors({name: tensor for name, tensor in tensors.items() if name in frozen}, folder / FROZEN)
+        save_tensors(frozen, folder / FROZEN)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path) -> None:

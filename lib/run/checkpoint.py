@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
 from lib.model.sharding import whole_weights
-from lib.model.weights import FROZEN, WEIGHTS, frozen_names, load_weights, save_weights
+from lib.model.weights import FROZEN, WEIGHTS, load_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
+from lib.run.snapshot import OPTIMIZER, Snapshot, bytes_to_write, take_snapshot, write_tensors
 from lib.runtime.atomic import (
     MANIFEST,
     WRITE_ERRORS,
@@ -54,7 +54,7 @@ NAME = re.compile(r"step-(\d+)(-pending)?")
 """The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
 INGREDIENTS = "ingredients"
 """The folder in a checkpoint with the weights that are averaged at the end; those of its own step are its own."""
-CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", "optimizer.pt"}
+CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", OPTIMIZER}
 """What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
 
 MEMORY = "memory"
@@ -102,58 +102,60 @@ class Checkpointer:
         `run_id` is the id of the tracker's run. Raises UserError on every process if the weights are not finite or the
         disk is full; earlier checkpoints stay as they are.
         """
-        accelerator, state = self.learner.accelerator, self.learner.state
+        learner, accelerator, state = self.learner, self.learner.accelerator, self.learner.state
         beat(f"checkpoint of step {state.step}")
-        sums = self.learner.meter.state()
-        optimizer = whole_state(self.learner.optimizer)
+        record = {"interval": learner.meter.state(), "run_id": run_id, "settings": self.settings}
+        optimizer = whole_state(learner.optimizer)
         problem = ""
-        with whole_weights(self.learner.inner_model):
+        with whole_weights(learner.inner_model):
             if accelerator.is_main_process:
                 try:
                     self.check_folder()
-                    self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id}, optimizer)
+                    self.write(take_snapshot(learner, record, optimizer))
                 except (*WRITE_ERRORS, UserError) as error:
                     problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
         if any_process(accelerator, bool(problem)):
             raise UserError(problem or "the first process could not save a checkpoint")
 
-    def write(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Publish a checkpoint whose state.json holds `record`, on the main process, where the weights are whole."""
-        learner, model = self.learner, self.learner.inner_model
-        state, scaler = learner.state, learner.accelerator.scaler
+    def write(self, snapshot: Snapshot) -> None:
+        """Write a snapshot aside and publish it as a checkpoint, then delete old ones, on the main process.
+
+        It reads nothing of the learner but what the snapshot has.
+        """
         checkpoints = self.folder / "checkpoints"
-        name = f"step-{state.step}" + ("-pending" if state.pending else "")
-        check_finite(model)
         checkpoints.mkdir(exist_ok=True)
-        target = checkpoints / name
-        tensors = {"optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
-        if scaler is not None:
-            tensors["scaler"] = scaler.state_dict()
+        target = checkpoints / snapshot.name
         with drafting(target) as fresh:
-            if self.last is not None:
-                link_file(self.last / FROZEN, fresh / FROZEN)
-            check_space(fresh, model)
-            save_weights(model, fresh)
-            with (fresh / "optimizer.pt").open("wb") as file:  # by its path, errors of the disk would lose their cause
-                torch.save(tensors, file)
-            text = json.dumps(record | {"settings": self.settings}, indent=2)
-            (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
-            best = self.keep_best(fresh / BEST) if state.best_scores else {}
-            known = {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh)
-            write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
-            if os.path.lexists(target) and not is_ours(target):
-                remove_checkpoint(target)
-            publish_folder(fresh, target)
+            self.fill(fresh, snapshot)
+            self.publish(fresh, target, snapshot.state)
+        rotate(checkpoints, snapshot.state.step, self.config.save_total_limit)
+
+    def fill(self, fresh: Path, snapshot: Snapshot) -> None:
+        """Write a snapshot, the best model and the ingredients of its step, and last the manifest, to the folder `fresh`."""
+        state = snapshot.state
+        if self.last is not None:
+            link_file(self.last / FROZEN, fresh / FROZEN)
+        check_space(fresh, bytes_to_write(snapshot, fresh))
+        write_tensors(snapshot, fresh)
+        (fresh / "state.json").write_text(json.dumps(snapshot.record, indent=2) + "\n", encoding="utf-8")
+        best = self.keep_best(fresh / BEST, state.best_step) if state.best_scores else {}
+        known = {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state)
+        write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
+
+    def publish(self, fresh: Path, target: Path, state: State) -> None:
+        """Give a folder that is complete its name; from here on it is the last checkpoint."""
+        if os.path.lexists(target) and not is_ours(target):
+            remove_checkpoint(target)
+        publish_folder(fresh, target)
         self.last, self.last_best = target, state.best_step
         self.kept = {step: (target, name) for step, name in ingredient_names(state).items()}
-        rotate(checkpoints, state.step, self.config.save_total_limit)
 
-    def keep_best(self, folder: Path) -> Entries:
-        """Put the best model into the new `folder`, and restore model/ if it is gone; returns its files.
+    def keep_best(self, folder: Path, step: int) -> Entries:
+        """Put the best model, that of `step`, into the new `folder`, and restore model/ if it is gone; returns its files.
 
         Raises UserError if no undamaged copy is left: a checkpoint is not published without its best model.
         """
-        model, step = self.folder / "model", self.learner.state.best_step
+        model = self.folder / "model"
         if self.last is not None and self.last_best == step and (files := best_files(self.last)):
             with contextlib.suppress(FileNotFoundError):  # deleted by somebody: another copy is looked for below
                 copy_files(self.last / BEST, folder, files, link=True)
@@ -174,13 +176,13 @@ class Checkpointer:
             "saved without it. The same command resumes from the checkpoint before"
         )
 
-    def keep_ingredients(self, folder: Path) -> Entries:
+    def keep_ingredients(self, folder: Path, state: State) -> Entries:
         """Put the weights of earlier evaluations that are to be averaged into the new checkpoint; returns their files.
 
         What is gone is left out: `find_ingredients` says so at the end. What is damaged stays so by its entry.
         """
         entries: Entries = {}
-        for step, name in ingredient_names(self.learner.state).items():
+        for step, name in ingredient_names(state).items():
             checkpoint, before = self.kept.get(step, (folder, name))
             entry = listed_files(checkpoint).get(before)
             if name == WEIGHTS or entry is None:
@@ -216,7 +218,7 @@ class Checkpointer:
         with whole_weights(learner.inner_model, change=True):
             load_weights(learner.inner_model, checkpoint)
         self.last, self.last_best = None, 0  # other parameters may be frozen there
-        tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
+        tensors = torch.load(checkpoint / OPTIMIZER, weights_only=True, map_location="cpu")
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
@@ -402,20 +404,9 @@ def rotate(checkpoints: Path, step: int, limit: int) -> None:
     remove_checkpoints(checkpoints, keep=past[: max(limit, 1)])
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise UserError if a trained weight is not finite."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{name} holds numbers that are not finite; try a lower --learning_rate")
-
-
-def check_space(folder: Path, model: nn.Module) -> None:
-    """Raise UserError unless the disk has room for the missing weights and AdamW's two moments."""
-    frozen = set() if (folder / FROZEN).exists() else frozen_names(model)
-    needed = 2**20 + sum(
-        p.nbytes * 3 if p.requires_grad else p.nbytes * (name in frozen) for name, p in model.named_parameters()
-    )
-    free = shutil.disk_usage(folder).free
+def check_space(folder: Path, size: int) -> None:
+    """Raise UserError unless the disk of `folder` has room for tensors of `size` bytes."""
+    needed, free = 2**20 + size, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "
