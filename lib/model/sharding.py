@@ -91,18 +91,19 @@ def whole(tensor: torch.Tensor, everywhere: bool = False) -> torch.Tensor:
 def own_slices(like: torch.Tensor) -> tuple[slice, ...]:
     """Where the part that this process holds of a tensor lies in the whole: a slice for each dimension."""
     slices = [slice(0, size) for size in like.shape]
-    for dimension, placement in enumerate(like.placements if isinstance(like, DTensor) else ()):
-        if isinstance(placement, Shard):
-            begin, end = slices[placement.dim].start, slices[placement.dim].stop
-            size = -(-(end - begin) // like.device_mesh.size(dimension))
-            begin = min(begin + like.device_mesh.get_local_rank(dimension) * size, end)
-            slices[placement.dim] = slice(begin, min(begin + size, end))
+    if isinstance(like, DTensor):
+        for dimension, placement in enumerate(like.placements):
+            if isinstance(placement, Shard):
+                begin, end = slices[placement.dim].start, slices[placement.dim].stop
+                size = -(-(end - begin) // like.device_mesh.size(dimension))
+                begin = min(begin + like.device_mesh.get_local_rank(dimension) * size, end)
+                slices[placement.dim] = slice(begin, min(begin + size, end))
     return tuple(slices)
 
 
 def as_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor that every process holds whole, in the shards of `like`; nothing is sent."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    if not isinstance(like, DTensor):
         return tensor
     part = tensor.detach()[own_slices(like)].to(
         like.to_local().device, copy=True, memory_format=torch.contiguous_format

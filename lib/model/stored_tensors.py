@@ -93,7 +93,9 @@ class StoredTensors:
             self.check(name, tensor)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it takes this for a run of one process, since nothing is sent
-            checkpoint.load({name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=self.path, no_dist=True)
+            checkpoint.load(
+                {name: tensor.detach() for name, tensor in tensors.items()}, checkpoint_id=self.path, no_dist=True
+            )
 
     def read(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """What this process is to hold of a tensor in the shards of `like`, in the dtype that it was saved in.

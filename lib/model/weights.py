@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapter_info, reload_adapter, save_adapter
-from lib.model.sharding import free_layers, is_sharded, own_part, whole_weights
+from lib.model.sharding import free_layers, is_sharded, own_part, tensors_of, whole_weights
 from lib.model.stored_tensors import StoredTensors, stored_at
 
 WEIGHTS = "model.safetensors"
@@ -26,7 +26,7 @@ FROZEN = "frozen.safetensors"
 
 def saved_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict of a model; with an adapter, only its trainable part, since the base model is not saved."""
-    tensors = model.state_dict()
+    tensors = tensors_of(model) if is_sharded(model) else model.state_dict()
     if adapter_info(model) is None:
         return dict(tensors)
     return {name: tensors[name] for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -1,6 +1,7 @@
 """Checkpoints to resume from, published atomically.
 
     OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/  ingredients/
+                                       or, of a large model in shards, model.shards/ and optimizer.shards/ by all processes
 
 A checkpoint is complete: `best` is the best model at that step, `ingredients` the weights of earlier evaluations that
 `--average_checkpoints` keeps. These, and the frozen parameters in frozen.safetensors, are written once by a process, and
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,18 @@ import torch
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
 from lib.model.sharding import whole_weights
+from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at
 from lib.model.weights import FROZEN, WEIGHTS, load_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
-from lib.run.snapshot import OPTIMIZER, Snapshot, bytes_to_write, take_snapshot, write_tensors
+from lib.run.snapshot import (
+    OPTIMIZER,
+    Snapshot,
+    bytes_to_write,
+    take_snapshot,
+    write_held,
+    write_optimizer,
+    write_tensors,
+)
 from lib.runtime.atomic import (
     MANIFEST,
     WRITE_ERRORS,
@@ -36,6 +46,7 @@ from lib.runtime.atomic import (
     find_difference,
     is_ours,
     link_file,
+    link_files,
     listed_files,
     publish_folder,
     remove_drafts,
@@ -44,18 +55,19 @@ from lib.runtime.atomic import (
     write_manifest,
 )
 from lib.runtime.memory import StartAgain
-from lib.runtime.processes import any_process
+from lib.runtime.processes import agree_on, any_process, has_lost_another, tell_all
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
-from lib.training.optimizer import restore_optimizer, whole_state
+from lib.training.optimizer import restore_optimizer, state_in_parts, whole_state
 from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
 """The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
 INGREDIENTS = "ingredients"
 """The folder in a checkpoint with the weights that are averaged at the end; those of its own step are its own."""
-CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", OPTIMIZER}
-"""What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
+TENSORS = {FROZEN, WEIGHTS, OPTIMIZER}
+CONTENTS = {MANIFEST, BEST, INGREDIENTS, "state.json", *TENSORS, *(parts_of(Path(name)).name for name in TENSORS)}
+"""What a checkpoint holds: frozen.safetensors, best, ingredients, and folders of parts are not always there."""
 
 MEMORY = "memory"
 """The folder of a run with the notes of processes that ran out of memory where they could tell no other."""
@@ -105,6 +117,9 @@ class Checkpointer:
         learner, accelerator, state = self.learner, self.learner.accelerator, self.learner.state
         beat(f"checkpoint of step {state.step}")
         record = {"interval": learner.meter.state(), "run_id": run_id, "settings": self.settings}
+        if is_saved_in_parts(learner.inner_model):
+            self.save_in_parts(record)
+            return
         optimizer = whole_state(learner.optimizer)
         problem = ""
         with whole_weights(learner.inner_model):
@@ -126,20 +141,81 @@ class Checkpointer:
         checkpoints.mkdir(exist_ok=True)
         target = checkpoints / snapshot.name
         with drafting(target) as fresh:
-            self.fill(fresh, snapshot)
+            if self.last is not None:
+                link_file(self.last / FROZEN, fresh / FROZEN)
+            check_space(fresh, bytes_to_write(snapshot, fresh))
+            write_tensors(snapshot, fresh)
+            self.fill(fresh, snapshot, {})
             self.publish(fresh, target, snapshot.state)
         rotate(checkpoints, snapshot.state.step, self.config.save_total_limit)
 
-    def fill(self, fresh: Path, snapshot: Snapshot) -> None:
-        """Write a snapshot, the best model and the ingredients of its step, and last the manifest, to the folder `fresh`."""
+    def save_in_parts(self, record: dict[str, Any]) -> None:
+        """As `save`, where every process writes what it holds of weights and moments, and none gathers them."""
+        learner, problem = self.learner, ""
+        try:
+            try:
+                snapshot = take_snapshot(learner, record, *state_in_parts(learner.optimizer))
+            except UserError as error:
+                problem = str(error)
+            if problem := agree_on(problem):
+                raise UserError(problem)
+            self.write_in_parts(snapshot)
+        except (*WRITE_ERRORS, UserError) as error:  # the same on all processes, unless one of them is gone
+            if has_lost_another(error):
+                raise
+            why = explain(error, self.folder)
+            raise UserError(f"the checkpoint of step {learner.state.step} could not be saved: {why}") from error
+
+    def write_in_parts(self, snapshot: Snapshot) -> None:
+        """As `write`, with what each process holds: to one folder, which the first one makes, completes and publishes.
+
+        Every process must call this; an error of one is raised on all. They agree in a group of their own.
+        """
+        target = self.folder / "checkpoints" / snapshot.name
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> tuple[str, bool]:
+                self.check_folder()
+                target.parent.mkdir(exist_ok=True)
+                fresh = stack.enter_context(drafting(target))
+                kept = self.last is not None and link_files(parts_of(self.last / FROZEN), parts_of(fresh / FROZEN))
+                check_space(fresh, bytes_to_write(snapshot, fresh))
+                return str(fresh), kept
+
+            def complete(fresh: Path, written: Entries) -> None:
+                write_optimizer(snapshot, fresh)
+                self.fill(fresh, snapshot, written)
+                self.publish(fresh, target, snapshot.state)
+                rotate(target.parent, snapshot.state.step, self.config.save_total_limit)
+
+            place, kept = self.on_first(begin)
+            written = write_held(snapshot, Path(place), with_frozen=not kept)
+            self.on_first(lambda: complete(Path(place), written))
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on the first process, on every process; so is its error, in words."""
+        found, problem = None, ""
+        if self.learner.accelerator.is_main_process:
+            try:
+                found = work()
+            except (*WRITE_ERRORS, UserError) as error:
+                problem = explain(error, self.folder)
+        found, problem = tell_all((found, problem))[0]
+        if problem:
+            raise UserError(problem)
+        return found
+
+    def fill(self, fresh: Path, snapshot: Snapshot, written: Entries) -> None:
+        """Add state.json, the best model, the ingredients, and last the manifest to a folder with the tensors of a snapshot.
+
+        `written` are files whose size and sha256 are known already.
+        """
         state = snapshot.state
-        if self.last is not None:
-            link_file(self.last / FROZEN, fresh / FROZEN)
-        check_space(fresh, bytes_to_write(snapshot, fresh))
-        write_tensors(snapshot, fresh)
         (fresh / "state.json").write_text(json.dumps(snapshot.record, indent=2) + "\n", encoding="utf-8")
         best = self.keep_best(fresh / BEST, state.best_step) if state.best_scores else {}
-        known = {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state)
+        known = (
+            written | {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state)
+        )
         write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
 
     def publish(self, fresh: Path, target: Path, state: State) -> None:
@@ -184,14 +260,14 @@ class Checkpointer:
         entries: Entries = {}
         for step, name in ingredient_names(state).items():
             checkpoint, before = self.kept.get(step, (folder, name))
-            entry = listed_files(checkpoint).get(before)
-            if name == WEIGHTS or entry is None:
-                continue
-            (folder / INGREDIENTS).mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # deleted by somebody
-                if checkpoint != self.last or not link_file(checkpoint / before, folder / name):
-                    shutil.copyfile(checkpoint / before, folder / name)
-                entries[name] = entry
+            files = stored_files(checkpoint, before) if name != WEIGHTS else {}
+            for file, entry in files.items():
+                copy = folder / moved(file, before, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # deleted by somebody
+                    if checkpoint != self.last or not link_file(checkpoint / file, copy):
+                        shutil.copyfile(checkpoint / file, copy)
+                    entries[copy.relative_to(folder).as_posix()] = entry
         return entries
 
     def find_ingredients(self) -> dict[int, Path]:
@@ -199,10 +275,10 @@ class Checkpointer:
         found = {}
         for item in self.learner.state.ingredients:
             checkpoint, name = self.kept.get(item["step"], (self.folder, ""))
-            entry = listed_files(checkpoint).get(name)
-            damage = find_difference(checkpoint, {name: entry}) if entry else "they are gone"
+            files = stored_files(checkpoint, name)
+            damage = find_difference(checkpoint, files) if files else "they are gone"
             if damage is None:
-                found[item["step"]] = checkpoint / name
+                found[item["step"]] = stored_at(checkpoint / name)
             else:
                 print(f"warning: the weights of step {item['step']} are not averaged: {damage}", flush=True)
         return found
@@ -215,11 +291,13 @@ class Checkpointer:
         """
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
-        with whole_weights(learner.inner_model, change=True):
-            load_weights(learner.inner_model, checkpoint)
+        load_weights(learner.inner_model, checkpoint)
         self.last, self.last_best = None, 0  # other parameters may be frozen there
-        tensors = torch.load(checkpoint / OPTIMIZER, weights_only=True, map_location="cpu")
-        restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
+        # From the file as they are needed: a process that holds a part of the moments reads that part.
+        tensors = torch.load(checkpoint / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
+        moments = parts_of(checkpoint / OPTIMIZER)
+        parts = StoredTensors(moments) if moments.is_dir() else None
+        restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"], parts)
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
         for name, value in record["state"].items():
@@ -318,6 +396,18 @@ def ingredient_names(state: State) -> dict[int, str]:
     """The names, in a checkpoint of this state, of the weights that are to be averaged, by their step."""
     steps = [item["step"] for item in state.ingredients]
     return {step: WEIGHTS if step == state.step else f"{INGREDIENTS}/step-{step}.safetensors" for step in steps}
+
+
+def stored_files(checkpoint: Path, name: str) -> Entries:
+    """What the manifest of a checkpoint lists of the tensors `name`: a file, or those of the folder in its place."""
+    folder = parts_of(Path(name)).as_posix() + "/"
+    return {file: entry for file, entry in listed_files(checkpoint).items() if file == name or file.startswith(folder)}
+
+
+def moved(file: str, before: str, after: str) -> str:
+    """The name of one of `stored_files` of the tensors `before` where these are called `after`."""
+    old, new = parts_of(Path(before)).as_posix() + "/", parts_of(Path(after)).as_posix() + "/"
+    return after if file == before else new + file.removeprefix(old)
 
 
 def best_folders(folder: Path) -> list[Path]:

@@ -312,6 +312,17 @@ def link_file(source: Path, target: Path) -> bool:
     return True
 
 
+def link_files(source: Path, target: Path) -> bool:
+    """Make a folder `target` with hard links to the files of `source`; False, and none, where one cannot be linked."""
+    files = list(source.iterdir()) if source.is_dir() else []
+    if files:
+        target.mkdir()
+    if files and all(link_file(file, target / file.name) for file in files):
+        return True
+    shutil.rmtree(target, ignore_errors=True)
+    return False
+
+
 def copy_files(source: Path, target: Path, names: Collection[str], link: bool = False) -> None:
     """Copy files of a folder; with `link`, weights become hard links where the file system has them."""
     for name in names:

@@ -124,6 +124,11 @@ def tell_all(value: Any) -> list[Any]:
     return found
 
 
+def agree_on(problem: str) -> str:
+    """The first problem that a process has, on every process; empty if none has one. Every process must call this."""
+    return next(filter(None, tell_all(problem)), "")
+
+
 def lowest_of_each(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
     """The minimum of each of `values` over all processes; every process must call this at the same place."""
     if accelerator.num_processes == 1:

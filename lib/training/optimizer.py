@@ -222,47 +222,50 @@ def state_in_parts(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, torc
     return saved | {"state": rest}, moments
 
 
-def with_moments(saved: dict[str, Any], optimizer: Optimizer, stored: StoredTensors) -> dict[str, Any]:
-    """The first part of `state_in_parts` with moments again, of which each process reads what it is to hold.
-
-    Raises UserError if other parameters are trained than in the checkpoint.
-    """
-    check_groups(saved, optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        name: torch.empty_like(parameters[int(name.partition(".")[0])], dtype=dtype, requires_grad=False)
-        for name, dtype in stored.dtypes.items()
-    }
-    stored.fill(moments)
-    state = {number: dict(values) for number, values in saved["state"].items()}
-    for name, moment in moments.items():
-        number, _, kind = name.partition(".")
-        state[int(number)][kind] = moment
-    return saved | {"state": state}
+def number_of(name: str) -> int:
+    """The number of the parameter of a moment that `state_in_parts` named."""
+    return int(name.partition(".")[0])
 
 
-def check_groups(saved: dict[str, Any], optimizer: Optimizer) -> None:
-    """Raise UserError if other parameters are trained than in the checkpoint, or in other groups."""
-    check_groups(saved, optimizer)
+def copied(value: Any, like: torch.Tensor) -> Any:
+    """A tensor that may lie in a file, in memory of this process, in the shards of `like`; another value as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return as_shard(value, like) if is_shard(like) else value.clone()
 
 
 def restore_optimizer(
-    optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
+    optimizer: Optimizer,
+    scheduler: Any,
+    saved: dict[str, Any],
+    saved_scheduler: dict[str, Any],
+    parts: StoredTensors | None = None,
 ) -> None:
     """Restore moments, step counts and the position in the schedule; hyper-parameters stay those of the settings.
 
-    Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
+    `parts` are the moments that `saved` lacks, see `state_in_parts`. Of moments in shards each process copies, or reads, what
+    it holds. Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
     """
-    check_groups(saved, optimizer)
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            "the checkpoint has other parameter groups: --layerwise_lr_decay, --head_learning_rate, --freeze or "
+            "--adapter changed; start again with --resume_from_checkpoint never"
+        )
     fresh = [
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        number: {n: as_shard(v, parameters[number]) if n != "step" else v for n, v in state.items()}
-        for number, state in saved["state"].items()
+    state = {
+        number: {n: copied(v, like=v if n == "step" else parameters[number]) for n, v in values.items()}
+        for number, values in saved["state"].items()
     }
-    optimizer.load_state_dict(saved | {"state": moments})
+    if parts is not None:
+        read = {name: torch.empty_like(parameters[number_of(name)], dtype=d) for name, d in parts.dtypes.items()}
+        parts.fill(read)
+        for name, moment in read.items():
+            state[number_of(name)][name.partition(".")[2]] = moment
+    optimizer.load_state_dict(saved | {"state": state})
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update(settings)
     scheduler.load_state_dict(saved_scheduler)
