@@ -159,9 +159,9 @@ def describe_processes(accelerator: Accelerator) -> str:
     return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
-def agree_to_stop(accelerator: Accelerator) -> None:
-    """Raise Stopped on every process if one was asked to stop; every process must call this at the same place."""
-    check_stop(functools.partial(any_process, accelerator))
+def agree_to_stop(accelerator: Accelerator, failed: bool = False) -> None:
+    """Raise Stopped on every process if one was asked to stop, or has `failed`; all must call this at the same place."""
+    check_stop(lambda asked: any_process(accelerator, asked or failed))
 
 
 def check_time(accelerator: Accelerator, max_minutes: float | None) -> None:
