@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lib.errors import UserError
 from lib.model.sharding import is_sharded, own_part, own_slices
 from lib.runtime.atomic import Entries, describe_file
-from lib.runtime.processes import tell_all, tellers
+from lib.runtime.processes import tell_all, tellers, together
 
 LARGE = 2_000_000_000
 """Parameters, frozen ones included, from which a model in shards is saved in parts: before, one process has room for all."""
@@ -51,19 +51,8 @@ def write_parts(tensors: Mapping[str, torch.Tensor], folder: Path) -> Entries:
         raise next(iter(error.failures.values()))[0] from None  # the same on all processes
     rank = torch.distributed.get_rank()
     own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
-    found: list[Entries | OSError] = tell_all(describe_files(own))
-    for outcome in found:
-        if isinstance(outcome, OSError):
-            raise outcome
-    return {name: entry for outcome in found if isinstance(outcome, dict) for name, entry in outcome.items()}
-
-
-def describe_files(files: list[Path]) -> Entries | OSError:
-    """The files by their names, with size and sha256, or what went wrong."""
-    try:
-        return {file.name: describe_file(file) for file in files}
-    except OSError as error:
-        return error
+    found = tell_all(together(lambda: {file.name: describe_file(file) for file in own}))
+    return {name: entry for entries in found for name, entry in entries.items()}
 
 
 class StoredTensors:

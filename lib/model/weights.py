@@ -52,9 +52,9 @@ def split_weights(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def save_weights(trained: dict[str, torch.Tensor], frozen: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write weights of `split_weights`, which `load_weights` reads; a file of frozen ones in `folder` is kept as it is."""
+    """Write weights of `split_weights`, which `load_weights` reads; without frozen ones, no file of them."""
     save_tensors(trained, folder / WEIGHTS)
-    if frozen and not (folder / FROZEN).exists():
+    if frozen:
         save_tensors(frozen, folder / FROZEN)
 
 

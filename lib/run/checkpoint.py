@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,7 @@ from lib.model.sharding import whole_weights
 from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at
 from lib.model.weights import FROZEN, WEIGHTS, load_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
-from lib.run.snapshot import (
-    OPTIMIZER,
-    Snapshot,
-    bytes_to_write,
-    take_snapshot,
-    write_held,
-    write_optimizer,
-    write_tensors,
-)
+from lib.run.snapshot import OPTIMIZER, Snapshot, snapshot_phase, take_snapshot, write_held, write_tensors
 from lib.runtime.atomic import (
     MANIFEST,
     WRITE_ERRORS,
@@ -54,8 +46,9 @@ from lib.runtime.atomic import (
     write_atomically,
     write_manifest,
 )
+from lib.runtime.background import Background
 from lib.runtime.memory import StartAgain
-from lib.runtime.processes import agree_on, any_process, has_lost_another, tell_all
+from lib.runtime.processes import any_process, has_lost_another, on_first, together
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
 from lib.training.optimizer import restore_optimizer, state_in_parts, whole_state
@@ -68,6 +61,10 @@ INGREDIENTS = "ingredients"
 TENSORS = {FROZEN, WEIGHTS, OPTIMIZER}
 CONTENTS = {MANIFEST, BEST, INGREDIENTS, "state.json", *TENSORS, *(parts_of(Path(name)).name for name in TENSORS)}
 """What a checkpoint holds: frozen.safetensors, best, ingredients, and folders of parts are not always there."""
+
+POLL_SECONDS = 1.0
+"""How often processes ask the first one whether it has written a checkpoint."""
+WAITING = "waiting for the checkpoint that is being written"
 
 MEMORY = "memory"
 """The folder of a run with the notes of processes that ran out of memory where they could tell no other."""
@@ -84,7 +81,7 @@ sample has one position, else it has one for each token."""
 class Checkpointer:
     """Saves and restores a learner; `settings` are the settings of the run, compared when it resumes.
 
-    `last` is the last checkpoint that this process wrote, `last_best` the step of the best model in it. Only its files
+    `last` is the last checkpoint that this process published, `last_best` the step of the best model in it. Only its files
     are hard-linked, so that damage to files of an earlier process does not spread. `kept` has the weights that are to be
     averaged by their step: the checkpoint that holds them, which was written or loaded last, and their name there.
     """
@@ -96,6 +93,7 @@ class Checkpointer:
     last: Path | None = None
     last_best: int = 0
     kept: dict[int, tuple[Path, str]] = dataclasses.field(default_factory=dict)
+    background: Background = dataclasses.field(default_factory=Background)
 
     def __post_init__(self) -> None:
         self.place = identity(self.folder)
@@ -108,123 +106,182 @@ class Checkpointer:
                 "If it was renamed, give it back its name, and run the same command again: it resumes from the last checkpoint"
             )
 
+    @property
+    def in_background(self) -> bool:
+        """Whether checkpoints are written while training goes on."""
+        asked = self.config.async_save
+        return self.learner.accelerator.device.type != "cpu" if asked is None else asked
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background: `wait` raises why."""
+        return self.background.error is not None
+
     def save(self, run_id: str | None) -> None:
         """Publish a checkpoint of this step, then delete old ones; every process must call this.
 
         `run_id` is the id of the tracker's run. Raises UserError on every process if the weights are not finite or the
-        disk is full; earlier checkpoints stay as they are.
+        disk is full; earlier checkpoints stay as they are. `in_background`, this returns when the step is copied: the
+        checkpoint is there, and errors of the disk are raised, after `wait`. One that is still being written is waited for.
         """
-        learner, accelerator, state = self.learner, self.learner.accelerator, self.learner.state
-        beat(f"checkpoint of step {state.step}")
+        self.wait()
+        learner, state = self.learner, self.learner.state
+        beat(snapshot_phase(state))
         record = {"interval": learner.meter.state(), "run_id": run_id, "settings": self.settings}
         if is_saved_in_parts(learner.inner_model):
             self.save_in_parts(record)
             return
         optimizer = whole_state(learner.optimizer)
-        problem = ""
+        problem = None
         with whole_weights(learner.inner_model):
-            if accelerator.is_main_process:
+            if learner.accelerator.is_main_process:
                 try:
-                    self.check_folder()
-                    self.write(take_snapshot(learner, record, optimizer))
-                except (*WRITE_ERRORS, UserError) as error:
-                    problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
-        if any_process(accelerator, bool(problem)):
-            raise UserError(problem or "the first process could not save a checkpoint")
+                    with self.in_words(state.step):
+                        self.begin(record, optimizer)
+                except UserError as error:
+                    problem = error
+        self.raise_everywhere(problem)
 
-    def write(self, snapshot: Snapshot) -> None:
-        """Write a snapshot aside and publish it as a checkpoint, then delete old ones, on the main process.
+    def begin(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Write a checkpoint on the main process, or have it written in the background."""
+        step, target = self.learner.state.step, self.target
+        with contextlib.ExitStack() as stack:
+            fresh, linked = self.open_draft(stack)
+            snapshot = take_snapshot(self.learner, record, optimizer, frozen=not linked)
+            check_space(fresh, snapshot.nbytes)
+            if not self.in_background:
+                self.write(snapshot, fresh, target, {})
+                return
+            snapshot, draft = snapshot.copied(self.learner), stack.pop_all()
 
-        It reads nothing of the learner but what the snapshot has.
-        """
-        checkpoints = self.folder / "checkpoints"
-        checkpoints.mkdir(exist_ok=True)
-        target = checkpoints / snapshot.name
-        with drafting(target) as fresh:
-            if self.last is not None:
-                link_file(self.last / FROZEN, fresh / FROZEN)
-            check_space(fresh, bytes_to_write(snapshot, fresh))
-            write_tensors(snapshot, fresh)
-            self.fill(fresh, snapshot, {})
-            self.publish(fresh, target, snapshot.state)
-        rotate(checkpoints, snapshot.state.step, self.config.save_total_limit)
+        def work() -> None:
+            with self.in_words(step), draft:
+                self.write(snapshot, fresh, target, {})
+
+        self.background.start(work, snapshot_phase(snapshot.state))
 
     def save_in_parts(self, record: dict[str, Any]) -> None:
-        """As `save`, where every process writes what it holds of weights and moments, and none gathers them."""
-        learner, problem = self.learner, ""
-        try:
-            try:
-                snapshot = take_snapshot(learner, record, *state_in_parts(learner.optimizer))
-            except UserError as error:
-                problem = str(error)
-            if problem := agree_on(problem):
-                raise UserError(problem)
-            self.write_in_parts(snapshot)
-        except (*WRITE_ERRORS, UserError) as error:  # the same on all processes, unless one of them is gone
-            if has_lost_another(error):
-                raise
-            why = explain(error, self.folder)
-            raise UserError(f"the checkpoint of step {learner.state.step} could not be saved: {why}") from error
+        """As `save`, where every process writes what it holds of weights and moments, and none gathers them.
 
-    def write_in_parts(self, snapshot: Snapshot) -> None:
-        """As `write`, with what each process holds: to one folder, which the first one makes, completes and publishes.
-
-        Every process must call this; an error of one is raised on all. They agree in a group of their own.
+        Processes agree in a group of their own, so that they can do so beside training.
         """
-        target = self.folder / "checkpoints" / snapshot.name
-        with contextlib.ExitStack() as stack:
+        step, target = self.learner.state.step, self.target
+        with contextlib.ExitStack() as stack, self.in_words(step):
+            fresh, linked = on_first(lambda: self.open_draft(stack))
+            snapshot = together(lambda: self.take_part(record, frozen=not linked))
+            on_first(lambda: check_space(fresh, snapshot.nbytes))
+            if not self.in_background:
+                self.write_in_parts(snapshot, fresh, target)
+                return
+            draft = stack.pop_all()
 
-            def begin() -> tuple[str, bool]:
-                self.check_folder()
-                target.parent.mkdir(exist_ok=True)
-                fresh = stack.enter_context(drafting(target))
-                kept = self.last is not None and link_files(parts_of(self.last / FROZEN), parts_of(fresh / FROZEN))
-                check_space(fresh, bytes_to_write(snapshot, fresh))
-                return str(fresh), kept
+        def work() -> None:
+            with self.in_words(step), draft:
+                self.write_in_parts(snapshot, fresh, target)
 
-            def complete(fresh: Path, written: Entries) -> None:
-                write_optimizer(snapshot, fresh)
-                self.fill(fresh, snapshot, written)
-                self.publish(fresh, target, snapshot.state)
-                rotate(target.parent, snapshot.state.step, self.config.save_total_limit)
+        self.background.start(work, snapshot_phase(snapshot.state))
 
-            place, kept = self.on_first(begin)
-            written = write_held(snapshot, Path(place), with_frozen=not kept)
-            self.on_first(lambda: complete(Path(place), written))
+    @property
+    def target(self) -> Path:
+        """The checkpoint of this step."""
+        state = self.learner.state
+        return self.folder / "checkpoints" / (f"step-{state.step}" + ("-pending" if state.pending else ""))
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on the first process, on every process; so is its error, in words."""
-        found, problem = None, ""
-        if self.learner.accelerator.is_main_process:
-            try:
-                found = work()
-            except (*WRITE_ERRORS, UserError) as error:
-                problem = explain(error, self.folder)
-        found, problem = tell_all((found, problem))[0]
-        if problem:
-            raise UserError(problem)
-        return found
+    def open_draft(self, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+        """A folder to fill, which `stack` removes unless it is published, and whether it has the frozen weights already."""
+        self.check_folder()
+        self.target.parent.mkdir(exist_ok=True)
+        fresh = stack.enter_context(drafting(self.target))
+        if self.last is None:
+            return fresh, False
+        linked = link_file(self.last / FROZEN, fresh / FROZEN)
+        return fresh, linked or link_files(parts_of(self.last / FROZEN), parts_of(fresh / FROZEN))
+
+    def take_part(self, record: dict[str, Any], frozen: bool) -> Snapshot:
+        """What this process holds of the learner; a copy, if it is written in the background."""
+        state, moments = state_in_parts(self.learner.optimizer)
+        snapshot = take_snapshot(self.learner, record, state, frozen, moments)
+        return snapshot.copied(self.learner) if self.in_background else snapshot
+
+    def write_in_parts(self, snapshot: Snapshot, fresh: Path, target: Path) -> None:
+        """Write what this process holds to the draft `fresh`, which the first one completes and publishes.
+
+        Every process must call this; an error of one is raised on all.
+        """
+        written = write_held(snapshot, fresh)
+        on_first(lambda: self.write(snapshot, fresh, target, written))
+
+    def write(self, snapshot: Snapshot, fresh: Path, target: Path, written: Entries) -> None:
+        """Write a snapshot to the draft `fresh`, publish that as the checkpoint `target`, then delete old ones.
+
+        `written` are files of it that are there already. Nothing of the learner is read but what the snapshot has: it may be
+        training on.
+        """
+        self.fill(fresh, snapshot, written)
+        self.publish(fresh, target, snapshot.state)
+        rotate(self.folder / "checkpoints", snapshot.state.step, self.config.save_total_limit)
 
     def fill(self, fresh: Path, snapshot: Snapshot, written: Entries) -> None:
-        """Add state.json, the best model, the ingredients, and last the manifest to a folder with the tensors of a snapshot.
-
-        `written` are files whose size and sha256 are known already.
-        """
-        state = snapshot.state
+        """Write a snapshot, the best model and the ingredients of its step, and last the manifest, to the folder `fresh`."""
+        state, phase = snapshot.state, snapshot_phase(snapshot.state)
+        write_tensors(snapshot, fresh)
         (fresh / "state.json").write_text(json.dumps(snapshot.record, indent=2) + "\n", encoding="utf-8")
+        beat(f"{phase}, best model")
         best = self.keep_best(fresh / BEST, state.best_step) if state.best_scores else {}
         known = (
-            written | {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state)
+            {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state) | written
         )
+        beat(f"{phase}, hashes")
         write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
 
     def publish(self, fresh: Path, target: Path, state: State) -> None:
         """Give a folder that is complete its name; from here on it is the last checkpoint."""
+        beat(f"{snapshot_phase(state)}, flushing")
         if os.path.lexists(target) and not is_ours(target):
             remove_checkpoint(target)
         publish_folder(fresh, target)
         self.last, self.last_best = target, state.best_step
         self.kept = {step: (target, name) for step, name in ingredient_names(state).items()}
+
+    @contextlib.contextmanager
+    def in_words(self, step: int) -> Iterator[None]:
+        """Within, an error of the disk becomes a UserError."""
+        try:
+            yield
+        except (*WRITE_ERRORS, UserError) as error:
+            if has_lost_another(error):
+                raise
+            why = explain(error, self.folder)
+            raise UserError(f"the checkpoint of step {step} could not be saved: {why}") from error
+
+    def raise_everywhere(self, problem: BaseException | None) -> None:
+        """Raise the UserError of the first process on all of them; every process must call this. Another error stays there."""
+        if problem is not None and not isinstance(problem, UserError):
+            raise problem
+        if any_process(self.learner.accelerator, problem is not None):
+            raise problem or UserError("the first process could not save a checkpoint")
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written; every process must call this. Raises UserError as `save` does.
+
+        It must be called before what a checkpoint is made of is read or replaced: `model/`, and the checkpoints themselves.
+        """
+        if self.in_background:
+            while any_process(self.learner.accelerator, self.background.is_busy(POLL_SECONDS)):
+                beat(WAITING)
+            self.raise_everywhere(self.background.take_error())
+
+    def end(self) -> None:
+        """Wait for the checkpoint that is being written on this process alone: at the end of training, also by an error.
+
+        What is wrong with it is printed: the error comes first.
+        """
+        if self.background.is_busy():
+            print(f"{WAITING} ...", file=sys.stderr, flush=True)
+        while self.background.is_busy(POLL_SECONDS):
+            beat(WAITING)
+        if problem := self.background.take_error():
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
 
     def keep_best(self, folder: Path, step: int) -> Entries:
         """Put the best model, that of `step`, into the new `folder`, and restore model/ if it is gone; returns its files.
