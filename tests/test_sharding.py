@@ -255,8 +255,9 @@ def test_run_whose_shards_are_saved_in_parts_resumes_bit_by_bit_and_no_process_g
         call = {"flags": ["--epochs", "1", "--save_steps", "1", *flags], "parts": True}
         calls += [call | {"folder": f"{kind}-whole"}]
         calls += [call | {"folder": f"{kind}-stopped"} | stop for stop in ({"stop": 4}, {})]
-    calls += [calls[2] | {"folder": "broken", "stop": 4}, calls[2] | {"folder": "broken", "broken": "dropout"}]
-    calls[-1].pop("stop", None)
+    whole = calls[1]
+    calls += [whole | {"folder": "broken", "stop": 4}, whole | {"folder": "broken", "broken": "dropout"}]
+    calls += [whole | {"folder": "small", "export": 8192}]
     play(run, tmp_path, roberta, calls, 2, "fsdp2.yaml")
     assert min(gathered(tmp_path, "plain")) > 0  # the count would tell
     for kind in kinds:
@@ -270,6 +271,35 @@ def test_run_whose_shards_are_saved_in_parts_resumes_bit_by_bit_and_no_process_g
         kept = {"ingredients"} if kind == "averaged" else set()
         assert found == {"best", "model.shards", "optimizer.pt", "optimizer.shards"} | frozen | kept, kind
     assert differences(tmp_path / "all-whole", tmp_path / "broken")
+    files = {path.name for path in (tmp_path / "small" / "model").glob("*.safetensors*")}
+    assert "model.safetensors.index.json" in files
+    assert "model-00001-of-00006.safetensors" in files
+    assert len(files) == 7
+    weights, small = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model").state_dict()
+        for name in ("all-whole", "small")
+    )
+    assert weights.keys() == small.keys()
+    assert all(torch.equal(weight, small[name]) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_error_of_the_disk_of_one_process_ends_the_run_with_one_message_and_leaves_no_checkpoint_in_parts(
+    run: Command, folder: Path, tmp_path: Path
+) -> None:
+    flags = [*train_flags(tiny(folder, "roberta"), tmp_path, "full"), "--save_steps", 2, "--max_steps", 3]
+    fault = json.dumps({"parts": True, "file_bytes": 60_000, "rank": 1})
+    options: dict[str, Any] = {"processes": 2, "config": "fsdp2.yaml", "env": WORKER_ENV}
+    done = run("tests/workers/faulty.py", fault, *flags, code=1, **options)
+    told = "the checkpoint of step 2 could not be saved"
+    assert done.stderr.count(told) == 1
+    assert "exitcode  : 2" in done.stderr
+    checkpoints = tmp_path / "outputs" / "full" / "checkpoints"
+    assert list(checkpoints.iterdir()) == []
+    run("tests/workers/faulty.py", json.dumps({"parts": True}), *flags, **options)
+    (checkpoint,) = list_checkpoints(checkpoints)
+    assert find_damage(checkpoint) is None
+    assert (checkpoint / "model.shards").is_dir()
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@
 
 PLAN is a JSON file with a list of calls of train.py: `folder`; `stop`, the step after which the last process is asked to
 stop, and `during`, whether right after the step or in its evaluation; `broken`, what is broken on purpose; `flags`; `engine`,
-see engines.py; `parts`, whether a model in shards is saved in parts, whatever its size. How many tensors a process gathered
-while checkpoints were saved and loaded is written to `folder`.gathered-RANK.
+see engines.py; `parts`, whether a model in shards is saved in parts, whatever its size; `export`, the bytes of it that are
+exported at a time. How many tensors a process gathered while checkpoints were saved and loaded is written to
+`folder`.gathered-RANK.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.evaluation import scoring
-from lib.model import stored_tensors
+from lib.model import sharding, stored_tensors
 from lib.run import run
 from lib.run.checkpoint import Checkpointer
 from lib.runtime import signals
@@ -65,6 +66,8 @@ def patches(call: dict[str, Any]) -> list[Any]:
     ]
     if call.get("parts"):
         made += [mock.patch.object(stored_tensors, "LARGE", 0)]
+    if "export" in call:
+        made += [mock.patch.object(sharding, "PART", call["export"])]
     if call.get("broken") == "order":
         made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: epoch(a, b, c + 1, d, e))]
     if call.get("broken") == "dropout":
