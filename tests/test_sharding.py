@@ -250,6 +250,7 @@ def test_run_whose_shards_are_saved_in_parts_resumes_bit_by_bit_and_no_process_g
     run: Command, roberta: Path, tmp_path: Path
 ) -> None:
     kinds = {"all": [], "frozen": ["--freeze", "1"], "lora": ["--adapter", "lora"], "averaged": AVERAGED}
+    kinds["thread"] = ["--async_save", "True"]
     calls: list[dict[str, Any]] = [{"folder": "plain", "flags": ["--epochs", "1"]}]
     for kind, flags in kinds.items():
         call = {"flags": ["--epochs", "1", "--save_steps", "1", *flags], "parts": True}
@@ -270,6 +271,7 @@ def test_run_whose_shards_are_saved_in_parts_resumes_bit_by_bit_and_no_process_g
         frozen = {"frozen.shards"} if kind == "frozen" else set()
         kept = {"ingredients"} if kind == "averaged" else set()
         assert found == {"best", "model.shards", "optimizer.pt", "optimizer.shards"} | frozen | kept, kind
+    assert not differences(tmp_path / "all-whole", tmp_path / "thread-whole")
     assert differences(tmp_path / "all-whole", tmp_path / "broken")
     files = {path.name for path in (tmp_path / "small" / "model").glob("*.safetensors*")}
     assert "model.safetensors.index.json" in files
