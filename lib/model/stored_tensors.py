@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lib.errors import UserError
 from lib.model.sharding import is_sharded, own_part, own_slices
 from lib.runtime.atomic import Entries, describe_file
-from lib.runtime.processes import tell_all, tellers, together
+from lib.runtime.processes import side_group, tell_all, together
 
 LARGE = 2_000_000_000
 """Parameters, frozen ones included, from which a model in shards is saved in parts: before, one process has room for all."""
@@ -46,7 +46,7 @@ def write_parts(tensors: Mapping[str, torch.Tensor], folder: Path) -> Entries:
     """
     writer = checkpoint.FileSystemWriter(folder, overwrite=False)
     try:
-        checkpoint.save(dict(tensors), storage_writer=writer, process_group=tellers())
+        checkpoint.save(dict(tensors), storage_writer=writer, process_group=side_group())
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None  # the same on all processes
     rank = torch.distributed.get_rank()

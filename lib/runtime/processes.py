@@ -113,7 +113,7 @@ def control_group() -> Any:
 
 
 @functools.cache
-def tellers() -> Any:
+def side_group() -> Any:
     """A process group on the CPU of its own, for `tell_all` and for what writes together: no other sum waits for it."""
     return torch.distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
 
@@ -121,7 +121,7 @@ def tellers() -> Any:
 def tell_all(value: Any) -> list[Any]:
     """What each process gives, in the order of processes; every process must call this at the same place."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value, group=tellers())
+    torch.distributed.all_gather_object(found, value, group=side_group())
     return found
 
 

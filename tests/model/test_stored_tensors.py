@@ -24,9 +24,9 @@ from lib.runtime.atomic import describe_file
 def mesh(tmp_path: Path) -> Iterator[Any]:
     """A group of one process, over which tensors are spread."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    processes.tellers.cache_clear()
+    processes.side_group.cache_clear()
     yield device_mesh(1, 1, "cpu")
-    processes.tellers.cache_clear()
+    processes.side_group.cache_clear()
     torch.distributed.destroy_process_group()
 
 
