@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForSequenceClassification
 
 from lib.errors import UserError
 from lib.model import sharding, stored_tensors
-from lib.model.sharding import device_mesh, own_slices, tensors_of
+from lib.model.sharding import device_mesh, gathered_parts, own_slices, shard_model, tensors_of
 from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at, write_parts
+from lib.model.weights import reload_model, save_model
+from lib.run import best_model
 from lib.runtime import processes
 from lib.runtime.atomic import describe_file
+from lib.runtime.launch_checks import Sharding
+from tests.tiny_models import build_from
 
 
 @pytest.fixture
@@ -146,3 +152,56 @@ def test_tied_weights_are_saved_once(mesh: Any) -> None:
     model = Tied()
     torch.distributed.fsdp.fully_shard(model, mesh=mesh)
     assert list(tensors_of(model)) == ["count", "table.weight"]
+
+
+def test_model_in_shards_is_exported_part_by_part_as_a_whole_one(
+    mesh: Any, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "PART", 4096)
+    model, whole = build_from(roberta)[0], tmp_path / "whole"
+    save_model(model, whole)
+    weights = load_file(whole / "model.safetensors")
+    shard_model(model, Sharding(1), torch.device("cpu"))
+    parts = list(gathered_parts(model))
+    assert len(parts) > 3
+    for part in parts:
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= 4096
+    save_model(model, tmp_path / "parts", iter(parts))
+    files = {path.name for path in (tmp_path / "parts").iterdir()}
+    assert files - {path.name for path in whole.iterdir()} == {"model.safetensors.index.json"} | {
+        f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)
+    }
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "parts").state_dict()
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            sharding.own_part(parameter).zero_()
+    for folder in (whole, tmp_path / "parts"):
+        reload_model(model, folder)
+        for name, tensor in tensors_of(model).items():
+            assert torch.equal(sharding.own_part(tensor), weights[name])
+            sharding.own_part(tensor).zero_()
+
+
+def test_every_part_is_gathered_where_the_first_process_cannot_write(
+    roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it in each."""
+    gathered = []
+
+    def parts(_: Any) -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(3):
+            gathered.append(number)
+            yield {}
+
+    def fail(_: Any, folder: Path, parts: Iterator[Any]) -> None:
+        next(parts)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(best_model, "gathered_parts", parts)
+    monkeypatch.setattr(best_model, "save_model", fail)
+    with pytest.raises(UserError, match="the best model could not be saved"):
+        best_model.publish_model(Accelerator(cpu=True), build_from(roberta)[0], None, tmp_path / "model")
+    assert gathered == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
