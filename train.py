@@ -40,7 +40,6 @@ from lib.run.record import run_folder
 from lib.run.results import final_splits
 from lib.run.run import Run
 from lib.runtime.accelerator import build_accelerator
-from lib.runtime.processes import agree_to_stop
 from lib.runtime.seeds import seed_everything
 from lib.training.frozen.features import cache_features
 from lib.training.frozen.solver import solve_head
@@ -87,7 +86,7 @@ def main(config: TrainConfig) -> dict[str, Any]:
                 else:
                     train_step(learner, batch, config)
                 run.progress.step(state)
-            agree_to_stop(accelerator)
+            run.agree_to_stop()
             if plan.is_log_step(state):
                 values = run.progress.show(learner)
                 if plan.is_eval_step(state):

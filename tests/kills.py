@@ -3,6 +3,7 @@
     make kills                                     1,000 kills, about twenty minutes on two cores
     make kills ARGS="--kills 50 --seed 3"
     make kills ARGS="--seed 3 --experiment 17"     the experiment of that number again
+    make kills ARGS="--kills 100 --setting shards" only settings with this word in their name
 
 An experiment is one run in a folder of its own: killed, started again, killed again, up to a dozen times, then left in
 peace. After each kill the newest checkpoint that verifies must not be older than before, and the best model must load; at
@@ -46,6 +47,7 @@ from safetensors.torch import load_file
 
 import train  # noqa: F401 - what its forks import is imported here
 from lib.data import load
+from lib.model import stored_tensors
 from lib.run.checkpoint import NAME, Checkpointer, list_checkpoints
 from lib.run.run import Run
 from lib.runtime import accelerator
@@ -82,11 +84,16 @@ STEPS: list[tuple[Any, str, str, str | None]] = [
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained: flags beside those of `run_flags`, and the number of processes."""
+    """What is trained: flags beside those of `run_flags`, the number of processes, and whether the model is in shards.
+
+    `parts`: these are saved in parts, as large ones are.
+    """
 
     name: str
     flags: str
     processes: int
+    shards: bool = False
+    parts: bool = False
 
     def command(self, flags: list[Any], folder: Path) -> list[str]:
         """train.py with `flags`, those of the setting in place of equal ones."""
@@ -106,7 +113,11 @@ FLAGS = {
     "averaged weights": "--average_checkpoints 3 --eval_steps 2 --save_steps 4 --metric_for_best_model loss --lr 3e-2",
     "an adapter": "--adapter bottleneck --save_steps 2 --metric_for_best_model loss",
 }
+IN_SHARDS = {name: FLAGS[name] for name in ("a checkpoint after each step", "averaged weights", "an adapter")}
+IN_SHARDS |= {"frozen layers": "--freeze 1 --save_steps 1"}
 SETTINGS = [Setting(name, flags, processes) for name, flags in FLAGS.items() for processes in (1, 2)]
+SETTINGS += [Setting(f"{name}, shards", flags, 2, shards=True) for name, flags in IN_SHARDS.items()]
+SETTINGS += [Setting(f"{name}, shards in parts", flags, 2, True, True) for name, flags in IN_SHARDS.items()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,12 +297,17 @@ class Start:
         environment = {"HF_DATASETS_CACHE": str(folder.with_suffix(".cache"))}
         if kill is not None and kill.launched:
             command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(setting.processes)]
-            command += ["--multi_gpu", "--main_process_port", "0"] if setting.processes > 1 else []
+            if setting.shards:
+                command += ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml")]
+            elif setting.processes > 1:
+                command += ["--multi_gpu", "--main_process_port", "0"]
             self.ranks = [self.fork(lambda: os.execve(command[0], command + words, os.environ | environment))]
             return
         if setting.processes > 1:
             environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
             environment["MASTER_PORT"] = str(free_port())
+        if setting.shards:
+            environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
         for rank in range(setting.processes):
             own = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if setting.processes > 1 else {})
             moment = kill.moment if kill is not None and kill.rank == rank else None
@@ -300,6 +316,8 @@ class Start:
                 os.environ.update(own)
                 note_phases(self.board, rank)
                 kill_at(moment, kill.target if kill else "all", self.board, rank)
+                if setting.parts:
+                    stored_tensors.LARGE = 0
                 if broken:
                     Checkpointer.write = remove_first  # type: ignore[method-assign]
 
@@ -452,7 +470,7 @@ class Driver:
         rank, told = rng.randrange(setting.processes), rng.random() < 0.75
         when, how, whom, part = (rng.random() for _ in range(4))
         target = "one" if setting.processes > 1 and whom < 0.5 and not finished else "all"
-        if when < LAUNCHED and not self.broken and not finished:
+        if when < LAUNCHED and not (self.broken or finished or setting.parts):
             target = "launcher" if whom > 0.7 else target
             return Kill(target, rank, seconds=part * (START_SECONDS + reference.seconds), launched=True)
         if finished:
@@ -590,6 +608,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="experiments at the same time")
     parser.add_argument("--experiment", type=int, help="only the one with this number")
+    parser.add_argument("--setting", default="", help="only settings with this in their name")
     parser.add_argument(
         "--broken", action="store_true", help="a save that removes the old checkpoint first: must be found"
     )
@@ -598,7 +617,8 @@ def main() -> int:
     started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="kills-"))
     driver = Driver(folder, run_flags(folder, tiny_roberta(folder / "roberta")), asked.seed, asked.broken)
     import_all(driver)
-    chosen = SETTINGS[: max(1, asked.kills // 10)]  # each needs a reference
+    chosen = [setting for setting in SETTINGS if asked.setting in setting.name]
+    chosen = chosen[: max(1, asked.kills // 10)]  # each needs a reference
     found: list[Story] = []
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(asked.jobs, context) as pool:
@@ -607,7 +627,9 @@ def main() -> int:
         for story in one if asked.experiment is not None else stories(driver, pool, asked.kills, asked.jobs):
             found.append(story)
             if story.fault:
-                again = f'make kills ARGS="--kills {asked.kills} --seed {asked.seed} --experiment {story.number}"'
+                words = f"--kills {asked.kills} --seed {asked.seed} --experiment {story.number}"
+                words += f" --setting '{asked.setting}'" if asked.setting else ""
+                again = f'make kills ARGS="{words}"'
                 kept = folder / f"experiment-{story.number}"
                 print(f"{story.fault}: {story.setting}\n  {story.problem}\n  kept: {kept}*; again: {again}", flush=True)
                 print("\n".join(f"  {line}" for line in story.log), flush=True)

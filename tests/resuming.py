@@ -125,7 +125,10 @@ def differences(a: Path, b: Path, ignored: frozenset[str] = frozenset()) -> list
     (first, *_), (second, *_) = list_checkpoints(a / "checkpoints"), list_checkpoints(b / "checkpoints")
     if first.name != second.name:
         found.append(f"{first.name} and {second.name}")
-    names = [{str(file.relative_to(path)) for file in path.rglob("*.safetensors")} for path in (first, second)]
+    names = [
+        {str(file.relative_to(path)) for pattern in ("*.safetensors", "*.distcp") for file in path.rglob(pattern)}
+        for path in (first, second)
+    ]
     found += sorted(names[0] ^ names[1])
     found += [
         name for name in sorted(names[0] & names[1]) if (first / name).read_bytes() != (second / name).read_bytes()

@@ -95,10 +95,11 @@ def test_every_wing_has_its_folder_of_tests():
         (r"\bos\.environ|\bgetenv", {"runtime", "hub/endpoint.py"}),
         (r"\bload_dataset\(", {"data/sources.py"}),
         (r"\baccelerator\.gather|\bgather_for_metrics\(|\bgather_object\(", {"inference/stream.py"}),
-        # The store is opened before the group is made; PyTorch's FSDP2 acts on a model, by a mesh of processes.
+        # The store is opened before the group is made; PyTorch's FSDP2 acts on a model, by a mesh of processes, and its
+        # format for what they write together is that of stored tensors.
         (
             r"\btorch\.distributed\.|^\s*(import|from) torch\.distributed\b",
-            {"runtime/processes.py", "runtime/network.py", "model/sharding.py"},
+            {"runtime/processes.py", "runtime/network.py", "model/sharding.py", "model/stored_tensors.py"},
         ),
     ],
 )

@@ -17,6 +17,14 @@ def test_run_killed_again_and_again_ends_as_if_nothing_had_happened(run, kills):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("setting", ["shards", "shards in parts"])
+def test_run_in_shards_killed_again_and_again_ends_as_if_nothing_had_happened(run, setting):
+    shown = kill(run, "--kills", 40, "--setting", setting, timeout=1200)
+    assert "40 kills" in shown
+    assert "lost 0, unequal 0, hanging 0, failed 0" in shown
+
+
+@pytest.mark.slow
 def test_kills_would_notice_a_save_that_removes_the_old_checkpoint_first(run):
     assert "lost: " in kill(run, "--kills", 20, "--broken", code=1, timeout=900)
 

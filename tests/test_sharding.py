@@ -15,10 +15,13 @@ from transformers import AutoModelForSequenceClassification
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.errors import UserError
+from lib.evaluation import padding as padding_check
 from lib.model import padding
 from lib.model.build import check_trainable
 from lib.model.sharding import shard_model
 from lib.run.checkpoint import list_checkpoints
+from lib.runtime import accelerator
+from lib.runtime.atomic import find_damage
 from lib.runtime.launch_checks import Sharding
 from tests.conftest import WORKER_ENV, Command, read_lines, results_of, sentences, write_csv
 from tests.resuming import differences, play
@@ -64,6 +67,10 @@ VARIANTS = {
     "windows": ["--max_length", "8", "--window_stride", "2"],
 }
 """Flags by their names; all but one change what is learned."""
+
+AVERAGED = ["--average_checkpoints", "3", "--metric_for_best_model", "loss", "--save_steps", "1", "--epochs", "2"]
+AVERAGED += ["--lr", "3e-2", "--lr_scheduler_type", "constant", "--adam_epsilon", "1e-2"]
+"""Flags of a run of which a mean of weights is the best model."""
 
 Results = dict[Any, Any]
 Train = Callable[..., Results]
@@ -173,15 +180,19 @@ def test_every_architecture_and_method_is_trained_in_shards_as_by_one_process(
 def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_other(
     run: Command, tmp_path: Path, folder: Path
 ) -> None:
+    """A name with `parts` is of a model in shards that is saved in parts, as large ones are."""
     model, flags = tiny(folder, "roberta"), ["--adam_epsilon", "1e-2", "--epochs", "1"]
     engines: dict[str, tuple[dict[str, Any], str | None]] = {
         "one": ({"processes": 1}, None),
         "plain-2": ({"processes": 2, "config": "fsdp2.yaml"}, "plain"),
         "fsdp-2": ({"processes": 2, "config": "fsdp2.yaml"}, None),
+        "parts-2": ({"processes": 2, "config": "fsdp2.yaml"}, None),
         "plain-3": ({"processes": 3, "config": "fsdp2.yaml"}, "plain"),
         "fsdp-3": ({"processes": 3, "config": "fsdp2.yaml"}, None),
+        "parts-3": ({"processes": 3, "config": "fsdp2.yaml"}, None),
         "fsdp-4": ({"processes": 4, "config": "hsdp.yaml"}, "fsdp"),
         "hsdp-4": ({"processes": 4, "config": "hsdp.yaml"}, None),
+        "hsdp-parts-4": ({"processes": 4, "config": "hsdp.yaml"}, None),
     }
     launches = [
         options
@@ -192,9 +203,17 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
     def names(options: dict[str, Any]) -> list[str]:
         return [name for name, (other, _) in engines.items() if other == options]
 
+    def made(name: str, kind: str) -> dict[str, Any]:
+        return {
+            "folder": f"{name}/{kind}",
+            "flags": flags,
+            "engine": engines[name][1],
+            "parts": "parts" in name,
+        }
+
     for options in launches:
         calls = [
-            {"folder": f"{name}/{kind}", "flags": flags, "engine": engines[name][1]} | stop
+            made(name, kind) | stop
             for name in names(options)
             for kind, stop in (("whole", {}), ("stopped", {"stop": 3}))
         ]
@@ -204,7 +223,7 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
         for name in names(options):
             for before in engines:
                 shutil.copytree(tmp_path / before / "stopped", tmp_path / name / f"after-{before}")
-                calls.append({"folder": f"{name}/after-{before}", "flags": flags, "engine": engines[name][1]})
+                calls.append(made(name, f"after-{before}"))
         play(run, tmp_path, model, calls, **options)
     whole = tmp_path / "one" / "whole"
     lines, weights = read_lines(whole / "metrics.jsonl"), load_file(whole / "model" / "model.safetensors")
@@ -219,6 +238,101 @@ def test_checkpoint_of_any_engine_and_number_of_processes_is_resumed_by_any_othe
                     assert b.get(key) == pytest.approx(a.get(key), abs=1e-6), after
             for file, wanted in load_file(after / "model" / "model.safetensors").items():
                 torch.testing.assert_close(wanted, weights[file], atol=1e-6, rtol=0)
+
+
+def gathered(folder: Path, run: str) -> list[int]:
+    """How many tensors each process gathered while it saved and loaded checkpoints in the last call of a run."""
+    return [int(file.read_text()) for file in sorted(folder.glob(f"{run}.gathered-*"))]
+
+
+@pytest.mark.slow
+def test_run_whose_shards_are_saved_in_parts_resumes_bit_by_bit_and_no_process_gathers_them(
+    run: Command, roberta: Path, tmp_path: Path
+) -> None:
+    kinds = {"all": [], "frozen": ["--freeze", "1"], "lora": ["--adapter", "lora"], "averaged": AVERAGED}
+    kinds["thread"] = ["--async_save", "True"]
+    calls: list[dict[str, Any]] = [{"folder": "plain", "flags": ["--epochs", "1"]}]
+    for kind, flags in kinds.items():
+        call = {"flags": ["--epochs", "1", "--save_steps", "1", *flags], "parts": True}
+        calls += [call | {"folder": f"{kind}-whole"}]
+        calls += [call | {"folder": f"{kind}-stopped"} | stop for stop in ({"stop": 4}, {})]
+    whole = calls[1]
+    calls += [whole | {"folder": "broken", "stop": 4}, whole | {"folder": "broken", "broken": "dropout"}]
+    calls += [whole | {"folder": "small", "export": 8192}]
+    play(run, tmp_path, roberta, calls, 2, "fsdp2.yaml")
+    assert min(gathered(tmp_path, "plain")) > 0  # the count would tell
+    for kind in kinds:
+        whole, stopped = tmp_path / f"{kind}-whole", tmp_path / f"{kind}-stopped"
+        assert not differences(whole, stopped), kind
+        assert gathered(tmp_path, whole.name) == gathered(tmp_path, stopped.name) == [0, 0], kind
+        (checkpoint,) = list_checkpoints(whole / "checkpoints")
+        assert find_damage(checkpoint) is None
+        found = {path.name for path in checkpoint.iterdir() if path.suffix != ".json"}
+        frozen = {"frozen.shards"} if kind == "frozen" else set()
+        kept = {"ingredients"} if kind == "averaged" else set()
+        assert found == {"best", "model.shards", "optimizer.pt", "optimizer.shards"} | frozen | kept, kind
+    assert not differences(tmp_path / "all-whole", tmp_path / "thread-whole")
+    assert differences(tmp_path / "all-whole", tmp_path / "broken")
+    files = {path.name for path in (tmp_path / "small" / "model").glob("*.safetensors*")}
+    assert "model.safetensors.index.json" in files
+    assert "model-00001-of-00006.safetensors" in files
+    assert len(files) == 7
+    weights, small = (
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / name / "model").state_dict()
+        for name in ("all-whole", "small")
+    )
+    assert weights.keys() == small.keys()
+    assert all(torch.equal(weight, small[name]) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+def test_error_of_the_disk_of_one_process_ends_the_run_with_one_message_and_leaves_no_checkpoint_in_parts(
+    run: Command, folder: Path, tmp_path: Path
+) -> None:
+    flags = [*train_flags(tiny(folder, "roberta"), tmp_path, "full"), "--save_steps", 2, "--max_steps", 3]
+    fault = json.dumps({"parts": True, "file_bytes": 60_000, "rank": 1})
+    options: dict[str, Any] = {"processes": 2, "config": "fsdp2.yaml", "env": WORKER_ENV}
+    done = run("tests/workers/faulty.py", fault, *flags, code=1, **options)
+    told = "the checkpoint of step 2 could not be saved"
+    assert done.stderr.count(told) == 1
+    assert "exitcode  : 2" in done.stderr
+    checkpoints = tmp_path / "outputs" / "full" / "checkpoints"
+    assert list(checkpoints.iterdir()) == []
+    run("tests/workers/faulty.py", json.dumps({"parts": True}), *flags, **options)
+    (checkpoint,) = list_checkpoints(checkpoints)
+    assert find_damage(checkpoint) is None
+    assert (checkpoint / "model.shards").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [False, True])
+def test_means_of_weights_in_shards_are_those_of_one_process(
+    run: Command, folder: Path, tmp_path: Path, parts: bool
+) -> None:
+    model = tiny(folder, "roberta")
+    play(run, tmp_path, model, [{"folder": "one", "flags": AVERAGED}], 1)
+    call = {"flags": AVERAGED, "parts": parts}
+    calls = [call | {"folder": "shards"}, call | {"folder": "resumed", "stop": 8}, call | {"folder": "resumed"}]
+    play(run, tmp_path, model, calls, 2, "fsdp2.yaml")
+    assert not differences(tmp_path / "shards", tmp_path / "resumed")
+    one, shards = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "shards"))
+    assert len(one["averaged_steps"]) > 1
+    assert one["averaged_steps"] == shards["averaged_steps"]
+    assert shards["test/loss"] == pytest.approx(one["test/loss"], abs=1e-6)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "shards")]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_shards_without_as_many_micro_batches_on_every_process_wait_in_vain(run: Command, folder: Path) -> None:
+    """Of 13 samples one process has three micro-batches and the other two; with `pad` the run equals others, see above."""
+    plan = folder / "plan.json"
+    flags = ["--model", str(tiny(folder, "roberta"))]
+    plan.write_text(json.dumps([{"name": "pad", "broken": "pad", "flags": flags, "sizes": [13]}]))
+    done = run("tests/workers/sharded.py", plan, folder / "pad.pt", env=WORKER_ENV, code=1, **LAUNCHES["fsdp-2"])
+    assert "SIGALRM" in done.stderr
+    assert not (folder / "pad.pt").exists()
 
 
 @pytest.mark.slow
@@ -272,6 +386,32 @@ def test_process_out_of_memory_ends_the_run_whose_next_start_goes_on_in_smaller_
     (checkpoint, *_) = list_checkpoints(outputs / "short" / "checkpoints")
     assert json.loads((checkpoint / "state.json").read_text())["state"]["micro_batch_positions"] > 0
     np.testing.assert_allclose(losses_of(outputs / "short"), losses_of(outputs / "whole"), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_process_out_of_memory_in_evaluation_ends_the_run_whose_next_start_evaluates_in_smaller_batches(
+    run: Command, call: Command, folder: Path, tmp_path: Path, restarts: int
+) -> None:
+    flags = train_flags(tiny(folder, "roberta"), tmp_path, "whole")
+    call("train.py", *flags)
+    fault = json.dumps({"do": "eval_oom", "size": 1, "rank": 1, "once": str(tmp_path / "there")})
+    flags += ["--run_name", "short", "--save_steps", 2]
+    options: dict[str, Any] = {"processes": 2, "config": f"fsdp2.yaml --max_restarts {restarts}"}
+    outputs, note = tmp_path / "outputs", tmp_path / "outputs" / "short" / "memory" / "1-eval_batch_size.json"
+    done = run("tests/workers/faulty.py", fault, *flags, env=WORKER_ENV, code=1 - restarts, **options)
+    assert "--per_device_eval_batch_size" in done.stderr
+    if not restarts:
+        assert json.loads(note.read_text())["state"] == {"eval_batch_size": 6}
+        assert list_checkpoints(outputs / "short" / "checkpoints")[0].name == "step-4"
+        done = run("train.py", *flags, env=WORKER_ENV, **options)
+    assert "out of memory before: at most 6 samples a forward" in done.stdout
+    assert not note.exists()
+    (checkpoint, *_) = list_checkpoints(outputs / "short" / "checkpoints")
+    assert json.loads((checkpoint / "state.json").read_text())["state"]["eval_batch_size"] == 6
+    np.testing.assert_allclose(losses_of(outputs / "short"), losses_of(outputs / "whole"), atol=1e-6, rtol=1e-6)
+    one, two = (json.loads((outputs / name / "results.json").read_text()) for name in ("short", "whole"))
+    assert one["test/loss"] == pytest.approx(two["test/loss"], abs=1e-6)
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -328,6 +468,33 @@ def test_what_does_not_go_with_shards_is_refused_by_name(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=rf"(?s)FSDP.*{words}"):
         check_trainable(trained)
+
+
+def test_fp16_and_shards_are_refused_by_name(
+    call: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on GPUs: on a CPU fp16 is refused before, for want of one."""
+    flags = train_flags(tiny(folder, "roberta"), tmp_path, "fp16")
+    monkeypatch.setattr(accelerator, "resolve_precision", lambda _: "fp16")
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    done = call("train.py", *flags, code=2)
+    assert "FSDP and fp16 do not go together" in done.stderr
+    assert "--mixed_precision bf16" in done.stderr
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("leak", padding.UNPADDED)
+def test_model_that_needs_batches_without_padding_is_refused_in_shards_by_name(
+    call: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: str
+) -> None:
+    flags = train_flags(tiny(folder, "roberta"), tmp_path, "leak")
+    monkeypatch.setattr(padding_check, "find_leak", lambda *_: leak)
+    monkeypatch.setattr(padding_check, "is_sharded", lambda _: True)
+    done = call("train.py", *flags, code=2)
+    assert "FSDP and roberta do not go together: padding changes its logits" in done.stderr
+    assert "accelerate_configs/multi_gpu.yaml" in done.stderr
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_lack_of_memory_in_shards_is_not_taken_for_a_length_that_the_model_does_not_take(

@@ -63,6 +63,11 @@ def without_gradients(model: nn.Module) -> contextlib.AbstractContextManager[Any
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
+def is_shard(value: Any) -> bool:
+    """Whether a value is a tensor of which this process holds a part."""
+    return isinstance(value, DTensor)
+
+
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor: its shard, or all of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -83,40 +88,81 @@ def whole(tensor: torch.Tensor, everywhere: bool = False) -> torch.Tensor:
     return tensor
 
 
+def own_slices(like: torch.Tensor) -> tuple[slice, ...]:
+    """Where the part that this process holds of a tensor lies in the whole: a slice for each dimension."""
+    slices = [slice(0, size) for size in like.shape]
+    if isinstance(like, DTensor):
+        for dimension, placement in enumerate(like.placements):
+            if isinstance(placement, Shard):
+                begin, end = slices[placement.dim].start, slices[placement.dim].stop
+                size = -(-(end - begin) // like.device_mesh.size(dimension))
+                begin = min(begin + like.device_mesh.get_local_rank(dimension) * size, end)
+                slices[placement.dim] = slice(begin, min(begin + size, end))
+    return tuple(slices)
+
+
 def as_shard(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A tensor that every process holds whole, in the shards of `like`; nothing is sent."""
     if not isinstance(like, DTensor):
         return tensor
-    part = tensor.detach()
-    for dimension, placement in enumerate(like.placements):
-        if isinstance(placement, Shard):
-            pieces, own = (
-                part.chunk(like.device_mesh.size(dimension), placement.dim),
-                like.device_mesh.get_local_rank(dimension),
-            )
-            part = pieces[own] if own < len(pieces) else part.narrow(placement.dim, 0, 0)
-    part = part.to(
+    part = tensor.detach()[own_slices(like)].to(
         like.to_local().device, copy=True, memory_format=torch.contiguous_format
     )  # after the cut: the GPU has room
     return DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
-@contextlib.contextmanager
-def whole_weights(model: nn.Module, change: bool = False) -> Iterator[None]:
-    """Within, the main process finds whole parameters in main memory in `model`, where it had shards: to save them.
-
-    With `change`, every process does, and what it does to them is kept: to load others. Every process must call this;
-    the model cannot compute within. Does nothing for a model that is not in shards.
-    """
+def free_layers(model: nn.Module) -> None:
+    """Have all processes hold their parts alone: an evaluation may leave layers gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # an evaluation may leave it gathered
+            module.reshard()
+
+
+def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a model in shards saves: its parameters and buffers, each under the first of its names."""
+    free_layers(model)
+    names = [{name for name, _ in model.named_parameters(remove_duplicate=once)} for once in (True, False)]
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names[0] or name not in names[1]}
+
+
+PART = 2**30
+"""Bytes of a model in shards that the first process gathers at a time to export it; a larger tensor is a part of its own."""
+
+
+def gathered_parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of a model in shards, whole on the first process, in parts of PART bytes; every process must exhaust it.
+
+    None for a model that is not in shards.
+    """
+    tensors = list(tensors_of(model).items()) if is_sharded(model) else []
+    while tensors:
+        count, size = 1, tensors[0][1].nbytes
+        while count < len(tensors) and size + tensors[count][1].nbytes <= PART:
+            size += tensors[count][1].nbytes
+            count += 1
+        part, tensors = tensors[:count], tensors[count:]
+        yield {name: whole(tensor) for name, tensor in part}
+
+
+@contextlib.contextmanager
+def whole_weights(model: nn.Module, change: bool = False, frozen: bool = True) -> Iterator[None]:
+    """Within, the main process finds whole parameters in main memory in `model`, where it had shards: to save them.
+
+    With `change`, every process does, and what it does to them is kept: to load others. Without `frozen`, frozen ones stay
+    in shards. Every process must call this; the model cannot compute within. Does nothing for a model that is not in shards.
+    """
+    free_layers(model)
     if not is_sharded(model):
         yield
         return
     places = [(module, dict(module._parameters)) for module in model.modules()]
     hooks = {module: module._load_state_dict_post_hooks for module, _ in places}
-    held: dict[int, Any] = {id(p): p for _, parameters in places for p in parameters.values() if isinstance(p, DTensor)}
+    held: dict[int, Any] = {
+        id(p): p
+        for _, parameters in places
+        for p in parameters.values()
+        if isinstance(p, DTensor) and (frozen or p.requires_grad)
+    }
     found: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for key, shard in held.items():
         if (gathered := whole(shard, everywhere=change)) is not shard:

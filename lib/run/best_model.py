@@ -3,6 +3,7 @@
 Each checkpoint has a copy of it in `best/`. People may edit `model/`, so that it shares no file with them.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.errors import UserError
-from lib.model.sharding import whole_weights
+from lib.model.adapters.adapt import adapter_info
+from lib.model.sharding import gathered_parts, whole_weights
 from lib.model.source import ANSWER_SETTINGS
 from lib.model.weights import reload_model, save_model
 from lib.runtime.atomic import (
@@ -45,16 +47,20 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
     """
     beat("saving the best model")
     problem, inner = "", accelerator.unwrap_model(model)
-    with whole_weights(inner):
+    is_adapter = adapter_info(inner) is not None
+    parts = iter(()) if is_adapter else gathered_parts(inner)
+    with whole_weights(inner, frozen=False) if is_adapter else contextlib.nullcontext():
         if accelerator.is_main_process:
             try:
                 with drafting(folder) as fresh:
-                    save_model(inner, fresh)
+                    save_model(inner, fresh, parts)
                     tokenizer.save_pretrained(fresh)
                     write_manifest(fresh, KIND)
                     publish_folder(fresh, folder)
             except WRITE_ERRORS as error:
                 problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
+        for _ in parts:
+            pass  # every process helps to gather each, also where the first one could not write it
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not save the best model")
 
@@ -110,8 +116,7 @@ def restore_model(
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not restore the best model")
     inner = accelerator.unwrap_model(model)
-    with whole_weights(inner, change=True):
-        reload_model(inner, folder)
+    reload_model(inner, folder)
     restore_answers(inner.config, folder)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints to resume from, published atomically.
 
     OUTPUT_DIR/checkpoints/step-40/    manifest.json  state.json  optimizer.pt  model.safetensors  best/  ingredients/
+                                       or, of a large model in shards, model.shards/ and optimizer.shards/ by all processes
 
 A checkpoint is complete: `best` is the best model at that step, `ingredients` the weights of earlier evaluations that
 `--average_checkpoints` keeps. These, and the frozen parameters in frozen.safetensors, are written once by a process, and
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lib.config.train import TrainingConfig
 from lib.errors import UserError
 from lib.model.sharding import whole_weights
-from lib.model.weights import FROZEN, WEIGHTS, frozen_names, load_weights, save_weights
+from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at
+from lib.model.weights import FROZEN, WEIGHTS, load_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
+from lib.run.snapshot import OPTIMIZER, Snapshot, snapshot_phase, take_snapshot, write_held, write_tensors
 from lib.runtime.atomic import (
     MANIFEST,
     WRITE_ERRORS,
@@ -36,6 +38,7 @@ from lib.runtime.atomic import (
     find_difference,
     is_ours,
     link_file,
+    link_files,
     listed_files,
     publish_folder,
     remove_drafts,
@@ -43,19 +46,25 @@ from lib.runtime.atomic import (
     write_atomically,
     write_manifest,
 )
+from lib.runtime.background import Background
 from lib.runtime.memory import StartAgain
-from lib.runtime.processes import any_process
+from lib.runtime.processes import any_process, has_lost_another, on_first, together
 from lib.runtime.watchdog import beat
 from lib.training.learner import Learner
-from lib.training.optimizer import restore_optimizer, whole_state
+from lib.training.optimizer import restore_optimizer, state_in_parts, whole_state
 from lib.training.state import State
 
 NAME = re.compile(r"step-(\d+)(-pending)?")
 """The folder of a checkpoint; `pending` means saved between a step and its logging, evaluation and saving."""
 INGREDIENTS = "ingredients"
 """The folder in a checkpoint with the weights that are averaged at the end; those of its own step are its own."""
-CONTENTS = {MANIFEST, FROZEN, WEIGHTS, BEST, INGREDIENTS, "state.json", "optimizer.pt"}
-"""What a checkpoint holds; frozen.safetensors, best and ingredients are not always there."""
+TENSORS = {FROZEN, WEIGHTS, OPTIMIZER}
+CONTENTS = {MANIFEST, BEST, INGREDIENTS, "state.json", *TENSORS, *(parts_of(Path(name)).name for name in TENSORS)}
+"""What a checkpoint holds: frozen.safetensors, best, ingredients, and folders of parts are not always there."""
+
+POLL_SECONDS = 1.0
+"""How often processes ask the first one whether it has written a checkpoint."""
+WAITING = "waiting for the checkpoint that is being written"
 
 MEMORY = "memory"
 """The folder of a run with the notes of processes that ran out of memory where they could tell no other."""
@@ -72,7 +81,7 @@ sample has one position, else it has one for each token."""
 class Checkpointer:
     """Saves and restores a learner; `settings` are the settings of the run, compared when it resumes.
 
-    `last` is the last checkpoint that this process wrote, `last_best` the step of the best model in it. Only its files
+    `last` is the last checkpoint that this process published, `last_best` the step of the best model in it. Only its files
     are hard-linked, so that damage to files of an earlier process does not spread. `kept` has the weights that are to be
     averaged by their step: the checkpoint that holds them, which was written or loaded last, and their name there.
     """
@@ -84,6 +93,7 @@ class Checkpointer:
     last: Path | None = None
     last_best: int = 0
     kept: dict[int, tuple[Path, str]] = dataclasses.field(default_factory=dict)
+    background: Background = dataclasses.field(default_factory=Background)
 
     def __post_init__(self) -> None:
         self.place = identity(self.folder)
@@ -96,64 +106,189 @@ class Checkpointer:
                 "If it was renamed, give it back its name, and run the same command again: it resumes from the last checkpoint"
             )
 
+    @property
+    def in_background(self) -> bool:
+        """Whether checkpoints are written while training goes on."""
+        asked = self.config.async_save
+        return self.learner.accelerator.device.type != "cpu" if asked is None else asked
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background: `wait` raises why."""
+        return self.background.error is not None
+
     def save(self, run_id: str | None) -> None:
         """Publish a checkpoint of this step, then delete old ones; every process must call this.
 
         `run_id` is the id of the tracker's run. Raises UserError on every process if the weights are not finite or the
-        disk is full; earlier checkpoints stay as they are.
+        disk is full; earlier checkpoints stay as they are. `in_background`, this returns when the step is copied: the
+        checkpoint is there, and errors of the disk are raised, after `wait`. One that is still being written is waited for.
         """
-        accelerator, state = self.learner.accelerator, self.learner.state
-        beat(f"checkpoint of step {state.step}")
-        sums = self.learner.meter.state()
-        optimizer = whole_state(self.learner.optimizer)
-        problem = ""
-        with whole_weights(self.learner.inner_model):
-            if accelerator.is_main_process:
+        self.wait()
+        learner, state = self.learner, self.learner.state
+        beat(snapshot_phase(state))
+        record = {"interval": learner.meter.state(), "run_id": run_id, "settings": self.settings}
+        if is_saved_in_parts(learner.inner_model):
+            self.save_in_parts(record)
+            return
+        optimizer = whole_state(learner.optimizer)
+        problem = None
+        with whole_weights(learner.inner_model):
+            if learner.accelerator.is_main_process:
                 try:
-                    self.check_folder()
-                    self.write({"state": dataclasses.asdict(state), "interval": sums, "run_id": run_id}, optimizer)
-                except (*WRITE_ERRORS, UserError) as error:
-                    problem = f"the checkpoint of step {state.step} could not be saved: {explain(error, self.folder)}"
-        if any_process(accelerator, bool(problem)):
-            raise UserError(problem or "the first process could not save a checkpoint")
+                    with self.in_words(state.step):
+                        self.begin(record, optimizer)
+                except UserError as error:
+                    problem = error
+        self.raise_everywhere(problem)
 
-    def write(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Publish a checkpoint whose state.json holds `record`, on the main process, where the weights are whole."""
-        learner, model = self.learner, self.learner.inner_model
-        state, scaler = learner.state, learner.accelerator.scaler
-        checkpoints = self.folder / "checkpoints"
-        name = f"step-{state.step}" + ("-pending" if state.pending else "")
-        check_finite(model)
-        checkpoints.mkdir(exist_ok=True)
-        target = checkpoints / name
-        tensors = {"optimizer": optimizer, "scheduler": learner.scheduler.state_dict()}
-        if scaler is not None:
-            tensors["scaler"] = scaler.state_dict()
-        with drafting(target) as fresh:
-            if self.last is not None:
-                link_file(self.last / FROZEN, fresh / FROZEN)
-            check_space(fresh, model)
-            save_weights(model, fresh)
-            with (fresh / "optimizer.pt").open("wb") as file:  # by its path, errors of the disk would lose their cause
-                torch.save(tensors, file)
-            text = json.dumps(record | {"settings": self.settings}, indent=2)
-            (fresh / "state.json").write_text(text + "\n", encoding="utf-8")
-            best = self.keep_best(fresh / BEST) if state.best_scores else {}
-            known = {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh)
-            write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
-            if os.path.lexists(target) and not is_ours(target):
-                remove_checkpoint(target)
-            publish_folder(fresh, target)
+    def begin(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
+        """Write a checkpoint on the main process, or have it written in the background."""
+        step, target = self.learner.state.step, self.target
+        with contextlib.ExitStack() as stack:
+            fresh, linked = self.open_draft(stack)
+            snapshot = take_snapshot(self.learner, record, optimizer, frozen=not linked)
+            check_space(fresh, snapshot.nbytes)
+            if not self.in_background:
+                self.write(snapshot, fresh, target, {})
+                return
+            snapshot, draft = snapshot.copied(self.learner), stack.pop_all()
+
+        def work() -> None:
+            with self.in_words(step), draft:
+                self.write(snapshot, fresh, target, {})
+
+        self.background.start(work, snapshot_phase(snapshot.state))
+
+    def save_in_parts(self, record: dict[str, Any]) -> None:
+        """As `save`, where every process writes what it holds of weights and moments, and none gathers them.
+
+        Processes agree in a group of their own, so that they can do so beside training.
+        """
+        step, target = self.learner.state.step, self.target
+        with contextlib.ExitStack() as stack, self.in_words(step):
+            fresh, linked = on_first(lambda: self.open_draft(stack))
+            snapshot = together(lambda: self.take_part(record, frozen=not linked))
+            on_first(lambda: check_space(fresh, snapshot.nbytes))
+            if not self.in_background:
+                self.write_in_parts(snapshot, fresh, target)
+                return
+            draft = stack.pop_all()
+
+        def work() -> None:
+            with self.in_words(step), draft:
+                self.write_in_parts(snapshot, fresh, target)
+
+        self.background.start(work, snapshot_phase(snapshot.state))
+
+    @property
+    def target(self) -> Path:
+        """The checkpoint of this step."""
+        state = self.learner.state
+        return self.folder / "checkpoints" / (f"step-{state.step}" + ("-pending" if state.pending else ""))
+
+    def open_draft(self, stack: contextlib.ExitStack) -> tuple[Path, bool]:
+        """A folder to fill, which `stack` removes unless it is published, and whether it has the frozen weights already."""
+        self.check_folder()
+        self.target.parent.mkdir(exist_ok=True)
+        fresh = stack.enter_context(drafting(self.target))
+        if self.last is None:
+            return fresh, False
+        linked = link_file(self.last / FROZEN, fresh / FROZEN)
+        return fresh, linked or link_files(parts_of(self.last / FROZEN), parts_of(fresh / FROZEN))
+
+    def take_part(self, record: dict[str, Any], frozen: bool) -> Snapshot:
+        """What this process holds of the learner; a copy, if it is written in the background."""
+        state, moments = state_in_parts(self.learner.optimizer)
+        snapshot = take_snapshot(self.learner, record, state, frozen, moments)
+        return snapshot.copied(self.learner) if self.in_background else snapshot
+
+    def write_in_parts(self, snapshot: Snapshot, fresh: Path, target: Path) -> None:
+        """Write what this process holds to the draft `fresh`, which the first one completes and publishes.
+
+        Every process must call this; an error of one is raised on all.
+        """
+        written = write_held(snapshot, fresh)
+        on_first(lambda: self.write(snapshot, fresh, target, written))
+
+    def write(self, snapshot: Snapshot, fresh: Path, target: Path, written: Entries) -> None:
+        """Write a snapshot to the draft `fresh`, publish that as the checkpoint `target`, then delete old ones.
+
+        `written` are files of it that are there already. Nothing of the learner is read but what the snapshot has: it may be
+        training on.
+        """
+        self.fill(fresh, snapshot, written)
+        self.publish(fresh, target, snapshot.state)
+        rotate(self.folder / "checkpoints", snapshot.state.step, self.config.save_total_limit)
+
+    def fill(self, fresh: Path, snapshot: Snapshot, written: Entries) -> None:
+        """Write a snapshot, the best model and the ingredients of its step, and last the manifest, to the folder `fresh`."""
+        state, phase = snapshot.state, snapshot_phase(snapshot.state)
+        write_tensors(snapshot, fresh)
+        (fresh / "state.json").write_text(json.dumps(snapshot.record, indent=2) + "\n", encoding="utf-8")
+        beat(f"{phase}, best model")
+        best = self.keep_best(fresh / BEST, state.best_step) if state.best_scores else {}
+        known = (
+            {f"{BEST}/{name}": entry for name, entry in best.items()} | self.keep_ingredients(fresh, state) | written
+        )
+        beat(f"{phase}, hashes")
+        write_manifest(fresh, manifest_head(state, self.settings), self.last, known)
+
+    def publish(self, fresh: Path, target: Path, state: State) -> None:
+        """Give a folder that is complete its name; from here on it is the last checkpoint."""
+        beat(f"{snapshot_phase(state)}, flushing")
+        if os.path.lexists(target) and not is_ours(target):
+            remove_checkpoint(target)
+        publish_folder(fresh, target)
         self.last, self.last_best = target, state.best_step
         self.kept = {step: (target, name) for step, name in ingredient_names(state).items()}
-        rotate(checkpoints, state.step, self.config.save_total_limit)
 
-    def keep_best(self, folder: Path) -> Entries:
-        """Put the best model into the new `folder`, and restore model/ if it is gone; returns its files.
+    @contextlib.contextmanager
+    def in_words(self, step: int) -> Iterator[None]:
+        """Within, an error of the disk becomes a UserError."""
+        try:
+            yield
+        except (*WRITE_ERRORS, UserError) as error:
+            if has_lost_another(error):
+                raise
+            why = explain(error, self.folder)
+            raise UserError(f"the checkpoint of step {step} could not be saved: {why}") from error
+
+    def raise_everywhere(self, problem: BaseException | None) -> None:
+        """Raise the UserError of the first process on all of them; every process must call this. Another error stays there."""
+        if problem is not None and not isinstance(problem, UserError):
+            raise problem
+        if any_process(self.learner.accelerator, problem is not None):
+            raise problem or UserError("the first process could not save a checkpoint")
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written; every process must call this. Raises UserError as `save` does.
+
+        It must be called before what a checkpoint is made of is read or replaced: `model/`, and the checkpoints themselves.
+        """
+        if self.in_background:
+            while any_process(self.learner.accelerator, self.background.is_busy(POLL_SECONDS)):
+                beat(WAITING)
+            self.raise_everywhere(self.background.take_error())
+
+    def end(self) -> None:
+        """Wait for the checkpoint that is being written on this process alone: at the end of training, also by an error.
+
+        What is wrong with it is printed: the error comes first.
+        """
+        if self.background.is_busy():
+            print(f"{WAITING} ...", file=sys.stderr, flush=True)
+        while self.background.is_busy(POLL_SECONDS):
+            beat(WAITING)
+        if problem := self.background.take_error():
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+    def keep_best(self, folder: Path, step: int) -> Entries:
+        """Put the best model, that of `step`, into the new `folder`, and restore model/ if it is gone; returns its files.
 
         Raises UserError if no undamaged copy is left: a checkpoint is not published without its best model.
         """
-        model, step = self.folder / "model", self.learner.state.best_step
+        model = self.folder / "model"
         if self.last is not None and self.last_best == step and (files := best_files(self.last)):
             with contextlib.suppress(FileNotFoundError):  # deleted by somebody: another copy is looked for below
                 copy_files(self.last / BEST, folder, files, link=True)
@@ -174,22 +309,22 @@ class Checkpointer:
             "saved without it. The same command resumes from the checkpoint before"
         )
 
-    def keep_ingredients(self, folder: Path) -> Entries:
+    def keep_ingredients(self, folder: Path, state: State) -> Entries:
         """Put the weights of earlier evaluations that are to be averaged into the new checkpoint; returns their files.
 
         What is gone is left out: `find_ingredients` says so at the end. What is damaged stays so by its entry.
         """
         entries: Entries = {}
-        for step, name in ingredient_names(self.learner.state).items():
+        for step, name in ingredient_names(state).items():
             checkpoint, before = self.kept.get(step, (folder, name))
-            entry = listed_files(checkpoint).get(before)
-            if name == WEIGHTS or entry is None:
-                continue
-            (folder / INGREDIENTS).mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # deleted by somebody
-                if checkpoint != self.last or not link_file(checkpoint / before, folder / name):
-                    shutil.copyfile(checkpoint / before, folder / name)
-                entries[name] = entry
+            files = stored_files(checkpoint, before) if name != WEIGHTS else {}
+            for file, entry in files.items():
+                copy = folder / moved(file, before, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # deleted by somebody
+                    if checkpoint != self.last or not link_file(checkpoint / file, copy):
+                        shutil.copyfile(checkpoint / file, copy)
+                    entries[copy.relative_to(folder).as_posix()] = entry
         return entries
 
     def find_ingredients(self) -> dict[int, Path]:
@@ -197,10 +332,10 @@ class Checkpointer:
         found = {}
         for item in self.learner.state.ingredients:
             checkpoint, name = self.kept.get(item["step"], (self.folder, ""))
-            entry = listed_files(checkpoint).get(name)
-            damage = find_difference(checkpoint, {name: entry}) if entry else "they are gone"
+            files = stored_files(checkpoint, name)
+            damage = find_difference(checkpoint, files) if files else "they are gone"
             if damage is None:
-                found[item["step"]] = checkpoint / name
+                found[item["step"]] = stored_at(checkpoint / name)
             else:
                 print(f"warning: the weights of step {item['step']} are not averaged: {damage}", flush=True)
         return found
@@ -213,11 +348,13 @@ class Checkpointer:
         """
         learner, accelerator = self.learner, self.learner.accelerator
         record = read_record(checkpoint)
-        with whole_weights(learner.inner_model, change=True):
-            load_weights(learner.inner_model, checkpoint)
+        load_weights(learner.inner_model, checkpoint)
         self.last, self.last_best = None, 0  # other parameters may be frozen there
-        tensors = torch.load(checkpoint / "optimizer.pt", weights_only=True, map_location="cpu")
-        restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"])
+        # From the file as they are needed: a process that holds a part of the moments reads that part.
+        tensors = torch.load(checkpoint / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
+        moments = parts_of(checkpoint / OPTIMIZER)
+        parts = StoredTensors(moments) if moments.is_dir() else None
+        restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"], parts)
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
         for name, value in record["state"].items():
@@ -318,6 +455,18 @@ def ingredient_names(state: State) -> dict[int, str]:
     return {step: WEIGHTS if step == state.step else f"{INGREDIENTS}/step-{step}.safetensors" for step in steps}
 
 
+def stored_files(checkpoint: Path, name: str) -> Entries:
+    """What the manifest of a checkpoint lists of the tensors `name`: a file, or those of the folder in its place."""
+    folder = parts_of(Path(name)).as_posix() + "/"
+    return {file: entry for file, entry in listed_files(checkpoint).items() if file == name or file.startswith(folder)}
+
+
+def moved(file: str, before: str, after: str) -> str:
+    """The name of one of `stored_files` of the tensors `before` where these are called `after`."""
+    old, new = parts_of(Path(before)).as_posix() + "/", parts_of(Path(after)).as_posix() + "/"
+    return after if file == before else new + file.removeprefix(old)
+
+
 def best_folders(folder: Path) -> list[Path]:
     """The folders in the checkpoints of a run that may hold a best model, the newest first."""
     return [checkpoint / BEST for checkpoint in list_checkpoints(folder / "checkpoints")]
@@ -402,20 +551,9 @@ def rotate(checkpoints: Path, step: int, limit: int) -> None:
     remove_checkpoints(checkpoints, keep=past[: max(limit, 1)])
 
 
-def check_finite(model: nn.Module) -> None:
-    """Raise UserError if a trained weight is not finite."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise UserError(f"{name} holds numbers that are not finite; try a lower --learning_rate")
-
-
-def check_space(folder: Path, model: nn.Module) -> None:
-    """Raise UserError unless the disk has room for the missing weights and AdamW's two moments."""
-    frozen = set() if (folder / FROZEN).exists() else frozen_names(model)
-    needed = 2**20 + sum(
-        p.nbytes * 3 if p.requires_grad else p.nbytes * (name in frozen) for name, p in model.named_parameters()
-    )
-    free = shutil.disk_usage(folder).free
+def check_space(folder: Path, size: int) -> None:
+    """Raise UserError unless the disk of `folder` has room for tensors of `size` bytes."""
+    needed, free = 2**20 + size, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
             f"it needs {needed / 2**20:,.0f} MiB and {folder.parent} has {free / 2**20:,.0f} MiB free; make room, "

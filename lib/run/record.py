@@ -40,7 +40,7 @@ HARMLESS = {
     *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
     *("no_cache_features", "feature_cache_gib", "cpu_kernels", "gradient_checkpointing", "deterministic"),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "pause_at_step"),
-    *("ddp_timeout", "join_timeout"),
+    *("ddp_timeout", "join_timeout", "async_save"),
 }
 """Settings that do not change the result: a run may be resumed with others."""
 

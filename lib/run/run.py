@@ -22,7 +22,7 @@ from lib.evaluation.report import write_report
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored
 from lib.model.card import write_model_card
-from lib.model.sharding import is_sharded, whole_weights
+from lib.model.sharding import is_sharded
 from lib.model.source import LoadingInfo
 from lib.model.weights import load_mean
 from lib.run.best_model import publish_model, restore_model
@@ -38,7 +38,7 @@ from lib.run.tracking import RunLog, check_tracker
 from lib.runtime.atomic import explain
 from lib.runtime.lock import NAME as LOCK
 from lib.runtime.lock import FolderLock, check_free, locked_folder
-from lib.runtime.processes import check_shared, check_time, finish
+from lib.runtime.processes import agree_to_stop, check_shared, check_time, finish
 from lib.runtime.screen import json_line
 from lib.runtime.signals import Stopped, deferring_signals
 from lib.runtime.startup import when_script_fails
@@ -171,8 +171,10 @@ class Run:
         with watched, deferring_signals(training.max_minutes):
             try:
                 yield
+                self.checkpointer.wait()
             except Stopped:
                 self.save_checkpoint()
+                self.checkpointer.wait()
                 self.log.close()
                 self.accelerator.wait_for_everyone()
                 self.release()
@@ -183,6 +185,7 @@ class Run:
                 raise
             finally:
                 self.progress.close()
+                self.checkpointer.end()
         if learner.state.step < learner.plan.total_steps:
             self.progress.write(
                 f"stopped early at step {learner.state.step}: no better {learner.plan.best_metric} within "
@@ -202,12 +205,20 @@ class Run:
         self.log.log(state.step, state.samples_seen, values)
         state.logged += 1
 
+    def agree_to_stop(self) -> None:
+        """Raise Stopped on every process if one was asked to stop, or a checkpoint could not be written; `guard` ends the run."""
+        agree_to_stop(self.accelerator, self.checkpointer.has_failed)
+
     def save_checkpoint(self) -> None:
         self.log.sync()
         self.checkpointer.save(self.log.run_id)
 
     def save_best(self, learner: Learner, tokenizer: Any) -> None:
-        """Export the model of this step to `model/`, replacing the best one so far."""
+        """Export the model of this step to `model/`, replacing the best one so far.
+
+        A checkpoint that is being written needs that one, and is waited for.
+        """
+        self.checkpointer.wait()
         self.on_first(self.checkpointer.check_folder)
         publish_model(self.accelerator, learner.model, tokenizer, self.folder / "model")
 
@@ -229,8 +240,7 @@ class Run:
         state.averaged_steps = [state.best_step]
         for step in [step for step in files if step != state.best_step]:
             steps, before = [*state.averaged_steps, step], state.best_scores
-            with whole_weights(learner.inner_model, change=True):
-                load_mean(learner.inner_model, [files[step] for step in steps])
+            load_mean(learner.inner_model, [files[step] for step in steps])
             yield steps
             kept = state.averaged_steps == steps
             found = "  ".join(

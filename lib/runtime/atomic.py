@@ -153,6 +153,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def umask() -> int:
+    """The permissions that new files do not get; read where the system shows them, since other threads write files too."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1], 8)
     value = os.umask(0)
     os.umask(value)
     return value
@@ -310,6 +314,17 @@ def link_file(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def link_files(source: Path, target: Path) -> bool:
+    """Make a folder `target` with hard links to the files of `source`; False, and none, where one cannot be linked."""
+    files = list(source.iterdir()) if source.is_dir() else []
+    if files:
+        target.mkdir()
+    if files and all(link_file(file, target / file.name) for file in files):
+        return True
+    shutil.rmtree(target, ignore_errors=True)
+    return False
 
 
 def copy_files(source: Path, target: Path, names: Collection[str], link: bool = False) -> None:

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +38,7 @@ NFS_SECONDS = 30.0
 BUCKET_BYTES = 25 * 2**20
 """Weights are shared and gradients summed in buckets of at most this size, as in DDP."""
 Tensor = TypeVar("Tensor", bound=torch.Tensor)
+Result = TypeVar("Result")
 
 
 NETWORKS: list[str] = []
@@ -111,6 +112,46 @@ def control_group() -> Any:
     return torch.distributed.ProcessGroupGloo(store, rank, size, PROCESS_TIMEOUT)
 
 
+@functools.cache
+def side_group() -> Any:
+    """A process group on the CPU of its own, for `tell_all` and for what writes together: no other sum waits for it."""
+    return torch.distributed.new_group(backend="gloo", timeout=PROCESS_TIMEOUT)
+
+
+def tell_all(value: Any) -> list[Any]:
+    """What each process gives, in the order of processes; every process must call this at the same place."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value, group=side_group())
+    return found
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """What `work` returns on the first process, on every process; so is what it raises. Every process must call this."""
+    outcome = attempt(work) if torch.distributed.get_rank() == 0 else None
+    found: Result | Exception = tell_all(outcome)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """What `work` returns on this process; what it raises on any process is raised on every one, which must call this."""
+    found = attempt(work)
+    for error in tell_all(found if isinstance(found, Exception) else None):
+        if error is not None:
+            raise error
+    assert not isinstance(found, Exception)
+    return found
+
+
+def attempt(work: Callable[[], Result]) -> Result | Exception:
+    """What `work` returns or raises."""
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
 def lowest_of_each(accelerator: Accelerator, values: Sequence[int]) -> list[int]:
     """The minimum of each of `values` over all processes; every process must call this at the same place."""
     if accelerator.num_processes == 1:
@@ -159,9 +200,9 @@ def describe_processes(accelerator: Accelerator) -> str:
     return f"{text} on {len(NETWORKS)} machines, over {', '.join(NETWORKS)}" if NETWORKS else text
 
 
-def agree_to_stop(accelerator: Accelerator) -> None:
-    """Raise Stopped on every process if one was asked to stop; every process must call this at the same place."""
-    check_stop(functools.partial(any_process, accelerator))
+def agree_to_stop(accelerator: Accelerator, failed: bool = False) -> None:
+    """Raise Stopped on every process if one was asked to stop, or has `failed`; all must call this at the same place."""
+    check_stop(lambda asked: any_process(accelerator, asked or failed))
 
 
 def check_time(accelerator: Accelerator, max_minutes: float | None) -> None:

@@ -18,26 +18,43 @@ REPORT_SECONDS = 10.0
 
 
 class Heartbeat:
-    """The phase of this process, and when it began."""
+    """What goes on, and since when."""
 
-    def __init__(self) -> None:
-        self.phase, self.time = "start", time.monotonic()
+    def __init__(self, phase: str) -> None:
+        self.begin(phase)
+
+    def begin(self, phase: str) -> None:
+        self.phase, self.time = phase, time.monotonic()
 
 
-HEARTBEAT = Heartbeat()
+HEARTBEAT = Heartbeat("start")
+"""That of this process: its main thread, and all others that are not watched by themselves."""
+BESIDE: dict[int, Heartbeat] = {}
+"""Those of threads that are, by the identity of the thread."""
 
 
 def beat(phase: str) -> None:
-    """Note progress: this process begins `phase`. Costs two assignments."""
-    HEARTBEAT.phase, HEARTBEAT.time = phase, time.monotonic()
+    """Note progress: this process, or this thread if it is watched by itself, begins `phase`. Costs next to nothing."""
+    BESIDE.get(threading.get_ident(), HEARTBEAT).begin(phase)
+
+
+@contextlib.contextmanager
+def watching_thread(phase: str) -> Iterator[None]:
+    """Within, this thread is watched by itself: it must `beat` as well, and what it beats says nothing of the others."""
+    own = threading.get_ident()
+    BESIDE[own] = Heartbeat(phase)
+    try:
+        yield
+    finally:
+        del BESIDE[own]
 
 
 @contextlib.contextmanager
 def watching(folder: Path, rank: int, timeout: float) -> Iterator[None]:
     """Within, a process that does not call `beat` for `timeout` seconds prints its stacks and ends with code 1.
 
-    It also prints the last phase of every process: each writes its own to a small file in `folder`, several times per
-    timeout.
+    So does one that has a thread in `watching_thread` which does not. It also prints the last phase of every process: each
+    writes its own to a small file in `folder`, several times per timeout.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = threading.Event()
@@ -60,11 +77,12 @@ def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> Non
     write_phase(folder, rank)
     while not done.wait(period(timeout)):
         now = time.monotonic()
-        # A pause of the whole process, such as Ctrl-Z, does not count.
-        HEARTBEAT.time += max(0.0, now - last - 2 * period(timeout))
+        hearts = [HEARTBEAT, *list(BESIDE.values())]
+        for heart in hearts:  # a pause of the whole process, such as Ctrl-Z, does not count
+            heart.time += max(0.0, now - last - 2 * period(timeout))
         last = now
         write_phase(folder, rank)
-        if now - HEARTBEAT.time > timeout:
+        if any(now - heart.time > timeout for heart in hearts):
             # In a thread: the stream may be what hangs, such as a pipe that nobody reads.
             reporting = threading.Thread(target=report, args=(folder, rank, timeout), daemon=True)
             reporting.start()
@@ -79,8 +97,9 @@ def period(timeout: float) -> float:
 
 def write_phase(folder: Path, rank: int) -> None:
     """Write the phase of this process for the report of another one; an error of the disk does not stop the run."""
-    began = time.time() - (time.monotonic() - HEARTBEAT.time)
-    entry = {"phase": HEARTBEAT.phase, "since": began, "seen": time.time()}
+    ahead = time.time() - time.monotonic()
+    entry = {"phase": HEARTBEAT.phase, "since": HEARTBEAT.time + ahead, "seen": time.time()}
+    entry |= {"beside": [[heart.phase, heart.time + ahead] for heart in list(BESIDE.values())]}
     entry |= {"host": socket.gethostname(), "pid": os.getpid()}
     with contextlib.suppress(OSError):
         (folder / f".{rank}").write_text(json.dumps(entry))
@@ -95,8 +114,8 @@ def report(folder: Path, rank: int, timeout: float) -> None:
             entry, now = json.loads(path.read_text()), time.time()
             state = "frozen or dead" if now - entry["seen"] > 2 + 3 * period(timeout) else "alive"
             place = f"{entry['host']} pid {entry['pid']}"
-            lines.append(
-                f"  process {path.name} ({place}): {entry['phase']}, {now - entry['since']:.0f} s ago, {state}"
-            )
+            phases = [(entry["phase"], entry["since"]), *entry["beside"]]
+            shown = "; beside it ".join(f"{phase}, {now - since:.0f} s ago" for phase, since in phases)
+            lines.append(f"  process {path.name} ({place}): {shown}, {state}")
     print("\n".join(lines), file=sys.stderr, flush=True)
     faulthandler.dump_traceback(all_threads=True)

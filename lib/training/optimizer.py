@@ -16,7 +16,8 @@ from lib.config.train import OptimConfig
 from lib.errors import UserError
 from lib.evaluation.scores import LOWER_IS_BETTER
 from lib.model.layers import backbone_of, find_embeddings, find_layers
-from lib.model.sharding import as_shard, is_sharded, whole
+from lib.model.sharding import as_shard, is_shard, is_sharded, whole
+from lib.model.stored_tensors import StoredTensors
 from lib.runtime.processes import is_alone
 from lib.training.plan import count_steps
 
@@ -205,12 +206,45 @@ def whole_state(optimizer: Optimizer) -> dict[str, Any]:
     return saved | {"state": moments}
 
 
+def state_in_parts(optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The state dict of the optimizer of a model in shards without its moments, and these as `NUMBER.NAME`, in shards."""
+    saved = optimizer.state_dict()
+    moments = {
+        f"{number}.{name}": value
+        for number, state in saved["state"].items()
+        for name, value in state.items()
+        if is_shard(value)
+    }
+    rest = {
+        number: {name: value for name, value in state.items() if f"{number}.{name}" not in moments}
+        for number, state in saved["state"].items()
+    }
+    return saved | {"state": rest}, moments
+
+
+def number_of(name: str) -> int:
+    """The number of the parameter of a moment that `state_in_parts` named."""
+    return int(name.partition(".")[0])
+
+
+def copied(value: Any, like: torch.Tensor) -> Any:
+    """A tensor that may lie in a file, in memory of this process, in the shards of `like`; another value as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return as_shard(value, like) if is_shard(like) else value.clone()
+
+
 def restore_optimizer(
-    optimizer: Optimizer, scheduler: Any, saved: dict[str, Any], saved_scheduler: dict[str, Any]
+    optimizer: Optimizer,
+    scheduler: Any,
+    saved: dict[str, Any],
+    saved_scheduler: dict[str, Any],
+    parts: StoredTensors | None = None,
 ) -> None:
     """Restore moments, step counts and the position in the schedule; hyper-parameters stay those of the settings.
 
-    Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
+    `parts` are the moments that `saved` lacks, see `state_in_parts`. Of moments in shards each process copies, or reads, what
+    it holds. Raises UserError if other parameters are trained than in the checkpoint, or in other groups.
     """
     sizes = [[len(group["params"]) for group in groups] for groups in (saved["param_groups"], optimizer.param_groups)]
     if sizes[0] != sizes[1]:
@@ -222,11 +256,16 @@ def restore_optimizer(
         {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
     ]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    moments = {
-        number: {n: as_shard(v, parameters[number]) if n != "step" else v for n, v in state.items()}
-        for number, state in saved["state"].items()
+    state = {
+        number: {n: copied(v, like=v if n == "step" else parameters[number]) for n, v in values.items()}
+        for number, values in saved["state"].items()
     }
-    optimizer.load_state_dict(saved | {"state": moments})
+    if parts is not None:
+        read = {name: torch.empty_like(parameters[number_of(name)], dtype=d) for name, d in parts.dtypes.items()}
+        parts.fill(read)
+        for name, moment in read.items():
+            state[number_of(name)][name.partition(".")[2]] = moment
+    optimizer.load_state_dict(saved | {"state": state})
     for group, settings in zip(optimizer.param_groups, fresh, strict=True):
         group.update(settings)
     scheduler.load_state_dict(saved_scheduler)

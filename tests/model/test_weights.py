@@ -10,7 +10,7 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.model.layers import freeze
-from lib.model.weights import load_mean, load_weights, save_weights
+from lib.model.weights import load_mean, load_weights, save_weights, split_weights
 from tests.tiny_models import build_from
 
 
@@ -37,12 +37,12 @@ def same_state(one: nn.Module, two: nn.Module) -> bool:
 
 def test_tied_weights_and_buffers_of_trained_parts_are_saved_and_loaded(tmp_path: Path) -> None:
     model, other = Tied(1), Tied(2)
-    save_weights(model, tmp_path)
+    save_weights(*split_weights(model), tmp_path)
     assert len(load_file(tmp_path / "frozen.safetensors")) == 2
     with torch.no_grad():
         model.low.weight.add_(1)
         model.norm(torch.randn(3, 4))
-    save_weights(model, tmp_path)
+    save_weights(*split_weights(model), tmp_path)
     assert not same_state(model, other)
     load_weights(other, tmp_path)
     assert same_state(model, other)
@@ -58,7 +58,7 @@ def test_mean_of_weights_equals_that_of_numpy_and_counts_are_those_of_the_first(
             model.low.weight.add_(torch.randn(4, 4))
         model.norm(torch.randn(3, 4))
         (tmp_path / str(step)).mkdir()
-        save_weights(model, tmp_path / str(step))
+        save_weights(*split_weights(model), tmp_path / str(step))
         files.append(tmp_path / str(step) / "model.safetensors")
     load_mean(model, files[::-1])
     saved, found = [load_file(file) for file in files], model.state_dict()
@@ -77,7 +77,7 @@ def test_mean_of_weights_of_another_model_is_refused_by_name(tmp_path: Path) -> 
     files = []
     for name, saved in (("whole", model), ("less", less)):
         (tmp_path / name).mkdir()
-        save_weights(saved, tmp_path / name)
+        save_weights(*split_weights(saved), tmp_path / name)
         files.append(tmp_path / name / "model.safetensors")
     whole, lacking = files
     for given in ([lacking, lacking], [whole, lacking], [lacking, whole]):
@@ -96,7 +96,7 @@ def test_weights_load_when_another_part_was_frozen(
         nn.init.normal_(parameter)
     freeze(model, then)
     freeze(other, now)
-    save_weights(model, tmp_path)
+    save_weights(*split_weights(model), tmp_path)
     assert (tmp_path / "frozen.safetensors").exists() == (then is not None)
     load_weights(other, tmp_path)
     assert same_state(model, other)
@@ -105,10 +105,10 @@ def test_weights_load_when_another_part_was_frozen(
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path) -> None:
     model, less = Tied(1), Tied(1)
     less.norm = nn.BatchNorm1d(4, affine=False)
-    save_weights(less, tmp_path)
+    save_weights(*split_weights(less), tmp_path)
     with pytest.raises(UserError, match=r"norm\.bias, norm\.weight is missing, nothing is unknown"):
         load_weights(model, tmp_path)
-    save_weights(model, tmp_path)
+    save_weights(*split_weights(model), tmp_path)
     with pytest.raises(UserError, match=r"nothing is missing, norm\.bias, norm\.weight is unknown"):
         load_weights(less, tmp_path)
     (tmp_path / "frozen.safetensors").unlink()

@@ -128,17 +128,19 @@ def test_disk_space_is_needed_only_for_the_files_that_are_written(
     model = build_frozen(roberta)
     trained, frozen = (sum(p.nbytes for p in model.parameters() if p.requires_grad is kind) for kind in (True, False))
     saver = checkpointer(accelerator, tmp_path, model)
+    counts = 4 * sum(p.requires_grad for p in model.parameters())  # of AdamW's steps
+    saved = 2**20 + 3 * trained + counts
 
     def leave(free: int) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))  # type: ignore[attr-defined]
 
-    leave(2**20 + 3 * trained + frozen - 1)
+    leave(saved + frozen - 1)
     with pytest.raises(UserError, match="make room"):
         save_at(saver, 3)
     assert list((tmp_path / "checkpoints").iterdir()) == []
-    leave(2**20 + 3 * trained + frozen)
+    leave(saved + frozen)
     save_at(saver, 3)
-    leave(2**20 + 3 * trained)
+    leave(saved)
     save_at(saver, 6)
 
 

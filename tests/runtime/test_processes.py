@@ -234,3 +234,29 @@ def test_launcher_that_restarts_keeps_the_first_start(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "attempt 1 --max_minutes 1 " in done.stdout
+
+
+def test_error_of_any_process_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(processes, "tell_all", lambda value: told.append(value) or [None, OSError(28, "full")])
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    with pytest.raises(OSError, match="full"):
+        processes.together(lambda: "done")
+    assert told == [None]
+    monkeypatch.setattr(processes, "tell_all", lambda value: [value, None])
+    assert processes.together(lambda: "done") == "done"
+    with pytest.raises(KeyError, match="mine"):
+        processes.together(lambda: {}["mine"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_the_first_process_finds_or_raises_is_that_of_all(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    outcome: Any = "found"
+    done: list[int] = []
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(processes, "tell_all", lambda value: [outcome, None])
+    assert processes.on_first(lambda: done.append(rank)) == "found"
+    assert done == [0] * (rank == 0)
+    outcome = OSError(28, "full")
+    with pytest.raises(OSError, match="full"):
+        processes.on_first(lambda: None)

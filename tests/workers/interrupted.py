@@ -4,22 +4,29 @@
 
 PLAN is a JSON file with a list of calls of train.py: `folder`; `stop`, the step after which the last process is asked to
 stop, and `during`, whether right after the step or in its evaluation; `broken`, what is broken on purpose; `flags`; `engine`,
-see engines.py.
+see engines.py; `parts`, whether a model in shards is saved in parts, whatever its size; `export`, the bytes of it that are
+exported at a time. How many tensors a process gathered while checkpoints were saved and loaded is written to
+`folder`.gathered-RANK.
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.evaluation import scoring
+from lib.model import sharding, stored_tensors
 from lib.run import run
+from lib.run.checkpoint import Checkpointer
 from lib.runtime import signals
 from lib.training import plan
 from tests.workers.engines import use_engine
@@ -57,11 +64,46 @@ def patches(call: dict[str, Any]) -> list[Any]:
         mock.patch.object(train, "train_step", train_step),
         mock.patch.object(scoring, "predict_batch", predict_batch),
     ]
+    if call.get("parts"):
+        made += [mock.patch.object(stored_tensors, "LARGE", 0)]
+    if "export" in call:
+        made += [mock.patch.object(sharding, "PART", call["export"])]
     if call.get("broken") == "order":
         made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: epoch(a, b, c + 1, d, e))]
     if call.get("broken") == "dropout":
         made += [mock.patch.object(train, "seed_everything", lambda first, *key: seed(first + 1, *key))]
     return made
+
+
+@contextlib.contextmanager
+def counting(folder: Path) -> Iterator[None]:
+    """Within, count the tensors that this process gathers while a checkpoint is saved or loaded."""
+    gather, save, load, now = DTensor.full_tensor, Checkpointer.save, Checkpointer.load, {"inside": 0, "gathered": 0}
+
+    def full_tensor(*arguments: Any, **options: Any) -> Any:
+        now["gathered"] += now["inside"]
+        return gather(*arguments, **options)
+
+    def within(function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            now["inside"] += 1
+            try:
+                return function(*arguments)
+            finally:
+                now["inside"] -= 1
+
+        return call
+
+    try:
+        with (
+            mock.patch.object(DTensor, "full_tensor", full_tensor),
+            mock.patch.object(Checkpointer, "save", within(save)),
+            mock.patch.object(Checkpointer, "load", within(load)),
+        ):
+            yield
+    finally:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        folder.with_name(f"{folder.name}.gathered-{rank}").write_text(str(now["gathered"]))
 
 
 def play(call: dict[str, Any], flags: list[str]) -> None:
@@ -72,7 +114,8 @@ def play(call: dict[str, Any], flags: list[str]) -> None:
         patch.start()
     signals.REQUEST.reason = ""
     try:
-        train.main(config)
+        with counting(Path(call["folder"])):
+            train.main(config)
         assert not call.get("stop"), "the run did not stop"
     except signals.Stopped:
         assert call.get("stop"), "the run stopped by itself"

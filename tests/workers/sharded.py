@@ -3,13 +3,14 @@
     sharded.py PLAN OUT
 
 PLAN is a JSON file with a list of cases: `name`, `flags` of train.py, `sizes` of the data; `engine`: plain, fsdp, or as
-launched; `precision`; `reshard`: whether a layer is freed after forward; `broken`, what is broken on purpose: mean, or
-norm. Run by tests on one process and, through the launcher, on several.
+launched; `precision`; `reshard`: whether a layer is freed after forward; `broken`, what is broken on purpose: mean, norm, or
+pad, where a process that waits in vain ends itself. Run by tests on one process and, through the launcher, on several.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ from lib.runtime.launch_checks import read_sharding
 from lib.runtime.processes import finish
 from lib.training import step
 from lib.training.memory_forecast import lasting_parts
+from lib.training.sharded_gradients import ShardedGradients
 from tests.conftest import write_csv
 from tests.stepping import build_experiment
 from tests.workers.engines import use_engine
@@ -66,14 +68,21 @@ def train(accelerator: Any, case: dict[str, Any], config: TrainConfig, data: Any
 
 @contextlib.contextmanager
 def broken(what: str | None) -> Iterator[None]:
-    """Within, the norm is summed over replicas as well, if `what` is norm."""
+    """Within, the norm is summed over replicas as well, if `what` is norm; if it is pad, no process waits for the others."""
 
     def over_all(norm: torch.Tensor, gradients: Any) -> torch.Tensor:
         squares = norm_over_shards(norm, gradients).square()
         torch.distributed.all_reduce(squares)
         return (squares / torch.distributed.get_world_size() * 2).sqrt()  # two replicas
 
-    with mock.patch.object(step, "norm_over_shards", over_all) if what == "norm" else contextlib.nullcontext():
+    if what == "norm":
+        patch: Any = mock.patch.object(step, "norm_over_shards", over_all)
+    elif what == "pad":
+        signal.alarm(15)
+        patch = mock.patch.object(ShardedGradients, "pad", lambda _, pieces: pieces)
+    else:
+        patch = contextlib.nullcontext()
+    with patch:
         yield
 
 
