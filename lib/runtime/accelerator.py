@@ -52,6 +52,10 @@ def build_accelerator(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
     check_attention(options.attn_implementation, precision)
+    if options.cuda_graphs and not uses_gpu():
+        raise UserError(
+            "--cuda_graphs records work of a GPU, and none is used here; leave it out, or run where nvidia-smi shows a GPU"
+        )
     if precision == "fp16" and read_sharding():
         raise UserError("FSDP and fp16 do not go together: shards know no loss scale; use --mixed_precision bf16 or no")
     if is_launched() and is_alone():
