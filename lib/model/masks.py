@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from lib.model.forward import Inputs
+from lib.runtime.precision import DTYPES
 
 READERS = {
     f"transformers.models.{name}.modeling_{name}"
@@ -16,10 +17,10 @@ ModernBERT also has layers that see a window, and DeBERTa multiplies by the mask
 """
 
 
-def with_ready_mask(model: Any, inputs: Inputs, is_padded: bool = True) -> Inputs:
+def with_ready_mask(model: Any, inputs: Inputs, mixed_precision: str, is_padded: bool = True) -> Inputs:
     """`inputs` with the mask that the layers of `model` would get from its mask of tokens (rows, length).
 
-    It is bool (rows, 1, 1, length) for sdpa, float32 of that shape for eager attention, or left out where nothing
+    It is bool (rows, 1, 1, length) for sdpa, a number of that shape for eager attention, or left out where nothing
     `is_padded`. Logits and gradients are equal bit by bit. Returned as they are: inputs without a mask of tokens, those of
     cached features, and all inputs of a model that `reads_ready_mask` is not true of.
     """
@@ -29,9 +30,13 @@ def with_ready_mask(model: Any, inputs: Inputs, is_padded: bool = True) -> Input
     others = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
     if not is_padded:
         return others
-    ready = mask.bool()[:, None, None, :]
-    if find_backbone(model).config._attn_implementation == "eager":  # it is added to the scores
-        ready = torch.where(ready, 0.0, torch.finfo(torch.float32).min)
+    ready, backbone = mask.bool()[:, None, None, :], find_backbone(model)
+    if (
+        backbone.config._attn_implementation == "eager"
+    ):  # it is added to the scores, in the dtype of the first layer's input
+        projected = hasattr(backbone, "embeddings_project")  # by a linear layer of ELECTRA
+        dtype = DTYPES.get(mixed_precision, torch.float32) if projected else torch.float32
+        ready = torch.zeros_like(ready, dtype=dtype).masked_fill(~ready, torch.finfo(dtype).min)
     return others | {"attention_mask": ready}
 
 
@@ -53,6 +58,6 @@ def find_backbone(model: Any) -> Any:
 
 
 def is_padded(inputs: Inputs) -> bool:
-    """Whether inputs in main memory hold padding, as far as their mask tells."""
+    """Whether inputs hold padding; True where their mask lies on a device, which would have to be waited for."""
     mask = inputs.get("attention_mask")
-    return mask is None or not mask.numpy().all()
+    return mask is None or mask.device.type != "cpu" or not mask.numpy().all()

@@ -10,6 +10,7 @@ recording itself runs on a CPU in the tests.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -145,24 +146,25 @@ class StepGraphs:
             return update(batch)
         beat(f"step {state.step + 1}")
         static = self.fill(micro_batches[0], length, batch.weight)
-        # The address that `update` gives the dropout of its only micro-batch: a replay draws by the seed that is set before.
-        seed_everything(self.plan.config.seed, state.step, 0, self.accelerator.process_index)
+        # The address that `update` gives the dropout of its only micro-batch.
+        seed = functools.partial(seed_everything, self.plan.config.seed, state.step, 0, self.accelerator.process_index)
 
         def work() -> None:
             loss, norm = update(static)
             self.loss.copy_(loss)
             self.norm.copy_(norm)
 
-        is_first = length not in self.batches
-        self.batches[length] = static
-        if is_first:
+        if length not in self.batches:
+            self.batches[length] = static
             with self.rates_on_device():
                 self.recorder.warm_up(work)
             return self.loss, self.norm
         if length not in self.replays:
+            seed()  # while it is recorded, a generator takes no other seed
             self.replays[length] = self.record(work)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
+        seed()  # a replay draws by the seed that is set before it
         self.replays[length]()
         return self.loss, self.norm
 
@@ -176,7 +178,8 @@ class StepGraphs:
     def fill(self, micro_batch: MicroBatch, length: int, weight: float) -> StepBatch:
         """The batch of this length, whose tensors now hold `micro_batch`; `weight` is that of the step."""
         moved = stretch(micro_batch.to(self.accelerator.device), self.rows, length, self.pad_token_id)
-        new = dataclasses.replace(moved, inputs=with_ready_mask(self.model, moved.inputs))
+        inputs = with_ready_mask(self.model, moved.inputs, self.accelerator.mixed_precision)
+        new = dataclasses.replace(moved, inputs=inputs)
         if length not in self.batches:
             divisor: Any = torch.full((), weight, device=self.accelerator.device)
             return StepBatch([new], self.rows, divisor)
