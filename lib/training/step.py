@@ -58,9 +58,9 @@ class Attempt:
             if index == len(pieces) - 1:
                 learner.gradients.begin_last()
             moved = piece.to(learner.accelerator.device)
-            yield dataclasses.replace(
-                moved, inputs=with_ready_mask(learner.model, moved.inputs, is_padded(piece.inputs))
-            )
+            precision, padded = learner.accelerator.mixed_precision, is_padded(piece.inputs)
+            inputs = with_ready_mask(learner.model, moved.inputs, precision, padded)
+            yield dataclasses.replace(moved, inputs=inputs)
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
