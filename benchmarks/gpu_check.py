@@ -1,4 +1,4 @@
-"""Is the project right on a GPU, and how fast: one command, about nine minutes, no network.
+"""Is the project right on a GPU, and how fast: one command, about ten minutes, no network.
 
     python benchmarks/gpu_check.py                        everything, on the first visible GPU; on two where there are two
     python benchmarks/gpu_check.py --tiny                 tiny models and data, also without a GPU: does the check itself run?

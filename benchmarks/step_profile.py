@@ -1,7 +1,7 @@
 """What one training step asks PyTorch for: operations, by kind, before and after what this project takes out of it.
 
-    python benchmarks/step_profile.py                                  minilm, a batch of 32 movie reviews, float32 and bf16
-    python benchmarks/step_profile.py --precision bf16 -- --bs 16      one precision, with flags of train.py
+    python benchmarks/step_profile.py                                  minilm, four movie reviews, float32 and bf16
+    python benchmarks/step_profile.py --precision bf16 -- --freeze 3    one precision, with flags of train.py
 
 A table is printed, and its numbers as JSON in the last line. Counted on a CPU, without what runs on CPUs alone: this
 project's kernels, kept gradients of large tables, the norm in blocks. On a GPU attention with dropout is a few kernels
@@ -40,7 +40,18 @@ from lib.training.learner import build_learner  # noqa: E402
 from lib.training.objective import build_objective  # noqa: E402
 from lib.training.plan import build_plan  # noqa: E402
 
-FLAGS = ("--max_train_samples", "640", "--report_to", "none", "--cpu_kernels", "False")
+FLAGS = (
+    "--bs",
+    "4",
+    "--max_train_samples",
+    "64",
+    "--max_eval_samples",
+    "8",
+    "--report_to",
+    "none",
+    "--cpu_kernels",
+    "False",
+)
 KINDS = ("operations", "copies", "casts", "views", "reads")
 READS = {"_local_scalar_dense", "nonzero"}
 """Operations that wait for a GPU, to give Python a number or a shape."""
