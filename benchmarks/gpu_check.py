@@ -538,7 +538,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models and data")
     parser.add_argument("--only", choices=("right", "speed"), help="one half of the checks")
     parser.add_argument("--jobs", type=int, default=3, help="runs at a time where nothing is measured")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything; what does not fit fails")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for everything; what does not fit fails")
     parser.add_argument("--output", type=Path, help="file for the JSON of the last line")
     parser.add_argument("--watched", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()

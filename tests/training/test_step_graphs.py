@@ -169,6 +169,14 @@ def test_losses_and_weights_equal_those_of_eager_steps_at_the_same_padding(recor
         assert batch.micro_batches[0].inputs["input_ids"].shape == (8, length)
 
 
+def test_padding_and_filled_rows_change_nothing_without_dropout(recorder, roberta_without_dropout, tmp_path):
+    plain = experiment_of(roberta_without_dropout, tmp_path, cuda_graphs=False)
+    wanted = plain.train()
+    graphed = experiment_of(roberta_without_dropout, tmp_path)
+    torch.testing.assert_close(torch.tensor(graphed.train()), torch.tensor(wanted), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(weights(graphed), weights(plain), atol=1e-5, rtol=0)
+
+
 def test_tape_finds_what_a_graph_would_repeat(monkeypatch, roberta, tmp_path):
     """The stand-in is as strict as a GPU: without the seed, or the rates of each step, losses or weights differ."""
     monkeypatch.setattr(step_graphs, "Recorder", Tape)
