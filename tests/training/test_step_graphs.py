@@ -367,3 +367,21 @@ def test_resumed_run_is_equal_bit_by_bit(recorder, call, monkeypatch, roberta, t
     assert losses[0] == losses[1]
     whole, resumed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "1"])
+def test_steps_on_cached_features_are_recorded_too(
+    frozen, recorder, call, monkeypatch, roberta_without_dropout, tmp_path
+):
+    monkeypatch.setattr("lib.runtime.accelerator.check_graphs", lambda _: None)
+    write_csv(tmp_path / "train.csv", sentences(44))
+    flags = ("--model", roberta_without_dropout, "--train_file", "train.csv", "--bs", 8, "--epochs", 3, "--lr", 1e-3)
+    flags += ("--freeze", frozen, "--report_to", "none", "--logging_steps", 1, "--mixed_precision", "no")
+    losses = []
+    for name, more in (("plain", ()), ("graphs", ("--cuda_graphs",))):
+        call("train.py", *flags, *more, "--output_dir", name)
+        losses.append(
+            [line["train/loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "train/loss" in line]
+        )
+    assert len(losses[0]) == 15
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
