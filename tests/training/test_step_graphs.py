@@ -20,6 +20,7 @@ from lib.config.train import OptimConfig, TrainConfig, TrainingConfig
 from lib.data.loader import StepBatch
 from lib.errors import UserError
 from lib.runtime.cpu.kernels import use_cpu_kernels
+from lib.runtime.signals import Stopped
 from lib.training import step, step_graphs
 from lib.training.step_graphs import recorded_length, stretch
 from tests.conftest import read_lines, sentences, write_csv
@@ -357,7 +358,8 @@ def test_resumed_run_is_equal_bit_by_bit(recorder, call, monkeypatch, roberta, t
     flags += ("--logging_steps", 1, "--cuda_graphs", "--mixed_precision", "no", "--cpu_kernels", "False")
     done = call("train.py", *flags, "--output_dir", "whole")
     assert "one for each padded length that occurs" in done.stdout
-    call("train.py", *flags, "--output_dir", "resumed", "--pause_at_step", 13, code=75)
+    with pytest.raises(Stopped):
+        call("train.py", *flags, "--output_dir", "resumed", "--pause_at_step", 13)
     call("train.py", *flags, "--output_dir", "resumed")
     losses = [
         [line["train/loss"] for line in read_lines(tmp_path / n / "metrics.jsonl") if "train/loss" in line]
@@ -377,6 +379,7 @@ def test_steps_on_cached_features_are_recorded_too(
     write_csv(tmp_path / "train.csv", sentences(44))
     flags = ("--model", roberta_without_dropout, "--train_file", "train.csv", "--bs", 8, "--epochs", 3, "--lr", 1e-3)
     flags += ("--freeze", frozen, "--report_to", "none", "--logging_steps", 1, "--mixed_precision", "no")
+    flags += ("--cpu_kernels", "False")
     losses = []
     for name, more in (("plain", ()), ("graphs", ("--cuda_graphs",))):
         call("train.py", *flags, *more, "--output_dir", name)
