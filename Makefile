@@ -6,7 +6,7 @@
 # make seeds   five seeds of the run of make train, with their mean; ARGS takes flags of train.py
 # make bench   this project and its peers side by side, about half an hour; ARGS=--help for what it takes
 # make start   seconds to the first step with 1,000 and 1,000,000 rows, about ten minutes
-# make gpu-check  is it right on a GPU, and how fast: nine minutes on one; ARGS=--tiny for a trial without
+# make gpu-check  is it right on a GPU, and how fast: ten minutes on one; ARGS=--tiny for a trial without
 # make lint    ruff and mypy                        make clean       remove the environment
 
 PYTHON ?= python3

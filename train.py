@@ -4,9 +4,10 @@
     accelerate launch train.py --model roberta-base --dataset sst5
     CUDA_VISIBLE_DEVICES=2,3 accelerate launch train.py --train_file train.csv --validation_file dev.csv
 
-`main` is the run, `train_step` one optimizer step, `forward_backward` one micro-batch: change how a model learns there.
+`main` is the run, `update_weights` one optimizer step, `forward_backward` one micro-batch: change how a model learns there.
 """
 
+import functools
 from typing import Any
 
 from lib.config.cli import parse_cli
@@ -114,6 +115,15 @@ def main(config: TrainConfig) -> dict[str, Any]:
 
 def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     """One optimizer step over all processes: the same step on any number of them, in micro-batches of any size."""
+    # With --cuda_graphs, what `update_weights` does on the GPU is recorded once for each length, and then replayed.
+    update = functools.partial(update_weights, learner, config)
+    loss, grad_norm = learner.graphs.run(update, batch, learner.state)
+    learner.step_schedule(grad_norm)
+    learner.count_step(batch, loss, grad_norm)
+
+
+def update_weights(learner: Learner, config: TrainConfig, batch: StepBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward, backward, clipping and the optimizer; returns the summed loss of this process and the gradient norm."""
     accelerator, optimizer, state = learner.accelerator, learner.optimizer, learner.state
     for attempt in attempts(learner, batch):  # again in smaller micro-batches where memory was too short
         with attempt as micro_batches:
@@ -123,9 +133,8 @@ def train_step(learner: Learner, batch: StepBatch, config: TrainConfig) -> None:
     # Gradients are now the sums over all processes, exchanged while the last micro-batch went backward.
     grad_norm = clip_gradients(accelerator, optimizer, config.optim.max_grad_norm)
     optimizer.step()  # leaves the weights as they are if a gradient is not finite
-    learner.step_schedule(grad_norm)
     optimizer.zero_grad()
-    learner.count_step(batch, attempt.loss, grad_norm)
+    return attempt.loss, grad_norm
 
 
 def forward_backward(learner: Learner, micro_batch: MicroBatch, step_weight: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Is the project right on a GPU, and how fast: one command, about nine minutes, no network.
+"""Is the project right on a GPU, and how fast: one command, about ten minutes, no network.
 
     python benchmarks/gpu_check.py                        everything, on the first visible GPU; on two where there are two
     python benchmarks/gpu_check.py --tiny                 tiny models and data, also without a GPU: does the check itself run?
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -42,6 +42,7 @@ from lib.config.cli import parse_cli  # noqa: E402
 from lib.hub.packaged import FIVE_NAMES, minilm_folder  # noqa: E402
 from lib.run.record import VERSIONS, version  # noqa: E402
 from lib.runtime.precision import uses_gpu  # noqa: E402
+from lib.training.step_graphs import StepGraphs  # noqa: E402
 
 SPLITS = ("train", "validation", "test")
 FLOAT32 = ("--mixed_precision", "no")
@@ -121,6 +122,11 @@ class Runner:
         self.folder, self.tiny, self.on_gpu = folder, tiny, uses_gpu()
         self.until = time.monotonic() + seconds
         self.found: dict[str, dict[str, Any]] = {}
+
+    @property
+    def stand_in(self) -> dict[str, Any]:
+        """For runs with CUDA graphs: without a GPU, Python's code is called again where a graph would be replayed."""
+        return {} if self.on_gpu else {"stand_in": True}
 
     def note(self, name: str, ok: bool | None, **figures: Any) -> None:
         """Keep and print the outcome of a check."""
@@ -209,6 +215,7 @@ def check_right(runner: Runner, jobs: int) -> None:
     crowded = ("--bs", crowd, "--max_steps", 2, "--logging_steps", 1, *FLOAT32, *NO_DROPOUT)
     learn = ("--max_steps", 8 if tiny else 266, "--lr", "1e-4")
     frozen = (*short, *FLOAT32, "--freeze", "backbone", "--lr", "1e-3")
+    graphs, one_length = ("--cuda_graphs", True), ("--pad_to_max_length", True, "--max_length", 64)
     tasks: dict[str, tuple[tuple, dict[str, Any]]] = {
         "float32": (plain, {}),
         "float32 on the CPU": (plain, {"cpu": True}),
@@ -224,6 +231,9 @@ def check_right(runner: Runner, jobs: int) -> None:
         "frozen, cached": (frozen, {}),
         "frozen, run": ((*frozen, "--no_cache_features", True), {}),
         "roomy": (crowded, {}),
+        "graphs": ((*plain, *graphs), runner.stand_in),
+        "one length": ((*short, *BF16, *one_length), {}),
+        "one length, graphs": ((*kept, *one_length, *graphs), runner.stand_in),
     }
     if not runner.on_gpu:
         for name in ("fp16", "overflow", "compiled"):
@@ -246,6 +256,10 @@ def check_right(runner: Runner, jobs: int) -> None:
     compare("eager attention equals sdpa", "eager", "float32", 1e-3)
     compare("compiled layers equal plain ones", "compiled", "float32", 2e-3)
     compare("cached features equal the frozen part", "frozen, cached", "frozen, run", 2e-3)
+    compare("CUDA graphs equal plain steps", "graphs", "float32", 1e-3, ("train/loss", "train/grad_norm"))
+    compare(
+        "CUDA graphs draw the dropout of plain steps, at one padded length", "one length, graphs", "one length", 1e-3
+    )
     for name in good.keys() & {"bf16", "fp16"}:
         accuracy = good[name].results["test/accuracy"]
         runner.note(f"{name} learns", accuracy > (0.0 if tiny else 0.4), accuracy=accuracy)
@@ -261,7 +275,10 @@ def check_right(runner: Runner, jobs: int) -> None:
             equal = one.logged() == two.logged() and same_weights(one.checkpoints[-1], two.checkpoints[-1])
             runner.note(f"equal runs are equal bit by bit, {name} texts", equal, gap=gap(one.logged(), two.logged()))
     if "short 1" in good:
-        check_resume(runner, good["short 1"], kept)
+        check_resume(runner, "a resumed run", good["short 1"], kept)
+    if "one length, graphs" in good:
+        flags = (*kept, *one_length, *graphs)
+        check_resume(runner, "a resumed run with CUDA graphs", good["one length, graphs"], flags, **runner.stand_in)
     if "roomy" in good:
         check_memory(runner, good["roomy"], crowded)
     if "float32" in good:
@@ -270,18 +287,18 @@ def check_right(runner: Runner, jobs: int) -> None:
         check_processes(runner, good["float32"], plain)
 
 
-def check_resume(runner: Runner, whole: Done, flags: tuple) -> None:
+def check_resume(runner: Runner, name: str, whole: Done, flags: tuple, **watch: Any) -> None:
     """From its first checkpoint on, a run must end as it ended before."""
-    first, target = whole.checkpoints[0], runner.folder / "runs" / "resumed"
+    first, target = whole.checkpoints[0], runner.folder / "runs" / name
     shutil.copytree(first, target / "checkpoints" / first.name)
     shutil.copy(whole.folder / "config.yaml", target)
-    resumed = runner.train("resumed", *flags, "--resume_from_checkpoint", "must")
+    resumed = runner.train(name, *flags, "--resume_from_checkpoint", "must", **watch)
     if not resumed.results:
-        runner.note("resume", False, why=resumed.end)
+        runner.note(f"{name} is equal bit by bit", False, why=resumed.end)
         return
     after = whole.logged()[int(first.name.split("-")[1]) :]
     equal = same_weights(whole.checkpoints[-1], resumed.checkpoints[-1]) and after == resumed.logged()[-len(after) :]
-    runner.note("a resumed run is equal bit by bit", equal)
+    runner.note(f"{name} is equal bit by bit", equal)
 
 
 def check_memory(runner: Runner, roomy: Done, flags: tuple) -> None:
@@ -339,6 +356,9 @@ def check_speed(runner: Runner) -> None:
         "in float32": FLOAT32,
     }.items():
         report(runner, f"train.py, {name}", runner.train(f"ours, {name}", *flags, *more, model="big"))
+    profile = {"profile": 2 if runner.tiny else 200} | runner.stand_in  # when most lengths are recorded
+    graphed = runner.train("ours, graphs", *flags, "--cuda_graphs", True, model="big", **profile)
+    report(runner, "train.py, CUDA graphs", graphed)
     if runner.on_gpu:
         report(runner, "train.py, cuDNN's attention", runner.train("ours, cudnn", *flags, model="big", cudnn=True))
         report(runner, "train.py, compiled", runner.train("ours, compiled", *flags, "--compile", True, model="big"))
@@ -396,6 +416,9 @@ def watched(watch: dict[str, Any], flags: list[str]) -> None:
             scaler = functools.partial(torch.amp.GradScaler, init_scale=watch["scale"])
             for name in ("torch.amp.GradScaler", "torch.cuda.amp.GradScaler"):
                 stack.enter_context(mock.patch(name, scaler))
+        if "stand_in" in watch:
+            stack.enter_context(mock.patch("lib.runtime.accelerator.check_graphs"))
+            stack.enter_context(mock.patch("lib.training.step_graphs.Recorder", CalledAgain))
         if "cudnn" in watch:
             stack.enter_context(mock.patch("lib.runtime.accelerator.choose_kernels"))
         if "profile" in watch:
@@ -403,12 +426,28 @@ def watched(watch: dict[str, Any], flags: list[str]) -> None:
         module.run_script(module.main, config)
 
 
+class CalledAgain:
+    """Stands in for CUDA graphs without a GPU: calls Python's code again instead of a replay."""
+
+    def __init__(self, _: torch.device) -> None:
+        """There is nothing to prepare."""
+
+    def warm_up(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return work
+
+
 @contextlib.contextmanager
 def profiled(train: Any, first: int, folder: Path) -> Iterator[None]:
-    """Within, the five steps of train.py after the `first` are profiled, and saving is timed: seen.json in `folder`."""
+    """Within, the five steps of train.py after the `first` are profiled, and saving is timed: seen.json in `folder`.
+
+    With CUDA graphs also: how many were recorded, in which time, and for how much more memory that the process holds.
+    """
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu, count, step = uses_gpu(), 5, train.train_step
+    on_gpu, count, step, record = uses_gpu(), 5, train.train_step, StepGraphs.record
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     seen: dict[str, Any] = {}
     state: dict[str, Any] = {"steps": 0}
@@ -428,6 +467,15 @@ def profiled(train: Any, first: int, folder: Path) -> Iterator[None]:
             state["profile"].__exit__(None, None, None)
             seen.update(count_events(state["profile"].events(), count))
 
+    def recorded(graphs: StepGraphs, work: Callable[[], None]) -> Callable[[], None]:
+        synchronize(on_gpu)
+        started, held = time.perf_counter(), torch.cuda.memory_reserved() if on_gpu else 0
+        replay = record(graphs, work)
+        found = {"graphs": 1, "recording_seconds": time.perf_counter() - started}
+        found["recording_gib"] = (torch.cuda.memory_reserved() - held) / 2**30 if on_gpu else 0
+        seen.update({name: round(seen.get(name, 0) + value, 3) for name, value in found.items()})
+        return replay
+
     def timed(what: str, method: Any) -> Any:
         def call(*arguments: Any) -> Any:
             synchronize(on_gpu)
@@ -442,7 +490,8 @@ def profiled(train: Any, first: int, folder: Path) -> Iterator[None]:
     train.Run.save_checkpoint = timed("checkpoint_seconds", train.Run.save_checkpoint)
     train.Run.save_best = timed("best_model_seconds", train.Run.save_best)
     try:
-        yield
+        with mock.patch.object(StepGraphs, "record", recorded):
+            yield
     finally:
         (folder / "seen.json").write_text(json.dumps(seen))
 
@@ -489,7 +538,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny models and data")
     parser.add_argument("--only", choices=("right", "speed"), help="one half of the checks")
     parser.add_argument("--jobs", type=int, default=3, help="runs at a time where nothing is measured")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything; what does not fit fails")
+    parser.add_argument("--seconds", type=float, default=600.0, help="for everything; what does not fit fails")
     parser.add_argument("--output", type=Path, help="file for the JSON of the last line")
     parser.add_argument("--watched", help=argparse.SUPPRESS)
     options, flags = parser.parse_known_args()

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSequenceClassification, BertConfig, RobertaConfig
 
 import eval as eval_script
-from benchmarks import bench, contenders, limited_link, manual_loop, note_script, trainer
+from benchmarks import bench, contenders, limited_link, manual_loop, note_script, step_profile, trainer
 from benchmarks.comparison import ROWS, Outcome, compare, measure_rows, ratio_rows, seconds_to_accuracy
 from benchmarks.flops import forward_flops, matmul_rates
 from benchmarks.measuring import Measures
@@ -322,3 +322,19 @@ def test_peers_and_ours_take_turns_and_what_is_finished_is_not_repeated(command,
 def test_every_row_names_contenders_that_are_there():
     assert {name for row in ROWS.values() for name in (row.ours, row.peer)} == set(contenders.CONTENDERS)
     assert (ROOT / "benchmarks" / "materials.py").exists()
+
+
+def test_profile_of_a_step_counts_what_a_ready_mask_and_a_replay_leave_out(material, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    files = [
+        part
+        for split in ("train", "validation")
+        for part in (f"--{split}_file", material.folder / "data" / f"{split}.jsonl")
+    ]
+    flags = list(map(str, ["--model", material.folder / "model", *files]))
+    own, ready, replayed = (step_profile.count_step("no", way, flags) for way in step_profile.WAYS)
+    assert (own["reads"], ready["reads"], replayed["reads"]) == (1, 0, 0)
+    assert replayed["operations"] < ready["operations"] / 5 < own["operations"] / 5
+    bf16 = step_profile.count_step("bf16", "the mask is ready", flags)
+    assert bf16["casts"] > ready["casts"] + 20
+    assert (bf16["copies"], bf16["views"]) == (ready["copies"], ready["views"])

@@ -29,6 +29,8 @@ def test_trial_run_on_a_cpu_passes_every_check(run, tmp_path):
     assert found == json.loads(done.stdout.splitlines()[-1])
     assert found["failed"] == []
     shown = {name for name, item in found["checks"].items() if item["ok"]}
+    assert {"CUDA graphs equal plain steps", "a resumed run with CUDA graphs is equal bit by bit"} <= shown
+    assert found["checks"]["train.py, CUDA graphs"]["graphs"] > 0
     assert {"float32 equals the CPU", "a resumed run is equal bit by bit", "eval.py equals the CPU"} <= shown
     assert found["checks"]["train.py"]["operations_per_step"] > 100
     assert found["checks"]["Trainer, bf16"]["samples_per_second"] > 0

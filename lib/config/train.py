@@ -176,6 +176,9 @@ class TrainingConfig:
     third more time. Results are equal."""
     compile: bool = False
     """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
+    cuda_graphs: bool = False
+    """On a GPU: record the work of a step once for each padded length, and replay it without Python's share of the time.
+    Batches are padded to one of a few lengths. Not yet run on a GPU by this project."""
     cpu_kernels: bool = True
     """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
     same up to rounding and dropout masks."""
@@ -264,6 +267,11 @@ class TrainConfig:
             flag = f"--load_in {self.model.load_in}"
             require(self.adapter.adapter is not None, f"{flag}: quantized weights do not learn; add --adapter lora")
             require(not self.training.compile, f"{flag}: --compile has no programs for quantized layers; leave one out")
+        if self.training.cuda_graphs:
+            one = "--cuda_graphs records plain layers; leave out one of it and"
+            require(not self.training.compile, f"{one} --compile")
+            require(not self.training.gradient_checkpointing, f"{one} --gradient_checkpointing")
+            require(not self.model.load_in, f"{one} --load_in")
         recomputed = self.training.gradient_checkpointing
         require(
             not (recomputed and self.adapter.adapter == "prefix"),
@@ -281,13 +289,15 @@ class TrainConfig:
             training.cpu_kernels,
             training.deterministic,
             training.join_timeout,
+            training.cuda_graphs,
         )
 
 
 IN_TRAINING = (
     *("num_train_epochs", "max_steps", "train_batch_size", "per_device_train_batch_size", "train_sampling_strategy"),
     *("eval_steps", "early_stopping_patience", "save_steps", "pause_at_step", "dataloader_num_workers"),
-    *("no_cache_features", "compile", "cpu_kernels", "gradient_checkpointing", "average_checkpoints"),
+    *("no_cache_features", "compile", "cuda_graphs", "cpu_kernels", "gradient_checkpointing"),
+    "average_checkpoints",
 )
 """Options of training by steps."""
 

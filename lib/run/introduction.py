@@ -42,6 +42,11 @@ def describe_run(
         ),
         "equal runs": describe_determinism(accelerator.device.type),
         "batch": plan.sentence(),
+        **(
+            {"cuda graphs": learner.graphs.describe(data.window_stride is not None)}
+            if config.training.cuda_graphs
+            else {}
+        ),
         "steps": f"{plan.total_steps:,} in {plan.num_epochs} {epochs} of at most {plan.steps_per_epoch:,}",
         "data": f"{data.name}: {sizes}",
         "columns": describe_columns(data),

@@ -52,6 +52,7 @@ def build_accelerator(
             f"mixed precision is {precision}, by --mixed_precision or the run; {launchers} of the launcher is not used"
         )
     check_attention(options.attn_implementation, precision)
+    check_graphs(options.cuda_graphs)
     if precision == "fp16" and read_sharding():
         raise UserError("FSDP and fp16 do not go together: shards know no loss scale; use --mixed_precision bf16 or no")
     if is_launched() and is_alone():
@@ -85,6 +86,14 @@ def build_accelerator(
             f"{wanted} --main_process_port 0 ...; else launch one process, or make the GPUs visible."
         )
     return accelerator
+
+
+def check_graphs(wanted: bool) -> None:
+    """Raise UserError for `--cuda_graphs` where no GPU is used."""
+    if wanted and not uses_gpu():
+        raise UserError(
+            "--cuda_graphs records work of a GPU, and none is used here; leave it out, or run where nvidia-smi shows a GPU"
+        )
 
 
 def check_devices() -> list[str]:

@@ -5,7 +5,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DeviceOptions:
-    """The options of the same names; `cpu_kernels` and `deterministic` are for training.
+    """The options of the same names; `cpu_kernels`, `deterministic` and `cuda_graphs` are for training.
 
     The processes of a launch wait for each other for at most `join_timeout` seconds without a sign of the others.
     """
@@ -15,3 +15,4 @@ class DeviceOptions:
     cpu_kernels: bool = True
     deterministic: bool = False
     join_timeout: float = 600.0
+    cuda_graphs: bool = False

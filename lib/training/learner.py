@@ -32,6 +32,7 @@ from lib.training.optimizer import (
 from lib.training.plan import Plan
 from lib.training.sharded_gradients import ShardedGradients
 from lib.training.state import State
+from lib.training.step_graphs import StepGraphs
 
 SMALLEST_LOSS_SCALE = 2.0**-14
 """GradScaler halves its scale, 65,536 at first, at each overflow: below this, 30 in a row, it is not the scale."""
@@ -49,6 +50,7 @@ class Learner:
     plan: Plan
     state: State
     gradients: Gradients | ShardedGradients = dataclasses.field(init=False)
+    graphs: StepGraphs = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
     skipped: bool = False
     """Whether the last step changed nothing, since a gradient overflowed under the loss scale of fp16."""
@@ -57,6 +59,7 @@ class Learner:
         # After the optimizer, which keeps the gradients of large tables.
         kind = ShardedGradients if is_sharded(self.model) else Gradients
         self.gradients = kind(self.accelerator, self.model)
+        self.graphs = StepGraphs(self.accelerator, self.model, self.optimizer, self.plan)
         self.meter = Meter(self.accelerator, self.plan)
 
     @property

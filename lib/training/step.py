@@ -1,5 +1,6 @@
 """What an optimizer step needs besides its forward and backward in train.py: retries when memory is short, and clipping."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
+from lib.model.masks import is_padded, with_ready_mask
 from lib.model.sharding import is_sharded, norm_over_shards, own_part
 from lib.runtime.determinism import demand, relax
 from lib.runtime.memory import StartAgain, halve, has_own_memory, is_out_of_memory
@@ -50,14 +52,20 @@ class Attempt:
 
     def micro_batches(self) -> Iterator[MicroBatch]:
         """The share of this process on its device; other processes may have more micro-batches, or fewer."""
-        pieces = self.learner.gradients.pad(self.batch.pieces(self.learner.state.micro_batch_positions))
+        learner = self.learner
+        pieces = learner.gradients.pad(self.batch.pieces(learner.state.micro_batch_positions))
         for index, piece in enumerate(pieces):
             if index == len(pieces) - 1:
-                self.learner.gradients.begin_last()
-            yield piece.to(self.learner.accelerator.device)
+                learner.gradients.begin_last()
+            moved = piece.to(learner.accelerator.device)
+            precision, padded = learner.accelerator.mixed_precision, is_padded(piece.inputs)
+            inputs = with_ready_mask(learner.model, moved.inputs, precision, padded)
+            yield dataclasses.replace(moved, inputs=inputs)
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
+        if self.learner.graphs.recording:
+            return False
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)
         if self.failed and is_sharded(self.learner.model):
             smaller = halve(self.largest(), MICRO_BATCHES, "positions")

@@ -266,7 +266,8 @@ def test_memory_that_is_short_where_a_sum_starts_ends_the_run(sent, bucket, monk
         return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(gradients, "start_sum", start_sum)
-    learner: Any = SimpleNamespace(gradients=sums, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    accelerator, graphs = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(recording=False)
+    learner: Any = SimpleNamespace(gradients=sums, accelerator=accelerator, graphs=graphs)
 
     def attempt() -> None:
         with Attempt(learner, None):  # type: ignore[arg-type]
