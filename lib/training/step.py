@@ -46,6 +46,7 @@ class Attempt:
     def __enter__(self) -> Iterator[MicroBatch]:
         demand(strict=True)
         self.learner.gradients.begin()
+        self.learner.working.refresh()
         return self.micro_batches()
 
     def micro_batches(self) -> Iterator[MicroBatch]:
@@ -58,6 +59,7 @@ class Attempt:
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
+        self.learner.working.expire()
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)
         if self.failed and is_sharded(self.learner.model):
             smaller = halve(self.largest(), MICRO_BATCHES, "positions")
