@@ -172,7 +172,8 @@ class TrainingConfig:
     """Keep only the inputs of the trained layers for the backward pass, and compute the rest again: much less memory for a
     third more time. Results are equal."""
     compile: bool = False
-    """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
+    """On a GPU: compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or
+    more. Refused on a CPU, where it makes no step faster."""
     cpu_kernels: bool = True
     """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
     same up to rounding and dropout masks."""

@@ -107,7 +107,7 @@ def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def cast(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+def cast(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     """`parameter` in `dtype`: in its kept copy, if that has this dtype, else in a new one."""
     kept = vars(parameter).get("kept_copy")
     if kept is None or kept.dtype != dtype:

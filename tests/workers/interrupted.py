@@ -19,6 +19,7 @@ import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.evaluation import scoring
+from lib.model import build
 from lib.run import run
 from lib.runtime import signals
 from lib.training import plan
@@ -57,6 +58,8 @@ def patches(call: dict[str, Any]) -> list[Any]:
         mock.patch.object(train, "train_step", train_step),
         mock.patch.object(scoring, "predict_batch", predict_batch),
     ]
+    if "--compile" in call.get("flags", []):  # as on a GPU
+        made += [mock.patch.object(build, "check_place", mock.Mock())]
     if call.get("broken") == "order":
         made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: epoch(a, b, c + 1, d, e))]
     if call.get("broken") == "dropout":
