@@ -19,7 +19,7 @@ from lib.model.compilation import check_place, compile_layers
 from lib.model.layers import freeze
 from lib.runtime.precision import uses_gpu
 from tests.conftest import read_lines
-from tests.resuming import differences, play, run_flags
+from tests.resuming import differences, play
 from tests.tiny_models import build_from
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
@@ -104,10 +104,9 @@ def test_missing_compiler_stops_the_run_before_it_starts(roberta):
         compile_layers(model, True, torch.device("cpu"))
 
 
-def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta):
     model, _ = build_from(roberta)
-    with pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
+    with torch._dynamo.config.patch(disable=True), pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
         compile_layers(model, True, torch.device("cpu"))
 
 

@@ -113,7 +113,8 @@ def test_a_step_with_copies_of_weights_is_that_on_data_and_takes_no_more_than_ca
         logits.sum().backward()
     copies = sum(copy.nbytes for copy in working.of.values())
     assert expected.weights == plain.weights + copies
-    assert expected.activations == plain.activations - copies
+    kept = sum(copy.nbytes for copy in working.of.values() if copy.ndim == 2)  # no backward reads a bias
+    assert expected.activations == plain.activations - kept
     assert expected.step == pytest.approx(tally.peak, rel=0.05)
     assert expected.peak <= plain.peak * 1.02
 
