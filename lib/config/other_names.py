@@ -199,7 +199,7 @@ OTHER_NAMES = {
     "torch_compile_backend": "--compile",
     "torch_compile_mode": "--compile",
     "gradient_checkpointing_kwargs": "--gradient_checkpointing",
-    "use_liger_kernel": "nothing: models are trained as transformers builds them; --compile makes long runs faster",
+    "use_liger_kernel": "nothing: models are trained as transformers builds them; --compile is for long runs on GPUs",
     "dataloader_persistent_workers": "nothing: the processes of --dataloader_num_workers stay",
     "dataloader_prefetch_factor": "--dataloader_num_workers",
     "remove_unused_columns": "nothing: only the text and label columns are read",

@@ -175,13 +175,17 @@ class TrainingConfig:
     """Keep only the inputs of the trained layers for the backward pass, and compute the rest again: much less memory for a
     third more time. Results are equal."""
     compile: bool = False
-    """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
+    """On a GPU: compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or
+    more. Refused on a CPU, where it makes no step faster."""
     cuda_graphs: bool = False
     """On a GPU: record the work of a step once for each padded length, and replay it without Python's share of the time.
     Batches are padded to one of a few lengths. Not yet run on a GPU by this project."""
     cpu_kernels: bool = True
     """On a CPU: train with this project's faster dropout, attention and casts. False: with PyTorch's own. Results are the
     same up to rounding and dropout masks."""
+    bf16_weights: bool | None = None
+    """In bf16: compute with bf16 copies of the weights of linear layers, made once a step, instead of casting each weight in
+    every forward. Results are equal; the copies take half the memory of these weights. [default: True on a GPU]"""
     deterministic: bool = True
     """On a GPU: compute by deterministic algorithms, so that equal runs are equal bit by bit. A CPU does anyway. False:
     whatever is fastest."""
@@ -296,7 +300,7 @@ class TrainConfig:
 IN_TRAINING = (
     *("num_train_epochs", "max_steps", "train_batch_size", "per_device_train_batch_size", "train_sampling_strategy"),
     *("eval_steps", "early_stopping_patience", "save_steps", "pause_at_step", "dataloader_num_workers"),
-    *("no_cache_features", "compile", "cuda_graphs", "cpu_kernels", "gradient_checkpointing"),
+    *("no_cache_features", "compile", "cuda_graphs", "cpu_kernels", "bf16_weights", "gradient_checkpointing"),
     "average_checkpoints",
 )
 """Options of training by steps."""

@@ -10,7 +10,7 @@ from lib.data.load import Data
 from lib.errors import UserError
 from lib.model.adapters.adapt import adapt, adapter_folder
 from lib.model.attention import check_dropout, set_attention
-from lib.model.compilation import compile_layers
+from lib.model.compilation import check_place, compile_layers
 from lib.model.frozen_weights import FLOAT32, check_package, frozen_weights
 from lib.model.load import build_model
 from lib.model.overrides import override
@@ -18,6 +18,7 @@ from lib.model.recomputation import recompute_layers
 from lib.model.sharding import SHARDED
 from lib.model.source import LoadingInfo, load_hf_config
 from lib.runtime.launch_checks import read_sharding
+from lib.runtime.precision import uses_gpu
 
 
 def build_classifier(
@@ -38,10 +39,12 @@ def build_classifier(
 
 
 def check_trainable(config: TrainConfig) -> None:
-    """Raise UserError for a model that cannot be trained, before data is loaded.
+    """Raise UserError for a model that cannot be trained, or compiled, as asked, before data is loaded.
 
     Quantized weights do not learn, so they need an adapter.
     """
+    if config.training.compile:
+        check_place(uses_gpu())
     source = config.model
     if adapter_folder(source) is not None:
         return  # refused when the model is built

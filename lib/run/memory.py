@@ -26,6 +26,7 @@ from lib.runtime.memory import own_memory
 from lib.runtime.precision import resolve_precision, uses_gpu
 from lib.training.learner import Learner
 from lib.training.memory_forecast import Forecast, Method, forecast, lasting_parts, lighter_methods
+from lib.training.working_weights import are_copied
 
 LITTLE = 0.1
 """Share of a device's memory below which activations are not counted: the start would take a quarter second longer."""
@@ -59,7 +60,8 @@ def describe_memory(
     per_process = math.ceil(min(plan.config.train_batch_size, len(plan.lengths)) / plan.world_size)
     size = min(plan.micro_batch_size, per_process)
     inputs = longest_inputs(batches, size)
-    parts = lasting_parts(learner.inner_model)
+    copied = bool(learner.working.of)
+    parts = lasting_parts(learner.inner_model, copied)
     guess = guess_activations(learner.inner_model.config, inputs)
     if most is not None and guess is not None and parts.peak + guess < LITTLE * most:
         return f"less than a tenth of {gib(most)} GiB ({list_parts(parts)}; activations were not counted)", []
@@ -75,7 +77,7 @@ def describe_memory(
         model = model if method == Method() else method.apply(model, config.model, new_weights, precision)
         has_gradients = size < per_process or plan.world_size > 1
         return with_process(
-            forecast(model, longest_inputs(batches, size), device, precision, has_gradients), base, device
+            forecast(model, longest_inputs(batches, size), device, precision, has_gradients, copied), base, device
         )
 
     found = count(Method(), size)
@@ -176,7 +178,8 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     def count(changed: Any, rows: int) -> Forecast:
         ids = torch.empty(rows, length, dtype=torch.int64, device="meta")
         inputs = {"input_ids": ids, "attention_mask": ids}
-        found = forecast(changed, inputs, device, precision, has_gradients=rows < config.train_batch_size)
+        has_gradients, copied = rows < config.train_batch_size, are_copied(None, precision, device)
+        found = forecast(changed, inputs, device, precision, has_gradients, copied)
         return with_process(found, held, device)
 
     table = [["GiB", "weights", "gradients", "AdamW", "activations", "peak", "samples that fit"]]

@@ -38,7 +38,14 @@ HARMLESS = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "pad_to_max_length"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
-    *("no_cache_features", "feature_cache_gib", "cpu_kernels", "gradient_checkpointing", "deterministic"),
+    *(
+        "no_cache_features",
+        "feature_cache_gib",
+        "cpu_kernels",
+        "bf16_weights",
+        "gradient_checkpointing",
+        "deterministic",
+    ),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "pause_at_step"),
     *("ddp_timeout", "join_timeout", "async_save"),
 }

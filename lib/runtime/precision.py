@@ -86,8 +86,8 @@ def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
     """Within, the linear layers of `model` hold their weights in the dtype that autocast would cast them to in each forward.
 
     Results are equal bit by bit: autocast rounds the same numbers the same way, and norms and embeddings stay float32.
-    The model cannot be trained within. The copies take half the memory of the weights. Does nothing without mixed
-    precision.
+    The model cannot be trained within. The copies take half the memory of the weights, except for those that training
+    keeps, which are used. Does nothing without mixed precision.
     """
     dtype = DTYPES.get(mixed_precision)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)] if dtype else []
@@ -98,12 +98,28 @@ def cast_weights(model: nn.Module, mixed_precision: str) -> Iterator[None]:
             for name, parameter in parameters.items():
                 if parameter is not None and parameter.dtype == torch.float32:
                     if parameter not in casts:
-                        casts[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                        casts[parameter] = cast(parameter, dtype)
                     layer._parameters[name] = casts[parameter]
         yield
     finally:
         for layer, parameters in originals:
             layer._parameters.update(parameters)
+
+
+@torch.no_grad()
+def cast(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    """`parameter` in `dtype`: in its kept copy, if that has this dtype, else in a new one."""
+    kept = vars(parameter).get("kept_copy")
+    if kept is None or kept.dtype != dtype:
+        return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+    return kept.copy_(parameter)
+
+
+def keep_copy(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Memory for a copy of `parameter` in `dtype`, which stays: `cast_weights` uses it as well. It is not filled."""
+    kept = nn.Parameter(torch.empty_like(parameter, dtype=dtype))
+    vars(parameter)["kept_copy"] = kept
+    return kept
 
 
 @torch.no_grad()

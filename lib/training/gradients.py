@@ -1,5 +1,6 @@
 """Gradients of a step, summed over processes while the backward pass still runs."""
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +13,14 @@ from lib.data.loader import MicroBatch
 from lib.errors import UserError, first_line
 from lib.runtime.memory import is_out_of_memory
 from lib.runtime.processes import buckets, lowest_of_each, start_sum
+from lib.training.working_weights import WorkingWeights
 
 logger = logging.getLogger(__name__)
 
 FIRST_BUCKET = 2**20
 """Bytes of the first bucket: a small one, so that sending begins early, as in DDP (Li et al. 2020)."""
+AT_ONCE = 16 * 2**20
+"""Bytes of gradients that wait within a backward pass to be moved together."""
 
 
 class Bucket:
@@ -47,10 +51,12 @@ class Gradients:
     process sends every bucket once an attempt**, whatever becomes of its backward pass: none waits for one that gave up. A
     parameter that some process did not use, as with LayerDrop, counts as zero there; one that no process used is left
     without gradient. One process alone sends nothing, and has no buckets.
+
+    The gradients of the copies of `working` are added to those of their weights, in float32, before a backward pass ends.
     """
 
-    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self.accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, model: nn.Module, working: WorkingWeights | None = None) -> None:
+        self.accelerator, self.working = accelerator, working
         alone = accelerator.num_processes == 1
         trained = [] if alone else [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Backward goes from the head to the embeddings.
@@ -65,8 +71,13 @@ class Gradients:
         self.overlapping = True
         """Whether buckets are sent within the last backward pass; else after it. The same on all processes."""
         self.is_last = self.is_late = False
+        self.waiting: list[tuple[nn.Parameter, nn.Parameter]] = []
+        """Parameters whose gradients are to be moved, each with what holds its gradient: itself, or its copy."""
+        self.waiting_bytes = 0
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self.arrived)
+            parameter.register_post_accumulate_grad_hook(functools.partial(self.arrived, parameter))
+        for parameter, copy in working.of.items() if working else ():
+            copy.register_post_accumulate_grad_hook(functools.partial(self.arrived, parameter))
 
     def pad(self, pieces: list[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches of an attempt: processes need not have as many."""
@@ -75,6 +86,7 @@ class Gradients:
     def begin(self) -> None:
         """An attempt at a step begins: no parameter has a gradient yet."""
         self.used.clear()
+        self.waiting, self.waiting_bytes = [], 0  # of an attempt that failed
         self.sent, self.is_last, self.is_late = 0, False, False
         for bucket in self.buckets:
             bucket.pending = None
@@ -84,15 +96,19 @@ class Gradients:
         """The last micro-batch of the attempt comes next: what its backward pass completes is sent."""
         self.is_last = self.overlapping
 
-    def arrived(self, parameter: nn.Parameter) -> None:
-        """The gradient of a micro-batch was added to `parameter.grad`; autograd calls this."""
-        bucket = self.bucket_of[parameter]
-        view = bucket.views[parameter]
-        if parameter.grad is not None and parameter.grad.data_ptr() != view.data_ptr():
-            view.copy_(parameter.grad)
-            parameter.grad = view
+    def arrived(self, parameter: nn.Parameter, holder: nn.Parameter) -> None:
+        """The gradient of a micro-batch was added to `holder.grad`, of `parameter` or its copy; autograd calls this."""
+        bucket = self.bucket_of.get(parameter)
+        gradient = holder.grad
+        if gradient is not None and (bucket is None or gradient.data_ptr() != bucket.views[parameter].data_ptr()):
+            if not self.waiting:
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_backward)
+            self.waiting.append((parameter, holder))
+            self.waiting_bytes += gradient.nbytes
+            if self.waiting_bytes >= AT_ONCE:
+                self.move()
         self.used.add(parameter)
-        if not self.is_last:
+        if bucket is None or not self.is_last:
             return
         if bucket.number < self.sent:
             self.is_late = True
@@ -100,11 +116,40 @@ class Gradients:
         while self.sent < len(self.buckets) and not self.buckets[self.sent].awaited:
             self.send()
 
+    def end_backward(self) -> None:
+        """A backward pass is over: all gradients lie where the loop expects them."""
+        self.move()
+        if self.working is not None:
+            self.working.lent = False
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move the gradients that wait into their places, in float32, in a few calls for all of them."""
+        waiting, self.waiting, self.waiting_bytes = self.waiting, [], 0
+        moved: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        added: list[tuple[nn.Parameter, torch.Tensor]] = []
+        for parameter, holder in waiting:
+            gradient: Any = holder.grad
+            if holder is not parameter:
+                holder.grad = None
+                if parameter.grad is not None:
+                    added.append((parameter, gradient))
+                    continue
+            place = self.bucket_of[parameter].views[parameter] if self.buckets else torch.empty_like(parameter)
+            moved.setdefault(gradient.dtype, []).append((place, gradient))
+            parameter.grad = place
+        for pairs in moved.values():
+            torch._foreach_copy_([place for place, _ in pairs], [gradient for _, gradient in pairs])
+        if added:
+            sums: Any = [parameter.grad for parameter, _ in added]
+            torch._foreach_add_(sums, [gradient for _, gradient in added])
+
     def send(self) -> None:
         """Start the sum of the next bucket over all processes.
 
         Raises UserError if memory is short just then: the others may have begun this sum, so that it cannot be tried again.
         """
+        self.move()
         bucket = self.buckets[self.sent]
         for parameter in bucket.parameters:
             if parameter not in self.used:

@@ -33,6 +33,7 @@ from lib.training.plan import Plan
 from lib.training.sharded_gradients import ShardedGradients
 from lib.training.state import State
 from lib.training.step_graphs import StepGraphs
+from lib.training.working_weights import WorkingWeights, are_copied
 
 SMALLEST_LOSS_SCALE = 2.0**-14
 """GradScaler halves its scale, 65,536 at first, at each overflow: below this, 30 in a row, it is not the scale."""
@@ -49,6 +50,7 @@ class Learner:
     scheduler: Any
     plan: Plan
     state: State
+    working: WorkingWeights = dataclasses.field(init=False)
     gradients: Gradients | ShardedGradients = dataclasses.field(init=False)
     graphs: StepGraphs = dataclasses.field(init=False)
     meter: Meter = dataclasses.field(init=False)
@@ -57,8 +59,14 @@ class Learner:
 
     def __post_init__(self) -> None:
         # After the optimizer, which keeps the gradients of large tables.
-        kind = ShardedGradients if is_sharded(self.model) else Gradients
-        self.gradients = kind(self.accelerator, self.model)
+        precision, device = self.accelerator.mixed_precision, self.accelerator.device
+        self.working = WorkingWeights(self.model, are_copied(self.plan.config.bf16_weights, precision, device))
+        sharded = is_sharded(self.model)
+        self.gradients = (
+            ShardedGradients(self.accelerator, self.model)
+            if sharded
+            else Gradients(self.accelerator, self.model, self.working)
+        )
         self.graphs = StepGraphs(self.accelerator, self.model, self.optimizer, self.plan)
         self.meter = Meter(self.accelerator, self.plan)
 

@@ -9,6 +9,8 @@ import contextlib
 import copy
 import dataclasses
 import weakref
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -26,19 +28,21 @@ from lib.model.layers import backbone_of, freeze, set_train_mode
 from lib.model.recomputation import recompute_layers
 from lib.model.sharding import own_part
 from lib.runtime.precision import DTYPES, keep_in_dtype
+from lib.training.gradients import Gradients
 from lib.training.optimizer import large_tables
+from lib.training.working_weights import WorkingWeights, copied_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
     """Bytes that training takes on a device.
 
-    What is there all the time: `base`, which is not the model's (libraries and data in main memory), the `weights` and
-    the two `moments` of AdamW. In each step come and go the `gradients` and the `activations`: all that a forward of one
-    micro-batch keeps for its backward, copies of weights in another dtype included. Gradients appear while activations
-    go, so that the most of both at once, `step`, lies between the larger one and their sum, with what operations need
-    for a moment. `activations` and `step` are None where the model cannot be run without data, for the reason `fault`. Of a
-    step, some memory is `lost` between blocks that are in use.
+    What is there all the time: `base`, which is not the model's (libraries and data in main memory), the `weights`, with
+    the bf16 copies that steps compute with, and the two `moments` of AdamW. In each step come and go the `gradients` and
+    the `activations`: all that a forward of one micro-batch keeps for its backward, copies of weights that autocast makes
+    included. Gradients appear while activations go, so that the most of both at once, `step`, lies between the larger one
+    and their sum, with what operations need for a moment. `activations` and `step` are None where the model cannot be run
+    without data, for the reason `fault`. Of a step, some memory is `lost` between blocks that are in use.
     """
 
     weights: int
@@ -64,11 +68,10 @@ class Tally(TorchDispatchMode):
     Values that code asks for are answered by 0 or False: there is no data.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        """The tensors of `model` and `inputs` are there already and not counted."""
+    def __init__(self, held: Sequence[torch.Tensor]) -> None:
+        """The tensors that are `held` are there already and not counted."""
         super().__init__()
         self.live = self.peak = 0
-        held = [*model.parameters(), *model.buffers(), *inputs.values()]
         self.known: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,35 +112,42 @@ def copy_shapes(model: nn.Module, device: torch.device) -> Any:
 
 
 def forecast(
-    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, has_gradients: bool = False
+    model: nn.Module,
+    inputs: Inputs,
+    device: torch.device,
+    precision: str,
+    has_gradients: bool = False,
+    copied: bool = False,
 ) -> Forecast:
     """What a step of `model` takes on `device`, for the micro-batch `inputs`.
 
     The step is a forward and a backward of a copy of the model, on tensors without data, with the casts that mixed
     `precision` makes on the device. It takes about a second for a model of any size, draws no random numbers, and changes
     nothing. Without a mask of attention, `inputs` have no padding. With `has_gradients`, all gradients are there already:
-    of earlier micro-batches, or in the memory in which several processes sum them. Not counted are what the allocator of
+    of earlier micro-batches, or in the memory in which several processes sum them; with `copied`, the step is computed with
+    `WorkingWeights`. Not counted are what the allocator of
     the device loses to rounding and fragments, and AdamW's own step, which needs less than the backward before it.
     """
-    parts = lasting_parts(model)
-    evaluation = cast_bytes(model, precision)
+    parts = lasting_parts(model, copied)
+    evaluation = cast_bytes(model, precision, copied)
     try:
-        activations, step = count_step(copy_shapes(model, device), inputs, device, precision, has_gradients)
+        activations, step = count_step(copy_shapes(model, device), inputs, device, precision, has_gradients, copied)
     except Exception as error:  # code of others, which must not end a run here
         return dataclasses.replace(parts, fault=f"{type(error).__name__}: {first_line(error)}")
     return dataclasses.replace(parts, activations=activations, step=max(step, evaluation))
 
 
-def lasting_parts(model: nn.Module) -> Forecast:
+def lasting_parts(model: nn.Module, copied: bool = False) -> Forecast:
     """A forecast without activations; of a model in shards, for those of this process."""
     own = [own_part(tensor) for tensor in (*model.parameters(), *model.buffers())]
     held = {t.untyped_storage()._cdata: t.nbytes for t in own}
     gradients = sum(own_part(parameter).nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return Forecast(sum(held.values()), gradients, 2 * gradients, None, None)
+    copies = sum(weight.numel() for weight in copied_weights(model)) * torch.bfloat16.itemsize if copied else 0
+    return Forecast(sum(held.values()) + copies, gradients, 2 * gradients, None, None)
 
 
 def count_step(
-    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, has_gradients: bool
+    model: nn.Module, inputs: Inputs, device: torch.device, precision: str, has_gradients: bool, copied: bool
 ) -> tuple[int, int]:
     """(bytes that a forward keeps for its backward, most bytes of gradients and activations at once); uses `model` up."""
     first: Any = next(model.parameters())
@@ -150,7 +160,12 @@ def count_step(
                 before += parameter.nbytes
         # Counts of windows are read on the CPU.
         fed = {n: t if n == "num_windows" else torch.empty_like(t, device=device) for n, t in inputs.items()}
-        with Tally(model, fed) as tally, torch.autograd.set_multithreading_enabled(False):
+        working = WorkingWeights(model, copied)
+        alone: Any = SimpleNamespace(num_processes=1)
+        Gradients(alone, model, working)
+        working.refresh()
+        held = [*model.parameters(), *model.buffers(), *fed.values(), *working.of.values()]
+        with Tally(held) as tally, torch.autograd.set_multithreading_enabled(False):
             with torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES):
                 logits = compute_logits(model, fed)
             kept = tally.live
@@ -179,11 +194,13 @@ class RowsOnly(torch.autograd.Function):
         return None, None
 
 
-def cast_bytes(model: nn.Module, precision: str) -> int:
-    """Bytes of the copies of weights that evaluation works with, see `cast_weights`."""
+def cast_bytes(model: nn.Module, precision: str, copied: bool) -> int:
+    """Bytes of the copies of weights that evaluation works with beside those of steps, see `cast_weights`."""
     dtype = DTYPES.get(precision)
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)] if dtype else []
     cast = {p: p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.dtype == torch.float32}
+    for weight in copied_weights(model) if copied else ():
+        cast.pop(weight)
     return sum(cast.values()) * dtype.itemsize if dtype else 0
 
 

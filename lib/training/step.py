@@ -48,6 +48,7 @@ class Attempt:
     def __enter__(self) -> Iterator[MicroBatch]:
         demand(strict=True)
         self.learner.gradients.begin()
+        self.learner.working.refresh()
         return self.micro_batches()
 
     def micro_batches(self) -> Iterator[MicroBatch]:
@@ -64,6 +65,7 @@ class Attempt:
 
     def __exit__(self, _: Any, error: BaseException | None, trace: TracebackType | None) -> bool:
         demand(strict=False)
+        self.learner.working.expire()
         if self.learner.graphs.recording:
             return False
         self.failed, self.relaxed = is_out_of_memory(error), relax(error)

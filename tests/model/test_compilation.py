@@ -1,5 +1,6 @@
 """--compile: the same run up to rounding, few compiled programs, and weights saved under their own names."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from transformers import AutoModelForSequenceClassification
 
 from lib.errors import UserError
 from lib.model import compilation
-from lib.model.compilation import compile_layers
+from lib.model.compilation import check_place, compile_layers
 from lib.model.layers import freeze
-from tests.conftest import read_lines, results_of
-from tests.resuming import differences, play, run_flags
+from lib.runtime.precision import uses_gpu
+from tests.conftest import read_lines
+from tests.resuming import differences, play
 from tests.tiny_models import build_from
 
 SHAPES = [(8, 16), (8, 8), (5, 17), (16, 16), (3, 31), (1, 9), (2, 40), (9, 33), (32, 32)]
@@ -80,17 +82,31 @@ def test_frozen_layers_are_not_compiled(roberta, uncompiled):
         compile_layers(model, True, torch.device("cpu"))
 
 
-def test_missing_compiler_stops_the_run_before_it_starts(run, roberta, tmp_path):
-    done = run("train.py", *run_flags(tmp_path, roberta), "--compile", code=2, env={"CXX": "/missing/g++"})
-    assert "error: --compile: torch.compile does not work here" in done.stderr
-    assert "apt-get install g++" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_on_a_cpu_it_is_refused_before_data_is_read(call, roberta, tmp_path):
+    files = ["--train_file", tmp_path / "missing.csv", "--report_to", "none"]
+    done = call("train.py", "--model", roberta, *files, "--compile", code=2)
+    assert "error: --compile needs a GPU" in done.stderr
+    assert "Leave it out" in done.stderr
 
 
-def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+def test_it_is_not_refused_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    check_place(uses_gpu())
+
+
+def test_missing_compiler_stops_the_run_before_it_starts(roberta):
     model, _ = build_from(roberta)
-    with pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "/missing/g++")}),
+        pytest.raises(UserError, match=r"(?s)--compile: torch.compile does not work here.*apt-get install g\+\+"),
+    ):
+        compile_layers(model, True, torch.device("cpu"))
+
+
+def test_compiler_that_is_turned_off_is_no_silent_run_without_it(roberta):
+    model, _ = build_from(roberta)
+    with torch._dynamo.config.patch(disable=True), pytest.raises(UserError, match="TORCH_COMPILE_DISABLE"):
         compile_layers(model, True, torch.device("cpu"))
 
 
@@ -118,17 +134,8 @@ def test_compiled_run_resumes_bitwise_and_saves_a_plain_model(run, roberta, tmp_
 
 @pytest.mark.slow
 def test_compiled_run_of_two_processes_ends_with_its_best_model(run, roberta, tmp_path):
-    flags = [
-        *run_flags(tmp_path, roberta),
-        "--output_dir",
-        tmp_path / "compiled",
-        "--max_steps",
-        4,
-        "--compile",
-        "True",
-    ]
-    done = run("train.py", *flags, processes=2, timeout=500)
-    assert results_of(done)["run/num_processes"] == 2
+    play(run, tmp_path, roberta, [{"folder": "compiled", "flags": ["--max_steps", "4", "--compile", "True"]}], 2)
+    assert json.loads((tmp_path / "compiled" / "results.json").read_text())["run/num_processes"] == 2
     _, loading = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "compiled" / "model", output_loading_info=True
     )

@@ -12,6 +12,7 @@ from lib.runtime import processes
 from lib.training import gradients
 from lib.training.gradients import Gradients
 from lib.training.step import Attempt
+from lib.training.working_weights import WorkingWeights
 from tests.conftest import WORKER_ENV, launch, tiny_roberta
 from tests.tiny_models import any_classifier
 
@@ -266,8 +267,12 @@ def test_memory_that_is_short_where_a_sum_starts_ends_the_run(sent, bucket, monk
         return SimpleNamespace(wait=lambda: None)
 
     monkeypatch.setattr(gradients, "start_sum", start_sum)
-    accelerator, graphs = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(recording=False)
-    learner: Any = SimpleNamespace(gradients=sums, accelerator=accelerator, graphs=graphs)
+    learner: Any = SimpleNamespace(
+        gradients=sums,
+        working=WorkingWeights(model, False),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        graphs=SimpleNamespace(recording=False),
+    )
 
     def attempt() -> None:
         with Attempt(learner, None):  # type: ignore[arg-type]

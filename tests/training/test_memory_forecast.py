@@ -1,6 +1,7 @@
 """The forecast of memory counts what training keeps, without data."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from lib.model.load import build_model, load_tokenizer
 from lib.model.recomputation import recompute_layers
 from lib.runtime.cpu.kernels import use_cpu_kernels
 from lib.runtime.precision import DTYPES, keep_in_dtype
+from lib.training.gradients import Gradients
 from lib.training.memory_forecast import Forecast, Method, Tally, forecast, lasting_parts, lighter_methods
 from lib.training.optimizer import LARGE_TABLE
+from lib.training.working_weights import WorkingWeights
 from tests.tiny_models import NAMES, any_classifier, build_from, save_classifier, trainable
 
 CPU = torch.device("cpu")
@@ -90,11 +93,30 @@ def test_activations_are_what_autograd_saves_in_a_forward_on_data(
 def test_peak_of_a_step_is_that_of_a_step_on_data(kind: str, tmp_path: Path) -> None:
     model, inputs = trained(kind, tmp_path), batch(6, padded=True)
     expected = forecast(model, inputs, CPU, "bf16").step
-    with Tally(model, inputs) as tally:
+    with Tally([*model.parameters(), *model.buffers(), *inputs.values()]) as tally:
         with torch.autocast("cpu", torch.bfloat16):
             logits = compute_logits(model, inputs)
         logits.sum().backward()
     assert expected == pytest.approx(tally.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_a_step_with_copies_of_weights_is_that_on_data_and_takes_no_more_than_casting_them(kind, tmp_path) -> None:
+    model, inputs = trained(kind, tmp_path), batch(6, padded=True)
+    plain, expected = (forecast(model, inputs, CPU, "bf16", copied=copied) for copied in (False, True))
+    working, alone = WorkingWeights(model, True), SimpleNamespace(num_processes=1)
+    Gradients(alone, model, working)  # type: ignore[arg-type]
+    working.refresh()
+    with Tally([*model.parameters(), *model.buffers(), *inputs.values(), *working.of.values()]) as tally:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = compute_logits(model, inputs)
+        logits.sum().backward()
+    copies = sum(copy.nbytes for copy in working.of.values())
+    assert expected.weights == plain.weights + copies
+    kept = sum(copy.nbytes for copy in working.of.values() if copy.ndim == 2)  # no backward reads a bias
+    assert expected.activations == plain.activations - kept
+    assert expected.step == pytest.approx(tally.peak, rel=0.05)
+    assert expected.peak <= plain.peak * 1.02
 
 
 def test_activations_grow_by_as_much_with_each_row(tmp_path: Path) -> None:

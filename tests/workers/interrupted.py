@@ -24,7 +24,7 @@ import train
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
 from lib.evaluation import scoring
-from lib.model import sharding, stored_tensors
+from lib.model import build, sharding, stored_tensors
 from lib.run import run
 from lib.run.checkpoint import Checkpointer
 from lib.runtime import signals
@@ -68,6 +68,8 @@ def patches(call: dict[str, Any]) -> list[Any]:
         made += [mock.patch.object(stored_tensors, "LARGE", 0)]
     if "export" in call:
         made += [mock.patch.object(sharding, "PART", call["export"])]
+    if "--compile" in call.get("flags", []):  # as on a GPU
+        made += [mock.patch.object(build, "check_place", mock.Mock())]
     if call.get("broken") == "order":
         made += [mock.patch.object(plan, "epoch_batches", lambda a, b, c, d, e: epoch(a, b, c + 1, d, e))]
     if call.get("broken") == "dropout":
