@@ -4,6 +4,7 @@ epoch_batches   the batches of one training epoch, over all processes
 rank_slice      the part of a batch that one process works on
 micro_batches   that part in pieces that fit a device
 eval_batches    the batches of an evaluation
+packed_batches  those of an evaluation without padding
 padding_share   how much of such batches is padding
 """
 
@@ -73,6 +74,22 @@ def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
         stop = min(start + most, max(similar, start + max(1, most // 4)))
         batches.append(order[start:stop])
         start = stop
+    return batches
+
+
+def packed_batches(lengths: np.ndarray, tokens: int) -> list[Indices]:
+    """All indices in batches of at most `tokens` tokens, or of one text, longest first.
+
+    Texts of any lengths stand in one row, so that all batches but the last are about full.
+    """
+    order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
+    ends = np.cumsum(lengths[order])
+    batches: list[Indices] = []
+    start = used = 0
+    while start < len(order):
+        stop = max(start + 1, int(np.searchsorted(ends, used + tokens, side="right")))
+        batches.append(order[start:stop])
+        start, used = stop, int(ends[stop - 1])
     return batches
 
 
