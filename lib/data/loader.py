@@ -167,7 +167,8 @@ class Batches:
 
     def split(self, name: str) -> Split:
         data, outputs = self.data, len(self.data.label_names)
-        positions, problem = data.positions(name), data.problem_type
+        positions = data.lengths[name] if self.packed else data.positions(name)
+        problem = data.problem_type
         return Split(name, data.tokens[name], positions, self.collate, outputs, problem, self.unpadded, self.packed)
 
     def longest(self, size: int) -> StepBatch:

@@ -1,9 +1,9 @@
 """Texts of a batch one after the other in a single row, without padding.
 
-    input_ids      (1, tokens)   so is token_type_ids
-    position_ids   (1, tokens)   from 0 in each text
-    cu_seqlens     (texts + 1,)  int32: where each text starts, and the end of the last one
-    row_lengths    (texts,)      the tokens of each text, which stay on the CPU: nothing waits for a GPU to read them
+input_ids      (1, tokens)   so is token_type_ids
+position_ids   (1, tokens)   from 0 in each text
+cu_seqlens     (texts + 1,)  int32: where each text starts, and the end of the last one
+row_lengths    (texts,)      the tokens of each text, which stay on the CPU: nothing waits for a GPU to read them
 """
 
 import itertools

@@ -52,10 +52,8 @@ class Segments:
     def to_rows(self, backbone: Any, _: Any, output: Any) -> Any:
         """The output of a backbone with a row of one token for each text, and what its pooler makes of that."""
         states = output.last_hidden_state[0]
-        if self.mean:
-            rows = torch.stack([part.mean(dim=0) for part in states.split(self.lengths)])
-        else:
-            rows = states[self.starts[:-1]]
+        means = [part.mean(dim=0) for part in states.split(self.lengths)] if self.mean else None
+        rows = states[self.starts[:-1]] if means is None else torch.stack(means)
         output["last_hidden_state"] = rows[:, None]
         if output.get("pooler_output") is not None:
             output["pooler_output"] = backbone.pooler(rows[:, None])

@@ -5,6 +5,7 @@ starts, is computed by segments: on a GPU in one kernel (PyTorch's `varlen_attn`
 other by "sdpa". Any other forward is left to "sdpa".
 """
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -56,14 +57,11 @@ def segment_attention(
             raise ValueError("attention by segments has no dropout on a GPU")
         reach = -1 if sliding_window is None else sliding_window - 1
         q, k, v = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
-        attended = varlen_attn(
-            *(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q),
-            scale=scaling,
-            window_size=(reach, reach),
-        )
+        starts, longest, window = cu_seq_lens_q, max_length_q or len(q), (reach, reach)
+        attended = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window)
         return attended[None], None
     sizes = cu_seq_lens_q.diff().tolist()
-    texts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    texts = zip(query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
     parts = [
         sdpa(module, q, k, v, near(q, sliding_window), dropout=dropout, scaling=scaling, **others)[0]
         for q, k, v in texts
@@ -111,8 +109,6 @@ def choose_segments(implementation: str, device: torch.device, mixed_precision: 
         raise UserError(
             f"--padding_free needs a GPU of compute capability 8.0, this one has {found[0]}.{found[1]}; {LEAVE_OUT}"
         )
-    try:
-        import torch.nn.attention.varlen  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"--padding_free: this PyTorch ({torch.__version__}) has no varlen_attn; {LEAVE_OUT}") from error
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        raise UserError(f"--padding_free: this PyTorch ({torch.__version__}) has no varlen_attn; {LEAVE_OUT}")
     return NAME
