@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +20,7 @@ from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
 from lib.runtime.attention import has_attention
 from lib.runtime.device_options import DeviceOptions
-from lib.runtime.precision import uses_gpu
-
-logger = logging.getLogger(__name__)
-
+from lib.runtime.precision import has_precision
 
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
@@ -99,11 +94,7 @@ def run_precision(folder: Path, asked: str) -> str:
     if asked != "auto":
         return asked
     precision = read_results(folder).get("run/mixed_precision")
-    if precision == "fp16" and not uses_gpu():
-        if os.environ.get("RANK", "0") == "0":
-            logger.warning("the run was trained with fp16, which needs a GPU and is not used here")
-        return asked
-    return precision if precision in ("no", "bf16", "fp16") else asked
+    return precision if precision in ("no", "bf16", "fp16") and has_precision(precision) else asked
 
 
 def run_positions(folder: Path) -> int:

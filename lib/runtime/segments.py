@@ -50,7 +50,7 @@ def segment_attention(
         return sdpa(module, query, key, value, mask, dropout=dropout, scaling=scaling, **others)
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    if kind == "cuda" and dtype != torch.float32:
+    if has_kernel(kind, dtype):
         from torch.nn.attention.varlen import varlen_attn  # not in every build of PyTorch
 
         if dropout:
@@ -59,6 +59,7 @@ def segment_attention(
         q, k, v = (x.to(dtype)[0].transpose(0, 1) for x in (query, key, value))
         starts, longest, window = cu_seq_lens_q, max_length_q or len(q), (reach, reach)
         attended = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=window)
+        assert isinstance(attended, torch.Tensor)  # without further outputs
         return attended[None], None
     sizes = cu_seq_lens_q.diff().tolist()
     texts = zip(query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
@@ -67,6 +68,11 @@ def segment_attention(
         for q, k, v in texts
     ]
     return torch.cat(parts, dim=1), None
+
+
+def has_kernel(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether one kernel computes all segments; there is none for float32, in which a model is tried."""
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def near(query: torch.Tensor, sliding_window: int | None) -> torch.Tensor | None:
