@@ -58,19 +58,24 @@ def micro_batches(part: Indices, size: int) -> list[Indices]:
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
+    """The batches of `grouped_batches` for as many positions as `batch_size` of the longest texts have."""
+    return grouped_batches(lengths, batch_size * int(lengths.max(initial=1)))
+
+
+def grouped_batches(lengths: np.ndarray, positions: int) -> list[Indices]:
     """All indices in batches of similar length, longest first, so that out of memory happens in the first batch.
 
-    No batch has more positions than `batch_size` of the longest texts: a batch of shorter texts holds more of them.
+    No batch has more than `positions`, or it has one text: a batch of shorter texts holds more of them.
     Once it holds a quarter of what fits, it ends at the first text shorter than MIN_LENGTH_RATIO of its longest.
     """
     order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
     negated = -lengths[order]
     batches: list[Indices] = []
-    start, positions = 0, batch_size * int(lengths.max(initial=1))
+    start = 0
     while start < len(order):
         longest = max(1, -int(negated[start]))
         similar = int(np.searchsorted(negated, -math.ceil(MIN_LENGTH_RATIO * longest), side="right"))
-        most = positions // longest
+        most = max(1, positions // longest)
         stop = min(start + most, max(similar, start + max(1, most // 4)))
         batches.append(order[start:stop])
         start = stop

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lib.config.sections import EVAL_SAMPLES
-from lib.data.batching import Indices, chunked, eval_batches, packed_batches
+from lib.data.batching import Indices, chunked, grouped_batches, packed_batches
 from lib.data.loader import Split
 from lib.runtime.memory import halve, has_own_memory
 
@@ -42,11 +42,8 @@ class BatchSize:
 
     def batches(self, lengths: np.ndarray, packed: bool = False) -> list[Indices]:
         """All indices of `lengths` in batches of that size, longest first; they depend on nothing else."""
-        longest = int(lengths.max(initial=1))
-        samples = self.number if self.unit == "samples" else max(1, self.number // longest)
-        if packed:
-            return packed_batches(lengths, self.number if self.unit == "positions" else samples * longest)
-        return eval_batches(lengths, samples)
+        positions = self.number * (int(lengths.max(initial=1)) if self.unit == "samples" else 1)
+        return packed_batches(lengths, positions) if packed else grouped_batches(lengths, positions)
 
     def pieces(self, lengths: np.ndarray, packed: bool = False) -> list[Indices]:
         """The rows of a few texts in batches: as many in their order, or those of a number of positions."""

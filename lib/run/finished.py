@@ -22,6 +22,7 @@ from lib.runtime.attention import has_attention
 from lib.runtime.device_options import DeviceOptions
 from lib.runtime.precision import has_precision
 
+
 @dataclasses.dataclass(frozen=True)
 class TrainedModel:
     """A trained model, what it was trained on as far as that is known, and the precision to compute in."""

@@ -1,5 +1,6 @@
 """A batch without padding: what stands where, and how it is cut."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,18 @@ LENGTHS = [3, 1, 5, 2, 4]
 def samples(windows: list[int] | None = None) -> Dataset:
     rng = np.random.default_rng(0)
     ids = [rng.integers(5, 40, length).tolist() for length in LENGTHS]
-    labels = [[float(i), 0.0, 1.0, 0.0, float(i)] for i in range(len(ids))]  # as many labels as the longest text has tokens
+    labels = [
+        [float(i), 0.0, 1.0, 0.0, float(i)] for i in range(len(ids))
+    ]  # as many labels as the longest text has tokens
     if windows is None:
         return Dataset.from_dict({"input_ids": ids, "labels": labels})
-    return Dataset.from_dict({"input_ids": [[row] * n for row, n in zip(ids, windows, strict=True)], "num_windows": windows, "labels": labels})
+    return Dataset.from_dict(
+        {
+            "input_ids": [[row] * n for row, n in zip(ids, windows, strict=True)],
+            "num_windows": windows,
+            "labels": labels,
+        }
+    )
 
 
 @pytest.mark.parametrize("windows", [None, [1, 3, 2, 1, 2]])
@@ -60,7 +69,7 @@ def test_packed_batches_hold_every_text_once_and_are_full(tokens: int) -> None:
         order = np.concatenate(batches)
         assert sorted(order) == list(range(len(lengths)))
         assert (np.diff(lengths[order]) <= 0).all()
-        for batch, following in zip(batches, batches[1:], strict=False):
+        for batch, following in itertools.pairwise(batches):
             assert len(batch) == 1 or lengths[batch].sum() <= tokens
             assert lengths[batch].sum() + lengths[following[0]] > tokens
         assert len(batches[-1]) == 1 or lengths[batches[-1]].sum() <= tokens

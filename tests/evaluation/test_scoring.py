@@ -55,7 +55,9 @@ def parts(roberta: Path) -> tuple[PreTrainedModel, Dataset, np.ndarray, Collator
 
 def predict_all(accelerator: Accelerator, parts: tuple, batch_size: int) -> Predictions:
     model, tokens, lengths, collator = parts
-    return predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), BatchSize(batch_size))
+    return predict(
+        accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), BatchSize(batch_size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,9 @@ def test_evaluate_scores_the_split_asked_for(accelerator: Accelerator, parts: tu
     model, tokens, lengths, collator = parts
     half = {"validation": tokens.select(range(4)), "test": tokens}
     data = Data("made up", {}, half, {"validation": lengths[:4], "test": lengths}, NAMES, ("text",), ())
-    scores, predictions = evaluate(accelerator, model, Batches(data, collator).split("validation"), ["accuracy"], BatchSize(3))
+    scores, predictions = evaluate(
+        accelerator, model, Batches(data, collator).split("validation"), ["accuracy"], BatchSize(3)
+    )
     assert len(predictions.labels) == 4
     assert scores["accuracy"] == (predictions.predicted == predictions.labels).mean()
     assert scores["loss"] == pytest.approx(predictions.losses.mean())
@@ -231,7 +235,9 @@ def test_predictions_stand_in_input_order_for_any_size(accelerator: Accelerator,
     lengths = np.random.default_rng(size).integers(1, 6, size)
     ids = [[number] * int(length) for number, length in enumerate(lengths)]
     tokens = Dataset.from_dict({"input_ids": ids, "labels": [0] * size})
-    predictions = predict(accelerator, Echo(), Split("test", tokens, lengths, parts[3], 2, CLASSIFICATION), BatchSize(4))
+    predictions = predict(
+        accelerator, Echo(), Split("test", tokens, lengths, parts[3], 2, CLASSIFICATION), BatchSize(4)
+    )
     assert predictions.logits[:, 0].tolist() == list(range(size))
 
 
