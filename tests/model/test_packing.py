@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lib.data.packing import pack
 from lib.model.forward import compute_logits
+from lib.model.recomputation import recompute_layers
 from lib.runtime import segments
 from tests.tiny_models import SETTINGS
 
@@ -86,7 +87,7 @@ def test_gradients_in_one_row_are_those_of_a_padded_batch(name: str) -> None:
     assert wanted.keys() == found.keys()
     for parameter, gradient in wanted.items():
         assert (found[parameter] - gradient).abs().max() <= 1e-6 * max(1, gradient.abs().max()), parameter
-    model.gradient_checkpointing_enable()
+    recompute_layers(model, wanted=True)
     model.train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
