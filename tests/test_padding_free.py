@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import padding_free
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.tiny_models import trainable
 
@@ -155,3 +156,9 @@ def test_a_run_of_fp16_is_scored_on_a_cpu(call: Command, roberta: Path, tmp_path
     assert results_of(scored)["test/loss"] == pytest.approx(trained["test/loss"], abs=1e-2)
     call("predict.py", "--model", "fp16", "--input", "test.csv", "--output", "answers.jsonl")
     assert len(read_lines(tmp_path / "answers.jsonl")) == 24
+
+
+def test_the_check_for_a_gpu_works() -> None:
+    found = padding_free.main(["--tiny"])
+    assert found["largest_difference"] < 1e-5
+    assert 0 < found["padding"] < 0.5

@@ -110,7 +110,9 @@ def test_out_of_memory_halves_the_positions_and_every_sample_is_scored(
     found = predict(accelerator, model, split, choose_size(None, torch.device("cuda")))
     assert found.batch_size is not None
     assert found.batch_size.unit == "positions"
-    assert most / 2 <= found.batch_size.number <= most
+    taken = [split.positions[batch] for batch in split_batches(split, found.batch_size)]
+    assert max(part.sum() if packed else part.max() * len(part) for part in taken) <= most
+    assert most / 2 <= found.batch_size.number < POSITIONS
     assert np.allclose(found.logits, wanted.logits, atol=1e-5)
     assert np.array_equal(predict(accelerator, model, split, found.batch_size).logits, found.logits)
 
