@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import padding_free
+from lib.config.cli import parse_cli
+from lib.config.train import TrainConfig
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.tiny_models import trainable
 
@@ -85,20 +87,32 @@ def test_two_processes_give_the_numbers_of_one(call: Command, run: Command, robe
         (("--compile",), "--compile"),
         (("--freeze", "embeddings"), "--no_cache_features"),
         (("--adapter", "prompt"), "--adapter prompt"),
-        (("--attn_implementation", "eager"), "by sdpa or FlashAttention"),
-        (("--config_overrides", "attention_probs_dropout_prob=0.1"), "attention_probs_dropout_prob=0.0"),
-        (("--freeze", "backbone", "--head_solver", "lbfgs"), "--padding_free"),
+        (("--freeze", "backbone", "--no_cache_features", "--head_solver", "lbfgs"), "--head_solver"),
     ],
 )
-def test_what_cannot_be_trained_in_one_row_is_refused(
+def test_options_that_do_not_go_together_are_refused(
+    flags: tuple[str, ...], reason: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_cli(TrainConfig, ["--padding_free", *flags])
+    assert ended.value.code == 2
+    assert reason in (message := capsys.readouterr().err)
+    assert "leave" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--attn_implementation", "eager"), "by sdpa or FlashAttention"),
+        (("--config_overrides", "hidden_dropout_prob=0.0"), "attention_probs_dropout_prob=0.0"),
+    ],
+)
+def test_attention_that_cannot_compute_one_row_is_refused(
     call: Command, roberta: Path, tmp_path: Path, flags: tuple[str, ...], reason: str
 ) -> None:
-    given = ["--model", roberta, *files(tmp_path), *FLAGS, "--padding_free", *flags]
-    if flags[-1] == "lbfgs":  # which takes no rate
-        given = ["--model", roberta, *files(tmp_path), "--padding_free", *flags]
-    done = call("train.py", *given, code=2)
+    done = call("train.py", "--model", roberta, *files(tmp_path), *FLAGS, "--padding_free", *flags, code=2)
     assert reason in done.stderr
-    assert "--padding_free" in done.stderr
+    assert "leave --padding_free out" in done.stderr
 
 
 @pytest.mark.parametrize("kind", ["deberta-v2", "gpt2", "mpnet", "fnet", "big_bird"])
