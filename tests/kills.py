@@ -234,10 +234,11 @@ def kill_at(moment: int | None, target: str, board: Board, rank: int) -> None:
     watch_writes(note)
 
 
-def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
+def remove_first(self: Checkpointer, snapshot: Any, fresh: Path, target: Path) -> None:
     """A save that is broken on purpose."""
-    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-    WRITE(self, record)
+    for old in list_checkpoints(self.folder / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
+    WRITE(self, snapshot, fresh, target)
 
 
 WRITE = Checkpointer.write
