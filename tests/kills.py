@@ -104,6 +104,7 @@ FLAGS = {
     "loader workers": "--dataloader_num_workers 1 --save_steps 2",
     "frozen layers": "--freeze backbone --save_steps 1",
     "averaged weights": "--average_checkpoints 3 --eval_steps 2 --save_steps 4 --metric_for_best_model loss --lr 3e-2",
+    "in the background": "--save_steps 2 --async_save True --metric_for_best_model loss --lr 1e-3 --eval_steps 1",
     "an adapter": "--adapter bottleneck --save_steps 2 --metric_for_best_model loss",
 }
 SETTINGS = [Setting(name, flags, processes) for name, flags in FLAGS.items() for processes in (1, 2)]

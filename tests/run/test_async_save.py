@@ -324,6 +324,31 @@ def test_disk_that_is_full_ends_the_run_by_code_2_soon_and_the_checkpoint_before
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-2"]
 
 
+@pytest.mark.slow
+def test_disk_that_is_full_is_told_once_by_two_processes(run: Any, roberta: Path, tmp_path: Path) -> None:
+    flags = [*run_flags(tmp_path, roberta), "--async_save", "True", "--save_steps", 2, "--output_dir", "run"]
+    fault = json.dumps({"file_bytes": 50_000, "sleep": 0.3})
+    done = run("tests/workers/faulty.py", fault, *flags, processes=2, code=1, env=WORKER_ENV)
+    assert "2 (gloo, CPU)" in done.stdout
+    assert done.stderr.count("error: the checkpoint of step 2 could not be saved") == 1
+    assert 'train.py", line' not in done.stderr
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_model_in_shards_has_the_checkpoints_of_a_save_that_waits(run: Any, roberta: Path, tmp_path: Path) -> None:
+    flags = [*run_flags(tmp_path, roberta), "--max_steps", 6, "--save_steps", 1]
+    for folder, background in (("one", True), ("two", False)):
+        done = run(
+            "train.py",
+            *(*flags, "--async_save", background, "--output_dir", folder),
+            processes=2,
+            config="fsdp2.yaml --fsdp_version 2",
+        )
+        assert "FSDP2: 2 shards" in done.stdout
+    assert not differences(tmp_path / "one", tmp_path / "two")
+
+
 def test_kill_at_any_write_of_the_thread_leaves_a_valid_checkpoint_and_a_best_model(run: Any, tmp_path: Path) -> None:
     left = results_of(run("tests/workers/killed_writes.py", tmp_path, "background", env=WORKER_ENV))
     assert left["kills"] > 60
