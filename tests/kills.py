@@ -246,11 +246,11 @@ def kill_at(moment: int | None, target: str, board: Board, rank: int) -> None:
     watch_writes(note)
 
 
-def remove_first(self: Checkpointer, snapshot: Any, fresh: Path, target: Path) -> None:
+def remove_first(self: Checkpointer, *arguments: Any) -> None:
     """A save that is broken on purpose."""
     for old in list_checkpoints(self.folder / "checkpoints"):
         shutil.rmtree(old, ignore_errors=True)
-    WRITE(self, snapshot, fresh, target)
+    WRITE(self, *arguments)
 
 
 WRITE = Checkpointer.write
