@@ -343,7 +343,7 @@ def test_model_in_shards_has_the_checkpoints_of_a_save_that_waits(run: Any, robe
             "train.py",
             *(*flags, "--async_save", background, "--output_dir", folder),
             processes=2,
-            config="fsdp2.yaml --fsdp_version 2",
+            config="fsdp2.yaml",
         )
         assert "FSDP2: 2 shards" in done.stdout
     assert not differences(tmp_path / "one", tmp_path / "two")
