@@ -111,6 +111,7 @@ FLAGS = {
     "loader workers": "--dataloader_num_workers 1 --save_steps 2",
     "frozen layers": "--freeze backbone --save_steps 1",
     "averaged weights": "--average_checkpoints 3 --eval_steps 2 --save_steps 4 --metric_for_best_model loss --lr 3e-2",
+    "in the background": "--save_steps 2 --async_save True --metric_for_best_model loss --lr 1e-3 --eval_steps 1",
     "an adapter": "--adapter bottleneck --save_steps 2 --metric_for_best_model loss",
 }
 IN_SHARDS = {name: FLAGS[name] for name in ("a checkpoint after each step", "averaged weights", "an adapter")}
@@ -245,10 +246,11 @@ def kill_at(moment: int | None, target: str, board: Board, rank: int) -> None:
     watch_writes(note)
 
 
-def remove_first(self: Checkpointer, record: dict[str, Any]) -> None:
+def remove_first(self: Checkpointer, *arguments: Any) -> None:
     """A save that is broken on purpose."""
-    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-    WRITE(self, record)
+    for old in list_checkpoints(self.folder / "checkpoints"):
+        shutil.rmtree(old, ignore_errors=True)
+    WRITE(self, *arguments)
 
 
 WRITE = Checkpointer.write

@@ -28,6 +28,9 @@ SHARDED = (
 In others a list of layers may be half of the model, or a process may use other parameters than the rest.
 """
 
+PART = 2**30
+"""Bytes of a model in shards that the first process gathers at a time to export it; a larger tensor is a part of its own."""
+
 
 def shard_model(model: nn.Module, sharding: Sharding, device: torch.device) -> None:
     """Spread the parameters of `model`, equal on all processes, over their devices, in place; names stay what they are.
@@ -123,10 +126,6 @@ def tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
     free_layers(model)
     names = [{name for name, _ in model.named_parameters(remove_duplicate=once)} for once in (True, False)]
     return {name: tensor for name, tensor in model.state_dict().items() if name in names[0] or name not in names[1]}
-
-
-PART = 2**30
-"""Bytes of a model in shards that the first process gathers at a time to export it; a larger tensor is a part of its own."""
 
 
 def gathered_parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:

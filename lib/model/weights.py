@@ -70,8 +70,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises UserError if the checkpoint lacks weights of the model or has others.
     """
     # The trained weights last: they are right where both files have a view of the same memory.
-    files = [stored_at(folder / FROZEN), stored_at(folder / WEIGHTS)]
-    files = [file for file in files if file.stem != Path(FROZEN).stem or file.exists()]
+    frozen, trained = stored_at(folder / FROZEN), stored_at(folder / WEIGHTS)
+    files = [frozen, trained] if frozen.exists() else [trained]
     if is_sharded(model) or any(file.is_dir() for file in files):
         load_stored(model, [StoredTensors(file) for file in files], folder)
         return

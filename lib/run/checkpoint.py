@@ -151,13 +151,13 @@ class Checkpointer:
             snapshot = take_snapshot(self.learner, record, optimizer, frozen=not linked)
             check_space(fresh, snapshot.nbytes)
             if not self.in_background:
-                self.write(snapshot, fresh, target, {})
+                self.write(snapshot, fresh, target)
                 return
             snapshot, draft = snapshot.copied(self.learner), stack.pop_all()
 
         def work() -> None:
             with self.in_words(step), draft:
-                self.write(snapshot, fresh, target, {})
+                self.write(snapshot, fresh, target)
 
         self.background.start(work, snapshot_phase(snapshot.state))
 
@@ -212,13 +212,13 @@ class Checkpointer:
         written = write_held(snapshot, fresh)
         on_first(lambda: self.write(snapshot, fresh, target, written))
 
-    def write(self, snapshot: Snapshot, fresh: Path, target: Path, written: Entries) -> None:
+    def write(self, snapshot: Snapshot, fresh: Path, target: Path, written: Entries | None = None) -> None:
         """Write a snapshot to the draft `fresh`, publish that as the checkpoint `target`, then delete old ones.
 
         `written` are files of it that are there already. Nothing of the learner is read but what the snapshot has: it may be
         training on.
         """
-        self.fill(fresh, snapshot, written)
+        self.fill(fresh, snapshot, written or {})
         self.publish(fresh, target, snapshot.state)
         rotate(self.folder / "checkpoints", snapshot.state.step, self.config.save_total_limit)
 

@@ -61,7 +61,8 @@ def describe_memory(
     size = min(plan.micro_batch_size, per_process)
     inputs = longest_inputs(batches, size)
     copied = bool(learner.working.of)
-    parts = lasting_parts(learner.inner_model, copied)
+    saved = device.type == "cpu" and bool(config.training.async_save)
+    parts = with_snapshot(lasting_parts(learner.inner_model, copied), saved)
     guess = guess_activations(learner.inner_model.config, inputs)
     if most is not None and guess is not None and parts.peak + guess < LITTLE * most:
         return f"less than a tenth of {gib(most)} GiB ({list_parts(parts)}; activations were not counted)", []
@@ -76,9 +77,8 @@ def describe_memory(
         model = learner.inner_model
         model = model if method == Method() else method.apply(model, config.model, new_weights, precision)
         has_gradients = size < per_process or plan.world_size > 1
-        return with_process(
-            forecast(model, longest_inputs(batches, size), device, precision, has_gradients, copied), base, device
-        )
+        found = forecast(model, longest_inputs(batches, size), device, precision, has_gradients, copied)
+        return with_snapshot(with_process(found, base, device), saved)
 
     found = count(Method(), size)
     shown = " x ".join(f"{number:,}" for number in inputs["input_ids"].shape)
@@ -89,7 +89,7 @@ def describe_memory(
     def help_line(flags: str, found: Forecast) -> str:
         return f"{flags}: {gib(found.peak)} GiB{'' if found.peak <= most else ' (still too much)'}"
 
-    helps: list[str] = []
+    helps = [help_line("--async_save False", with_snapshot(found, False))] if saved else []
     for method in lighter_methods(learner.inner_model):
         if config.model.from_scratch and not method.recomputed:
             continue  # random weights are not kept
@@ -109,6 +109,11 @@ def with_process(found: Forecast, base: int, device: torch.device) -> Forecast:
     """A forecast with the memory of the process that is not the model's, and what is lost between blocks."""
     kept = device.type == "cpu" and keeps_freed_memory()
     return dataclasses.replace(found, base=base, lost=lost_in_holes(found.step or 0) if kept else 0)
+
+
+def with_snapshot(found: Forecast, saved: bool) -> Forecast:
+    """A forecast with what is copied to be `saved` while training goes on, or without."""
+    return dataclasses.replace(found, snapshot=(found.gradients + found.moments) * saved)
 
 
 def lost_in_holes(step: int) -> int:
@@ -153,6 +158,7 @@ def list_parts(found: Forecast, shape: str = "") -> str:
     elif shape:
         parts.append(f"activations are not known: the model does not run without data ({found.fault})")
     others = {"libraries and data": found.base, "unused between blocks": found.lost}
+    others |= {"the copy that a checkpoint is written from": found.snapshot}
     return ", ".join(parts + [f"{name} {gib(size)}" for name, size in others.items() if size])
 
 

@@ -42,7 +42,8 @@ class Forecast:
     the `activations`: all that a forward of one micro-batch keeps for its backward, copies of weights that autocast makes
     included. Gradients appear while activations go, so that the most of both at once, `step`, lies between the larger one
     and their sum, with what operations need for a moment. `activations` and `step` are None where the model cannot be run
-    without data, for the reason `fault`. Of a step, some memory is `lost` between blocks that are in use.
+    without data, for the reason `fault`. Of a step, some memory is `lost` between blocks that are in use. In main memory, a
+    `snapshot` of weights and moments may be written as a checkpoint meanwhile.
     """
 
     weights: int
@@ -52,14 +53,14 @@ class Forecast:
     step: int | None
     base: int = 0
     lost: int = 0
+    snapshot: int = 0
     fault: str = ""
 
     @property
     def peak(self) -> int:
         """The most bytes at one time; without the activations where they are not known."""
-        return (
-            self.base + self.lost + self.weights + self.moments + (self.gradients if self.step is None else self.step)
-        )
+        kept = self.base + self.lost + self.weights + self.moments + self.snapshot
+        return kept + (self.gradients if self.step is None else self.step)
 
 
 class Tally(TorchDispatchMode):

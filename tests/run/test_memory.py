@@ -15,8 +15,9 @@ from lib.config.hub import DoctorConfig
 from lib.config.sections import HubConfig, ModelSource
 from lib.hub.doctor import settings_folder
 from lib.run import memory
-from lib.run.memory import compare_methods, gib, samples_that_fit
-from tests.conftest import ROOT, WORDS, Command, tiny_tokenizer, write_csv
+from lib.run.memory import compare_methods, gib, samples_that_fit, with_snapshot
+from lib.training.memory_forecast import Forecast
+from tests.conftest import ROOT, WORDS, Command, sentences, tiny_tokenizer, write_csv
 from tests.loopback_hub import loopback_hub
 
 SIZES = {"vocab_size": 8000, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
@@ -168,3 +169,23 @@ def test_samples_that_fit_ask_for_few_forecasts() -> None:
 
 def test_gib_has_about_three_digits() -> None:
     assert [gib(size * 2**30) for size in (0.085, 1.234, 12.34, 123.4)] == ["0.09", "1.23", "12.3", "123"]
+
+
+def test_copy_that_a_checkpoint_is_written_from_counts_where_training_goes_on(
+    call: Any, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "own_memory", lambda _: (2**20, 2**20 + 1))
+    train, told = write_csv(tmp_path / "train.csv", sentences(12)), {}
+    for background in ("True", "False"):
+        flags = ["--async_save", background, "--report_to", "none", "--max_steps", 1, "--output_dir", background]
+        told[background] = call("train.py", "--model", roberta, "--train_file", train, *flags).stdout
+    assert "the copy that a checkpoint is written from" in told["True"]
+    assert "--async_save False: " in told["True"]
+    assert "the copy that" not in told["False"]
+    assert "--async_save" not in told["False"].split("warning: memory may not suffice")[1].splitlines()[0]
+
+
+def test_peak_has_the_copy() -> None:
+    found = Forecast(weights=4, gradients=4, moments=8, activations=2, step=5)
+    assert with_snapshot(found, True).peak - found.peak == 12
+    assert with_snapshot(found, False) == found

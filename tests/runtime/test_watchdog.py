@@ -45,6 +45,61 @@ def test_hanging_process_ends_with_its_phase_and_its_stack(tmp_path):
     assert "in stuck" in done.stderr
 
 
+def test_thread_that_is_watched_and_hangs_ends_the_process_though_its_main_thread_goes_on(tmp_path):
+    code = """
+        from lib.runtime.background import Background
+        def write():
+            beat("checkpoint of step 6, weights")
+            time.sleep(20)
+        background = Background()
+        with watching(folder / "beats", 0, 0.8):
+            background.start(write, "checkpoint of step 6")
+            while True:
+                beat("step 7")
+                time.sleep(0.1)
+        """
+    done = run(code, tmp_path)
+    assert done.returncode == 1
+    assert "made no progress for 0.8 s" in done.stderr
+    assert "step 7, 0 s ago; beside it checkpoint of step 6, weights, 1 s ago" in done.stderr
+    assert "in write" in done.stderr
+
+
+def test_thread_that_is_watched_says_nothing_of_the_main_thread(tmp_path):
+    code = """
+        from lib.runtime.background import Background
+        def write():
+            while True:
+                beat("checkpoint of step 6, weights")
+                time.sleep(0.1)
+        background = Background()
+        with watching(folder / "beats", 0, 0.8):
+            beat("step 7")
+            background.start(write, "checkpoint of step 6")
+            time.sleep(20)
+        """
+    done = run(code, tmp_path)
+    assert done.returncode == 1
+    assert "step 7, 1 s ago" in done.stderr
+
+
+def test_long_write_that_makes_progress_is_waited_for(tmp_path):
+    code = """
+        from lib.runtime.background import Background
+        def write():
+            for part in range(15):
+                beat(f"part {part}")
+                time.sleep(0.1)
+        background = Background()
+        with watching(folder / "beats", 0, 0.8):
+            background.start(write, "checkpoint of step 6")
+            while background.is_busy(0.1):
+                beat("waiting")
+        """
+    done = run(code, tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_progress_prints_nothing_and_leaves_no_file(tmp_path):
     code = """
         with watching(folder / "beats", 0, 0.5):

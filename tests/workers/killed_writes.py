@@ -1,9 +1,9 @@
 """Kill a process before and after every write of a save, and count what is left.
 
-    killed_writes.py FOLDER [broken]
+    killed_writes.py FOLDER [broken|background]
 
 Prints one JSON object: the number of kills, and for how many of them no checkpoint, or no best model, was left.
-With `broken` the old checkpoint is removed before the new one is written.
+With `broken` the old checkpoint is removed before the new one is written; with `background` a thread writes it.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from lib.model.losses import plain_cross_entropy
 from lib.model.weights import WEIGHTS
 from lib.run import best_model, checkpoint
 from lib.run.best_model import publish_model
-from lib.run.checkpoint import Checkpointer
+from lib.run.checkpoint import Checkpointer, list_checkpoints
 from lib.run.resume import find_checkpoint
 from lib.runtime import atomic
 from lib.runtime.atomic import find_damage
@@ -56,7 +56,7 @@ def kill_at(number: int) -> None:
     watch_writes(note, WRITES + OWN)
 
 
-def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
+def save(folder: Path, step: int, model: Any, tokenizer: Any, background: bool) -> None:
     """What train.py does at an evaluation with a new best model; weights of earlier ones are kept to be averaged."""
     accelerator = Accelerator(cpu=True)
     optimizer = AdamW(model.parameters(), fused=True)
@@ -66,29 +66,33 @@ def save(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     scheduler = LambdaLR(optimizer, lambda _: 1.0)
     kept = [{"step": number, "scores": {"loss": 1.0}} for number in range(step, 0, -1)]
     state = State(step=step, best_metric=0.5, best_step=step, best_scores={"loss": 1.0}, ingredients=kept)
-    plan = Plan(TrainingConfig(save_total_limit=1), np.ones(8))
+    plan = Plan(TrainingConfig(save_total_limit=1, async_save=background), np.ones(8))
     learner = Learner(accelerator, model, Objective(plain_cross_entropy), optimizer, scheduler, plan, state)
     publish_model(accelerator, model, tokenizer, folder / "model")
     before = {number: (folder / "checkpoints" / f"step-{number}", WEIGHTS) for number in range(1, step)}
-    Checkpointer(folder, plan.config, {}, learner, kept=before).save(None)
+    saver = Checkpointer(folder, plan.config, {}, learner, kept=before)
+    saver.save(None)
+    saver.wait()
 
 
 def remove_first(self: Checkpointer, *arguments: Any) -> None:
-    shutil.rmtree(self.folder / "checkpoints")
+    for old in list_checkpoints(self.folder / "checkpoints"):
+        shutil.rmtree(old)
     WRITE(self, *arguments)
 
 
 WRITE = Checkpointer.write
 
 
-def main(out: str, broken: str = "") -> None:
+def main(out: str, how: str = "") -> None:
+    broken, background = how == "broken", how == "background"
     source = tiny_roberta(Path(out) / "roberta")
     config = ModelConfig(model=str(source))
     tokenizer = load_tokenizer(config)
     model, _ = build_model(config, ["a", "b"], tokenizer)
     before = Path(out) / "before"
     before.mkdir()
-    save(before, 1, model, tokenizer)
+    save(before, 1, model, tokenizer, background)
     left = {"kills": 0, "no checkpoint": 0, "no model": 0, "old": 0, "new": 0}
     number, status = 0, 1
     while status:
@@ -100,7 +104,7 @@ def main(out: str, broken: str = "") -> None:
         if child == 0:
             with mock.patch.object(Checkpointer, "write", remove_first if broken else WRITE):
                 kill_at(number)
-                save(folder, 2, model, tokenizer)
+                save(folder, 2, model, tokenizer, background)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         left["kills"] += status == signal.SIGKILL
