@@ -278,6 +278,10 @@ def test_step_that_does_not_fit_in_memory_is_made_in_smaller_micro_batches_from_
     state, graphs = experiment.learner.state, experiment.learner.graphs
     assert state.micro_batch_positions is not None
     assert all(8 * length <= state.micro_batch_positions for length in graphs.replays)
+    long = next(batch for batch in experiment.plan.step_batches(experiment.batches)).micro_batches[0]
+    few = [stretch(long, 8, 24, 1).split(48)[0]]  # it fits, but not once it is filled with rows
+    assert graphs.length_of(few, few[0].positions) is None
+    assert graphs.length_of(few, 8 * few[0].inputs["input_ids"].shape[1]) is not None
 
 
 def test_lengths_are_near():
