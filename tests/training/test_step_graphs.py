@@ -364,7 +364,7 @@ def test_resumed_run_is_equal_bit_by_bit(recorder, call, monkeypatch, roberta, t
 
 
 @pytest.mark.parametrize("frozen", ["backbone", "1"])
-def test_steps_on_cached_features_are_recorded_too(
+def test_head_on_cached_features_is_recorded_and_layers_above_cached_ones_are_not(
     frozen, recorder, call, monkeypatch, roberta_without_dropout, tmp_path
 ):
     monkeypatch.setattr("lib.runtime.accelerator.check_graphs", lambda _: None)
@@ -374,7 +374,8 @@ def test_steps_on_cached_features_are_recorded_too(
     flags += ("--cpu_kernels", "False")
     losses = []
     for name, more in (("plain", ()), ("graphs", ("--cuda_graphs",))):
-        call("train.py", *flags, *more, "--output_dir", name)
+        done = call("train.py", *flags, *more, "--output_dir", name)
+        assert ("cached ones look for padding" in done.stderr) == (frozen == "1" and name == "graphs")
         losses.append(
             [line["train/loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "train/loss" in line]
         )
