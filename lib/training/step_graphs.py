@@ -11,6 +11,7 @@ recording itself runs on a CPU in the tests.
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,8 @@ from lib.runtime.seeds import seed_everything
 from lib.runtime.watchdog import beat
 from lib.training.plan import Plan
 from lib.training.state import State
+
+logger = logging.getLogger(__name__)
 
 Update = Callable[[StepBatch], tuple[torch.Tensor, torch.Tensor]]
 """Changes the weights by one step on a batch; returns its summed loss and its gradient norm, on the device."""
@@ -172,7 +175,14 @@ class StepGraphs:
         """The recorded length for a step of these micro-batches; None where the step is made as always."""
         if self.reason is not None or len(micro_batches) > 1 or "num_windows" in micro_batches[0].inputs:
             return None
-        length = recorded_length(micro_batches[0].inputs["input_ids"].shape[1], self.longest)
+        inputs = micro_batches[0].inputs
+        if (
+            "rows" in inputs and inputs["input_ids"].shape[1] > 1
+        ):  # of cached layers, which is known here for the first time
+            self.reason = "the layers above the cached ones look for padding in every forward"
+            logger.warning("--cuda_graphs: %s", self.describe(in_windows=False))
+            return None
+        length = recorded_length(inputs["input_ids"].shape[1], self.longest)
         return length if positions is None or self.rows * length <= positions else None
 
     def fill(self, micro_batch: MicroBatch, length: int, weight: float) -> StepBatch:
