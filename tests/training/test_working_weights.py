@@ -198,6 +198,25 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_what_follows(buil
     assert torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_weights_are_in_their_places_after_a_step_that_was_given_up(error, build, roberta) -> None:
+    experiment = build(roberta, True)
+    learner = experiment.learner
+    before = [id(parameter) for parameter in learner.model.parameters()]
+    within: set[torch.dtype] = set()
+
+    def stop(*_: Any) -> None:
+        within.update(parameter.dtype for parameter in learner.model.parameters())
+        raise error
+
+    handle = learner.inner_model.classifier.register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        experiment.train()
+    handle.remove()
+    assert within == {torch.float32, torch.bfloat16}
+    assert [id(parameter) for parameter in learner.model.parameters()] == before
+
+
 # ---------------------------------------------------------------------------------------------------- changed loops
 
 
