@@ -1,6 +1,7 @@
 """bf16 weights beside float32 ones: equal to autocast bit by bit, with fewer casts, and never stale."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,7 @@ def test_they_are_where_gradients_are_moved_in_parts(build, roberta, monkeypatch
     assert_equal_training(build, roberta, per_device_train_batch_size=3)
 
 
+@pytest.mark.slow
 def test_they_are_with_compiled_layers(build, roberta, monkeypatch) -> None:
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
@@ -368,7 +370,8 @@ def test_a_run_has_the_same_files_with_and_without_copies(flags, call: Command, 
     assert not differences(tmp_path / "False", tmp_path / "True", frozenset({"config"}))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_resumes_bitwise_also_with_the_other_setting(processes, run: Command, roberta, tmp_path) -> None:
     on, off = [*BF16, "--bf16_weights", "True"], [*BF16, "--bf16_weights", "False"]
     calls = [
@@ -379,3 +382,6 @@ def test_a_run_resumes_bitwise_also_with_the_other_setting(processes, run: Comma
     ]
     play(run, tmp_path, roberta, calls, processes)
     assert not differences(tmp_path / "whole", tmp_path / "resumed")
+    for name in ("whole", "resumed"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert (results["run/num_processes"], results["run/mixed_precision"]) == (processes, "bf16")
