@@ -460,6 +460,7 @@ def test_run_in_shards_leaves_what_a_run_of_one_process_leaves(
 def test_what_does_not_go_with_shards_is_refused_by_name(
     folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flags: str, words: str
 ) -> None:
+    monkeypatch.setattr("lib.model.build.uses_gpu", lambda: True)  # --compile is refused on a CPU
     trained = parse_cli(TrainConfig, ["--model", str(tiny(folder, kind)), *flags.split()])
     check_trainable(trained)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")

@@ -43,8 +43,6 @@ def check_trainable(config: TrainConfig) -> None:
 
     Quantized weights do not learn, so they need an adapter.
     """
-    if config.training.compile:
-        check_place(uses_gpu())
     source = config.model
     if adapter_folder(source) is not None:
         return  # refused when the model is built
@@ -68,6 +66,8 @@ def check_trainable(config: TrainConfig) -> None:
         )
     if read_sharding():
         check_sharding(config, hf_config, bool(quantization or source.load_in))
+    if config.training.compile:
+        check_place(uses_gpu())
 
 
 def check_sharding(config: TrainConfig, hf_config: Any, quantized: bool) -> None:

@@ -63,12 +63,10 @@ class Learner:
         # After the optimizer, which keeps the gradients of large tables.
         precision, device = self.accelerator.mixed_precision, self.accelerator.device
         self.working = WorkingWeights(self.model, are_copied(self.plan.config.bf16_weights, precision, device))
-        sharded = is_sharded(self.model)
-        self.gradients = (
-            ShardedGradients(self.accelerator, self.model)
-            if sharded
-            else Gradients(self.accelerator, self.model, self.working)
-        )
+        if is_sharded(self.model):
+            self.gradients = ShardedGradients(self.accelerator, self.model)
+        else:
+            self.gradients = Gradients(self.accelerator, self.model, self.working)
         self.graphs = StepGraphs(self.accelerator, self.model, self.optimizer, self.plan)
         self.meter = Meter(self.accelerator, self.plan)
 

@@ -48,8 +48,9 @@ class WorkingWeights:
         self.fresh, self.lent = bool(self.of), False
 
     def expire(self) -> None:
-        """The step is computed: forwards read the weights again."""
+        """The step is computed, or was given up: forwards read the weights again, and the weights are in their places."""
         self.fresh = False
+        self.take_back()  # hooks do not run after every kind of exception
         for copy in self.of.values():
             copy.grad = None
 
@@ -65,6 +66,7 @@ class WorkingWeights:
                     module._parameters[name] = self.of[weight]
 
     def take_back(self, *_: Any) -> None:
+        """Put the weights back into their places."""
         for module, name, weight in self.places:
             if module._parameters[name] is self.of[weight]:
                 module._parameters[name] = weight

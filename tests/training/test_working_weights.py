@@ -1,6 +1,7 @@
 """bf16 weights beside float32 ones: equal to autocast bit by bit, with fewer casts, and never stale."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,7 @@ def test_they_are_where_gradients_are_moved_in_parts(build, roberta, monkeypatch
     assert_equal_training(build, roberta, per_device_train_batch_size=3)
 
 
+@pytest.mark.slow
 def test_they_are_with_compiled_layers(build, roberta, monkeypatch) -> None:
     compiled = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled(self, backend="aot_eager", **how))
@@ -196,6 +198,25 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_what_follows(buil
         results.append((losses, weights(learner.model)))
     assert results[0][0] == results[1][0]
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_weights_are_in_their_places_after_a_step_that_was_given_up(error, build, roberta) -> None:
+    experiment = build(roberta, True)
+    learner = experiment.learner
+    before = [id(parameter) for parameter in learner.model.parameters()]
+    within: set[torch.dtype] = set()
+
+    def stop(*_: Any) -> None:
+        within.update(parameter.dtype for parameter in learner.model.parameters())
+        raise error
+
+    handle = learner.inner_model.classifier.register_forward_pre_hook(stop)
+    with pytest.raises(error):
+        experiment.train()
+    handle.remove()
+    assert within == {torch.float32, torch.bfloat16}
+    assert [id(parameter) for parameter in learner.model.parameters()] == before
 
 
 # ---------------------------------------------------------------------------------------------------- changed loops
@@ -349,7 +370,8 @@ def test_a_run_has_the_same_files_with_and_without_copies(flags, call: Command, 
     assert not differences(tmp_path / "False", tmp_path / "True", frozenset({"config"}))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_resumes_bitwise_also_with_the_other_setting(processes, run: Command, roberta, tmp_path) -> None:
     on, off = [*BF16, "--bf16_weights", "True"], [*BF16, "--bf16_weights", "False"]
     calls = [
@@ -360,3 +382,6 @@ def test_a_run_resumes_bitwise_also_with_the_other_setting(processes, run: Comma
     ]
     play(run, tmp_path, roberta, calls, processes)
     assert not differences(tmp_path / "whole", tmp_path / "resumed")
+    for name in ("whole", "resumed"):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert (results["run/num_processes"], results["run/mixed_precision"]) == (processes, "bf16")
