@@ -25,6 +25,7 @@ from lib.data.labels.problem_types import model_problem
 from lib.data.load import load_data
 from lib.data.loader import Batches, build_collator
 from lib.data.trained_on import as_in_training
+from lib.evaluation.batch_size import choose_size
 from lib.evaluation.padding import check_padding
 from lib.evaluation.scores import choose_metrics
 from lib.evaluation.scoring import evaluate
@@ -61,10 +62,10 @@ def main(config: EvalConfig) -> None:
 
     model = accelerator.prepare_model(model, evaluation_mode=True)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
-    batches, batch_size = Batches(data, collator), config.per_device_eval_batch_size
-    batches = check_padding(accelerator, model, batches, tokenizer)
+    batches = check_padding(accelerator, model, Batches(data, collator), tokenizer, config.padding_free)
     split = batches.split(config.split)
-    scored = evaluate(accelerator, model, split, metrics.names, batch_size, thresholds=thresholds)
+    size = choose_size(config.per_device_eval_batch_size, accelerator.device, trained.eval_positions)
+    scored = evaluate(accelerator, model, split, metrics.names, size, thresholds=thresholds)
     if accelerator.is_main_process:
         with locked_folder(folder, wait=60), explaining(folder, AGAIN):
             report = report_evaluation(accelerator, config, trained, batches.data, metrics, scored)

@@ -62,8 +62,7 @@ def main(config: PredictConfig) -> None:
         return
 
     examples = read_examples(config.inputs, task.text_columns, task.trained_on)
-    predict, batch_size = build_predict(task), config.per_device_eval_batch_size
-    predictions = predict_stream(accelerator, examples, predict, batch_size, config.seed)
+    predictions = predict_stream(accelerator, examples, build_predict(task), task.group, config.seed)
     with cast_weights(task.model, accelerator.mixed_precision):
         if accelerator.is_main_process:
             write(task, predictions)

@@ -72,7 +72,8 @@ def main(config: TrainConfig) -> dict[str, Any]:
     objective = build_objective(config.objective, data)
     learner = build_learner(accelerator, model, objective, plan, config.optim)
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
-    batches = check_padding(accelerator, learner.model, Batches(data, collator, objective.weights), tokenizer)
+    batches = Batches(data, collator, objective.weights)
+    batches = check_padding(accelerator, learner.model, batches, tokenizer, config.training.padding_free)
     run.start(learner, batches, metrics, weights)
     batches = cache_features(learner, batches, config.model, config.training)
 

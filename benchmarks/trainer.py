@@ -28,6 +28,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E4
 
 from benchmarks.measuring import Measures  # noqa: E402
 from lib.config.cli import parse_cli  # noqa: E402
+from lib.config.sections import EVAL_SAMPLES  # noqa: E402
 from lib.config.train import TrainConfig  # noqa: E402
 from lib.data.batching import micro_batches  # noqa: E402
 from lib.data.load import Data, load_data  # noqa: E402
@@ -115,7 +116,7 @@ def arguments_of(config: TrainConfig, plan: Plan, best_by: str) -> TrainingArgum
         output_dir=str(run.run_folder(config)) + "-trainer",
         per_device_train_batch_size=plan.micro_batch_size,
         gradient_accumulation_steps=-(-config.training.train_batch_size // plan.micro_batch_size),
-        per_device_eval_batch_size=training.per_device_eval_batch_size,
+        per_device_eval_batch_size=training.per_device_eval_batch_size or EVAL_SAMPLES,
         num_train_epochs=training.num_train_epochs,
         max_steps=training.max_steps or -1,
         learning_rate=optim.learning_rate,

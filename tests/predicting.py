@@ -28,8 +28,7 @@ def predictions(*flags: object) -> list[tuple[Example, Prediction]]:
     task, accelerator = load(*flags), build_accelerator(DeviceOptions("no"))
     examples = read_examples(task.config.inputs, task.text_columns, task.trained_on)
     predict = build_predict(task)
-    batch_size, seed = task.config.per_device_eval_batch_size, task.config.seed
-    return list(predict_stream(accelerator, examples, predict, batch_size, seed))
+    return list(predict_stream(accelerator, examples, predict, task.group, task.config.seed))
 
 
 def answers(*flags: object) -> list[dict[str, Any]]:

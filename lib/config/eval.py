@@ -46,8 +46,10 @@ class EvalConfig:
     threshold: tuple[str, ...] = ()
     """Least probability at which a label, or the second of two classes, is predicted: a number, or label=number for some.
     The report has a folder of its own. [default: those stored with the model, else 0.5]"""
-    per_device_eval_batch_size: Annotated[int, COUNT] = 64
-    """Samples per forward pass."""
+    per_device_eval_batch_size: Annotated[int | None, COUNT] = None
+    """Samples per forward pass. [default: 64 on a CPU; on a GPU the positions of the run's evaluations, else 32,768]"""
+    padding_free: bool = False
+    """Run the texts of a batch in one row without padding: for lengths that differ much. Scores are the same up to rounding."""
     bootstrap_samples: Annotated[int, Within("[1, 1000000]")] = 1000
     """Bootstrap resamples behind each 95 % confidence interval."""
     seed: Annotated[int, SEED] = 42
@@ -65,6 +67,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         check_values(self)
         check_thresholds(self.threshold)
+        fixed = self.padding_free and self.data.pad_to_max_length
+        require(not fixed, "--padding_free and --pad_to_max_length do not go together; leave one of them out")
         require((self.run is None) != (self.model.model is None), "give either --run FOLDER or --model ID_OR_FOLDER")
 
     @property

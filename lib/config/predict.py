@@ -20,6 +20,7 @@ from lib.config.limits import (
     check_values,
 )
 from lib.config.sections import (
+    EVAL_SAMPLES,
     FILE_FORMATS,
     HubConfig,
     ModelSource,
@@ -215,8 +216,11 @@ class PredictConfig:
     span: SpanConfig = dataclasses.field(default_factory=SpanConfig)
     zero_shot: ZeroShotConfig = dataclasses.field(default_factory=ZeroShotConfig)
     generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
-    per_device_eval_batch_size: Annotated[int, COUNT] = 64
-    """Texts per forward pass on each device."""
+    per_device_eval_batch_size: Annotated[int | None, COUNT] = None
+    """Texts per forward pass on each device. [default: 64; for text classifiers on a GPU the positions of the run's
+    evaluations, else 32,768]"""
+    padding_free: bool = False
+    """Text classifiers: run the texts of a batch in one row without padding. Results are the same up to rounding."""
     seed: Annotated[int, SEED] = 42
     """Seed for sampling with do_sample=True."""
     mixed_precision: Precision = "auto"
@@ -229,6 +233,11 @@ class PredictConfig:
     """Export the model as ONNX to this folder, compare it with PyTorch, and stop."""
     merge_adapter: Annotated[str | None, OUTPUT_PATH] = None
     """Add the adapter's update to the weights of its base model, write the whole model to this folder, and stop."""
+
+    @property
+    def eval_samples(self) -> int:
+        """Texts per forward pass, where they are counted."""
+        return self.per_device_eval_batch_size or EVAL_SAMPLES
 
     def __post_init__(self) -> None:
         """Also refuses options that the task does not have: they would be ignored."""
@@ -273,6 +282,10 @@ class PredictConfig:
         check_thresholds(self.threshold)
         classifies = task == "sentiment-analysis" and not (self.explain_tokens or exported)
         require(classifies or not self.threshold, "--threshold is for predictions of --task sentiment-analysis")
+        require(
+            classifies or not self.padding_free,
+            "--padding_free is for predictions of --task sentiment-analysis; leave it out",
+        )
         abstains = self.abstain_below is not None
         require(classifies or not abstains, "--abstain_below is for predictions of --task sentiment-analysis")
         fits = not abstains or self.function_to_apply != "none"

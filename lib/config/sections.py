@@ -33,6 +33,9 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attenti
 ModelHub = Literal["hub", "modelscope"]
 
 
+EVAL_SAMPLES = 64
+"""Samples per forward pass in evaluation and prediction where no number is given, on a CPU."""
+
 FILE_FORMATS = ("csv", "tsv", "json", "jsonl", "parquet", "txt")
 """Files that are read, by their endings. Training does not read txt, which has no labels."""
 PACKED = (".gz", ".bz2", ".xz", ".zip")

@@ -126,8 +126,8 @@ class TrainingConfig:
     """Samples per optimizer step, over all processes. Part of the experiment: it changes the result."""
     per_device_train_batch_size: Annotated[int | None, COUNT] = None
     """Largest micro-batch of a device. Changes the memory used, never the result. [default: as large as the step needs]"""
-    per_device_eval_batch_size: Annotated[int, COUNT] = 64
-    """Samples per forward pass in evaluation."""
+    per_device_eval_batch_size: Annotated[int | None, COUNT] = None
+    """Samples per forward pass in evaluation. [default: 64 on a CPU; on a GPU 32,768 positions, fewer if memory is short]"""
     train_sampling_strategy: Literal["random", "group_by_length"] = "group_by_length"
     """`group_by_length` makes batches of texts of similar length, which need less padding, and shuffles the batches."""
     eval_steps: Annotated[float | None, Within("(0, 2147483647]")] = None
@@ -171,6 +171,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Keep only the inputs of the trained layers for the backward pass, and compute the rest again: much less memory for a
     third more time. Results are equal."""
+    padding_free: bool = False
+    """Run the texts of a batch in one row without padding, in training and evaluation: for lengths that differ much. Results
+    are the same up to rounding and dropout masks."""
     compile: bool = False
     """Compile the trained layers with torch.compile. For long runs: the first steps and evaluation take a minute or more."""
     cpu_kernels: bool = True
@@ -266,6 +269,8 @@ class TrainConfig:
             not (recomputed and self.adapter.adapter == "prefix"),
             "--gradient_checkpointing: a layer that is computed again does not read the prefix; use --adapter prompt or lora",
         )
+        if self.training.padding_free:
+            check_padding_free(self)
         if self.model.head_solver:
             check_solved(self)
 
@@ -281,10 +286,28 @@ class TrainConfig:
         )
 
 
+def check_padding_free(config: TrainConfig) -> None:
+    """Raise UserError for what does not go together with texts in one row."""
+    training, adapter = config.training, config.adapter.adapter
+    both = "--padding_free and {} do not go together: {}; leave one of them out"
+    require(not config.data.pad_to_max_length, both.format("--pad_to_max_length", "one pads, the other does not"))
+    require(not training.compile, both.format("--compile", "every row has another length, and a program of its own"))
+    virtual = adapter in ("prefix", "prompt")
+    require(
+        not virtual, both.format(f"--adapter {adapter}", "its virtual tokens stand before a row, not before each text")
+    )
+    cached = config.model.freeze is not None and not training.no_cache_features
+    require(
+        not cached,
+        "--padding_free: with --freeze the outputs of the frozen part are cached with their padding; add --no_cache_features, "
+        "or leave --padding_free out",
+    )
+
+
 IN_TRAINING = (
     *("num_train_epochs", "max_steps", "train_batch_size", "per_device_train_batch_size", "train_sampling_strategy"),
     *("eval_steps", "early_stopping_patience", "save_steps", "pause_at_step", "dataloader_num_workers"),
-    *("no_cache_features", "compile", "cpu_kernels", "gradient_checkpointing", "average_checkpoints"),
+    *("no_cache_features", "compile", "cpu_kernels", "gradient_checkpointing", "average_checkpoints", "padding_free"),
 )
 """Options of training by steps."""
 

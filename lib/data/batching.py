@@ -4,6 +4,7 @@ epoch_batches   the batches of one training epoch, over all processes
 rank_slice      the part of a batch that one process works on
 micro_batches   that part in pieces that fit a device
 eval_batches    the batches of an evaluation
+packed_batches  those of an evaluation without padding
 padding_share   how much of such batches is padding
 """
 
@@ -57,22 +58,43 @@ def micro_batches(part: Indices, size: int) -> list[Indices]:
 
 
 def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
+    """The batches of `grouped_batches` for as many positions as `batch_size` of the longest texts have."""
+    return grouped_batches(lengths, batch_size * int(lengths.max(initial=1)))
+
+
+def grouped_batches(lengths: np.ndarray, positions: int) -> list[Indices]:
     """All indices in batches of similar length, longest first, so that out of memory happens in the first batch.
 
-    No batch has more positions than `batch_size` of the longest texts: a batch of shorter texts holds more of them.
+    No batch has more than `positions`, or it has one text: a batch of shorter texts holds more of them.
     Once it holds a quarter of what fits, it ends at the first text shorter than MIN_LENGTH_RATIO of its longest.
     """
     order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
     negated = -lengths[order]
     batches: list[Indices] = []
-    start, positions = 0, batch_size * int(lengths.max(initial=1))
+    start = 0
     while start < len(order):
         longest = max(1, -int(negated[start]))
         similar = int(np.searchsorted(negated, -math.ceil(MIN_LENGTH_RATIO * longest), side="right"))
-        most = positions // longest
+        most = max(1, positions // longest)
         stop = min(start + most, max(similar, start + max(1, most // 4)))
         batches.append(order[start:stop])
         start = stop
+    return batches
+
+
+def packed_batches(lengths: np.ndarray, tokens: int) -> list[Indices]:
+    """All indices in batches of at most `tokens` tokens, or of one text, longest first.
+
+    Texts of any lengths stand in one row, so that all batches but the last are about full.
+    """
+    order = sort_by_length(np.arange(len(lengths)), lengths)[::-1]
+    ends = np.cumsum(lengths[order])
+    batches: list[Indices] = []
+    start = used = 0
+    while start < len(order):
+        stop = max(start + 1, int(np.searchsorted(ends, used + tokens, side="right")))
+        batches.append(order[start:stop])
+        start, used = stop, int(ends[stop - 1])
     return batches
 
 

@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lib.data.batching import ROUNDED, Indices, micro_batches, rank_slice, sort_by_length
 from lib.data.load import Data
+from lib.data.packing import cut, is_packed, pack
 from lib.errors import UserError, first_line
 from lib.runtime.precision import DTYPES, TENSOR_CORES
 from lib.runtime.signals import quiet_worker
@@ -24,6 +25,9 @@ Collator = Callable[[list[dict[str, Any]]], Tensors]
 
 PER_SAMPLE = ("labels", "num_windows")
 """Columns with one value per sample; all others have one per window, of which a long text may have several."""
+
+COUNTS = ("num_windows", "row_lengths")
+"""What is read on the CPU, without waiting for a GPU."""
 
 WITHOUT_WORKERS = "it works without workers, and gives the same numbers: --dataloader_num_workers 0"
 
@@ -59,24 +63,37 @@ class MicroBatch:
         return [1] * len(self) if counts is None else counts.tolist()
 
     @property
+    def row_positions(self) -> list[int]:
+        """The positions of each row: the padded length, or without padding the row's own."""
+        if is_packed(self.inputs):
+            return self.inputs["row_lengths"].tolist()
+        return [self.inputs["input_ids"].shape[1]] * sum(self.windows)
+
+    @property
     def positions(self) -> int:
-        """Rows x padded length: what memory grows with."""
-        return sum(self.windows) * self.inputs["input_ids"].shape[1]
+        """The positions of all rows: what memory grows with."""
+        return sum(self.row_positions)
 
     def split(self, positions: int) -> list["MicroBatch"]:
         """The same samples in pieces of at most `positions`, and of one sample at least."""
-        windows, most = self.windows, positions // self.inputs["input_ids"].shape[1]
-        sizes, rows = [0], 0
+        windows, of_rows = self.windows, iter(self.row_positions)
+        sizes, used = [0], 0
         for count in windows:
-            if sizes[-1] and rows + count > most:
-                sizes, rows = [*sizes, 0], 0
-            sizes[-1], rows = sizes[-1] + 1, rows + count
+            taken = sum(itertools.islice(of_rows, count))
+            if sizes[-1] and used + taken > positions:
+                sizes, used = [*sizes, 0], 0
+            sizes[-1], used = sizes[-1] + 1, used + taken
         if len(sizes) == 1:
             return [self]
         ends = np.cumsum([0, *sizes])
         by_row = [sum(windows[start:end]) for start, end in itertools.pairwise(ends)]
-        cuts = {n: tensor.split(sizes if n in PER_SAMPLE else by_row) for n, tensor in self.inputs.items()}
-        pieces = [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
+        by_sample = {n: tensor.split(sizes) for n, tensor in self.inputs.items() if n in PER_SAMPLE}
+        if is_packed(self.inputs):
+            rows = cut(self.inputs, by_row)
+        else:
+            cuts = {n: tensor.split(by_row) for n, tensor in self.inputs.items() if n not in PER_SAMPLE}
+            rows = [dict(zip(cuts, values, strict=True)) for values in zip(*cuts.values(), strict=True)]
+        pieces = [own | {n: parts[i] for n, parts in by_sample.items()} for i, own in enumerate(rows)]
         return list(map(MicroBatch, pieces, self.labels.split(sizes), self.weights.split(sizes)))
 
 
@@ -114,7 +131,7 @@ class Share:
 class Split:
     """One split as evaluation reads it: `tokens` with a column `labels`, and the positions each text takes in a batch.
 
-    `unpadded`: the model must not see padding, see `compute_logits`.
+    `unpadded`: the model must not see padding, see `compute_logits`; `packed`: texts stand in one row, see `pack`.
     """
 
     name: str
@@ -124,30 +141,41 @@ class Split:
     num_outputs: int
     problem_type: str
     unpadded: bool = False
+    packed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """Data and collator; `weights` holds a float32 for each training sample, None: all weigh 1.
 
-    `unpadded`: evaluation must show the model no padding.
+    `unpadded`: evaluation must show the model no padding. `packed`: the texts of a batch stand in one row, see `pack`.
     """
 
     data: Data
     collator: Collator
     weights: np.ndarray | None = None
     unpadded: bool = False
+    packed: bool = False
+
+    @property
+    def collate(self) -> Collator:
+        """The collator that makes batches in the form that was chosen."""
+        if not self.packed:
+            return self.collator
+        assert isinstance(self.collator, WindowCollator)
+        return dataclasses.replace(self.collator, packed=True)
 
     def split(self, name: str) -> Split:
         data, outputs = self.data, len(self.data.label_names)
-        positions, problem = data.positions(name), data.problem_type
-        return Split(name, data.tokens[name], positions, self.collator, outputs, problem, self.unpadded)
+        positions = data.lengths[name] if self.packed else data.positions(name)
+        problem = data.problem_type
+        return Split(name, data.tokens[name], positions, self.collate, outputs, problem, self.unpadded, self.packed)
 
     def longest(self, size: int) -> StepBatch:
         """The `size` longest training samples as one micro-batch, on every process; all weigh 1."""
         lengths = self.data.lengths["train"]
         indices = sort_by_length(np.arange(len(lengths)), lengths)[::-1][:size]
-        tensors = next(iter(build_loader(self.data.tokens["train"], [indices], self.collator)))
+        tensors = next(iter(build_loader(self.data.tokens["train"], [indices], self.collate)))
         return StepBatch([MicroBatch.build(tensors, torch.ones(len(indices)))], len(indices), float(len(indices)))
 
     def steps(self, batches: Sequence[Indices], share: Share, num_workers: int = 0) -> Iterator[StepBatch]:
@@ -161,7 +189,7 @@ class Batches:
         pieces = [
             part if len(part) else batch[:1] for batch, parts in zip(batches, shares, strict=True) for part in parts
         ]
-        loader = load(tokens, pieces, self.collator, num_workers)
+        loader = load(tokens, pieces, self.collate, num_workers)
         weights = np.ones(len(tokens), dtype=np.float32) if self.weights is None else self.weights
         for batch, parts in zip(batches, shares, strict=True):
             made = [
@@ -172,8 +200,8 @@ class Batches:
 
 
 def to_device(tensors: Tensors, device: torch.device) -> Tensors:
-    """The tensors on `device`, except the counts of windows: they are read on the CPU, without waiting for a GPU."""
-    return {n: t if n == "num_windows" else t.to(device, non_blocking=True) for n, t in tensors.items()}
+    """The tensors on `device`, except COUNTS."""
+    return {n: t if n in COUNTS else t.to(device, non_blocking=True) for n, t in tensors.items()}
 
 
 @dataclasses.dataclass
@@ -181,12 +209,18 @@ class WindowCollator(DataCollatorWithPadding):
     """Pads a batch; samples with `num_windows` become one row per window.
 
     Only batches of ROUNDED tokens or more are padded to `pad_to_multiple_of`. `pinned`: batches are put into page-locked
-    memory, from where a GPU copies them while the CPU goes on.
+    memory, from where a GPU copies them while the CPU goes on. `packed`: rows stand one after the other, see `pack`.
     """
 
     pinned: bool = False
+    packed: bool = False
 
     def __call__(self, features: Any) -> Any:
+        batch = self.padded(features)
+        return pack(batch) if self.packed else batch
+
+    def padded(self, features: Any) -> Any:
+        """The samples as padded tensors."""
         if isinstance(features, dict):
             return self.pad(features)
         if "num_windows" not in features[0]:
@@ -195,7 +229,7 @@ class WindowCollator(DataCollatorWithPadding):
             return DataCollatorWithPadding(self.tokenizer, self.padding, self.max_length, multiple)(features)
         names = [name for name in features[0] if name not in PER_SAMPLE]
         rows = [{name: sample[name][i] for name in names} for sample in features for i in range(sample["num_windows"])]
-        batch = self(rows)
+        batch = self.padded(rows)
         for name in PER_SAMPLE:
             batch[name] = torch.tensor([sample[name] for sample in features])
         return batch

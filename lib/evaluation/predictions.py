@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from lib.evaluation.batch_size import BatchSize
 
 DEFAULT_THRESHOLD = 0.5
 BLOCK = 2**21
@@ -24,8 +25,8 @@ class Predictions:
     """float32 (samples,): cross entropy in nats, squared error, or binary cross entropy averaged over the labels.
 
     Of soft labels they are those of the probabilities; `labels` are then the most probable ones."""
-    batch_size: int = 0
-    """Samples per forward pass that fitted into memory."""
+    batch_size: BatchSize | None = None
+    """What fitted into memory at once; None where nothing was computed."""
     seconds: float = 0.0
     """Wall-clock time of the forward passes, until all processes have the results."""
     problem_type: str = CLASSIFICATION

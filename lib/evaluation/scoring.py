@@ -12,9 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from lib.config.sections import MULTI_LABEL, REGRESSION
-from lib.data.batching import Indices, eval_batches
+from lib.data.batching import Indices
 from lib.data.labels.targets import hard_labels
 from lib.data.loader import Split, Tensors, build_loader, to_device
+from lib.evaluation.batch_size import FLAG, BatchSize, split_batches
 from lib.evaluation.calibration import fit_temperature, store_temperature, stored_temperature
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
@@ -23,7 +24,7 @@ from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
 from lib.model.sharding import is_sharded, without_gradients
 from lib.runtime.launch_checks import read_sharding
-from lib.runtime.memory import StartAgain, halve, is_out_of_memory
+from lib.runtime.memory import StartAgain, is_out_of_memory
 from lib.runtime.precision import cast_weights
 from lib.runtime.processes import agree_to_stop, any_process
 from lib.runtime.watchdog import beat
@@ -41,7 +42,7 @@ def evaluate(
     model: nn.Module,
     split: Split,
     metrics: Sequence[str],
-    batch_size: int,
+    batch_size: BatchSize,
     tune_thresholds_first: bool = False,
     two_classes: bool = False,
     thresholds: np.ndarray | None = None,
@@ -78,7 +79,7 @@ def evaluate(
     )
 
 
-def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size: int) -> Predictions:
+def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size: BatchSize) -> Predictions:
     """Logits and loss of every sample of a split, each computed once, by one of the processes.
 
     Batches depend only on the lengths of the texts and on `batch_size`, so any number of processes computes the same
@@ -93,15 +94,15 @@ def predict(accelerator: Accelerator, model: nn.Module, split: Split, batch_size
     results = None
     with cast_weights(model, "no" if is_sharded(model) else accelerator.mixed_precision):
         while results is None:
-            flag, largest = "--per_device_eval_batch_size", min(batch_size, len(split.tokens))
             try:
-                results = predict_table(accelerator, model, split, eval_batches(split.positions, batch_size))
+                results = predict_table(accelerator, model, split, split_batches(split, batch_size))
             except (RuntimeError, MemoryError) as error:  # of a model in shards: else there are no results
                 if not is_out_of_memory(error):
                     raise
-                raise StartAgain("eval_batch_size", halve(largest, flag), flag) from error
+                smaller = batch_size.halved(split.positions, split.packed)
+                raise StartAgain(smaller.name, smaller.number, FLAG) from error
             if results is None:
-                batch_size = halve(largest, flag)
+                batch_size = batch_size.halved(split.positions, split.packed)
     for module, mode in training.items():
         module.training = mode
     summed = results if accelerator.num_processes == 1 else accelerator.reduce(results, "sum")  # else a copy
@@ -159,6 +160,7 @@ def share_batches(
     if sharding and own < rounds:
         mine = [*mine, batches[0][-1:]]
     loader = iter(build_loader(split.tokens, mine, split.collator))
+    places = place_once(mine, accelerator.device)
     for index in range(rounds):
         beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
@@ -166,8 +168,7 @@ def share_batches(
         if index < len(mine):
             try:
                 batch = to_device(next(loader), accelerator.device)
-                indices = torch.from_numpy(mine[index].copy()).to(accelerator.device)
-                compute(indices if index < own else indices[:0], batch)
+                compute(places[index] if index < own else places[index][:0], batch)
             except (RuntimeError, MemoryError) as error:
                 if sharding or not is_out_of_memory(error):
                     raise
@@ -175,6 +176,13 @@ def share_batches(
         if any_process(accelerator, failed):
             return False
     return True
+
+
+def place_once(batches: list[Indices], device: torch.device) -> Sequence[torch.Tensor]:
+    """The indices of all batches on `device`, by one copy: each copy from memory that is not pinned waits for a GPU."""
+    if not batches:
+        return ()
+    return torch.from_numpy(np.concatenate(batches)).to(device).split([len(batch) for batch in batches])
 
 
 def check_counts(counts: np.ndarray) -> None:

@@ -7,9 +7,11 @@ import torch
 import transformers
 
 from lib.config.predict import GENERATING, PredictConfig
+from lib.config.sections import EVAL_SAMPLES
 from lib.data.columns import TEXT_GUESSES
 from lib.data.trained_on import UNKNOWN, TrainedOn, input_length
 from lib.errors import UserError
+from lib.evaluation.batch_size import BatchSize, choose_size
 from lib.inference.inputs import Columns
 from lib.model.adapters.adapt import adapter_folder
 from lib.model.folder import check_vocabulary
@@ -28,6 +30,10 @@ MODELS = {
 """The model class of each task; the tasks that are missing here use a text classifier."""
 
 
+GROUP = 1024
+"""Examples that are read as tokens together where batches are counted in positions."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Options, model and tokenizer; `tokenizer.model_max_length` is the longest input in tokens.
@@ -41,6 +47,14 @@ class Task:
     tokenizer: Any
     text_columns: tuple[Columns, ...]
     trained_on: TrainedOn
+    mixed_precision: str = "no"
+    batch_size: BatchSize = dataclasses.field(default_factory=lambda: BatchSize(EVAL_SAMPLES))
+    """Of a classifier: the most per forward."""
+
+    @property
+    def group(self) -> int:
+        """Examples that are predicted together: as many as one forward takes, or enough for several forwards of positions."""
+        return self.config.eval_samples if self.batch_size.unit == "samples" else GROUP
 
     def pipeline(self) -> Any:
         """The pipeline of transformers for this task, on the model's device."""
@@ -75,7 +89,10 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
         )
     columns = text_columns(config, trained.trained_on)
     known = trained.trained_on if config.task == "sentiment-analysis" else UNKNOWN
-    return Task(config, model.to(device).eval(), tokenizer, columns, known)
+    size = BatchSize(config.eval_samples)
+    if config.task == "sentiment-analysis":
+        size = choose_size(config.per_device_eval_batch_size, device, trained.eval_positions)
+    return Task(config, model.to(device).eval(), tokenizer, columns, known, mixed_precision, size)
 
 
 def load_task_tokenizer(config: PredictConfig, trained: TrainedModel) -> Any:

@@ -10,11 +10,11 @@ from transformers.pipelines import PipelineException
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, words
 from lib.data.encoding import Encoder, model_inputs
-from lib.data.loader import build_collator, to_device
+from lib.data.loader import build_collator, build_loader, to_device
 from lib.data.tokenization import check_windows, stored_windows
 from lib.errors import UserError
 from lib.evaluation.calibration import stored_temperature
-from lib.evaluation.padding import try_padding
+from lib.evaluation.padding import try_padding, use_segments
 from lib.evaluation.predictions import DEFAULT_THRESHOLD
 from lib.evaluation.thresholds import choose_thresholds, has_thresholds, stored_thresholds
 from lib.inference.inputs import Example
@@ -23,6 +23,7 @@ from lib.inference.stream import Predict, Prediction
 from lib.model.forward import compute_logits, pool_logits
 from lib.model.load import label_names
 from lib.model.padding import NOTES, UNPADDED
+from lib.runtime.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,14 @@ def build_classification(task: Task) -> Predict:
     windows = stored_windows(tokenizer)
     encoder = Encoder(tokenizer, limit, windows and dataclasses.replace(windows, max_length=limit))
     collator = build_collator(tokenizer, "no", model.device, limit if task.trained_on.pad_to_max_length else None)
-    leak = try_padding(model, tokenizer, collator, limit) if config.inputs.several else None
+    leak, packed = None, config.padding_free
+    if packed:
+        use_segments(model, tokenizer, collator, limit, task.mixed_precision)
+    elif config.inputs.several:
+        leak = try_padding(model, tokenizer, collator, limit)
     if leak is not None:
         logger.warning(NOTES[leak])
+    collator, size = dataclasses.replace(collator, packed=packed), task.batch_size
     usual = usual_function(model.config)
     function = config.function_to_apply or usual
     key = "logits" if config.function_to_apply == "none" else "scores" if function == "none" else "probabilities"
@@ -64,11 +70,24 @@ def build_classification(task: Task) -> Predict:
             check_windows(tokenizer, encoder.windows, len(columns))
         encoded = encoder(columns)
         rows, counts = model_inputs(encoded), encoded.get("num_windows", [1] * len(examples))
-        logits = []
-        for start in range(0, len(rows), config.per_device_eval_batch_size):
-            batch = to_device(collator(rows[start : start + config.per_device_eval_batch_size]), model.device)
-            logits.append(compute_logits(model, batch, unpadded=leak in UNPADDED))
-        return [to_prediction(row) for row in pool_logits(torch.cat(logits), counts).cpu().numpy()]
+        while (logits := logits_of(rows)) is None:
+            pass
+        return [to_prediction(row) for row in pool_logits(logits, counts).numpy()]
+
+    def logits_of(rows: list[dict[str, Any]]) -> torch.Tensor | None:
+        """The logits of rows of tokens, on the CPU; None, and smaller batches from then on, where memory was too short."""
+        nonlocal size
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        pieces = size.pieces(lengths, packed)
+        try:
+            loader = build_loader(rows, pieces, collator)
+            parts = [compute_logits(model, to_device(batch, model.device), leak in UNPADDED) for batch in loader]
+            return torch.cat(parts).cpu()[np.concatenate(pieces).argsort()]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        size = size.halved(lengths, packed)
+        return None
 
     def to_prediction(logits: np.ndarray) -> Prediction:
         probable = apply_function(usual, logits.astype(np.float64) / temperature)
@@ -119,7 +138,7 @@ def build_zero_shot(task: Task) -> Predict:
         "candidate_labels": list(config.zero_shot.candidate_labels),
         "hypothesis_template": config.zero_shot.hypothesis_template,
         "multi_label": config.zero_shot.multi_label,
-        "batch_size": config.per_device_eval_batch_size,
+        "batch_size": config.eval_samples,
     }
 
     def predict(examples: list[Example]) -> list[Prediction]:

@@ -39,7 +39,7 @@ def build_question_answering(task: Task) -> Predict:
 
     def predict(examples: list[Example]) -> list[Prediction]:
         windows = context_windows(tokenizer, examples, config.stride)
-        starts, ends = window_logits(model, tokenizer, windows, task.config.per_device_eval_batch_size)
+        starts, ends = window_logits(model, tokenizer, windows, task.config.eval_samples)
         example_of = np.array(windows["overflow_to_sample_mapping"])
         predictions = []
         for number, example in enumerate(examples):

@@ -28,12 +28,20 @@ def set_attention(source: ModelSource, kind: Any, hf_config: Any) -> None:
     hf_config._attn_implementation = wanted
 
 
-def check_dropout(source: ModelSource, hf_config: Any) -> None:
-    """Raise UserError where training would ask FlashAttention 3 for dropout, which it does not have."""
+def check_dropout(source: ModelSource, hf_config: Any, padding_free: bool = False) -> None:
+    """Raise UserError where training would ask attention for dropout that has none.
+
+    That is FlashAttention 3, and the kernel for texts in one row, but for FlashAttention 2.
+    """
     settings = hf_config.get_text_config()
     dropped = [name for name, value in vars(settings).items() if "dropout" in name and "att" in name and value]
+    changes = " ".join(f"{name}=0.0" for name in dropped)
+    if padding_free and source.attn_implementation != "flash_attention_2" and dropped:
+        raise UserError(
+            f"--padding_free: attention within a row of texts has no dropout, which the model asks for ({', '.join(dropped)})\n"
+            f"This works: --config_overrides {changes}, which changes the result, or leave --padding_free out"
+        )
     if source.attn_implementation == "flash_attention_3" and dropped:
-        changes = " ".join(f"{name}=0.0" for name in dropped)
         raise UserError(
             f"--attn_implementation flash_attention_3 has no dropout, which the model asks for ({', '.join(dropped)})\n"
             f"This works: --config_overrides {changes}, or --attn_implementation flash_attention_2"

@@ -48,7 +48,7 @@ def check_trainable(config: TrainConfig) -> None:
     hf_config = load_hf_config(source)
     override(hf_config, source.config_overrides)
     set_attention(source, AutoModelForSequenceClassification, hf_config)
-    check_dropout(source, hf_config)
+    check_dropout(source, hf_config, config.training.padding_free)
     quantization = getattr(hf_config, "quantization_config", None)
     method = quantization.get("quant_method", "no method") if isinstance(quantization, dict) else quantization
     if source.load_in:

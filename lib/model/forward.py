@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib.data.packing import is_packed
+from lib.model.packing import packed_logits
+
 Inputs = dict[str, torch.Tensor]
 
 
@@ -13,12 +16,15 @@ def compute_logits(model: nn.Module, inputs: Inputs, unpadded: bool = False) -> 
     """float32 (samples, outputs): the model's logits; with `num_windows` in `inputs`, their mean over each text.
 
     `inputs` are on the model's device, except for `num_windows` (windows of each text) on the CPU. With `unpadded`, rows
-    of equal length run together without their padding, for models whose logits it changes.
+    of equal length run together without their padding, for models whose logits it changes. A packed batch has none.
     """
     counts = inputs.get("num_windows")
     rows = {name: tensor for name, tensor in inputs.items() if name != "num_windows"}
     # Of further outputs, such as XLNet's memories, not every one has a row for each sample.
-    logits = unpadded_logits(model, rows) if unpadded else model(**rows).logits.float()
+    if is_packed(rows):
+        logits = packed_logits(model, rows)
+    else:
+        logits = unpadded_logits(model, rows) if unpadded else model(**rows).logits.float()
     return logits if counts is None else pool_logits(logits, counts.tolist())
 
 

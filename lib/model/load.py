@@ -25,6 +25,7 @@ from lib.model.frozen_weights import FLOAT32, FrozenWeights
 from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.model.layers import backbone_of, freeze
 from lib.model.overrides import override
+from lib.model.positions import FROM_PADDING, first_position
 from lib.model.source import (
     ANSWER_SETTINGS,
     LoadingInfo,
@@ -34,12 +35,6 @@ from lib.model.source import (
     read_tokenizer,
     resolve_model,
 )
-
-FROM_PADDING = (
-    *("camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet"),
-    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-"""Model types of the RoBERTa family: they count positions from the id of the padding token + 1."""
 
 
 def load_tokenizer(source: ModelSource, virtual_tokens: int = 0) -> Any:
@@ -261,7 +256,7 @@ def longest_input(hf_config: Any) -> int | None:
     positions = getattr(settings, "max_position_embeddings", None)
     if not isinstance(positions, int) or positions <= 0:
         return None
-    return positions - (settings.pad_token_id or 0) - 1 if settings.model_type in FROM_PADDING else positions
+    return positions - first_position(settings)
 
 
 def only_distances(settings: Any) -> bool:

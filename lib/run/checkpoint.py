@@ -63,6 +63,7 @@ MEMORY = "memory"
 LEARNED_UNDER = {
     "micro_batch_positions": ("per_device_train_batch_size", "no_cache_features", "feature_cache_gib"),
     "eval_batch_size": ("per_device_eval_batch_size",),
+    "eval_positions": ("per_device_eval_batch_size",),
 }
 """Sizes of the state that fit in memory, and the settings they were learned under: on cached features of a backbone a
 sample has one position, else it has one for each token."""

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lib.config.cli import load_config
 from lib.config.eval import EvalConfig, is_run
@@ -14,11 +15,12 @@ from lib.config.train import TrainConfig
 from lib.data.catalog import DEFAULT, dataset_name, own_files
 from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError, require
+from lib.evaluation.batch_size import POSITIONS
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
 from lib.runtime.attention import has_attention
 from lib.runtime.device_options import DeviceOptions
-from lib.runtime.precision import uses_gpu
+from lib.runtime.precision import has_precision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class TrainedModel:
     source: ModelSource
     trained_on: TrainedOn
     precision: str
+    eval_positions: int = POSITIONS
+    """Positions per forward in the evaluations of the run, where they are counted, so that its scores come out again."""
 
     def device(self, join_timeout: float) -> DeviceOptions:
         return DeviceOptions(
@@ -49,7 +53,8 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
     if folder.resolve().name == "model" and is_run(str(home)):
         precision = run_precision(home, precision)
         attention = run_attention(home, source.attn_implementation, precision)
-        return TrainedModel(replace(source, attn_implementation=attention), run_trained_on(home), precision)
+        source = replace(source, attn_implementation=attention)
+        return TrainedModel(source, run_trained_on(home), precision, run_positions(home))
     return TrainedModel(source, read_trained_on(Path(resolve_model(source)) / "config.json"), precision)
 
 
@@ -70,7 +75,7 @@ def run_model(folder: Path, flag: str, precision: str, attention: Attention) -> 
     precision = run_precision(folder, precision)
     attention = run_attention(folder, attention, precision)
     source = ModelSource(str(folder / "model"), attn_implementation=attention)
-    return TrainedModel(source, run_trained_on(folder), precision)
+    return TrainedModel(source, run_trained_on(folder), precision, run_positions(folder))
 
 
 def run_trained_on(folder: Path) -> TrainedOn:
@@ -89,12 +94,23 @@ def run_precision(folder: Path, asked: str) -> str:
     """The precision that was asked for; `auto` is that of the run in `folder`, if this machine has it."""
     if asked != "auto":
         return asked
+    precision = read_results(folder).get("run/mixed_precision")
+    return precision if precision in ("no", "bf16", "fp16") and has_precision(precision) else asked
+
+
+def run_positions(folder: Path) -> int:
+    """The positions per forward of the evaluations of the run in `folder`; where it counted none, those of a new run."""
+    positions = read_results(folder).get("run/eval_positions")
+    return positions if isinstance(positions, int) and positions > 0 else POSITIONS
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a run; empty where the run is not finished, or the file is damaged."""
     try:
-        precision: str = json.loads((folder / "results.json").read_text(encoding="utf-8"))["run/mixed_precision"]
-    except (OSError, ValueError, LookupError, TypeError):  # not finished, or damaged
-        return asked
-    usable = precision in ("no", "bf16") or (precision == "fp16" and uses_gpu())
-    return precision if usable else asked
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return results if isinstance(results, dict) else {}
 
 
 def run_attention(folder: Path, asked: Attention, precision: str) -> Attention:

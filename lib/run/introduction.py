@@ -49,6 +49,7 @@ def describe_run(
         "labels": summarize_labels(data.labels("train"), data.label_names, data.problem_type),
         "metrics": f"{', '.join(settings['run/metrics'])}; the best model by {settings['run/metric_for_best_model']}",
         "padding": describe_padding(config, settings),
+        "evaluation": str(learner.eval_size),
         "model": f"{config.model.model}: {total:,} parameters, {trainable:,} trained ({trainable / total:.1%})",
     }
     if adapter := describe_adapter(learner.inner_model):

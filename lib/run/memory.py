@@ -119,7 +119,7 @@ def lost_in_holes(step: int) -> int:
 
 def longest_inputs(batches: Batches, size: int) -> Inputs:
     """The inputs of the `size` longest training samples; without a mask where there is no padding among them."""
-    inputs = batches.longest(size).micro_batches[0].inputs
+    inputs = dataclasses.replace(batches, packed=False).longest(size).micro_batches[0].inputs
     mask = inputs.get("attention_mask")
     if mask is not None and bool(mask.all()):
         return {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}

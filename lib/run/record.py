@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from lib.config.limits import OUTPUT_NAME
 from lib.config.sections import flatten
 from lib.config.train import TrainConfig, TrainingConfig
-from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, eval_batches, padding_share
+from lib.data.batching import BATCHES_PER_MEGABATCH, count_windows, epoch_batches, padding_share
 from lib.data.catalog import dataset_name
 from lib.data.labels.problem_types import count_labels
 from lib.data.load import Data
 from lib.data.loader import Batches
 from lib.data.trained_on import TrainedOn
 from lib.errors import is_hidden, redact
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.scores import Metrics
 from lib.model.layers import count_parameters
 from lib.model.load import summarize_weight_names
@@ -38,7 +39,14 @@ HARMLESS = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "pad_to_max_length"),
     *("dataloader_num_workers", "preprocessing_num_workers"),
     *("hub_endpoint", "hub_timeout", "verify_hashes", "send_token_to_mirror"),
-    *("no_cache_features", "feature_cache_gib", "cpu_kernels", "gradient_checkpointing", "deterministic"),
+    *(
+        "no_cache_features",
+        "feature_cache_gib",
+        "cpu_kernels",
+        "padding_free",
+        "gradient_checkpointing",
+        "deterministic",
+    ),
     *("save_steps", "save_total_limit", "resume_from_checkpoint", "allow_changes", "max_minutes", "pause_at_step"),
     *("ddp_timeout", "join_timeout"),
 }
@@ -138,7 +146,7 @@ def run_settings(
     )
     trainable, total = count_parameters(learner.inner_model)
     padding = padding_shares(config.training, data, multiple)
-    padding["evaluation"] = evaluation_padding(config.training, data, multiple)
+    padding["evaluation"] = evaluation_padding(data, learner.eval_size, multiple)
     record = run_record(accelerator) | describe_data(data, metrics)
     record |= {"sharding": str(sharding)} if (sharding := read_sharding()) else {}
     record["attention"] = learner.inner_model.config._attn_implementation
@@ -312,10 +320,9 @@ def padding_shares(config: TrainingConfig, data: Data, multiple: int | None = No
     return shares | {"pad_to_max_length": 1.0 - float(lengths.sum() / count_windows(lengths, limit).sum()) / limit}
 
 
-def evaluation_padding(config: TrainingConfig, data: Data, multiple: int | None = None) -> float:
+def evaluation_padding(data: Data, size: BatchSize, multiple: int | None = None) -> float:
     """Share of padding among all positions of an evaluation."""
     lengths, positions = data.lengths["validation"], data.positions("validation")
     if data.pad_to_max_length:
         return 1.0 - float(lengths.sum() / positions.sum())
-    batches = eval_batches(positions, config.per_device_eval_batch_size)
-    return padding_share(lengths, batches, multiple, data.max_length)
+    return padding_share(lengths, size.batches(positions), multiple, data.max_length)

@@ -65,6 +65,7 @@ def build_results(
         "samples_per_second": round(state.samples_seen / state.train_seconds, 1),
         "run/num_processes": accelerator.num_processes,
         "run/mixed_precision": accelerator.mixed_precision,
+        **({"run/eval_positions": size.number} if (size := learner.eval_size).unit == "positions" else {}),
         "run/device": settings["run/devices"][0],
         "run/peak_memory_gib": round(peak_memory_gib(accelerator), 2),
         **{name: bounded(settings[name]) for name in REPEATED if name in settings},
@@ -122,6 +123,8 @@ def report_evaluation(
     files = ["report.json", "predictions.jsonl", *picture_names(data.problem_type, len(data.label_names))]
     written = f"\nwritten to {printable(str(folder))}: {', '.join(files)}"
     notes = [f"columns: {describe_columns(data)}", f"length: {describe_length(data)}", *data.notes]
+    if predictions.batch_size is not None and predictions.batch_size.unit == "positions":
+        notes.append(f"evaluated in {predictions.batch_size}: of other sizes, logits may differ in the last digits")
     length = trained.trained_on.max_length
     if length not in (None, data.max_length):
         notes.append(f"warning: in its training, the model read at most {length:,} tokens")

@@ -58,6 +58,9 @@ def choose_kernels(device_type: str) -> None:
 
 def describe_attention(implementation: str, device_type: str, cpu_kernels: bool) -> str:
     """What computes attention, in words."""
+    if implementation == "segments":
+        kernel = "varlen_attn of PyTorch, not yet run on a GPU" if device_type == "cuda" else "sdpa, text after text"
+        return f"by segments of a row without padding ({kernel})"
     if implementation != "sdpa":
         return implementation
     if device_type == "cuda":

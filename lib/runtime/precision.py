@@ -1,6 +1,7 @@
 """Mixed precision: which one, what is computed in which dtype, and weights cast once for many forwards."""
 
 import contextlib
+import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator
@@ -11,6 +12,8 @@ from torch import nn
 
 from lib.errors import UserError
 from lib.runtime.launch_checks import truth
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TENSOR_CORES = (7, 0)
@@ -38,6 +41,14 @@ def resolve_precision(choice: str) -> str:
         origin = "" if asked == "fp16" else " of the launcher"
         raise UserError(f"--mixed_precision fp16{origin} needs a GPU; use --mixed_precision bf16 or no")
     return choice
+
+
+def has_precision(precision: str) -> bool:
+    """Whether this machine has the precision that a run was trained with; where it has not, that is said."""
+    usable = precision != "fp16" or uses_gpu()
+    if not usable and os.environ.get("RANK", "0") == "0":
+        logger.warning("the run was trained with fp16, which needs a GPU and is not used here")
+    return usable
 
 
 def gpu_precision() -> str:

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 
+from lib.config.sections import EVAL_SAMPLES
 from lib.config.train import OptimConfig
 from lib.data.loader import Split, StepBatch
+from lib.evaluation.batch_size import BatchSize, choose_size
 from lib.evaluation.scores import Metrics
 from lib.evaluation.scoring import Scored, evaluate
 from lib.model.adapters.adapt import frozen_layers
@@ -90,14 +92,22 @@ class Learner:
         self.state.pending = True
         self.meter.add(loss_sum, grad_norm, batch, self.state)
 
+    @property
+    def eval_size(self) -> BatchSize:
+        """What fits in memory at once in evaluation, as far as the run has learned."""
+        given, state = self.plan.config.per_device_eval_batch_size, self.state
+        size = choose_size(given, self.accelerator.device, state.eval_positions)
+        return dataclasses.replace(size, number=getattr(state, size.name))
+
     def evaluate(self, split: Split, metrics: Metrics, tune_thresholds: bool = False) -> Scored:
         """Score a split; a batch size that did not fit in memory is not tried again.
 
         With `tune_thresholds`, for validation only, temperature and thresholds of the model are fitted on it before.
         """
-        size, two_classes = self.state.eval_batch_size, self.plan.config.threshold is not None
+        size, two_classes = self.eval_size, self.plan.config.threshold is not None
         scored = evaluate(self.accelerator, self.model, split, metrics.names, size, tune_thresholds, two_classes)
-        self.state.eval_batch_size = scored.predictions.batch_size
+        if (fitted := scored.predictions.batch_size) is not None:
+            setattr(self.state, fitted.name, fitted.number)
         return scored
 
     def update_best(self, scores: dict[str, float]) -> bool:
@@ -137,5 +147,5 @@ def build_learner(
     if not sharding:
         share_weights(accelerator, model)
     set_train_mode(model)
-    state = State(eval_batch_size=plan.config.per_device_eval_batch_size)
+    state = State(eval_batch_size=plan.config.per_device_eval_batch_size or EVAL_SAMPLES)
     return Learner(accelerator, model, objective, optimizer, scheduler, plan, state)

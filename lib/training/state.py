@@ -4,6 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
+from lib.config.sections import EVAL_SAMPLES
+from lib.evaluation.batch_size import POSITIONS
 from lib.evaluation.scores import LOWER_IS_BETTER
 
 
@@ -32,7 +34,10 @@ class State:
     """The evaluations whose weights `--average_checkpoints` keeps, the best first, each as its step and its scores."""
     averaged_steps: list[int] = dataclasses.field(default_factory=list)
     """After training, the steps whose weights the best model is the mean of; empty where means were not looked for."""
-    eval_batch_size: int = 64
+    eval_batch_size: int = EVAL_SAMPLES
+    """Samples per forward in evaluation that fit, where they are counted."""
+    eval_positions: int = POSITIONS
+    """Positions per forward in evaluation that fit, where these are counted: on a GPU, unless samples are asked for."""
 
     @property
     def last_logged(self) -> int:

@@ -17,6 +17,7 @@ from lib.data.load import Data, load_data
 from lib.data.loader import Batches, Share, build_collator
 from lib.data.tokenization import choose_windows, stored_windows
 from lib.errors import UserError
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.scoring import predict
 from lib.inference.inputs import Example
 from lib.inference.tasks import build_predict, count_truncation
@@ -115,7 +116,7 @@ def test_logits_of_a_text_are_the_mean_of_its_windows_in_every_batch_size(
     assert np.ptp(wanted, axis=0).min() > 0.05  # texts have different logits
     for batch_size, length in ((1, None), (5, None), (SIZE, None), (5, 16)):
         collator = build_collator(tokenizer, "no", CPU, length)
-        found = predict(Accelerator(cpu=True), model, Batches(data, collator).split("train"), batch_size)
+        found = predict(Accelerator(cpu=True), model, Batches(data, collator).split("train"), BatchSize(batch_size))
         np.testing.assert_allclose(found.logits, wanted, atol=1e-5)
         losses = cross_entropy(torch.from_numpy(wanted), torch.from_numpy(found.labels), reduction="none")
         np.testing.assert_allclose(found.losses, losses.numpy(), atol=1e-5)

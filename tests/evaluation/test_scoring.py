@@ -16,6 +16,7 @@ from lib.data.batching import eval_batches
 from lib.data.load import Data
 from lib.data.loader import Batches, Collator, Split, build_collator
 from lib.evaluation import scoring
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.calibration import cross_entropy
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scoring import check_counts, evaluate, predict
@@ -54,7 +55,9 @@ def parts(roberta: Path) -> tuple[PreTrainedModel, Dataset, np.ndarray, Collator
 
 def predict_all(accelerator: Accelerator, parts: tuple, batch_size: int) -> Predictions:
     model, tokens, lengths, collator = parts
-    return predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), batch_size)
+    return predict(
+        accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), BatchSize(batch_size)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
     monkeypatch.setattr(scoring, "read_sharding", lambda: Sharding(2))
     monkeypatch.setattr(scoring, "predict_batch", no_memory)
     with pytest.raises(StartAgain, match="--per_device_eval_batch_size") as error:
-        predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), 2)
+        predict(accelerator, model, Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION), BatchSize(2))
     assert (error.value.name, error.value.value) == ("eval_batch_size", 1)
 
 
@@ -161,7 +164,9 @@ def test_evaluate_scores_the_split_asked_for(accelerator: Accelerator, parts: tu
     model, tokens, lengths, collator = parts
     half = {"validation": tokens.select(range(4)), "test": tokens}
     data = Data("made up", {}, half, {"validation": lengths[:4], "test": lengths}, NAMES, ("text",), ())
-    scores, predictions = evaluate(accelerator, model, Batches(data, collator).split("validation"), ["accuracy"], 3)
+    scores, predictions = evaluate(
+        accelerator, model, Batches(data, collator).split("validation"), ["accuracy"], BatchSize(3)
+    )
     assert len(predictions.labels) == 4
     assert scores["accuracy"] == (predictions.predicted == predictions.labels).mean()
     assert scores["loss"] == pytest.approx(predictions.losses.mean())
@@ -177,7 +182,7 @@ def test_soft_labels_are_kept_and_their_loss_is_no_worse_at_the_stored_temperatu
     for labels in (soft, certain):
         given = tokens.remove_columns("labels").add_column("labels", labels)
         split = Split("validation", given, lengths, collator, 3, problem)
-        scores, predictions = evaluate(accelerator, model, split, [], 3, tune_thresholds_first=True)
+        scores, predictions = evaluate(accelerator, model, split, [], BatchSize(3), tune_thresholds_first=True)
         bare, tuned = cross_entropy(predictions.uncalibrated), cross_entropy(predictions)
         assert bare == pytest.approx(scores["loss"], rel=1e-5)
         assert tuned <= bare
@@ -200,7 +205,7 @@ def test_temperature_and_thresholds_are_those_of_the_main_process(
     split = Split("validation", given, lengths, collator, 3, MULTI_LABEL)
     sent = []
     monkeypatch.setattr("lib.evaluation.scoring.broadcast_object_list", lambda found: sent.extend(found) or found)
-    main = evaluate(accelerator, model, split, ["f1_micro"], 3, tune_thresholds_first=True)
+    main = evaluate(accelerator, model, split, ["f1_micro"], BatchSize(3), tune_thresholds_first=True)
     configs = [dict(vars(model.config))]
     for key in ("thresholds", "calibration_temperature"):
         vars(model.config).pop(key)
@@ -208,7 +213,7 @@ def test_temperature_and_thresholds_are_those_of_the_main_process(
     monkeypatch.setattr("lib.evaluation.scoring.broadcast_object_list", lambda _: sent)
     for name in ("fit_temperature", "tune_thresholds", "compute_metrics"):
         monkeypatch.setattr(f"lib.evaluation.scoring.{name}", None)
-    other = evaluate(accelerator, model, split, ["f1_micro"], 3, tune_thresholds_first=True)
+    other = evaluate(accelerator, model, split, ["f1_micro"], BatchSize(3), tune_thresholds_first=True)
     assert [*configs, dict(vars(model.config))] == [*configs, *configs]
     assert other.scores == main.scores
     assert other.predictions.temperature == main.predictions.temperature != 1
@@ -230,7 +235,9 @@ def test_predictions_stand_in_input_order_for_any_size(accelerator: Accelerator,
     lengths = np.random.default_rng(size).integers(1, 6, size)
     ids = [[number] * int(length) for number, length in enumerate(lengths)]
     tokens = Dataset.from_dict({"input_ids": ids, "labels": [0] * size})
-    predictions = predict(accelerator, Echo(), Split("test", tokens, lengths, parts[3], 2, CLASSIFICATION), 4)
+    predictions = predict(
+        accelerator, Echo(), Split("test", tokens, lengths, parts[3], 2, CLASSIFICATION), BatchSize(4)
+    )
     assert predictions.logits[:, 0].tolist() == list(range(size))
 
 
@@ -259,7 +266,7 @@ def test_batches_that_drop_or_repeat_samples_are_an_error(
     accelerator: Accelerator, parts: tuple, order: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens, lengths, collator = parts
-    monkeypatch.setattr("lib.evaluation.scoring.eval_batches", lambda *_: [np.array(order)])
+    monkeypatch.setattr("lib.evaluation.scoring.split_batches", lambda *_: [np.array(order)])
     with pytest.raises(RuntimeError, match="evaluation is not complete"):
         predict_all(accelerator, (model, tokens.select(range(4)), lengths[:4], collator), 4)
 

@@ -12,15 +12,14 @@ from accelerate.utils import broadcast_object_list
 
 from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
-from lib.data.batching import eval_batches
 from lib.data.load import Data
 from lib.data.loader import Batches, Tensors, build_loader, to_device
+from lib.evaluation.batch_size import choose_size, split_batches
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.padding import same_logits
 from lib.model.sharding import is_sharded
 from lib.runtime.cpu.tuning import use_one_core_for
-from lib.runtime.memory import halve
 from lib.runtime.precision import DTYPES, cast_weights
 from lib.runtime.processes import any_process
 from lib.runtime.seeds import seed_everything
@@ -226,10 +225,11 @@ class Builder:
             self.stand_in.table[places] = vectors.to(self.dtype)
             counts[indices] += 1
 
-        size, what = self.config.per_device_eval_batch_size, f"features of {split}"
+        size = choose_size(self.config.per_device_eval_batch_size, self.accelerator.device)
+        what = f"features of {split}"
         with torch.no_grad(), cast_weights(self.stand_in.model, self.accelerator.mixed_precision):
-            while not share_batches(self.accelerator, source, eval_batches(source.positions, size), compute, what):
-                size = halve(min(size, len(source.tokens)), "--per_device_eval_batch_size")
+            while not share_batches(self.accelerator, source, split_batches(source, size), compute, what):
+                size = size.halved(source.positions)
                 part.zero_()
                 counts.zero_()
         check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())

@@ -24,16 +24,15 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from lib.data.batching import eval_batches
 from lib.data.loader import Batches, StepBatch, Tensors, build_loader, to_device
 from lib.errors import UserError
+from lib.evaluation.batch_size import split_batches
 from lib.evaluation.linear import STRENGTHS, Linear, choose_best, fit_linear, predictions_of
 from lib.evaluation.scores import LOWER_IS_BETTER, Metrics
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.forward import pool_logits
 from lib.model.layers import find_layers, set_train_mode
 from lib.model.padding import TOLERANCE, same_logits
-from lib.runtime.memory import halve
 from lib.runtime.precision import DTYPES, cast_weights
 from lib.runtime.processes import agree_to_stop
 from lib.runtime.watchdog import beat
@@ -326,10 +325,10 @@ def read_vectors(learner: Learner, batches: Batches, head: Head, split: str) -> 
         table[indices] = head.vectors({name: tensor for name, tensor in batch.items() if name != "labels"})
         counts[indices] += 1
 
-    size, what = learner.state.eval_batch_size, f"vectors of {split}"
+    size, what = learner.eval_size, f"vectors of {split}"
     with cast_weights(head.model, accelerator.mixed_precision):
-        while not share_batches(accelerator, source, eval_batches(source.positions, size), compute, what):
-            size = halve(min(size, len(source.tokens)), "--per_device_eval_batch_size")
+        while not share_batches(accelerator, source, split_batches(source, size), compute, what):
+            size = size.halved(source.positions)
             table.zero_()
             counts.zero_()
     check_counts(accelerator.reduce(counts, "sum").cpu().numpy())
