@@ -1,5 +1,6 @@
 """--padding_free through the commands: the same scores and predictions as with padding, on any number of processes."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import padding_free
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
+from lib.training.state import State
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.tiny_models import trainable
 
@@ -134,7 +136,8 @@ def test_positions_are_counted_on_a_device_with_its_own_memory(
     """A CPU that is taken for a GPU: train, resume, eval and predict count what the run found, and score the same."""
     usual, _ = train(call, tmp_path, roberta, "usual")
     monkeypatch.setattr("lib.evaluation.batch_size.has_own_memory", lambda _: True)
-    monkeypatch.setattr("lib.training.state.State.eval_positions", 500)  # as after a lack of memory
+    short = functools.partial(State, eval_positions=500)  # as after a lack of memory
+    monkeypatch.setattr("lib.training.learner.State", short)
     flags = ["--model", roberta, *files(tmp_path), "--epochs", 2, "--output_dir", "run", *FLAGS]
     started = call("train.py", *flags)
     assert "batches of at most 500 positions" in started.stdout
