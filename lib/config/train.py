@@ -146,8 +146,9 @@ class TrainingConfig:
     save_total_limit: Annotated[int, NUMBER] = 2
     """Number of checkpoints to keep; each also holds the best model so far. 0: one, and none once the run is finished."""
     async_save: bool | None = None
-    """Write checkpoints in a thread while training goes on. For that time what is trained and AdamW's moments are in main
-    memory once more (12 bytes a trained parameter). False: training waits. [default: True on a GPU, False on a CPU]"""
+    """Write checkpoints in a thread while training goes on, from a copy in main memory of what is trained and of AdamW's
+    moments: 12 bytes a trained parameter, up to twice as much beside a GPU, where it is kept. False: training waits.
+    [default: True on a GPU, False on a CPU]"""
     resume_from_checkpoint: Annotated[str, INPUT_PATH] = "auto"
     """`auto`: the newest valid checkpoint in the output folder, if there is one; `must`: stop if there is none;
     `never`: delete the checkpoints and start again; or the folder of a checkpoint or of a run."""

@@ -91,9 +91,8 @@ def describe_memory(
 
     helps = [help_line("--async_save False", with_snapshot(found, False))] if saved else []
     for method in lighter_methods(learner.inner_model):
-        if config.model.from_scratch and not method.recomputed:
-            continue  # random weights are not kept
-        with contextlib.suppress(Exception):  # not for this architecture, or a package is missing
+        with contextlib.suppress(Exception):  # not with other flags, not for this architecture, or a package is missing
+            method.add_to(config)
             helps.append(help_line(method.flags, count(method, size)))
     fewer = size
     while found.peak > most and fewer > 1:
@@ -192,6 +191,8 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
     for method in METHODS:
         name = method.flags or "the whole model"
         try:
+            if method.load_in and getattr(hf_config, "quantization_config", None):
+                raise UserError("the weights are quantized already")
             changed = method.apply(model, source, [], precision)
         except UserError as error:
             table.append([name, f"not possible: {first_line(error)}"])

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.config.sections import AdapterConfig, ModelSource
+from lib.config.train import TrainConfig
 from lib.errors import UserError, first_line
 from lib.model.adapters.adapt import adapt, frozen_layers
 from lib.model.forward import Inputs, compute_logits
@@ -224,6 +225,17 @@ class Method:
             ("--gradient_checkpointing", self.recomputed),
         ]
         return " ".join(f"{flag} {value}" for flag, value in given if value)
+
+    def add_to(self, config: TrainConfig) -> TrainConfig:
+        """`config` with these flags. Raises UserError if train.py refuses them together with its own."""
+        training = dataclasses.replace(
+            config.training, gradient_checkpointing=self.recomputed or config.training.gradient_checkpointing
+        )
+        model = dataclasses.replace(
+            config.model, freeze=self.frozen or config.model.freeze, load_in=self.load_in or config.model.load_in
+        )
+        adapter = dataclasses.replace(config.adapter, adapter=self.adapter or config.adapter.adapter)
+        return dataclasses.replace(config, training=training, model=model, adapter=adapter)
 
     def apply(self, model: nn.Module, source: ModelSource, new_weights: list[str], precision: str) -> Any:
         """A copy of `model` on the meta device, changed as train.py would change it.

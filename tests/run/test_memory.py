@@ -125,6 +125,26 @@ def test_run_that_may_not_fit_is_told_what_helps(
         assert f"{flag}: " in warning
 
 
+def test_flags_that_this_run_refuses_are_no_help(
+    call: Command, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(roberta, tmp_path / "model")
+    monkeypatch.setattr(memory, "own_memory", lambda _: (0, 10))
+    printed = start_block(call, tmp_path / "model", "--from_scratch").splitlines()
+    warning = next(line for line in printed if "may not suffice" in line)
+    assert "--gradient_checkpointing True: " in warning
+    assert "--adapter" not in warning
+
+
+def test_what_is_quantized_already_is_not_quantized_again(roberta: Path, tmp_path: Path) -> None:
+    settings = json.loads((roberta / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    lines = compare_methods(DoctorConfig(str(tmp_path)), ModelSource(str(tmp_path))).splitlines()
+    rows = [line for line in lines if "--load_in" in line]
+    assert len(rows) == 2
+    assert all("not possible: the weights are quantized already" in row for row in rows)
+
+
 def test_methods_are_compared_without_weights(roberta: Path, tmp_path: Path) -> None:
     shutil.copy(roberta / "config.json", tmp_path)
     lines = compare_methods(DoctorConfig(str(tmp_path), max_length=1000), ModelSource(str(tmp_path))).splitlines()
