@@ -201,6 +201,13 @@ def same_weights(first: Path, second: Path) -> bool:
     return all(name.is_file() for name in names) and names[0].read_bytes() == names[1].read_bytes()
 
 
+def same_runs(first: Done, second: Done) -> bool:
+    """Whether all losses, and the weights of all checkpoints, are equal bit by bit."""
+    pairs = zip(first.checkpoints, second.checkpoints, strict=False)
+    as_many = len(first.checkpoints) == len(second.checkpoints) > 0
+    return as_many and first.logged() == second.logged() and all(same_weights(*pair) for pair in pairs)
+
+
 # ---------------------------------------------------------------------------------------------------- what must be equal
 
 
@@ -234,6 +241,10 @@ def check_right(runner: Runner, jobs: int) -> None:
         "graphs": ((*plain, *graphs), runner.stand_in),
         "one length": ((*short, *BF16, *one_length), {}),
         "one length, graphs": ((*kept, *one_length, *graphs), runner.stand_in),
+        "casts of autocast": ((*kept, "--bf16_weights", False), {}),
+        "bf16 copies": ((*kept, "--bf16_weights", True), {}),
+        "checkpoints at once": ((*kept, "--async_save", False), {}),
+        "checkpoints meanwhile": ((*kept, "--async_save", True), {}),
     }
     if not runner.on_gpu:
         for name in ("fp16", "overflow", "compiled"):
@@ -269,11 +280,14 @@ def check_right(runner: Runner, jobs: int) -> None:
         runner.note(
             "steps that overflow in fp16 are skipped", 0 < skipped < len(norms), steps=len(norms), skipped=skipped
         )
-    for name in ("short", "long"):
-        one, two = (good.get(f"{name} {number}") for number in (1, 2))
-        if one and two:
-            equal = one.logged() == two.logged() and same_weights(one.checkpoints[-1], two.checkpoints[-1])
-            runner.note(f"equal runs are equal bit by bit, {name} texts", equal, gap=gap(one.logged(), two.logged()))
+    for what, one, other in (
+        ("equal runs are equal bit by bit, short texts", "short 1", "short 2"),
+        ("equal runs are equal bit by bit, long texts", "long 1", "long 2"),
+        ("bf16 copies of weights change no bit", "bf16 copies", "casts of autocast"),
+        ("checkpoints written meanwhile change no bit", "checkpoints meanwhile", "checkpoints at once"),
+    ):
+        if {one, other} <= good.keys():
+            runner.note(what, same_runs(good[one], good[other]), gap=gap(good[one].logged(), good[other].logged()))
     if "short 1" in good:
         check_resume(runner, "a resumed run", good["short 1"], kept)
     if "one length, graphs" in good:
@@ -283,6 +297,7 @@ def check_right(runner: Runner, jobs: int) -> None:
         check_memory(runner, good["roomy"], crowded)
     if "float32" in good:
         check_evaluation(runner, good["float32"])
+    check_padding_free(runner)
     if runner.on_gpu and torch.cuda.device_count() > 1 and "float32" in good:
         check_processes(runner, good["float32"], plain)
 
@@ -328,6 +343,18 @@ def check_evaluation(runner: Runner, run: Done) -> None:
     one, two = map(probabilities, scored)
     largest = max(abs(a - b) for a, b in zip(one, two, strict=True))
     runner.note("eval.py equals the CPU", largest < 1e-4, largest=largest)
+
+
+def check_padding_free(runner: Runner) -> None:
+    """Texts in one row, without padding, get the logits of padded ones: in bf16 on a GPU, tiny ones in float32 on a CPU."""
+    tiny = [] if runner.on_gpu and not runner.tiny else ["--tiny"]
+    done = runner.run("padding_free", ROOT / "benchmarks" / "padding_free.py", *tiny)
+    name = "texts in one row equal padded ones"
+    try:
+        found = json.loads(done.out.strip().splitlines()[-1])
+        runner.note(name, found["largest_difference"] < (0.05 if runner.on_gpu else 1e-5), **found)
+    except (IndexError, ValueError, KeyError):
+        runner.note(name, False, why=done.end)
 
 
 def check_processes(runner: Runner, one: Done, flags: tuple) -> None:
@@ -467,11 +494,11 @@ def profiled(train: Any, first: int, folder: Path) -> Iterator[None]:
             state["profile"].__exit__(None, None, None)
             seen.update(count_events(state["profile"].events(), count))
 
-    def recorded(graphs: StepGraphs, work: Callable[[], None]) -> Callable[[], None]:
+    def recorded(graphs: StepGraphs, work: Callable[[], None], length: int) -> Callable[[], None] | None:
         synchronize(on_gpu)
         started, held = time.perf_counter(), torch.cuda.memory_reserved() if on_gpu else 0
-        replay = record(graphs, work)
-        found = {"graphs": 1, "recording_seconds": time.perf_counter() - started}
+        replay = record(graphs, work, length)
+        found = {"graphs": int(replay is not None), "recording_seconds": time.perf_counter() - started}
         found["recording_gib"] = (torch.cuda.memory_reserved() - held) / 2**30 if on_gpu else 0
         seen.update({name: round(seen.get(name, 0) + value, 3) for name, value in found.items()})
         return replay

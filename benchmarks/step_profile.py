@@ -56,12 +56,13 @@ KINDS = ("operations", "copies", "casts", "views", "reads")
 READS = {"_local_scalar_dense", "nonzero"}
 """Operations that wait for a GPU, to give Python a number or a shape."""
 
-WAYS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "the model makes its mask": (False, {"lib.training.step.with_ready_mask": lambda model, inputs, *_: inputs}),
-    "the mask is ready": (False, {}),
-    "--cuda_graphs, beside the replay": (True, {}),
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "the model makes its mask": ({}, {"lib.training.step.with_ready_mask": lambda model, inputs, *_: inputs}),
+    "the mask is ready": ({}, {}),
+    "--bf16_weights True": ({"bf16_weights": True}, {}),
+    "--cuda_graphs, beside the replay": ({"cuda_graphs": True}, {}),
 }
-"""Whether a step is replayed, and what is replaced."""
+"""Settings of training, and what is replaced. --bf16_weights, of bf16 alone, has the mask ready as well."""
 
 
 class Tally(TorchDispatchMode):
@@ -89,7 +90,7 @@ class Tally(TorchDispatchMode):
 
 def count_step(precision: str, way: str, flags: list[str]) -> dict[str, int]:
     """Operations by kind of the third step on one batch: by then a graph is recorded."""
-    replayed, replaced = WAYS[way]
+    settings, replaced = WAYS[way]
     tally = Tally()
 
     class Uncounted(CalledAgain):
@@ -111,7 +112,7 @@ def count_step(precision: str, way: str, flags: list[str]) -> dict[str, int]:
     }
     AcceleratorState._reset_state(reset_partial_state=True)  # of another precision
     accelerator = build_accelerator(config.device)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, cuda_graphs=replayed))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, **settings))
     with contextlib.ExitStack() as stack:
         for name, value in (on_gpu | replaced).items():
             stack.enter_context(mock.patch(name, value))
@@ -140,7 +141,12 @@ def main() -> None:
     parser.add_argument("flags", nargs="*", help="of train.py, after --")
     options = parser.parse_args()
     found = {
-        precision: {way: count_step(precision, way, options.flags) for way in WAYS} for precision in options.precision
+        precision: {
+            way: count_step(precision, way, options.flags)
+            for way in WAYS
+            if precision == "bf16" or way != "--bf16_weights True"
+        }
+        for precision in options.precision
     }
     print("| precision | step | " + " | ".join(KINDS) + " |\n|---|---|" + "---|" * len(KINDS))
     for precision, ways in found.items():

@@ -22,6 +22,7 @@ from lib.evaluation.scores import compute_metrics
 from lib.evaluation.thresholds import has_thresholds, store_thresholds, stored_thresholds, tune_thresholds
 from lib.model.forward import compute_logits
 from lib.model.losses import PLAIN, Loss
+from lib.model.masks import is_padded, with_ready_mask
 from lib.model.sharding import is_sharded, without_gradients
 from lib.runtime.launch_checks import read_sharding
 from lib.runtime.memory import StartAgain, is_out_of_memory
@@ -129,7 +130,8 @@ def predict_table(
         results.index_add_(0, indices, rows[: len(indices)])  # none of a stand-in
 
     with without_gradients(model):
-        return results if share_batches(accelerator, split, batches, compute, "evaluation") else None
+        masked = None if split.unpadded or split.packed else model
+        return results if share_batches(accelerator, split, batches, compute, "evaluation", masked) else None
 
 
 def predict_batch(model: nn.Module, batch: Tensors, loss: Loss, unpadded: bool) -> torch.Tensor:
@@ -147,9 +149,11 @@ def share_batches(
     batches: list[Indices],
     compute: Callable[[torch.Tensor, Tensors], None],
     what: str,
+    masked: nn.Module | None = None,
 ) -> bool:
     """Call `compute` with the indices and tensors of each batch of this process; False after an out-of-memory error.
 
+    The tensors hold the mask that is ready for `masked`, where one is given.
     All processes advance from batch to batch together, so they can agree to stop, or to start again with smaller batches.
     Where a model is in shards, all of them compute every time: one that has no batch left gets a text and no indices; and
     an out-of-memory error is raised, since the others cannot be told.
@@ -167,7 +171,10 @@ def share_batches(
         failed = False
         if index < len(mine):
             try:
-                batch = to_device(next(loader), accelerator.device)
+                tensors = next(loader)
+                batch = to_device(tensors, accelerator.device)
+                if masked is not None:  # by itself it would look for padding, and wait for the device
+                    batch = with_ready_mask(masked, batch, accelerator.mixed_precision, is_padded(tensors))
                 compute(places[index] if index < own else places[index][:0], batch)
             except (RuntimeError, MemoryError) as error:
                 if sharding or not is_out_of_memory(error):

@@ -21,7 +21,8 @@ def check_place(on_gpu: bool) -> None:
     if not on_gpu:
         raise UserError(
             "--compile needs a GPU: on a CPU its steps took 1.01 times the time of steps without it (median of 16 pairs, a "
-            "small BERT in batches of 32, one thread of an AMD EPYC), after 14 to 85 seconds of compiling. Leave it out"
+            "small BERT in batches of 32, one thread of an AMD EPYC), after 14 to 85 seconds of compiling. Leave it out, and add "
+            "--allow_changes to go on with a run that was begun with it"
         )
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from lib.data.loader import MicroBatch, StepBatch
 from lib.errors import UserError, first_line
 from lib.model.masks import reads_ready_mask, with_ready_mask
 from lib.model.sharding import is_sharded
+from lib.runtime.memory import is_out_of_memory
 from lib.runtime.seeds import seed_everything
 from lib.runtime.watchdog import beat
 from lib.training.plan import Plan
@@ -32,6 +34,10 @@ logger = logging.getLogger(__name__)
 
 Update = Callable[[StepBatch], tuple[torch.Tensor, torch.Tensor]]
 """Changes the weights by one step on a batch; returns its summed loss and its gradient norm, on the device."""
+
+OWN_MASK = "makes its own mask of attention, and that a recorded step makes the same one is not proven yet"
+"""Why steps of other models than those of `reads_ready_mask` are not recorded: within a recording, transformers takes
+another way there, without looking for padding."""
 
 LENGTHS_PER_DOUBLING = 4
 """Lengths that are recorded between one and the double of it, for texts of more than 64 tokens; for others, multiples of 8."""
@@ -85,12 +91,30 @@ class Recorder:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Record the work without doing it; what is returned does it, with random numbers of the generator's seed then."""
+        """Record the work without doing it; what is returned does it, with random numbers of the generator's seed then.
+
+        Raises the first error of `work`. Its cause is the error of the recording's end, if that failed as well: then this
+        process cannot go on with the GPU. The current stream is that of before in any case.
+        """
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
-        # Other threads, which pin batches or write checkpoints, may ask the driver for memory meanwhile.
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-            work()
+        first: Exception | None = None
+        try:
+            # Other threads, which pin batches or write checkpoints, may ask the driver for memory meanwhile. Where its end
+            # fails, `torch.cuda.graph` leaves its stream the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    work()
+                except Exception as error:
+                    first = error
+                    raise
+        except Exception as error:
+            if first is None or first is error:
+                raise
+            raise first from error  # after a forbidden call the end says only that the recording is void
         return graph.replay
 
 
@@ -99,7 +123,8 @@ class StepGraphs:
 
     Of each length, the first step is made as always, but in the fixed shape and on the side stream; the second is recorded,
     then replayed. What a recording reads or writes keeps its place in memory: weights and moments, the tensors of the
-    batch, learning rates, loss and norm. What it cannot hold, `reason` says, or a step is made as always.
+    batch, learning rates, loss and norm. What it cannot hold, `reason` says, or a step is made as always. Where memory is too
+    short to record a length, all its steps are made as the first one, so that no number changes.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, plan: Plan) -> None:
@@ -108,21 +133,29 @@ class StepGraphs:
         self.rows = min(plan.config.train_batch_size, len(plan.lengths))
         self.longest = int(plan.lengths.max(initial=1))
         self.reason = self.find_reason() if plan.config.cuda_graphs else ""
-        """Why no step is recorded; None where steps are."""
+        """Why no step can be recorded; empty where nothing is in the way."""
         self.batches: dict[int, StepBatch] = {}
         """By length, the tensors that the steps of that length read."""
-        self.replays: dict[int, Callable[[], None]] = {}
+        self.replays: dict[int, Callable[[], None] | None] = {}
+        """By length, what replays a step; None: memory was too short to record it."""
+        self.said_limit: int | None = None
+        """The limit of positions that the log names."""
         self.recorder: Any = None
         self.recording = False
         """Whether a step is being recorded: it must not be tried again."""
-        if self.reason is None:
+        if self.records:
             self.recorder = Recorder(accelerator.device)
             self.pad_token_id = accelerator.unwrap_model(model).config.pad_token_id or 0
             self.rates = [torch.zeros((), device=accelerator.device) for _ in self.optimizer.param_groups]
             self.loss, self.norm = (torch.zeros((), device=accelerator.device) for _ in range(2))
 
-    def find_reason(self) -> str | None:
-        """What of this run cannot be recorded, in words."""
+    @property
+    def records(self) -> bool:
+        """Whether steps are recorded."""
+        return self.plan.config.cuda_graphs and not self.reason
+
+    def find_reason(self) -> str:
+        """What of this run cannot be recorded, in words; empty if all of it can."""
         if self.accelerator.num_processes > 1 or is_sharded(self.model):
             return "several processes agree within each step"
         if self.accelerator.scaler is not None:
@@ -130,16 +163,20 @@ class StepGraphs:
         if self.plan.micro_batch_size < self.rows:
             return "a step has several micro-batches"
         if not reads_ready_mask(self.model):
-            return "this model looks for padding in every forward"
-        return None
+            return f"this model {OWN_MASK}"
+        return ""
 
     def describe(self, in_windows: bool) -> str:
         """What becomes of `--cuda_graphs`, in words; `in_windows`: long texts take several rows."""
-        reason = "texts are divided into windows by the CPU" if in_windows and self.reason is None else self.reason
-        if reason is not None:
+        reason = self.reason or ("texts are divided into windows by the CPU" if in_windows else "")
+        if reason:
             return f"none, every step is run by Python: {reason}"
-        lengths = sorted({recorded_length(length, self.longest) for length in range(1, self.longest + 1)})
-        return f"one for each padded length that occurs, at most {len(lengths)}; not yet tried on a GPU by this project"
+        count = len(self.lengths())
+        return f"one for each padded length that occurs, at most {count}; not yet tried on a GPU by this project"
+
+    def lengths(self) -> list[int]:
+        """The lengths that texts of this run are padded to, the shortest first."""
+        return sorted({recorded_length(length, self.longest) for length in range(1, self.longest + 1)})
 
     def run(self, update: Update, batch: StepBatch, state: State) -> tuple[torch.Tensor, torch.Tensor]:
         """(summed loss, gradient norm) of one step, by `update` itself or by a replay of what it did for this length."""
@@ -157,33 +194,47 @@ class StepGraphs:
             self.loss.copy_(loss)
             self.norm.copy_(norm)
 
-        if length not in self.batches:
-            self.batches[length] = static
+        if length in self.batches and length not in self.replays:
+            seed()  # while it is recorded, a generator takes no other seed
+            self.replays[length] = self.record(work, length)
+        self.batches[length] = static
+        replay = self.replays.get(length)
+        if replay is None:
             with self.rates_on_device():
                 self.recorder.warm_up(work)
             return self.loss, self.norm
-        if length not in self.replays:
-            seed()  # while it is recorded, a generator takes no other seed
-            self.replays[length] = self.record(work)
         for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
         seed()  # a replay draws by the seed that is set before it
-        self.replays[length]()
+        replay()
         return self.loss, self.norm
 
     def length_of(self, micro_batches: list[MicroBatch], positions: int | None) -> int | None:
-        """The recorded length for a step of these micro-batches; None where the step is made as always."""
-        if self.reason is not None or len(micro_batches) > 1 or "num_windows" in micro_batches[0].inputs:
-            return None
+        """The recorded length for a step of these micro-batches; None where the step is made as always.
+
+        A limit of `positions`, of a lack of memory in this run or the one that it resumes, is logged with what it means here.
+        """
         inputs = micro_batches[0].inputs
-        if (
-            "rows" in inputs and inputs["input_ids"].shape[1] > 1
-        ):  # of cached layers, which is known here for the first time
-            self.reason = "the layers above the cached ones look for padding in every forward"
+        if not self.records or "num_windows" in inputs:
+            return None
+        if "rows" in inputs and inputs["input_ids"].shape[1] > 1:  # of cached layers: known here for the first time
+            self.reason = f"the part above the cached layers {OWN_MASK}"
             logger.warning("--cuda_graphs: %s", self.describe(in_windows=False))
             return None
         length = recorded_length(inputs["input_ids"].shape[1], self.longest)
-        return length if positions is None or self.rows * length <= positions else None
+        if len(micro_batches) == 1 and (positions is None or self.rows * length <= positions):
+            return length
+        if positions != self.said_limit:
+            self.said_limit = positions
+            fitting = [length for length in self.lengths() if self.rows * length <= positions]
+            logger.warning(
+                "--cuda_graphs: out of memory before, and at most %d positions (rows x padded length) fit in a forward: %s",
+                positions,
+                f"steps of texts of more than {fitting[-1]} tokens are run by Python"
+                if fitting
+                else "no step is recorded",
+            )
+        return None
 
     def fill(self, micro_batch: MicroBatch, length: int, weight: float) -> StepBatch:
         """The batch of this length, whose tensors now hold `micro_batch`; `weight` is that of the step."""
@@ -204,19 +255,33 @@ class StepGraphs:
         divisor.fill_(weight)
         return static
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Raises UserError if the step does what cannot be recorded."""
+    def record(self, work: Callable[[], None], length: int) -> Callable[[], None] | None:
+        """The replay of a step of this length; None where memory is too short for it, which is logged.
+
+        Raises UserError if the step does what cannot be recorded.
+        """
         self.recording = True
         try:
             with self.rates_on_device(capturable=True):
                 return self.recorder.record(work)
-        except RuntimeError as error:
-            raise UserError(
-                f"--cuda_graphs: a step cannot be recorded: {first_line(error)}\nA recorded step may read no number of the GPU "
-                "(.item(), print, if), and needs some memory more. Leave --cuda_graphs out, or try a smaller --train_batch_size"
-            ) from error
+        except (RuntimeError, MemoryError) as error:
+            # With a cause, the recording could not be ended: the GPU would go on recording.
+            if not is_out_of_memory(error) or error.__cause__ is not None:
+                raise UserError(
+                    f"--cuda_graphs: a step cannot be recorded: {first_line(error)}\nA recorded step may read no number of the "
+                    "GPU (.item(), print, if). Leave --cuda_graphs out, and add --allow_changes to go on with this run"
+                ) from error
         finally:
             self.recording = False
+        self.optimizer.zero_grad()  # gradients lie where the recording would have put them, and hold no numbers
+        clear_device_cache(garbage_collection=True)
+        logger.warning(
+            "--cuda_graphs: too little memory to record a step of %d texts of %d tokens: those steps are run by Python, at the "
+            "same padding, and no number changes",
+            self.rows,
+            length,
+        )
+        return None
 
     @contextlib.contextmanager
     def rates_on_device(self, capturable: bool = False) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """Every sample is predicted once, in input order, and no batching changes a number."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,24 @@ def test_logits_are_those_of_single_texts_for_any_batch_size(
     np.testing.assert_allclose(predictions.logits, single_logits, rtol=0, atol=1e-5)
     assert predictions.labels.tolist() == parts[1]["labels"][:]
     assert np.ptp(single_logits, axis=0).min() > 0.1
+
+
+@pytest.mark.parametrize("way", ["unpadded", "packed"])
+def test_mask_of_tokens_is_kept_where_evaluation_reads_it(
+    way: str, accelerator: Accelerator, parts: tuple, monkeypatch: Any
+) -> None:
+    model, tokens, lengths, collator = parts
+    split = Split("test", tokens, lengths, collator, len(NAMES), CLASSIFICATION, **{way: True})
+    given: list[Any] = []
+
+    def share_batches(*arguments: Any) -> bool:
+        given.append(arguments[5])
+        return True
+
+    monkeypatch.setattr(scoring, "share_batches", share_batches)
+    scoring.predict_table(accelerator, model, split, [])
+    scoring.predict_table(accelerator, model, dataclasses.replace(split, **{way: False}), [])
+    assert given == [None, model]
 
 
 def test_losses_are_the_cross_entropy_of_each_sample(accelerator: Accelerator, parts: tuple) -> None:

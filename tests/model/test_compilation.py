@@ -86,7 +86,7 @@ def test_on_a_cpu_it_is_refused_before_data_is_read(call, roberta, tmp_path):
     files = ["--train_file", tmp_path / "missing.csv", "--report_to", "none"]
     done = call("train.py", "--model", roberta, *files, "--compile", code=2)
     assert "error: --compile needs a GPU" in done.stderr
-    assert "Leave it out" in done.stderr
+    assert "Leave it out, and add --allow_changes to go on with a run that was begun with it" in done.stderr
 
 
 def test_it_is_not_refused_on_a_gpu(monkeypatch):

@@ -4,14 +4,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from lib.config.sections import CLASSIFICATION
+from lib.data.loader import Split, build_collator
+from lib.evaluation import scoring
+from lib.evaluation.batch_size import BatchSize, split_batches
+from lib.evaluation.predictions import Predictions
 from lib.model.forward import compute_logits
 from lib.model.masks import is_padded, reads_ready_mask, with_ready_mask
 from lib.runtime.cpu.kernels import use_cpu_kernels
+from tests.conftest import tiny_tokenizer
 from tests.tiny_models import ENCODER, NAMES, SETTINGS, build_from, labels, save_classifier
 
 EXACT = ("bert", "distilbert", "electra", "roberta", "xlm-roberta")
@@ -95,6 +104,37 @@ def test_forward_and_backward_read_nothing_from_the_device(kind, implementation)
     with Count() as made:
         learn(model, with_ready_mask(model, inputs, "no", is_padded(inputs)))
     assert made.operations["_local_scalar_dense"] == made.operations["nonzero"] == 0
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", EXACT)
+def test_evaluation_reads_nothing_from_the_device_and_no_bit_changes(
+    kind, implementation, precision, monkeypatch, tmp_path
+):
+    """Also with the weights of linear layers in bf16, as an evaluation holds them; batches with padding and without."""
+    model, accelerator = build(kind, implementation), Accelerator(cpu=True)
+    monkeypatch.setattr(type(accelerator), "mixed_precision", precision)
+    ids = [[0, *range(5, 5 + length), 2] for length in (1, 1, 4, 9, 2, 7, 3)]
+    tokens = Dataset.from_dict({"input_ids": ids, "labels": [0, 1, 2, 0, 1, 2, 0]})
+    tiny_tokenizer(tmp_path)
+    collator = build_collator(AutoTokenizer.from_pretrained(tmp_path), precision, accelerator.device)
+    split = Split("test", tokens, np.array(list(map(len, ids))), collator, len(NAMES), CLASSIFICATION)
+
+    def score() -> tuple[Predictions, int]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), Count() as count:
+            found = scoring.predict(accelerator, model, split, BatchSize(2))
+        return found, count.operations["_local_scalar_dense"] + count.operations["nonzero"]
+
+    made, reads = score()
+    assert reads == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "with_ready_mask", lambda _, inputs, *__: inputs)
+        own, reads = score()
+    assert reads == len(split_batches(split, BatchSize(2))) > 2
+    assert np.array_equal(made.logits, own.logits)
+    assert np.array_equal(made.losses, own.losses)
+    assert np.ptp(own.logits, axis=0).min() > 0
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -78,11 +78,13 @@ class Tape(TorchDispatchMode):
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         self.recordings += 1
         self.operations, self.own, self.before = [], set(), []
-        with self:
-            work()
-        with torch.no_grad():
-            for tensor, values in reversed(self.before):
-                tensor.copy_(values)
+        try:
+            with self:
+                work()
+        finally:
+            with torch.no_grad():
+                for tensor, values in reversed(self.before):
+                    tensor.copy_(values)
         return functools.partial(self.replay, self.operations)
 
     def replay(self, operations: list[Any]) -> None:
@@ -238,29 +240,130 @@ def test_recorded_step_reads_nothing_and_its_tensors_stay_where_they_are(kind, i
     assert all(type(group["lr"]) is float for group in learner.optimizer.optimizer.param_groups)
 
 
-@pytest.mark.parametrize("fault", ["reads a number", "runs out of memory"])
-def test_step_that_cannot_be_recorded_ends_the_run_with_the_reason(fault, monkeypatch, roberta, tmp_path):
-    monkeypatch.setattr(step_graphs, "Recorder", Tape)
-    monkeypatch.setattr(step, "gradient_norm", nn.utils.get_total_norm)
-    experiment = experiment_of(roberta, tmp_path)
+def fail_while_recording(monkeypatch, learner, fail: Callable[[torch.Tensor], None], longest: int = 0) -> None:
+    """Have `fail` called with the loss of each micro-batch of `longest` tokens or more that is being recorded."""
     original = train.forward_backward
 
-    def forward_backward(*arguments):
-        loss = original(*arguments)
-        if fault == "reads a number":
-            loss.item()
-        elif experiment.learner.graphs.recording:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    def forward_backward(learner, micro_batch, *arguments):
+        loss = original(learner, micro_batch, *arguments)
+        if learner.graphs.recording and micro_batch.inputs["input_ids"].shape[1] >= longest:
+            fail(loss)
         return loss
 
     monkeypatch.setattr(train, "forward_backward", forward_backward)
-    with pytest.raises(UserError, match=r"--cuda_graphs: a step cannot be recorded.*\n.*Leave --cuda_graphs out"):
+
+
+def no_memory(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def no_end(_: torch.Tensor) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory") from RuntimeError("operation failed due to a previous error")
+
+
+@pytest.mark.parametrize("fail", [torch.Tensor.item, no_end])
+def test_step_that_cannot_be_recorded_ends_the_run_with_the_reason(fail, monkeypatch, roberta, tmp_path):
+    """Also where memory was too short and the recording could not be ended."""
+    monkeypatch.setattr(step_graphs, "Recorder", Tape)
+    monkeypatch.setattr(step, "gradient_norm", nn.utils.get_total_norm)
+    experiment = experiment_of(roberta, tmp_path)
+    fail_while_recording(monkeypatch, experiment.learner, fail)
+    advice = r"Leave --cuda_graphs out, and add --allow_changes to go on with this run"
+    with pytest.raises(UserError, match=rf"--cuda_graphs: a step cannot be recorded.*\n.*{advice}"):
         experiment.train()
     assert experiment.learner.state.micro_batch_positions is None
     assert not experiment.learner.graphs.recording
 
 
-def test_step_that_does_not_fit_in_memory_is_made_in_smaller_micro_batches_from_then_on(monkeypatch, roberta, tmp_path):
+@pytest.mark.parametrize("longest", [0, 24])
+def test_length_that_memory_is_too_short_to_record_is_run_by_python_with_equal_numbers(
+    longest, monkeypatch, caplog, roberta, tmp_path
+):
+    """With dropout, and a line for each such length; the others are replayed."""
+    monkeypatch.setattr(step_graphs, "Recorder", Tape)
+    monkeypatch.setattr(step, "gradient_norm", nn.utils.get_total_norm)
+    use_cpu_kernels(False)
+    eager = experiment_of(roberta, tmp_path, cuda_graphs=False)
+    wanted = eager_steps(eager)
+    graphed = experiment_of(roberta, tmp_path)
+    learner = graphed.learner
+    fail_while_recording(monkeypatch, learner, no_memory, longest)
+    original, shapes = train.compute_logits, []
+
+    def compute_logits(model, inputs):
+        shapes.append(tuple(inputs["input_ids"].shape))
+        return original(model, inputs)
+
+    monkeypatch.setattr(train, "compute_logits", compute_logits)
+    found = graphed.train()
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(weights(graphed), weights(eager), atol=1e-6, rtol=0)
+    graphs = learner.graphs
+    failed = {length for length, replay in graphs.replays.items() if replay is None}
+    assert failed == {length for length in graphs.replays if length >= longest}
+    assert bool(failed)
+    assert longest == 0 or failed < graphs.replays.keys()
+    assert {rows for rows, _ in shapes} == {8}
+    assert {length for _, length in shapes} == graphs.batches.keys()
+    said = [record.getMessage() for record in caplog.records if "too little memory to record" in record.getMessage()]
+    assert len(said) == len(failed) == len({line for line in said if "8 texts of" in line})
+    assert learner.state.micro_batch_positions is None
+    assert all(p.grad is None for p in learner.model.parameters())
+
+
+def test_first_error_of_a_recording_is_raised_and_the_stream_is_that_of_before(monkeypatch):
+    """Its end fails after a call that is not allowed, and leaves its own stream the current one."""
+    streams = ["current"]
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            self.before = streams[-1]
+            streams.append(self.name)
+
+        def __exit__(self, *_: Any) -> None:
+            streams.append(self.before)
+
+    class Recording(Stream):
+        def __init__(self, graph: Any, pool: Any, stream: str, **_: Any) -> None:
+            super().__init__(stream)
+
+        def __exit__(self, *error: Any) -> None:
+            if error[0] is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            super().__exit__()
+
+    class Graph:
+        def register_generator_state(self, _: Any) -> None:
+            pass
+
+        def replay(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    recorder = step_graphs.Recorder.__new__(step_graphs.Recorder)
+    recorder.generator, recorder.pool, recorder.stream = (None, None, "side")
+
+    def work() -> None:
+        assert streams[-1] == "side"
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted") as raised:
+        recorder.record(work)
+    assert "previous error" in str(raised.value.__cause__)
+    assert streams[-1] == "current"
+    recorder.record(lambda: None)()
+    assert streams[-1] == "current"
+
+
+def test_step_that_does_not_fit_in_memory_is_made_in_smaller_micro_batches_from_then_on(
+    monkeypatch, caplog, roberta, tmp_path
+):
     monkeypatch.setattr(step_graphs, "Recorder", Called)
     experiment = experiment_of(roberta, tmp_path, num_train_epochs=2)
     original, shapes = train.compute_logits, []
@@ -282,6 +385,23 @@ def test_step_that_does_not_fit_in_memory_is_made_in_smaller_micro_batches_from_
     few = [stretch(long, 8, 24, 1).split(48)[0]]  # it fits, but not once it is filled with rows
     assert graphs.length_of(few, few[0].positions) is None
     assert graphs.length_of(few, 8 * few[0].inputs["input_ids"].shape[1]) is not None
+    said = [record.getMessage() for record in caplog.records if "--cuda_graphs" in record.getMessage()]
+    assert len(said) == len(set(said)) == 2  # of the run's limit, and of the other one
+    longest = max(length for length in graphs.lengths() if 8 * length <= state.micro_batch_positions)
+    assert f"at most {state.micro_batch_positions} positions" in said[0]
+    assert f"steps of texts of more than {longest} tokens" in said[0]
+
+
+def test_limit_of_a_resumed_run_that_leaves_nothing_to_record_is_said_once(monkeypatch, caplog, roberta, tmp_path):
+    monkeypatch.setattr(step_graphs, "Recorder", Called)
+    experiment = experiment_of(roberta, tmp_path, num_train_epochs=1)
+    experiment.learner.state.micro_batch_positions = 63  # as from a checkpoint
+    experiment.train()
+    assert not experiment.learner.graphs.batches
+    said = [record.getMessage() for record in caplog.records if "--cuda_graphs" in record.getMessage()]
+    assert len(said) == 1
+    assert "at most 63 positions" in said[0]
+    assert "no step is recorded" in said[0]
 
 
 def test_lengths_are_near():
@@ -306,7 +426,7 @@ def test_what_cannot_be_recorded_is_said_and_runs_as_without_the_flag(monkeypatc
     assert not several.learner.graphs.batches
 
     modern = experiment_of(any_classifier("modernbert", tmp_path / "modern"), tmp_path)
-    assert "looks for padding" in modern.learner.graphs.describe(in_windows=False)
+    assert "makes its own mask of attention" in modern.learner.graphs.describe(in_windows=False)
 
     plain = experiment_of(roberta, tmp_path)
     assert "one for each padded length" in plain.learner.graphs.describe(in_windows=False)
@@ -316,14 +436,14 @@ def test_what_cannot_be_recorded_is_said_and_runs_as_without_the_flag(monkeypatc
     assert "fp16" in dataclasses.replace(plain.learner).graphs.describe(in_windows=False)
     accelerator.scaler = None
     monkeypatch.setattr(type(accelerator), "num_processes", 2)
-    assert "several processes" in (plain.learner.graphs.find_reason() or "")
+    assert "several processes" in plain.learner.graphs.find_reason()
 
 
 def test_without_the_flag_nothing_is_padded_or_kept(roberta, tmp_path):
     experiment = experiment_of(roberta, tmp_path, cuda_graphs=False, num_train_epochs=1)
     experiment.train()
     graphs = experiment.learner.graphs
-    assert (graphs.recorder, graphs.batches, graphs.replays) == (None, {}, {})
+    assert (graphs.records, graphs.recorder, graphs.batches, graphs.replays) == (False, None, {}, {})
 
 
 def test_flag_is_refused_without_a_gpu(run, roberta, tmp_path):
@@ -375,7 +495,9 @@ def test_head_on_cached_features_is_recorded_and_layers_above_cached_ones_are_no
     losses = []
     for name, more in (("plain", ()), ("graphs", ("--cuda_graphs",))):
         done = call("train.py", *flags, *more, "--output_dir", name)
-        assert ("cached ones look for padding" in done.stderr) == (frozen == "1" and name == "graphs")
+        assert ("the part above the cached layers makes its own mask" in done.stderr) == (
+            frozen == "1" and name == "graphs"
+        )
         losses.append(
             [line["train/loss"] for line in read_lines(tmp_path / name / "metrics.jsonl") if "train/loss" in line]
         )
