@@ -160,13 +160,14 @@ def share_batches(
     if sharding and own < rounds:
         mine = [*mine, batches[0][-1:]]
     loader = iter(build_loader(split.tokens, mine, split.collator))
-    places = place_once(mine, accelerator.device)
+    places: Sequence[torch.Tensor] = ()
     for index in range(rounds):
         beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
         failed = False
         if index < len(mine):
             try:
+                places = places or place_once(mine, accelerator.device)
                 batch = to_device(next(loader), accelerator.device)
                 compute(places[index] if index < own else places[index][:0], batch)
             except (RuntimeError, MemoryError) as error:
@@ -180,8 +181,6 @@ def share_batches(
 
 def place_once(batches: list[Indices], device: torch.device) -> Sequence[torch.Tensor]:
     """The indices of all batches on `device`, by one copy: each copy from memory that is not pinned waits for a GPU."""
-    if not batches:
-        return ()
     return torch.from_numpy(np.concatenate(batches)).to(device).split([len(batch) for batch in batches])
 
 
