@@ -64,7 +64,7 @@ def main(config: EvalConfig) -> None:
     collator = build_collator(tokenizer, accelerator.mixed_precision, accelerator.device, data.padded_to)
     batches = check_padding(accelerator, model, Batches(data, collator), tokenizer, config.padding_free)
     split = batches.split(config.split)
-    size = choose_size(config.per_device_eval_batch_size, accelerator.device, trained.eval_positions)
+    size = choose_size(config.per_device_eval_batch_size, accelerator.device, trained.eval_size)
     scored = evaluate(accelerator, model, split, metrics.names, size, thresholds=thresholds)
     if accelerator.is_main_process:
         with locked_folder(folder, wait=60), explaining(folder, AGAIN):

@@ -19,10 +19,12 @@ from transformers import get_scheduler
 sys.path.insert(0, ".")
 
 from lib.config.cli import parse_cli
+from lib.config.sections import EVAL_SAMPLES
 from lib.config.train import TrainConfig
-from lib.data.batching import epoch_batches, eval_batches
+from lib.data.batching import epoch_batches
 from lib.data.load import Data, load_data
 from lib.data.loader import Collator, build_collator, build_loader
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.report import format_table
 from lib.model.load import build_model, load_tokenizer
 from lib.runtime.seeds import seed_everything
@@ -36,7 +38,7 @@ WARMUP_STEPS = 300
 def encode(model: nn.Module, data: Data, split: str, collator: Collator, dropout: bool) -> torch.Tensor:
     """float32 (samples, size): what the head reads of each text."""
     body: Any = getattr(model, str(model.base_model_prefix)).train(dropout)
-    batches = eval_batches(data.lengths[split], 64)
+    batches = BatchSize(EVAL_SAMPLES).batches(data.lengths[split])
     rows = []
     for batch in build_loader(data.tokens[split], batches, collator):
         batch.pop("labels")

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import padding_free
 from lib.config.cli import parse_cli
 from lib.config.train import TrainConfig
+from lib.run.introduction import describe_padding
 from lib.training.state import State
 from tests.conftest import Command, read_lines, results_of, sentences, write_csv
 from tests.tiny_models import trainable
@@ -49,6 +50,11 @@ def test_training_and_scores_are_those_with_padding(call: Command, roberta: Path
     assert found["test/loss"] == pytest.approx(padded["test/loss"], abs=1e-5)
     assert json.loads((tmp_path / "packed/record.json").read_text())["attention"] == "segments"
     assert "segments" not in (tmp_path / "packed/model/config.json").read_text()
+    with_padding, without = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("padded", "packed"))
+    for name in ("group_by_length", "evaluation"):
+        assert with_padding[f"padding_{name}"] > 0 == without[f"padding_{name}"]
+    for name in ("random", "pad_to_max_length"):
+        assert with_padding[f"padding_{name}"] == without[f"padding_{name}"] > 0
 
     usual = results_of(call("eval.py", "--run", "packed", "--output_dir", "usual"))
     again = results_of(call("eval.py", "--run", "packed", "--output_dir", "again", "--padding_free"))
@@ -80,6 +86,30 @@ def test_two_processes_give_the_numbers_of_one(call: Command, run: Command, robe
     scored = results_of(run("eval.py", "--run", "one", "--output_dir", "scored", "--padding_free", processes=2))
     assert scored["run/num_processes"] == 2
     assert scored["test/loss"] == pytest.approx(one["test/loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_does(call: Command, run: Command, roberta: Path, tmp_path: Path) -> None:
+    train(call, tmp_path, roberta, "run")
+    flags = ["--model", "run", "--input", "test.csv", "--mixed_precision", "no", "--padding_free"]
+    flags += ["--per_device_eval_batch_size", 5, "--output"]
+    call("predict.py", *flags, "one.jsonl")
+    done = run("predict.py", *flags, "two.jsonl", processes=2)
+    assert done.stderr.count("24 rows in") == 1  # by the first of two: one that is alone would say it, too
+    one, two = (read_lines(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 24
+    for row, other in zip(one, two, strict=True):
+        assert (other["text"], other["label"]) == (row["text"], row["label"])
+        assert other["probabilities"] == pytest.approx(row["probabilities"], abs=1e-6)
+
+
+def test_the_start_block_says_that_there_is_no_padding() -> None:
+    shares = {"group_by_length": 0.25, "random": 0.5, "pad_to_max_length": 0.75, "evaluation": 0.1}
+    settings = {f"run/padding_{name}": share for name, share in shares.items()}
+    usual = describe_padding(TrainConfig(), settings)
+    assert usual.startswith("25.0% of the positions in training (group_by_length), 10.0% in evaluation")
+    said = describe_padding(parse_cli(TrainConfig, ["--padding_free"]), settings)
+    assert said == "none, texts stand in one row; it would be: random 50.0%, pad_to_max_length 75.0%"
 
 
 @pytest.mark.parametrize(
@@ -157,6 +187,9 @@ def test_positions_are_counted_on_a_device_with_its_own_memory(
         assert answer["probabilities"] == pytest.approx(row["probabilities"], abs=1e-5)
     fixed = call("eval.py", "--run", "run", "--output_dir", "fixed", "--per_device_eval_batch_size", 4)
     assert "positions" not in fixed.stdout
+    older = shutil.copytree(tmp_path / "run", tmp_path / "older")  # from before positions were counted
+    (older / "results.json").write_text(json.dumps({n: v for n, v in results.items() if n != "run/eval_positions"}))
+    assert "positions" not in call("eval.py", "--run", "older", "--output_dir", "again").stdout
 
 
 def test_a_run_of_fp16_is_scored_on_a_cpu(call: Command, roberta: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 epoch_batches   the batches of one training epoch, over all processes
 rank_slice      the part of a batch that one process works on
 micro_batches   that part in pieces that fit a device
-eval_batches    the batches of an evaluation
+grouped_batches the batches of an evaluation
 packed_batches  those of an evaluation without padding
 padding_share   how much of such batches is padding
 """
@@ -55,11 +55,6 @@ def rank_slice(batch: Indices, rank: int, world_size: int) -> Indices:
 def micro_batches(part: Indices, size: int) -> list[Indices]:
     """`part` in pieces of at most `size`; an empty part is one empty piece, since every process takes part in a step."""
     return chunked(part, size) or [part]
-
-
-def eval_batches(lengths: np.ndarray, batch_size: int) -> list[Indices]:
-    """The batches of `grouped_batches` for as many positions as `batch_size` of the longest texts have."""
-    return grouped_batches(lengths, batch_size * int(lengths.max(initial=1)))
 
 
 def grouped_batches(lengths: np.ndarray, positions: int) -> list[Indices]:

@@ -37,11 +37,14 @@ def is_packed(inputs: Tensors) -> bool:
 
 
 def cut(inputs: Tensors, texts: Sequence[int]) -> list[Tensors]:
-    """The per-token columns of a packed batch in pieces of as many `texts`, each a packed batch."""
+    """The per-token columns of a packed batch in pieces of as many `texts`, each a packed batch, pinned like the whole."""
     parts = inputs["row_lengths"].split(list(texts))
     ends = list(itertools.accumulate(sum(part.tolist()) for part in parts))
     tokens = [
         {name: inputs[name][:, start:end] for name in PER_TOKEN if name in inputs}
         for start, end in zip([0, *ends], ends, strict=False)
     ]
-    return [own | segments(part) for own, part in zip(tokens, parts, strict=True)]
+    made = [segments(part) for part in parts]
+    if inputs["cu_seqlens"].is_pinned():  # a GPU would wait for a copy of what is not
+        made = [{name: tensor.pin_memory() for name, tensor in new.items()} for new in made]
+    return [own | new for own, new in zip(tokens, made, strict=True)]

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelSource
-from lib.data.batching import eval_batches, permutation
+from lib.config.sections import CLASSIFICATION, EVAL_SAMPLES, MULTI_LABEL, REGRESSION, ModelSource
+from lib.data.batching import permutation
 from lib.data.encoding import Encoder
 from lib.data.load import Data
 from lib.errors import first_line, printable
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.linear import choose_best, fit_linear, predictions_of
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.report import row_texts
@@ -251,7 +252,7 @@ def table_vectors(table: Any, model: Any, encoder: Encoder, device: torch.device
     for column in zip(*(text if isinstance(text, list) else [text] for text in row_texts(table)), strict=True):
         ids = encoder([[text[:MOST_OF_A_TEXT] for text in column]])["input_ids"]
         vectors = np.zeros((len(ids), model.config.hidden_size), dtype=np.float32)
-        for rows in eval_batches(np.array([len(tokens) for tokens in ids]), 64):
+        for rows in BatchSize(EVAL_SAMPLES).batches(np.array([len(tokens) for tokens in ids])):
             tokens = [torch.tensor(ids[row]) for row in rows]
             padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True).to(device)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True).to(device)

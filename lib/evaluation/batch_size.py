@@ -61,10 +61,13 @@ class BatchSize:
         return BatchSize(halve(largest, FLAG, self.unit), self.unit)
 
 
-def choose_size(given: int | None, device: torch.device, positions: int = POSITIONS) -> BatchSize:
-    """`--per_device_eval_batch_size` samples; without it, `positions` on a device with its own memory, 64 samples on a CPU."""
+def choose_size(given: int | None, device: torch.device, of_run: BatchSize | None = None) -> BatchSize:
+    """`--per_device_eval_batch_size` samples; without it, 64 on a CPU.
+
+    On a device with its own memory, without the flag: `of_run`, with which a run was scored, else POSITIONS.
+    """
     if given is None and has_own_memory(device):
-        return BatchSize(positions, "positions")
+        return of_run or BatchSize(POSITIONS, "positions")
     return BatchSize(given or EVAL_SAMPLES)
 
 

@@ -20,9 +20,11 @@ from lib.runtime.segments import LEAVE_OUT, NAME, choose_segments
 LONGEST = 128
 """Tokens of the long text that is tried, where the model needs no longer one to change its ways."""
 
-
 MOST_TRIED = 2048
 """Tokens in the row of a trial, about, for models with positions for more."""
+
+WINDOWS = ("sliding_window", "local_attention")
+"""Settings of models whose tokens read near ones alone: how far away, in one direction or over both."""
 
 
 def check_padding(
@@ -91,7 +93,7 @@ def use_segments(model: Any, tokenizer: Any, collator: Collator, limit: int, mix
             model.config._attn_implementation = chosen
             try:
                 together = compute_logits(model, row)
-            except (*FAILURES, TypeError) as error:
+            except (*FAILURES, TypeError, AttributeError, KeyError) as error:  # what a backbone does not return, too
                 raise refusal(kind, f"it fails on them ({first_line(error)})") from error
         if not same_logits(alone, together, tried or torch.float32):
             raise refusal(kind, "their logits are others than those of each text alone")
@@ -104,9 +106,13 @@ def refusal(kind: str, reason: str) -> UserError:
 
 
 def trial_texts(model: Any, tokenizer: Any, limit: int) -> list[dict[str, Any]]:
-    """Short and long texts, more tokens together than the model has positions, up to some thousand."""
-    longest = min(LONGEST, limit)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0
+    """Short and long texts, more tokens together than the model has positions, up to some thousand.
+
+    The long ones are twice as long as the model's windows, within `limit`.
+    """
+    settings = model.config.get_text_config()
+    longest = min(max(LONGEST, *(2 * (getattr(settings, name, None) or 0) for name in WINDOWS)), limit)
+    positions = getattr(settings, "max_position_embeddings", 0) or 0
     sentence = "the film was good and the plot was not " * longest
     texts = ["a", sentence, "I", sentence[:40]] + [sentence] * (min(positions, MOST_TRIED) // longest)
     return model_inputs(Encoder(tokenizer, longest)([texts]))

@@ -164,13 +164,14 @@ def share_batches(
     if sharding and own < rounds:
         mine = [*mine, batches[0][-1:]]
     loader = iter(build_loader(split.tokens, mine, split.collator))
-    places = place_once(mine, accelerator.device)
+    places: Sequence[torch.Tensor] = ()
     for index in range(rounds):
         beat(f"{what}, batch {index + 1} of {rounds}")
         agree_to_stop(accelerator)
         failed = False
         if index < len(mine):
             try:
+                places = places or place_once(mine, accelerator.device)
                 tensors = next(loader)
                 batch = to_device(tensors, accelerator.device)
                 if masked is not None:  # by itself it would look for padding, and wait for the device
@@ -187,8 +188,6 @@ def share_batches(
 
 def place_once(batches: list[Indices], device: torch.device) -> Sequence[torch.Tensor]:
     """The indices of all batches on `device`, by one copy: each copy from memory that is not pinned waits for a GPU."""
-    if not batches:
-        return ()
     return torch.from_numpy(np.concatenate(batches)).to(device).split([len(batch) for batch in batches])
 
 

@@ -30,10 +30,6 @@ MODELS = {
 """The model class of each task; the tasks that are missing here use a text classifier."""
 
 
-GROUP = 1024
-"""Examples that are read as tokens together where batches are counted in positions."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Task:
     """Options, model and tokenizer; `tokenizer.model_max_length` is the longest input in tokens.
@@ -52,9 +48,9 @@ class Task:
     """Of a classifier: the most per forward."""
 
     @property
-    def group(self) -> int:
-        """Examples that are predicted together: as many as one forward takes, or enough for several forwards of positions."""
-        return self.config.eval_samples if self.batch_size.unit == "samples" else GROUP
+    def group(self) -> int | None:
+        """Examples that are predicted together: as many as one forward takes; None where positions are counted."""
+        return self.batch_size.number if self.batch_size.unit == "samples" else None
 
     def pipeline(self) -> Any:
         """The pipeline of transformers for this task, on the model's device."""
@@ -91,7 +87,7 @@ def load_task(config: PredictConfig, trained: TrainedModel, device: torch.device
     known = trained.trained_on if config.task == "sentiment-analysis" else UNKNOWN
     size = BatchSize(config.eval_samples)
     if config.task == "sentiment-analysis":
-        size = choose_size(config.per_device_eval_batch_size, device, trained.eval_positions)
+        size = choose_size(config.per_device_eval_batch_size, device, trained.eval_size)
     return Task(config, model.to(device).eval(), tokenizer, columns, known, mixed_precision, size)
 
 

@@ -44,21 +44,23 @@ def find_leak(model: Any, alone: Inputs, twice: Inputs, padded: Inputs) -> str |
     numbers.
     """
     with in_full_precision(model):
-        try:
-            long = compute_logits(model, padded)[:1]
-        except FAILURES as error:
-            if is_sharded(model) and is_out_of_memory(error):
-                raise  # of this process alone: the others compute on, and wait for its part
+        if (long := try_logits(model, padded)) is None:
             return None  # made for one fixed length: evaluation ends in the same error
-        try:
-            first = compute_logits(model, alone)
-        except FAILURES as error:
-            if is_sharded(model) and is_out_of_memory(error):
-                raise
+        if (first := try_logits(model, alone)) is None:
             return "length"  # such as Canine, which pools four characters
-        if same_logits(first, long):
+        if same_logits(first, long[:1]):
             return None
         return "padding" if same_logits(first, compute_logits(model, twice)[:1]) else "batch"
+
+
+def try_logits(model: Any, inputs: Inputs) -> torch.Tensor | None:
+    """The logits; None from a model that does not take the length of `inputs`."""
+    try:
+        return compute_logits(model, inputs)
+    except FAILURES as error:
+        if is_sharded(model) and is_out_of_memory(error):
+            raise  # of this process alone: the others compute on, and wait for its part
+        return None
 
 
 @contextlib.contextmanager

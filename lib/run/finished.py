@@ -10,12 +10,12 @@ from typing import Any
 
 from lib.config.cli import load_config
 from lib.config.eval import EvalConfig, is_run
-from lib.config.sections import Attention, DataConfig, ModelSource, flatten
+from lib.config.sections import EVAL_SAMPLES, Attention, DataConfig, ModelSource, flatten
 from lib.config.train import TrainConfig
 from lib.data.catalog import DEFAULT, dataset_name, own_files
 from lib.data.trained_on import UNKNOWN, TrainedOn, read_trained_on
 from lib.errors import UserError, require
-from lib.evaluation.batch_size import POSITIONS
+from lib.evaluation.batch_size import BatchSize
 from lib.hub.needs import is_lost_folder
 from lib.model.source import resolve_model
 from lib.runtime.attention import has_attention
@@ -30,8 +30,8 @@ class TrainedModel:
     source: ModelSource
     trained_on: TrainedOn
     precision: str
-    eval_positions: int = POSITIONS
-    """Positions per forward in the evaluations of the run, where they are counted, so that its scores come out again."""
+    eval_size: BatchSize | None = None
+    """What the evaluations of the run computed at once, so that its scores come out again; None where that is not known."""
 
     def device(self, join_timeout: float) -> DeviceOptions:
         return DeviceOptions(
@@ -54,7 +54,7 @@ def find_model(source: ModelSource, precision: str) -> TrainedModel:
         precision = run_precision(home, precision)
         attention = run_attention(home, source.attn_implementation, precision)
         source = replace(source, attn_implementation=attention)
-        return TrainedModel(source, run_trained_on(home), precision, run_positions(home))
+        return TrainedModel(source, run_trained_on(home), precision, run_size(home))
     return TrainedModel(source, read_trained_on(Path(resolve_model(source)) / "config.json"), precision)
 
 
@@ -75,7 +75,7 @@ def run_model(folder: Path, flag: str, precision: str, attention: Attention) -> 
     precision = run_precision(folder, precision)
     attention = run_attention(folder, attention, precision)
     source = ModelSource(str(folder / "model"), attn_implementation=attention)
-    return TrainedModel(source, run_trained_on(folder), precision, run_positions(folder))
+    return TrainedModel(source, run_trained_on(folder), precision, run_size(folder))
 
 
 def run_trained_on(folder: Path) -> TrainedOn:
@@ -98,10 +98,20 @@ def run_precision(folder: Path, asked: str) -> str:
     return precision if precision in ("no", "bf16", "fp16") and has_precision(precision) else asked
 
 
-def run_positions(folder: Path) -> int:
-    """The positions per forward of the evaluations of the run in `folder`; where it counted none, those of a new run."""
-    positions = read_results(folder).get("run/eval_positions")
-    return positions if isinstance(positions, int) and positions > 0 else POSITIONS
+def run_size(folder: Path) -> BatchSize | None:
+    """What the evaluations of the run in `folder` computed at once; None for a run that is not finished.
+
+    Where it counted no positions, the samples of its --per_device_eval_batch_size, or as many as without the flag.
+    """
+    results = read_results(folder)
+    positions = results.get("run/eval_positions")
+    if isinstance(positions, int) and positions > 0:
+        return BatchSize(positions, "positions")
+    try:
+        given = load_config(TrainConfig, folder / "config.yaml").training.per_device_eval_batch_size
+    except UserError:  # of another version, or damaged
+        given = None
+    return BatchSize(given or EVAL_SAMPLES) if given or results else None
 
 
 def read_results(folder: Path) -> dict[str, Any]:

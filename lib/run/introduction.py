@@ -100,9 +100,11 @@ def describe_length(data: Data) -> str:
 
 
 def describe_padding(config: TrainConfig, settings: dict[str, Any]) -> str:
-    """The share of padding in training, and with the other ways to form batches."""
+    """The share of padding in training, which is none in one row, and with the other ways to form batches."""
     shares = {name: settings[f"run/padding_{name}"] for name in ("group_by_length", "random", "pad_to_max_length")}
     chosen = "pad_to_max_length" if config.data.pad_to_max_length else config.training.train_sampling_strategy
     others = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if name != chosen)
+    if config.training.padding_free:
+        return f"none, texts stand in one row; it would be: {others}"
     evaluation = f"{settings['run/padding_evaluation']:.1%} in evaluation"
     return f"{shares[chosen]:.1%} of the positions in training ({chosen}), {evaluation}; it would be: {others}"

@@ -148,6 +148,8 @@ def run_settings(
     trainable, total = count_parameters(learner.inner_model)
     padding = padding_shares(config.training, data, multiple)
     padding["evaluation"] = evaluation_padding(data, learner.eval_size, multiple)
+    if batches.packed:
+        padding |= dict.fromkeys((config.training.train_sampling_strategy, "evaluation"), 0.0)
     record = run_record(accelerator) | describe_data(data, metrics)
     record |= {"sharding": str(sharding)} if (sharding := read_sharding()) else {}
     record["attention"] = learner.inner_model.config._attn_implementation

@@ -105,8 +105,12 @@ class Learner:
     def eval_size(self) -> BatchSize:
         """What fits in memory at once in evaluation, as far as the run has learned."""
         given, state = self.plan.config.per_device_eval_batch_size, self.state
-        size = choose_size(given, self.accelerator.device, state.eval_positions)
+        size = choose_size(given, self.accelerator.device)
         return dataclasses.replace(size, number=getattr(state, size.name))
+
+    @eval_size.setter
+    def eval_size(self, size: BatchSize) -> None:
+        setattr(self.state, size.name, size.number)
 
     def evaluate(self, split: Split, metrics: Metrics, tune_thresholds: bool = False) -> Scored:
         """Score a split; a batch size that did not fit in memory is not tried again.
@@ -116,7 +120,7 @@ class Learner:
         size, two_classes = self.eval_size, self.plan.config.threshold is not None
         scored = evaluate(self.accelerator, self.model, split, metrics.names, size, tune_thresholds, two_classes)
         if (fitted := scored.predictions.batch_size) is not None:
-            setattr(self.state, fitted.name, fitted.number)
+            self.eval_size = fitted
         return scored
 
     def update_best(self, scores: dict[str, float]) -> bool:

@@ -14,7 +14,7 @@ from lib.config.sections import DataConfig, ModelConfig
 from lib.config.train import TrainingConfig
 from lib.data.batching import (
     epoch_batches,
-    eval_batches,
+    grouped_batches,
     micro_batches,
     padding_share,
     permutation,
@@ -185,28 +185,29 @@ def test_empty_part_is_one_empty_micro_batch() -> None:
     assert [len(piece) for piece in micro_batches(np.arange(0), 4)] == [0]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_eval_batches_hold_every_sample_once_longest_first(batch_size: int) -> None:
+@pytest.mark.parametrize("positions", [1, 50, 3000])
+def test_grouped_batches_hold_every_sample_once_longest_first(positions: int) -> None:
     for size in SIZES:
         lengths = skewed_lengths(size)
-        order = flat(eval_batches(lengths, batch_size))
+        order = flat(grouped_batches(lengths, positions))
         assert sorted(order) == list(range(size))
         assert (np.diff(lengths[order]) <= 0).all()
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 32, 64])
-def test_eval_batches_have_no_more_positions_than_a_batch_of_the_longest(batch_size: int) -> None:
+@pytest.mark.parametrize("samples", [1, 4, 32, 64])
+def test_grouped_batches_have_no_more_positions_than_allowed(samples: int) -> None:
     for seed in range(5):
         lengths = skewed_lengths(1000, seed)
-        batches = eval_batches(lengths, batch_size)
-        assert max(len(batch) * lengths[batch].max() for batch in batches) <= batch_size * lengths.max()
-        assert max(map(len, batches)) > batch_size  # batches of short texts are larger
+        positions = samples * int(lengths.max())
+        batches = grouped_batches(lengths, positions)
+        assert max(len(batch) * lengths[batch].max() for batch in batches) <= positions
+        assert max(map(len, batches)) > samples  # batches of short texts are larger
 
 
 def test_evaluation_is_less_than_five_percent_padding(movie_review_lengths: np.ndarray) -> None:
     for size in (1000, len(movie_review_lengths)):
         lengths = movie_review_lengths[:size]
-        batches = eval_batches(lengths, 64)
+        batches = grouped_batches(lengths, 64 * int(lengths.max()))
         assert padding_share(lengths, batches) < 0.05
         assert len(batches) < 1.5 * len(lengths) / 64
 
@@ -224,9 +225,9 @@ def test_text_padded_to_a_fixed_length_takes_whole_windows_of_positions() -> Non
     assert dataclasses.replace(data, pad_to_max_length=False).positions("test").tolist() == [3, 8, 9, 20]
 
 
-def test_texts_without_tokens_are_in_eval_batches() -> None:
-    assert flat(eval_batches(np.zeros(5, dtype=np.int64), 2)) == [4, 3, 2, 1, 0]
-    assert eval_batches(np.zeros(0, dtype=np.int64), 2) == []
+def test_texts_without_tokens_are_in_grouped_batches() -> None:
+    assert flat(grouped_batches(np.zeros(5, dtype=np.int64), 2)) == [4, 3, 2, 1, 0]
+    assert grouped_batches(np.zeros(0, dtype=np.int64), 2) == []
 
 
 # ---------------------------------------------------------------------------------------------------- padding

@@ -60,6 +60,25 @@ def test_micro_batches_in_one_row_are_cut_like_padded_ones(roberta: Path, window
     assert seen[0] == 5 > seen[2] > seen[-1] == 1
 
 
+def test_pieces_of_a_pinned_row_are_pinned(roberta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU: page-locked memory is that of the tensors that were asked to be, and of their parts."""
+    pinned: set[int] = set()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda t: t.untyped_storage().data_ptr() in pinned)
+    collator = WindowCollator(load_tokenizer(ModelSource(str(roberta))), packed=True)
+    row = next(iter(build_loader(samples(), [np.arange(len(LENGTHS))], collator)))
+    pieces = MicroBatch.build(row, torch.ones(5)).split(7)
+    assert not any(tensor.is_pinned() for piece in pieces for tensor in piece.inputs.values())
+    whole = MicroBatch.build({name: tensor.pin_memory() for name, tensor in row.items()}, torch.ones(5))
+    assert len(pieces := whole.split(7)) > 1
+    assert all(tensor.is_pinned() for piece in pieces for tensor in piece.inputs.values())
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 64, 10_000])
 def test_packed_batches_hold_every_text_once_and_are_full(tokens: int) -> None:
     for seed in range(20):

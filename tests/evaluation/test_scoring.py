@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, ModelConfig
-from lib.data.batching import eval_batches
 from lib.data.load import Data
 from lib.data.loader import Batches, Collator, Split, build_collator
 from lib.evaluation import scoring
@@ -111,7 +110,7 @@ def test_model_runs_once_per_batch(accelerator: Accelerator, parts: tuple, batch
     hook = model.register_forward_hook(lambda _, __, output: sizes.append(len(output.logits)))
     predict_all(accelerator, parts, batch_size)
     hook.remove()
-    assert sizes == [len(batch) for batch in eval_batches(lengths, batch_size)]
+    assert sizes == [len(batch) for batch in BatchSize(batch_size).batches(lengths)]
 
 
 def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
@@ -120,7 +119,7 @@ def test_size_after_out_of_memory_in_shards_is_half_of_the_size_that_was_set(
     """A batch of short texts holds more samples than that size."""
     model, tokens, _, collator = parts
     lengths = np.array([64, *[8] * (SIZE - 1)])
-    assert max(map(len, eval_batches(lengths, 2))) > 4
+    assert max(map(len, BatchSize(2).batches(lengths))) > 4
 
     def no_memory(*_: Any) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

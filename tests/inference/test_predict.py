@@ -12,11 +12,13 @@ import predict
 from lib.config.cli import dump_config, parse_cli
 from lib.config.eval import EvalConfig
 from lib.config.predict import PredictConfig
-from lib.config.sections import DataConfig
+from lib.config.sections import EVAL_SAMPLES, DataConfig
 from lib.config.train import TrainConfig
+from lib.evaluation.batch_size import BatchSize
+from lib.inference import pipelines
 from tests import tiny_models
 from tests.conftest import Command, read_lines, sentences, write_csv
-from tests.predicting import answers, settings
+from tests.predicting import answers, load, settings
 
 FLOAT32 = ("--mixed_precision", "no")
 
@@ -124,3 +126,39 @@ def test_explain_tokens_uses_the_base_tokenizer_of_an_adapter(roberta, tmp_path,
 def test_explain_tokens_prints_the_ids_of_minilm(run: Command):
     done = run("predict.py", "--explain_tokens", "I hate this so much!")
     assert "101 1045 5223 2023 2061 2172 999 102" in done.stdout
+
+
+@pytest.mark.parametrize("flags", [(), ("--per_device_eval_batch_size", 8)])
+def test_memory_that_is_too_short_is_said_and_every_row_is_predicted(finished, reviews, monkeypatch, capsys, flags):
+    """The labels are the same, and the batches smaller from then on."""
+    wanted = answers("--input", reviews, "--model", finished, *flags)
+    monkeypatch.setattr("lib.evaluation.batch_size.has_own_memory", lambda _: True)
+    compute, sizes = pipelines.compute_logits, []
+
+    def short_of_memory(model, inputs, *rest):
+        sizes.append(inputs["input_ids"].numel())
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(model, inputs, *rest)
+
+    monkeypatch.setattr(pipelines, "compute_logits", short_of_memory)
+    found = answers("--input", reviews, "--model", finished, *flags)
+    said = capsys.readouterr().err
+    assert said.count("out of memory with") == said.count("going on with") == sum(size > 40 for size in sizes) > 0
+    for row, other in zip(found, wanted, strict=True):
+        assert row["label"] == other["label"]
+        assert row["probabilities"] == pytest.approx(other["probabilities"], abs=1e-5)
+
+
+def test_any_task_reads_as_many_examples_as_with_batches_of_samples(finished, monkeypatch):
+    """Where positions are counted, groups are shares of that, not forwards."""
+    assert load("a film", "--model", finished).group == EVAL_SAMPLES
+    assert load("a film", "--model", finished, "--per_device_eval_batch_size", 5).group == 5
+    monkeypatch.setattr("lib.evaluation.batch_size.has_own_memory", lambda _: True)
+    (finished / "results.json").write_text(json.dumps({"run/mixed_precision": "no", "run/eval_positions": 900}))
+    try:
+        task = load("a film", "--model", finished)
+    finally:
+        (finished / "results.json").write_text(json.dumps({"run/mixed_precision": "no"}))
+    assert (task.group, task.batch_size) == (None, BatchSize(900, "positions"))
+    assert load("a film", "--model", finished).group == EVAL_SAMPLES  # that run counted samples

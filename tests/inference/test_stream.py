@@ -2,13 +2,15 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
+from lib.config.sections import EVAL_SAMPLES
 from lib.errors import UserError
 from lib.inference.inputs import Example
-from lib.inference.stream import CHUNK, in_input_order, predict_stream
+from lib.inference.stream import CHUNK, GROUP, deal, in_input_order, predict_stream
 from tests.conftest import sentences
 
 
@@ -33,14 +35,14 @@ def echo(batches: list | None = None):
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 299, 300, 301, 640])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
+@pytest.mark.parametrize("batch_size", [1, 3, 64, None])
 def test_every_example_is_predicted_once_in_input_order(accelerator, count, batch_size):
     batches: list = []
     found = list(predict_stream(accelerator, examples(count), echo(batches), batch_size, seed=0))
     assert [example.number for example, _ in found] == list(range(count))
     assert all(prediction["words"] == example.texts[0] for example, prediction in found)
     assert sorted(itertools.chain.from_iterable(batches)) == list(range(count))
-    assert max(map(len, batches)) <= batch_size
+    assert max(map(len, batches)) <= (batch_size or GROUP)
 
 
 def test_batches_group_texts_by_length(accelerator):
@@ -48,6 +50,27 @@ def test_batches_group_texts_by_length(accelerator):
     list(predict_stream(accelerator, examples(64), echo(batches), 8, seed=0))
     lengths = [[len(sentences(64)[i][0]) for i in batch] for batch in batches]
     assert all(min(a) >= max(b) for a, b in itertools.pairwise(lengths))
+
+
+@pytest.mark.parametrize("count", [1, 7, 2000, CHUNK * EVAL_SAMPLES])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+def test_examples_are_dealt_so_that_each_process_has_as_much_to_do(count, processes):
+    """Where batches are formed of positions: as many examples for each process, and of each length."""
+    order = np.arange(count)[::-1]  # example i has i characters
+    groups = deal(order, processes)
+    assert sorted(np.concatenate(groups)) == list(range(count))
+    assert max(map(len, groups)) <= GROUP
+    assert all((np.diff(group) < 0).all() for group in groups)
+    shares = [np.concatenate(groups[rank::processes]) for rank in range(min(processes, count))]
+    assert max(map(len, shares)) - min(map(len, shares)) <= len(groups) / processes
+    if count == 2000:
+        assert max(share.sum() for share in shares) < 1.01 * min(share.sum() for share in shares)
+
+
+def test_as_much_is_read_before_the_first_prediction_where_positions_are_counted(accelerator):
+    source = examples(CHUNK * EVAL_SAMPLES + 1)
+    next(predict_stream(accelerator, source, echo(), None, seed=0))
+    assert len(list(source)) == 1
 
 
 def test_input_is_read_one_chunk_at_a_time(accelerator):

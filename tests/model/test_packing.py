@@ -1,5 +1,6 @@
 """Texts in one row without padding get the logits and the gradients that each gets alone, for any mixture of lengths."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from lib.data.packing import pack
 from lib.model.forward import compute_logits
 from lib.model.recomputation import recompute_layers
 from lib.runtime import segments
-from tests.tiny_models import SETTINGS
+from tests.tiny_models import SETTINGS, adapter
 
 LENGTHS = ([1, 5, 40, 3, 17, 60, 60, 2], [60] * 4, [1, 1, 1], [33], list(range(1, 30)))
 LOCAL = {"local_attention": 8, "global_attn_every_n_layers": 2}
@@ -149,3 +150,25 @@ def test_the_kernel_of_a_gpu_is_given_what_pytorch_documents(monkeypatch: pytest
     query = torch.zeros(1, 2, 3, 8)
     with pytest.raises(ValueError, match="no dropout"):
         segments.segment_attention(model, query, query, query, None, dropout=0.1, cu_seq_lens_q=torch.tensor([0, 3]))
+
+
+@pytest.mark.parametrize("method", ["lora", "bottleneck"])
+def test_an_adapter_has_the_logits_and_gradients_of_a_padded_batch(method: str, tmp_path: Path) -> None:
+    _, model, _ = adapter(tmp_path, method)
+    model.double().eval()
+    model.config._attn_implementation = segments.NAME
+    batch, found = padded(model, LENGTHS[0]), []
+    with torch.inference_mode():
+        alone = compute_logits(model, batch, unpadded=True)
+    for inputs in (batch, pack(batch)):
+        model.zero_grad()
+        logits = compute_logits(model, inputs)
+        assert torch.allclose(logits, alone, rtol=1e-6, atol=1e-6)
+        nn.functional.cross_entropy(logits, torch.arange(8) % 3, reduction="sum").backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    wanted, packed = found
+    assert any(method in name.lower() or "adapter" in name.lower() for name in wanted)
+    assert wanted.keys() == packed.keys()
+    for name, gradient in wanted.items():
+        assert gradient.abs().max() > 0
+        assert (packed[name] - gradient).abs().max() <= 1e-6 * max(1, gradient.abs().max()), name

@@ -10,11 +10,13 @@ from torch import nn
 
 from lib.config.sections import ModelSource
 from lib.data.loader import build_collator
-from lib.evaluation.padding import try_padding
+from lib.errors import UserError
+from lib.evaluation.padding import try_padding, use_segments
 from lib.model.forward import compute_logits
 from lib.model.load import load_classifier, load_tokenizer
 from lib.model.padding import find_leak
-from tests.tiny_models import any_classifier, trainable
+from lib.runtime import segments
+from tests.tiny_models import any_classifier, save_classifier, trainable
 
 LEAKY = ("big_bird", "convbert", "fnet")
 CPU = torch.device("cpu")
@@ -112,3 +114,41 @@ def test_canine_whose_numbers_depend_on_padding_is_named(tmp_path: Path) -> None
     tokenizer = load_tokenizer(source)
     model, collator = load_classifier(source, tokenizer), build_collator(tokenizer, "no", CPU)
     assert try_padding(model, tokenizer, collator, tokenizer.model_max_length) == "length"
+
+
+class Plain(tuple):
+    """The output of a backbone without names, with what a head asks of it."""
+
+    hidden_states = attentions = None
+
+
+@pytest.mark.parametrize("error", [None, AttributeError, KeyError, TypeError])
+def test_a_backbone_of_another_form_is_refused_in_one_row(
+    error: type[Exception] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the user's words, whatever it raises for a row, or where it returns a plain tuple."""
+    model, tokenizer = parts("roberta", tmp_path)
+    forward = model.roberta.forward
+
+    def other(*ids: torch.Tensor, **given: Any) -> Plain:
+        if error is not None and "cu_seq_lens_q" in given:
+            raise error("last_hidden_state")
+        return Plain((forward(*ids, **given).last_hidden_state,))
+
+    monkeypatch.setattr(model.roberta, "forward", other)
+    with pytest.raises(UserError, match=r"a model of type roberta cannot .* it fails on them .*last_hidden_state"):
+        use_segments(model, tokenizer, build_collator(tokenizer, "no", CPU), 40, "no")
+
+
+def test_a_wrong_window_longer_than_the_usual_text_of_a_trial_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    special = {"cls_token_id": 0, "sep_token_id": 2}
+    folder = save_classifier("modernbert", tmp_path, local_attention=300, global_attn_every_n_layers=2, **special)
+    tokenizer = load_tokenizer(source := ModelSource(str(folder)))
+    model, collator = load_classifier(source, tokenizer), build_collator(tokenizer, "no", CPU)
+    use_segments(model, tokenizer, collator, 600, "no")
+    model.config._attn_implementation = "sdpa"
+    monkeypatch.setattr(segments, "near", lambda *_: None)  # each token reads all
+    with pytest.raises(UserError, match="their logits are others"):
+        use_segments(model, tokenizer, collator, 600, "no")

@@ -8,11 +8,14 @@ from unittest import mock
 
 import pytest
 
-from lib.config.cli import parse_cli
+from lib.config.cli import dump_config, parse_cli
 from lib.config.eval import EvalConfig
 from lib.config.sections import ModelSource
+from lib.config.train import TrainConfig, TrainingConfig
 from lib.data.trained_on import UNKNOWN, read_trained_on
+from lib.evaluation.batch_size import BatchSize
 from lib.run.finished import eval_folder, find_model
+from tests import tiny_models
 from tests.conftest import call_script, read_lines, results_of, sentences, tiny_roberta, write_csv
 
 QUICK = ["--report_to", "none", "--max_steps", 2, "--mixed_precision", "no"]
@@ -283,3 +286,28 @@ def test_report_follows_no_link_out_of_the_folder_of_a_run(single_label: Path, t
     assert "--output_dir" in refused
     assert [path.name for path in mine.iterdir()] == ["notes.txt"]
     assert (mine / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("results", "flag", "size"),
+    [
+        ({"run/eval_positions": 500}, None, BatchSize(500, "positions")),
+        ({"run/mixed_precision": "bf16"}, 32, BatchSize(32)),
+        ({"run/mixed_precision": "bf16"}, None, BatchSize(64)),
+        (None, None, None),
+        (None, 32, BatchSize(32)),
+    ],
+)
+def test_what_a_run_was_scored_with_is_found(
+    results: dict | None, flag: int | None, size: BatchSize | None, tmp_path: Path
+) -> None:
+    """Positions where it counted them, else samples: by its flag, or 64, as every run before positions were counted."""
+    tiny_models.classifier(tmp_path / "run" / "model")
+    config = TrainConfig(training=TrainingConfig(per_device_eval_batch_size=flag))
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    if results is not None:
+        (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    for folder in (tmp_path / "run", tmp_path / "run" / "model"):
+        assert find_model(ModelSource(str(folder)), "no").eval_size == size
+    copied = shutil.copytree(tmp_path / "run" / "model", tmp_path / "alone")
+    assert find_model(ModelSource(str(copied)), "no").eval_size is None

@@ -268,3 +268,28 @@ def test_two_processes_share_the_work_and_a_resumed_run_loads_the_features(run, 
     assert "step-3" in said
     assert "train found, validation found, test found" in said
     assert differences(fast, resumed) == []
+
+
+def test_features_are_computed_with_the_size_that_was_learned_and_what_they_learn_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU that is taken for a GPU, of a resumed run: its memory was too short for 60 positions, and is now for 30."""
+    monkeypatch.setattr("lib.evaluation.batch_size.has_own_memory", lambda _: True)
+    config = settings(any_classifier("roberta", tmp_path / "model"), tmp_path, "backbone")
+    training = dataclasses.replace(config.training, per_device_eval_batch_size=None)
+    config = dataclasses.replace(config, training=training)
+    experiment = build_experiment(config, Accelerator(cpu=True))
+    learner, sizes, compute = experiment.learner, [], features.StandIn.compute
+    learner.state.eval_positions = 60
+
+    def short_of_memory(stand_in: Any, batch: dict[str, torch.Tensor]) -> Any:
+        sizes.append(batch["input_ids"].numel())
+        if sizes[-1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(stand_in, batch)
+
+    monkeypatch.setattr(features.StandIn, "compute", short_of_memory)
+    assert cache_features(learner, experiment.batches, config.model, config.training) is not experiment.batches
+    assert 30 < max(sizes) <= 60
+    assert sum(size > 30 for size in sizes) == 1  # the later splits start with what the first one found
+    assert learner.state.eval_positions == learner.eval_size.number <= 30

@@ -287,3 +287,21 @@ def test_run_equals_one_on_two_processes_and_one_that_ended_before_its_report(ru
     assert {key: value for key, value in results_of(done).items() if key[:5] in ("test/", "eval/")} == {
         key: value for key, value in results[0].items() if key[:5] in ("test/", "eval/")
     }
+
+
+def test_size_that_fits_in_memory_is_learned_while_vectors_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = build_experiment(settings(any_classifier("bert", tmp_path / "model"), tmp_path), Accelerator(cpu=True))
+    read, sizes = solver.Head.vectors, []
+
+    def short_of_memory(head: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        sizes.append(len(inputs["input_ids"]))
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return read(head, inputs)
+
+    monkeypatch.setattr(solver.Head, "vectors", short_of_memory)
+    solve_head(experiment.learner, experiment.batches, METRICS)
+    assert len(sizes) > 2
+    assert experiment.learner.state.eval_batch_size == 2

@@ -14,7 +14,7 @@ from lib.config.sections import ModelConfig
 from lib.config.train import TrainingConfig
 from lib.data.load import Data
 from lib.data.loader import Batches, Tensors, build_loader, to_device
-from lib.evaluation.batch_size import choose_size, split_batches
+from lib.evaluation.batch_size import split_batches
 from lib.evaluation.scoring import check_counts, share_batches
 from lib.model.layers import count_parameters, set_train_mode
 from lib.model.padding import same_logits
@@ -66,7 +66,7 @@ def cache_features(learner: Learner, batches: Batches, model: ModelConfig, train
     stand_in = StandIn(learner.inner_model, str(part), lengths, accelerator.device)
     set_train_mode(stand_in.model)
     try:
-        say(accelerator, Builder(accelerator, stand_in, batches, training, model.model).build())
+        say(accelerator, Builder(learner, stand_in, batches, training, model.model).build())
     except NotCacheable as reason:
         stand_in.remove()
         say(accelerator, f"- the frozen part runs in every step: {reason}")
@@ -82,11 +82,15 @@ def cache_features(learner: Learner, batches: Batches, model: ModelConfig, train
 class Builder:
     """Fills the table of a stand-in and checks that the model computes the same logits from it."""
 
-    accelerator: Accelerator
+    learner: Learner
     stand_in: StandIn
     batches: Batches
     config: TrainingConfig
     model_name: str
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.learner.accelerator
 
     @property
     def data(self) -> Data:
@@ -225,13 +229,13 @@ class Builder:
             self.stand_in.table[places] = vectors.to(self.dtype)
             counts[indices] += 1
 
-        size = choose_size(self.config.per_device_eval_batch_size, self.accelerator.device)
-        what = f"features of {split}"
+        size, what = self.learner.eval_size, f"features of {split}"
         with torch.no_grad(), cast_weights(self.stand_in.model, self.accelerator.mixed_precision):
             while not share_batches(self.accelerator, source, split_batches(source, size), compute, what):
                 size = size.halved(source.positions)
                 part.zero_()
                 counts.zero_()
+        self.learner.eval_size = size
         check_counts(self.accelerator.reduce(counts, "sum").cpu().numpy())
         if self.accelerator.num_processes > 1:
             # Summed as bytes: x + 0 is exact for every dtype.

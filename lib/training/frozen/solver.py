@@ -331,5 +331,6 @@ def read_vectors(learner: Learner, batches: Batches, head: Head, split: str) -> 
             size = size.halved(source.positions)
             table.zero_()
             counts.zero_()
+    learner.eval_size = size
     check_counts(accelerator.reduce(counts, "sum").cpu().numpy())
     return accelerator.reduce(table, "sum").cpu().numpy()  # x + 0 is exact
