@@ -42,7 +42,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         write(*arguments)
 
     monkeypatch.setattr(checkpoint, "write_tensors", wait)
-    monkeypatch.setattr(checkpoint, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("lib.runtime.background.POLL_SECONDS", 0.01)
     yield opened
     opened.set()
 
@@ -229,7 +229,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing takes longer than several steps."""
     write = checkpoint.write_tensors
     monkeypatch.setattr(checkpoint, "write_tensors", lambda *arguments: (time.sleep(0.3), write(*arguments)))
-    monkeypatch.setattr(checkpoint, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr("lib.runtime.background.POLL_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("slow")
