@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lib.model.layers import find_layers
 from lib.runtime.launch_checks import Sharding
+from lib.runtime.watchdog import beat
 
 SHARDED = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "deberta-v2", "modernbert"),
@@ -140,6 +141,7 @@ def gathered_parts(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
             size += tensors[count][1].nbytes
             count += 1
         part, tensors = tensors[:count], tensors[count:]
+        beat()
         yield {name: whole(tensor) for name, tensor in part}
 
 

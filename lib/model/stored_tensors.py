@@ -44,14 +44,15 @@ def write_parts(tensors: Mapping[str, torch.Tensor], folder: Path) -> Entries:
     Returns the files with size and sha256, on every process; each hashes its own. What replicas hold is written once. An
     error of any process is raised on all.
     """
-    writer = checkpoint.FileSystemWriter(folder, overwrite=False)
+    writer = together(lambda: checkpoint.FileSystemWriter(folder, overwrite=False))
     try:
         checkpoint.save(dict(tensors), storage_writer=writer, process_group=side_group())
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None  # the same on all processes
     rank = torch.distributed.get_rank()
-    own = [*folder.glob(f"__{rank}_*"), *(folder.glob(".metadata") if rank == 0 else ())]
-    found = tell_all(together(lambda: {file.name: describe_file(file) for file in own}))
+    patterns = [f"__{rank}_*", *([".metadata"] if rank == 0 else [])]
+    own = together(lambda: {file.name: describe_file(file) for name in patterns for file in folder.glob(name)})
+    found = tell_all(own)
     return {name: entry for entries in found for name, entry in entries.items()}
 
 

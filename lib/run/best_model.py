@@ -29,6 +29,7 @@ from lib.runtime.atomic import (
     publish_folder,
     write_manifest,
 )
+from lib.runtime.background import Background, wait_everywhere
 from lib.runtime.processes import any_process
 from lib.runtime.watchdog import beat
 from lib.training.state import State
@@ -37,6 +38,8 @@ BEST = "best"
 """The folder in a checkpoint that holds the best model of its step."""
 KIND = {"format": 1, "kind": "model"}
 """What the manifest of a model says besides its files."""
+SAVING = "saving the best model"
+"""What the watchdog shows."""
 
 
 def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, folder: Path) -> None:
@@ -45,24 +48,36 @@ def publish_model(accelerator: Accelerator, model: nn.Module, tokenizer: Any, fo
     Every process waits until the folder is complete. Raises UserError on every process if the disk is full, or if a
     folder of somebody else is there.
     """
-    beat("saving the best model")
-    problem, inner = "", accelerator.unwrap_model(model)
+    beat(SAVING)
+    inner, rest = accelerator.unwrap_model(model), Background()
+    error: BaseException | None = None
     is_adapter = adapter_info(inner) is not None
     parts = iter(()) if is_adapter else gathered_parts(inner)
-    with whole_weights(inner, frozen=False) if is_adapter else contextlib.nullcontext():
-        if accelerator.is_main_process:
-            try:
-                with drafting(folder) as fresh:
+    with contextlib.ExitStack() as stack:
+        with whole_weights(inner, frozen=False) if is_adapter else contextlib.nullcontext():
+            if accelerator.is_main_process:
+                try:
+                    fresh = stack.enter_context(drafting(folder))
                     save_model(inner, fresh, parts)
-                    tokenizer.save_pretrained(fresh)
-                    write_manifest(fresh, KIND)
-                    publish_folder(fresh, folder)
-            except WRITE_ERRORS as error:
-                problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}"
-        for _ in parts:
-            pass  # every process helps to gather each, also where the first one could not write it
+                    rest.start(lambda: complete(fresh, folder, tokenizer), SAVING)
+                except WRITE_ERRORS as failure:
+                    error = failure
+            for _ in parts:
+                pass  # every process helps to gather each, also where the first one could not write it
+        wait_everywhere(accelerator, rest, SAVING)
+        error = error or rest.take_error()
+    if error is not None and not isinstance(error, WRITE_ERRORS):
+        raise error
+    problem = f"the best model could not be saved to {folder}: {explain(error, folder.parent)}" if error else ""
     if any_process(accelerator, bool(problem)):
         raise UserError(problem or "the first process could not save the best model")
+
+
+def complete(fresh: Path, folder: Path, tokenizer: Any) -> None:
+    """Add the tokenizer and the manifest to a model in `fresh`, and publish it as `folder`: the others poll meanwhile."""
+    tokenizer.save_pretrained(fresh)
+    write_manifest(fresh, KIND)
+    publish_folder(fresh, folder)
 
 
 def best_files(checkpoint: Path) -> Entries:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lib.config.train import TrainingConfig
-from lib.errors import UserError
+from lib.errors import UserError, first_line, printable
 from lib.model.sharding import whole_weights
 from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at
 from lib.model.weights import FROZEN, WEIGHTS, load_weights
@@ -46,7 +46,7 @@ from lib.runtime.atomic import (
     write_atomically,
     write_manifest,
 )
-from lib.runtime.background import Background
+from lib.runtime.background import POLL_SECONDS, Background, wait_everywhere
 from lib.runtime.memory import StartAgain
 from lib.runtime.processes import any_process, has_lost_another, on_first, together
 from lib.runtime.watchdog import beat
@@ -62,8 +62,6 @@ TENSORS = {FROZEN, WEIGHTS, OPTIMIZER}
 CONTENTS = {MANIFEST, BEST, INGREDIENTS, "state.json", *TENSORS, *(parts_of(Path(name)).name for name in TENSORS)}
 """What a checkpoint holds: frozen.safetensors, best, ingredients, and folders of parts are not always there."""
 
-POLL_SECONDS = 1.0
-"""How often processes ask the first one whether it has written a checkpoint."""
 WAITING = "waiting for the checkpoint that is being written"
 
 MEMORY = "memory"
@@ -122,8 +120,9 @@ class Checkpointer:
         """Publish a checkpoint of this step, then delete old ones; every process must call this.
 
         `run_id` is the id of the tracker's run. Raises UserError on every process if the weights are not finite or the
-        disk is full; earlier checkpoints stay as they are. `in_background`, this returns when the step is copied: the
-        checkpoint is there, and errors of the disk are raised, after `wait`. One that is still being written is waited for.
+        disk is full; earlier checkpoints stay as they are. A thread writes it. `in_background`, this returns when the step
+        is copied: the checkpoint is there, and errors of the disk are raised, after `wait`. One that is still being written
+        is waited for.
         """
         self.wait()
         learner, state = self.learner, self.learner.state
@@ -131,7 +130,14 @@ class Checkpointer:
         record = {"interval": learner.meter.state(), "run_id": run_id, "settings": self.settings}
         if is_saved_in_parts(learner.inner_model):
             self.save_in_parts(record)
-            return
+        else:
+            self.save_whole(record)
+        if not self.in_background:
+            self.wait()
+
+    def save_whole(self, record: dict[str, Any]) -> None:
+        """Have the main process write a checkpoint; the others help to gather it."""
+        learner, state = self.learner, self.learner.state
         optimizer = whole_state(learner.optimizer)
         problem = None
         with whole_weights(learner.inner_model):
@@ -144,16 +150,15 @@ class Checkpointer:
         self.raise_everywhere(problem)
 
     def begin(self, record: dict[str, Any], optimizer: dict[str, Any]) -> None:
-        """Write a checkpoint on the main process, or have it written in the background."""
+        """Have a thread of the main process write a checkpoint: of a copy, where training is to go on."""
         step, target = self.learner.state.step, self.target
         with contextlib.ExitStack() as stack:
             fresh, linked = self.open_draft(stack)
             snapshot = take_snapshot(self.learner, record, optimizer, frozen=not linked)
             check_space(fresh, snapshot.nbytes)
-            if not self.in_background:
-                self.write(snapshot, fresh, target)
-                return
-            snapshot, draft = snapshot.copied(self.learner), stack.pop_all()
+            if self.in_background:
+                snapshot = snapshot.copied(self.learner)
+            draft = stack.pop_all()
 
         def work() -> None:
             with self.in_words(step), draft:
@@ -162,7 +167,7 @@ class Checkpointer:
         self.background.start(work, snapshot_phase(snapshot.state))
 
     def save_in_parts(self, record: dict[str, Any]) -> None:
-        """As `save`, where every process writes what it holds of weights and moments, and none gathers them.
+        """Have every process write what it holds of weights and moments in a thread; none gathers them.
 
         Processes agree in a group of their own, so that they can do so beside training.
         """
@@ -171,9 +176,6 @@ class Checkpointer:
             fresh, linked = on_first(lambda: self.open_draft(stack))
             snapshot = together(lambda: self.take_part(record, frozen=not linked))
             on_first(lambda: check_space(fresh, snapshot.nbytes))
-            if not self.in_background:
-                self.write_in_parts(snapshot, fresh, target)
-                return
             draft = stack.pop_all()
 
         def work() -> None:
@@ -256,32 +258,34 @@ class Checkpointer:
             raise UserError(f"the checkpoint of step {step} could not be saved: {why}") from error
 
     def raise_everywhere(self, problem: BaseException | None) -> None:
-        """Raise the UserError of the first process on all of them; every process must call this. Another error stays there."""
+        """Raise the UserError of a process on all of them; every process must call this. Another error stays there."""
         if problem is not None and not isinstance(problem, UserError):
             raise problem
         if any_process(self.learner.accelerator, problem is not None):
-            raise problem or UserError("the first process could not save a checkpoint")
+            raise problem or UserError("another process could not save a checkpoint")
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written; every process must call this. Raises UserError as `save` does.
 
         It must be called before what a checkpoint is made of is read or replaced: `model/`, and the checkpoints themselves.
         """
-        if self.in_background:
-            while any_process(self.learner.accelerator, self.background.is_busy(POLL_SECONDS)):
-                beat(WAITING)
-            self.raise_everywhere(self.background.take_error())
+        wait_everywhere(self.learner.accelerator, self.background, WAITING)
+        self.raise_everywhere(self.background.take_error())
 
     def end(self) -> None:
         """Wait for the checkpoint that is being written on this process alone: at the end of training, also by an error.
 
-        What is wrong with it is printed: the error comes first.
+        The error that is being raised is told before, in a line, unless it only says that another process has ended; what is
+        wrong with the checkpoint is told after.
         """
         if self.background.is_busy():
-            print(f"{WAITING} ...", file=sys.stderr, flush=True)
+            cause = sys.exception()
+            known = cause is not None and not has_lost_another(cause)
+            why = f"{printable(first_line(cause))}; " if cause is not None and known else ""
+            print(f"{why}{WAITING} ...", file=sys.stderr, flush=True)
         while self.background.is_busy(POLL_SECONDS):
             beat(WAITING)
-        if problem := self.background.take_error():
+        if (problem := self.background.take_error()) and not has_lost_another(problem):
             print(f"warning: {problem}", file=sys.stderr, flush=True)
 
     def keep_best(self, folder: Path, step: int) -> Entries:

@@ -24,12 +24,16 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 from lib.errors import UserError, first_line
+from lib.runtime.watchdog import beat
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise when the disk is full."""
 MANIFEST = "manifest.json"
 MARK = json.dumps({"hash": "sha256", "files": {}}) + "\n"
 """The manifest of a folder that is being written."""
+
+CHUNK = 2**20
+"""Bytes that are read at once."""
 
 Entries = dict[str, dict[str, Any]]
 """Files by their names, with size and sha256: what a manifest lists."""
@@ -84,8 +88,12 @@ def file_names(folder: Path) -> list[str]:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            beat()
+    return digest.hexdigest()
 
 
 def find_damage(folder: Path, leaving_out: tuple[str, ...] = ()) -> str | None:
@@ -300,6 +308,7 @@ def exchange(a: Path, b: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to the disk."""
+    beat()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -330,6 +339,7 @@ def link_files(source: Path, target: Path) -> bool:
 def copy_files(source: Path, target: Path, names: Collection[str], link: bool = False) -> None:
     """Copy files of a folder; with `link`, weights become hard links where the file system has them."""
     for name in names:
+        beat()
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if not (link and copy.suffix == ".safetensors" and link_file(source / name, copy)):

@@ -3,7 +3,14 @@
 import threading
 from collections.abc import Callable
 
-from lib.runtime.watchdog import watching_thread
+import torch
+from accelerate import Accelerator
+
+from lib.runtime.processes import lowest_of_each
+from lib.runtime.watchdog import beat, watching_thread
+
+POLL_SECONDS = 1.0
+"""How often processes ask each other whether their work is done."""
 
 
 class Background:
@@ -15,9 +22,12 @@ class Background:
 
     def start(self, work: Callable[[], None], phase: str) -> None:
         """Begin `work`, which calls `beat` now and then; what was begun before must have ended."""
+        device = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
 
         def run() -> None:
             try:
+                if device is not None:  # a new thread would begin with the first one
+                    torch.accelerator.set_device_index(device)
                 with watching_thread(phase):
                     work()
             except BaseException as error:
@@ -38,3 +48,16 @@ class Background:
         """What the work ended with if that was an error; told once."""
         error, self.error = self.error, None
         return error
+
+
+def wait_everywhere(accelerator: Accelerator, background: Background, phase: str) -> None:
+    """Wait until the work of all processes has ended, or that of one has failed; every process must call this.
+
+    Work that fails alone may leave that of others waiting for it: they end with their connection to that process.
+    """
+    while True:
+        busy, failed = background.is_busy(POLL_SECONDS), background.error is not None
+        done, well = lowest_of_each(accelerator, [int(not busy), int(not failed)])
+        if done or not well:
+            return
+        beat(phase)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pickle
 import secrets
 import socket
 import time
@@ -30,6 +31,7 @@ from lib.runtime.network import (
     rank_and_size,
 )
 from lib.runtime.signals import REQUEST, Stopped, check_stop
+from lib.runtime.watchdog import waiting_for_others
 
 PROCESS_TIMEOUT = timedelta(days=1)
 """Timeout of collectives: the first process may tokenize for hours while others wait. Training has the watchdog."""
@@ -121,7 +123,8 @@ def side_group() -> Any:
 def tell_all(value: Any) -> list[Any]:
     """What each process gives, in the order of processes; every process must call this at the same place."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value, group=side_group())
+    with waiting_for_others():
+        torch.distributed.all_gather_object(found, value, group=side_group())
     return found
 
 
@@ -145,11 +148,20 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def attempt(work: Callable[[], Result]) -> Result | Exception:
-    """What `work` returns or raises."""
+    """What `work` returns or raises; an error that cannot be sent to other processes as a RuntimeError with its first line."""
     try:
         return work()
     except Exception as error:
-        return error
+        return error if can_be_sent(error) else RuntimeError(f"{type(error).__name__}: {first_line(error)}")
+
+
+def can_be_sent(error: Exception) -> bool:
+    """Whether an error arrives at another process: many cannot be read there, as those whose `__init__` takes other arguments."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def lowest_of_each(accelerator: Accelerator, values: Sequence[int]) -> list[int]:

@@ -23,8 +23,10 @@ class Heartbeat:
     def __init__(self, phase: str) -> None:
         self.begin(phase)
 
-    def begin(self, phase: str) -> None:
+    def begin(self, phase: str, waits: bool = False) -> None:
+        """With `waits` it lasts as long as other processes take, whose own heartbeats count."""
         self.phase, self.time = phase, time.monotonic()
+        self.waits = waits  # last: the time of what begins is there when it counts again
 
 
 HEARTBEAT = Heartbeat("start")
@@ -33,9 +35,13 @@ BESIDE: dict[int, Heartbeat] = {}
 """Those of threads that are, by the identity of the thread."""
 
 
-def beat(phase: str) -> None:
-    """Note progress: this process, or this thread if it is watched by itself, begins `phase`. Costs next to nothing."""
-    BESIDE.get(threading.get_ident(), HEARTBEAT).begin(phase)
+def beat(phase: str = "") -> None:
+    """Note progress: this process, or this thread if it is watched by itself, begins `phase`. Costs next to nothing.
+
+    Without a name it goes on with the phase it is in.
+    """
+    heart = BESIDE.get(threading.get_ident(), HEARTBEAT)
+    heart.begin(phase or heart.phase)
 
 
 @contextlib.contextmanager
@@ -47,6 +53,24 @@ def watching_thread(phase: str) -> Iterator[None]:
         yield
     finally:
         del BESIDE[own]
+
+
+@contextlib.contextmanager
+def waiting_for_others() -> Iterator[None]:
+    """Within, a thread in `watching_thread` waits for other processes, however long they make progress.
+
+    A main thread that waits still counts: so a process is noticed whose watchdog is frozen with it.
+    """
+    heart = BESIDE.get(threading.get_ident())
+    if heart is None:
+        yield
+        return
+    before = heart.phase
+    heart.begin(f"{before}, waiting for other processes", waits=True)
+    try:
+        yield
+    finally:
+        heart.begin(before)
 
 
 @contextlib.contextmanager
@@ -78,11 +102,12 @@ def watch(folder: Path, rank: int, timeout: float, done: threading.Event) -> Non
     while not done.wait(period(timeout)):
         now = time.monotonic()
         hearts = [HEARTBEAT, *list(BESIDE.values())]
-        for heart in hearts:  # a pause of the whole process, such as Ctrl-Z, does not count
-            heart.time += max(0.0, now - last - 2 * period(timeout))
+        pause = now - last - 2 * period(timeout)
+        for heart in hearts if pause > 0 else ():  # of the whole process, such as Ctrl-Z: it does not count
+            heart.time += pause  # seldom: a beat at the same moment would be lost
         last = now
         write_phase(folder, rank)
-        if any(now - heart.time > timeout for heart in hearts):
+        if any(now - heart.time > timeout and not heart.waits for heart in hearts):
             # In a thread: the stream may be what hangs, such as a pipe that nobody reads.
             reporting = threading.Thread(target=report, args=(folder, rank, timeout), daemon=True)
             reporting.start()

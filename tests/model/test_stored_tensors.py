@@ -128,6 +128,21 @@ def test_process_that_cannot_read_what_it_wrote_is_heard(
         write_parts(spread(mesh), tmp_path / "parts")
 
 
+def test_process_that_cannot_open_its_folder_is_heard(
+    mesh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(stored_tensors.checkpoint, "FileSystemWriter", fail)
+    monkeypatch.setattr(processes, "tell_all", lambda value: told.append(value) or [value])
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        write_parts(spread(mesh), tmp_path / "parts")
+    assert [error.errno for error in told] == [errno.EIO]
+
+
 def test_frozen_and_trained_parameters_count_for_the_size_from_which_parts_are_saved(
     mesh: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

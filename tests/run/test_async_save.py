@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 import train
 from lib.errors import UserError
-from lib.run import checkpoint
+from lib.run import best_model, checkpoint
 from lib.run import run as run_module
 from lib.run.checkpoint import Checkpointer, list_checkpoints
 from lib.run.snapshot import Copies, Snapshot, storages
@@ -25,6 +25,7 @@ from lib.runtime.signals import REQUEST, Stopped
 from lib.training.state import State
 from tests.conftest import WORKER_ENV, results_of
 from tests.resuming import build, checkpointer, differences, leftovers, play, run_flags
+from tests.resuming import publish as publish_best
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
         write(*arguments)
 
     monkeypatch.setattr(checkpoint, "write_tensors", wait)
-    monkeypatch.setattr(checkpoint, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr("lib.runtime.background.POLL_SECONDS", 0.01)
     yield opened
     opened.set()
 
@@ -204,6 +205,67 @@ def test_at_the_end_of_a_failed_run_a_checkpoint_is_finished_or_its_error_is_pri
     assert [path.name for path in list_checkpoints(tmp_path / "gone" / "checkpoints")] == ["step-3"]
 
 
+def test_error_that_ends_the_run_is_told_before_a_checkpoint_is_waited_for(
+    accelerator: Accelerator,
+    roberta: Path,
+    tmp_path: Path,
+    gate: threading.Event,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lost = torch.distributed.DistBackendError("a connection")
+    one = saver(accelerator, roberta, tmp_path / "run")
+    for step, error, begin in ((3, ValueError("the cause\nand more"), "the cause; waiting"), (4, lost, "waiting")):
+        gate.clear()
+        one.learner.state.step = step
+        one.save(None)
+        threading.Timer(0.1, gate.set).start()
+        with pytest.raises(type(error)):  # noqa: PT012
+            try:
+                raise error
+            finally:
+                one.end()
+        assert capsys.readouterr().err.startswith(f"{begin} for the checkpoint that is being written ...\n")
+
+
+def test_save_that_waits_is_progress_of_all_processes_while_one_of_them_writes(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They ask each other all the time."""
+    asked, lowest = threading.Event(), processes.lowest_of_each
+
+    def ask(accelerator: Accelerator, values: list[int]) -> list[int]:
+        if values == [0, 1]:
+            asked.set()
+        return lowest(accelerator, values)
+
+    monkeypatch.setattr("lib.runtime.background.lowest_of_each", ask)
+    one = saver(accelerator, roberta, tmp_path / "run", async_save=False)
+    save = threading.Thread(target=one.save, args=(None,))
+    save.start()
+    heard = asked.wait(20)
+    assert save.is_alive()
+    gate.set()
+    save.join()
+    assert heard
+    assert one.last == tmp_path / "run" / "checkpoints" / "step-3"
+
+
+def test_best_model_is_flushed_while_processes_ask_each_other(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, publish = threading.Event(), best_model.publish_folder
+
+    def late(*arguments: Any) -> None:
+        assert asked.wait(20)
+        publish(*arguments)
+
+    monkeypatch.setattr(best_model, "publish_folder", late)
+    monkeypatch.setattr("lib.runtime.background.POLL_SECONDS", 0.02)
+    monkeypatch.setattr("lib.runtime.background.beat", lambda _: asked.set())
+    publish_best(accelerator, build(roberta), roberta, tmp_path / "model")
+    assert find_damage(tmp_path / "model") is None
+
+
 def test_main_memory_that_is_too_short_for_the_copy_is_a_message_with_the_way_out(
     accelerator: Accelerator, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +291,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing takes longer than several steps."""
     write = checkpoint.write_tensors
     monkeypatch.setattr(checkpoint, "write_tensors", lambda *arguments: (time.sleep(0.3), write(*arguments)))
-    monkeypatch.setattr(checkpoint, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr("lib.runtime.background.POLL_SECONDS", 0.02)
 
 
 @pytest.mark.usefixtures("slow")
@@ -332,6 +394,22 @@ def test_disk_that_is_full_is_told_once_by_two_processes(run: Any, roberta: Path
     assert "2 (gloo, CPU)" in done.stdout
     assert done.stderr.count("error: the checkpoint of step 2 could not be saved") == 1
     assert 'train.py", line' not in done.stderr
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.slow
+def test_process_whose_thread_fails_alone_ends_the_run_with_the_cause(run: Any, roberta: Path, tmp_path: Path) -> None:
+    """The threads of the others wait for it."""
+    flags = [*run_flags(tmp_path, roberta), "--async_save", "True", "--save_steps", 2, "--output_dir", "run"]
+    fault = json.dumps({"parts": True, "part": "a fault of one thread", "rank": 1})
+    options = {"processes": 2, "config": "fsdp2.yaml", "env": WORKER_ENV}
+    done = run("tests/workers/faulty.py", fault, *flags, code=1, **options)
+    assert "FSDP2: 2 shards" in done.stdout
+    assert (
+        done.stderr.count("error: process 1 of 2: the checkpoint of step 2 could not be saved: a fault of one thread")
+        == 1
+    )
+    assert "made no progress" not in done.stderr
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
 
 

@@ -215,6 +215,21 @@ def test_quota_limit_of_file_size_and_deleted_folder_are_named(tmp_path, monkeyp
         raise OSError(errno.EFBIG, "File too large")
 
 
+def test_each_file_and_each_part_of_one_is_progress(folder, tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(atomic, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(atomic, "CHUNK", 2)
+    names, size = file_names(folder), sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    copy_files(folder, tmp_path / "copy", names)
+    assert len(beats) == len(names)
+    beats.clear()
+    assert find_damage(folder) is None
+    assert len(beats) > size / 8
+    beats.clear()
+    atomic.sync(folder)
+    assert beats
+
+
 def test_numbers_that_are_not_finite_become_text_for_json():
     value = {"a": [float("nan"), 1.5], "b": (float("inf"), -float("inf")), "c": None}
     assert finite(value) == {"a": ["NaN", 1.5], "b": ["Infinity", "-Infinity"], "c": None}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.runtime import processes, signals
+from lib.runtime import background, processes, signals
+from lib.runtime.memory import StartAgain
 from lib.runtime.network import Member, interface_of
 from lib.runtime.processes import buckets, check_shared, check_time
 from lib.runtime.signals import Stopped
@@ -260,3 +262,29 @@ def test_what_the_first_process_finds_or_raises_is_that_of_all(monkeypatch: pyte
     outcome = OSError(28, "full")
     with pytest.raises(OSError, match="full"):
         processes.on_first(lambda: None)
+
+
+def test_error_that_no_other_process_could_read_is_sent_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(processes, "tell_all", lambda value: told.append(value) or [value])
+
+    def fail() -> None:
+        raise StartAgain("micro_batch_positions", 4, "--per_device_train_batch_size")
+
+    with pytest.raises(RuntimeError, match="StartAgain: out of memory; with a model in shards"):
+        processes.together(fail)
+    assert str(pickle.loads(pickle.dumps(told[0]))) == str(told[0])
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_work_of_all_is_waited_for_until_it_fails_on_one(monkeypatch: pytest.MonkeyPatch, failed: bool) -> None:
+    """The other process is busy in the first two rounds; it fails in the second one."""
+    rounds: list[Any] = []
+
+    def lowest(_: Any, values: list[int]) -> list[int]:
+        rounds.append(values)
+        return [int(len(rounds) > 2), int(not (failed and len(rounds) == 2))]
+
+    monkeypatch.setattr(background, "lowest_of_each", lowest)
+    background.wait_everywhere(None, background.Background(), "waiting")  # type: ignore[arg-type]
+    assert rounds == [[1, 1]] * (2 if failed else 3)

@@ -5,11 +5,15 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
-from lib.runtime import watchdog
-from lib.runtime.watchdog import beat, report, watching, write_phase
+import pytest
+import torch
+
+from lib.runtime import processes, watchdog
+from lib.runtime.watchdog import Heartbeat, beat, report, watching, watching_thread, write_phase
 from tests.conftest import ROOT
 
 
@@ -146,3 +150,52 @@ def test_missing_folder_does_not_stop_the_run(tmp_path):
             beat("step")
             time.sleep(0.1)
     assert watchdog.HEARTBEAT.phase == "step"
+
+
+def test_thread_that_waits_for_other_processes_may_wait_longer_and_a_main_thread_may_not(tmp_path):
+    code = """
+        from lib.runtime.background import Background
+        def write():
+            with waiting_for_others():
+                time.sleep(1.6)
+        background = Background()
+        with watching(folder / "beats", 0, 0.8):
+            background.start(write, "checkpoint of step 6")
+            while background.is_busy(0.1):
+                beat("waiting")
+            print("written")
+            with waiting_for_others():
+                time.sleep(20)
+        """
+    done = run(code, tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == "written\n"
+
+
+def test_what_processes_tell_each_other_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(found: list, value: str, group: None) -> None:
+        (heart,) = watchdog.BESIDE.values()
+        found[:] = [value, heart.phase, heart.waits]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(processes, "side_group", lambda: None)
+    with watching_thread("a write"):
+        assert processes.tell_all("done") == ["done", "a write, waiting for other processes", True]
+        (heart,) = watchdog.BESIDE.values()
+        assert (heart.phase, heart.waits) == ("a write", False)
+
+
+def test_watchdog_writes_no_heartbeat_unless_the_process_paused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat of another thread between its read and its write would be lost."""
+    writers = set()
+
+    class Recording(Heartbeat):
+        def __setattr__(self, name: str, value: object) -> None:
+            writers.add(threading.current_thread().name)
+            super().__setattr__(name, value)
+
+    monkeypatch.setitem(watchdog.BESIDE, -1, Recording("a write"))
+    with watching(tmp_path / "beats", 0, 8.0):
+        time.sleep(2.5)
+    assert writers == {threading.current_thread().name}

@@ -3,7 +3,8 @@
 `sleep`: seconds added to every step. `step`: the step at which `do` acts, on process `rank` (default: all).
 `do`: oom, oom_backward (above `size` samples), eval_oom (above `size` positions), nan, freeze, kill, raise. `once`: a file
 that, once there, stops the fault from acting again. `file_bytes`: the largest file that process `rank` can write. `parts`:
-true where a model in shards is saved in parts, whatever its size. `free`: free bytes of the disk. `tokenize`: seconds that
+true where a model in shards is saved in parts, whatever its size. `part`: the error of process `rank` before it writes its
+part. `free`: free bytes of the disk. `tokenize`: seconds that
 the first process takes to load the data. `report_bytes`: the largest file that can be written after training. `locks`: false
 where the file system has no locks.
 """
@@ -28,6 +29,7 @@ from accelerate import Accelerator
 from lib.data import load as data
 from lib.evaluation import scoring
 from lib.model import forward, stored_tensors
+from lib.run import checkpoint
 from lib.run.run import Run
 from lib.training import step
 
@@ -112,12 +114,18 @@ def no_locks(*_: Any) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
+def no_part(*_: Any) -> None:
+    raise RuntimeError(FAULT["part"])
+
+
 write_all, Run.finish = Run.finish, finish  # type: ignore[method-assign]
 step.attempts, forward.compute_logits = faulty_attempts, compute_logits
 Accelerator.backward = failing_backward
 scoring.predict_batch, data.load_data = predict_batch, load_data
 if FAULT.get("parts"):
     stored_tensors.LARGE = 0
+if "part" in FAULT and FAULT.get("rank", RANK) == RANK:
+    checkpoint.write_held = no_part
 if "file_bytes" in FAULT and FAULT.get("rank", RANK) == RANK:
     limit_files(FAULT["file_bytes"])
 if not FAULT.get("locks", True):
