@@ -70,7 +70,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises UserError if the checkpoint lacks weights of the model or has others.
     """
     # The trained weights last: they are right where both files have a view of the same memory.
-    frozen, trained = stored_at(folder / FROZEN), stored_at(folder / WEIGHTS)
+    frozen, trained = stored_at(folder, FROZEN), stored_at(folder, WEIGHTS)
     files = [frozen, trained] if frozen.exists() else [trained]
     if is_sharded(model) or any(file.is_dir() for file in files):
         load_stored(model, [StoredTensors(file) for file in files], folder)

@@ -24,7 +24,7 @@ import torch
 from lib.config.train import TrainingConfig
 from lib.errors import UserError, first_line, printable
 from lib.model.sharding import whole_weights
-from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at
+from lib.model.stored_tensors import StoredTensors, carry_over, is_saved_in_parts, parts_of, stored_at, stored_files
 from lib.model.weights import FROZEN, WEIGHTS, load_weights
 from lib.run.best_model import BEST, best_files, copy_model, find_best
 from lib.run.snapshot import OPTIMIZER, Snapshot, snapshot_phase, take_snapshot, write_held, write_tensors
@@ -37,8 +37,7 @@ from lib.runtime.atomic import (
     explain,
     find_difference,
     is_ours,
-    link_file,
-    link_files,
+    link_or_copy,
     listed_files,
     publish_folder,
     remove_drafts,
@@ -197,8 +196,9 @@ class Checkpointer:
         fresh = stack.enter_context(drafting(self.target))
         if self.last is None:
             return fresh, False
-        linked = link_file(self.last / FROZEN, fresh / FROZEN)
-        return fresh, linked or link_files(parts_of(self.last / FROZEN), parts_of(fresh / FROZEN))
+        with contextlib.suppress(OSError):  # one is gone, or the file system has no links: all are written anew
+            return fresh, bool(carry_over(self.last, FROZEN, fresh, FROZEN, os.link))
+        return fresh, False
 
     def take_part(self, record: dict[str, Any], frozen: bool) -> Snapshot:
         """What this process holds of the learner; a copy, if it is written in the background."""
@@ -317,19 +317,16 @@ class Checkpointer:
     def keep_ingredients(self, folder: Path, state: State) -> Entries:
         """Put the weights of earlier evaluations that are to be averaged into the new checkpoint; returns their files.
 
-        What is gone is left out: `find_ingredients` says so at the end. What is damaged stays so by its entry.
+        Weights of which a file is gone are left out: `find_ingredients` says so at the end. What is damaged stays so by its
+        entry.
         """
         entries: Entries = {}
         for step, name in ingredient_names(state).items():
             checkpoint, before = self.kept.get(step, (folder, name))
-            files = stored_files(checkpoint, before) if name != WEIGHTS else {}
-            for file, entry in files.items():
-                copy = folder / moved(file, before, name)
-                copy.parent.mkdir(parents=True, exist_ok=True)
+            if name != WEIGHTS:
+                put = link_or_copy if checkpoint == self.last else shutil.copyfile
                 with contextlib.suppress(FileNotFoundError):  # deleted by somebody
-                    if checkpoint != self.last or not link_file(checkpoint / file, copy):
-                        shutil.copyfile(checkpoint / file, copy)
-                    entries[copy.relative_to(folder).as_posix()] = entry
+                    entries |= carry_over(checkpoint, before, folder, name, put)
         return entries
 
     def find_ingredients(self) -> dict[int, Path]:
@@ -340,7 +337,7 @@ class Checkpointer:
             files = stored_files(checkpoint, name)
             damage = find_difference(checkpoint, files) if files else "they are gone"
             if damage is None:
-                found[item["step"]] = stored_at(checkpoint / name)
+                found[item["step"]] = stored_at(checkpoint, name)
             else:
                 print(f"warning: the weights of step {item['step']} are not averaged: {damage}", flush=True)
         return found
@@ -357,8 +354,8 @@ class Checkpointer:
         self.last, self.last_best = None, 0  # other parameters may be frozen there
         # From the file as they are needed: a process that holds a part of the moments reads that part.
         tensors = torch.load(checkpoint / OPTIMIZER, weights_only=True, map_location="cpu", mmap=True)
-        moments = parts_of(checkpoint / OPTIMIZER)
-        parts = StoredTensors(moments) if moments.is_dir() else None
+        moments = stored_at(checkpoint, OPTIMIZER)
+        parts = StoredTensors(moments) if moments.name != OPTIMIZER else None
         restore_optimizer(learner.optimizer, learner.scheduler, tensors["optimizer"], tensors["scheduler"], parts)
         if accelerator.scaler is not None and "scaler" in tensors:
             accelerator.scaler.load_state_dict(tensors["scaler"])
@@ -458,18 +455,6 @@ def ingredient_names(state: State) -> dict[int, str]:
     """The names, in a checkpoint of this state, of the weights that are to be averaged, by their step."""
     steps = [item["step"] for item in state.ingredients]
     return {step: WEIGHTS if step == state.step else f"{INGREDIENTS}/step-{step}.safetensors" for step in steps}
-
-
-def stored_files(checkpoint: Path, name: str) -> Entries:
-    """What the manifest of a checkpoint lists of the tensors `name`: a file, or those of the folder in its place."""
-    folder = parts_of(Path(name)).as_posix() + "/"
-    return {file: entry for file, entry in listed_files(checkpoint).items() if file == name or file.startswith(folder)}
-
-
-def moved(file: str, before: str, after: str) -> str:
-    """The name of one of `stored_files` of the tensors `before` where these are called `after`."""
-    old, new = parts_of(Path(before)).as_posix() + "/", parts_of(Path(after)).as_posix() + "/"
-    return after if file == before else new + file.removeprefix(old)
 
 
 def best_folders(folder: Path) -> list[Path]:

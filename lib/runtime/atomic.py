@@ -28,6 +28,8 @@ from lib.runtime.watchdog import beat
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What Python, PyTorch and safetensors raise when the disk is full."""
+NFS_SECONDS = 30.0
+"""How long a machine may take to see what another one wrote to a shared disk: NFS looks at a folder every now and then."""
 MANIFEST = "manifest.json"
 MARK = json.dumps({"hash": "sha256", "files": {}}) + "\n"
 """The manifest of a folder that is being written."""
@@ -49,10 +51,20 @@ def write_manifest(
     """Write manifest.json: `record`, then every file below `folder` with its size and sha256.
 
     A file that is a hard link to the one of the same name in the folder `before` gets the entry it has there, and one
-    that is `known` already that entry; they are not read again.
+    that is `known` already that entry; they are not read again. Those are waited for, since other machines may have written
+    them. Raises UserError if one is not seen.
     """
-    linked = ({} if before is None else linked_entries(folder, before)) | (known or {})
-    files = {name: linked.get(name) or describe_file(folder / name) for name in file_names(folder)}
+    known = known or {}
+    deadline = time.monotonic() + NFS_SECONDS
+    while unseen := known.keys() - (names := file_names(folder)):
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"{folder / min(unseen)} was written and is not seen {NFS_SECONDS:g} s later: it was deleted, or {folder.parent} "
+                f"is not one folder for all machines; when that is mended, {RESUMES}"
+            )
+        time.sleep(min(0.5, NFS_SECONDS))
+    linked = ({} if before is None else linked_entries(folder, before)) | known
+    files = {name: linked.get(name) or describe_file(folder / name) for name in names}
     write_atomically(folder / MANIFEST, json.dumps(record | {"files": files}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -325,15 +337,9 @@ def link_file(source: Path, target: Path) -> bool:
     return True
 
 
-def link_files(source: Path, target: Path) -> bool:
-    """Make a folder `target` with hard links to the files of `source`; False, and none, where one cannot be linked."""
-    files = list(source.iterdir()) if source.is_dir() else []
-    if files:
-        target.mkdir()
-    if files and all(link_file(file, target / file.name) for file in files):
-        return True
-    shutil.rmtree(target, ignore_errors=True)
-    return False
+def link_or_copy(source: Path, target: Path) -> None:
+    if not link_file(source, target):
+        shutil.copyfile(source, target)
 
 
 def copy_files(source: Path, target: Path, names: Collection[str], link: bool = False) -> None:
@@ -342,8 +348,8 @@ def copy_files(source: Path, target: Path, names: Collection[str], link: bool = 
         beat()
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        if not (link and copy.suffix == ".safetensors" and link_file(source / name, copy)):
-            shutil.copyfile(source / name, copy)
+        put = link_or_copy if link and copy.suffix == ".safetensors" else shutil.copyfile
+        put(source / name, copy)
 
 
 AGAIN = "run the same command again"

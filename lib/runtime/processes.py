@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lib.errors import UserError, first_line
+from lib.runtime.atomic import NFS_SECONDS
 from lib.runtime.launch_checks import read_sharding
 from lib.runtime.lock import is_locked_by
 from lib.runtime.network import (
@@ -35,8 +36,6 @@ from lib.runtime.watchdog import waiting_for_others
 
 PROCESS_TIMEOUT = timedelta(days=1)
 """Timeout of collectives: the first process may tokenize for hours while others wait. Training has the watchdog."""
-NFS_SECONDS = 30.0
-"""How long a machine may take to see what another one wrote to a shared disk: NFS looks at a folder every now and then."""
 BUCKET_BYTES = 25 * 2**20
 """Weights are shared and gradients summed in buckets of at most this size, as in DDP."""
 Tensor = TypeVar("Tensor", bound=torch.Tensor)

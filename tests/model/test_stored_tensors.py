@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from transformers import AutoModelForSequenceClassification
 from lib.errors import UserError
 from lib.model import sharding, stored_tensors
 from lib.model.sharding import device_mesh, gathered_parts, own_slices, shard_model, tensors_of
-from lib.model.stored_tensors import StoredTensors, is_saved_in_parts, parts_of, stored_at, write_parts
+from lib.model.stored_tensors import StoredTensors, carry_over, is_saved_in_parts, parts_of, stored_at, write_parts
 from lib.model.weights import reload_model, save_model
 from lib.run import best_model
 from lib.runtime import processes
-from lib.runtime.atomic import describe_file
+from lib.runtime.atomic import describe_file, file_names, find_damage, write_manifest
 from lib.runtime.launch_checks import Sharding
 from tests.tiny_models import build_from
 
@@ -50,7 +51,9 @@ def test_parts_are_read_as_they_were_written_with_shards_and_without(mesh: Any, 
     written = write_parts(tensors, folder)
     assert written == {file.name: describe_file(file) for file in folder.iterdir()}
     assert ".metadata" in written
-    assert stored_at(tmp_path / "model.safetensors") == folder
+    assert stored_at(tmp_path, "model.safetensors") == tmp_path / "model.safetensors"  # no manifest lists the parts
+    write_manifest(tmp_path, {}, known={f"{folder.name}/{name}": entry for name, entry in written.items()})
+    assert stored_at(tmp_path, "model.safetensors") == folder
     stored = StoredTensors(folder)
     assert stored.shapes == {name: tensor.shape for name, tensor in tensors.items()}
     for like in (tensors, {name: sharding.own_part(tensor) for name, tensor in tensors.items()}):
@@ -68,7 +71,10 @@ def test_parts_are_read_as_they_were_written_with_shards_and_without(mesh: Any, 
 def test_file_is_read_by_parts_too(mesh: Any, tmp_path: Path) -> None:
     tensors, file = spread(mesh), tmp_path / "model.safetensors"
     save_file({name: sharding.own_part(tensor) for name, tensor in tensors.items()}, file)
-    assert stored_at(file) == file
+    write_manifest(tmp_path, {})
+    (tmp_path / "model.shards").mkdir()
+    (tmp_path / "model.shards" / ".metadata").write_text("put there later")
+    assert stored_at(tmp_path, file.name) == file
     stored, found = StoredTensors(file), {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
     stored.fill(found)
     for name, tensor in tensors.items():
@@ -76,6 +82,74 @@ def test_file_is_read_by_parts_too(mesh: Any, tmp_path: Path) -> None:
         assert torch.equal(stored.read(name, tensor), sharding.own_part(tensor))
     with pytest.raises(UserError, match=r"a\.weight has the shape \(5, 3\), and \(4, 3\) in this model"):
         stored.read("a.weight", torch.zeros(4, 3))
+
+
+def test_what_is_read_is_in_main_memory_from_files_and_parts_alike(mesh: Any, tmp_path: Path) -> None:
+    """Else their mean would mix devices."""
+    tensors, file = spread(mesh), tmp_path / "model.safetensors"
+    whole = {name: sharding.own_part(tensor) for name, tensor in tensors.items()}
+    save_file(whole, file)
+    write_parts(tensors, parts_of(file))
+    for path in (file, parts_of(file)):
+        stored = StoredTensors(path)
+        for name, tensor in whole.items():
+            assert torch.equal(stored.read(name, torch.empty_like(tensor, device="meta")), tensor)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("evil-was-here",)
+
+
+@pytest.mark.parametrize("evil", [Evil(), os.getcwd, torch.load, Path.cwd, {"a": [Evil()]}])
+def test_metadata_of_parts_cannot_run_code(
+    mesh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evil: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model.shards"
+    write_parts(spread(mesh), folder)
+    stored = StoredTensors(folder)
+    (folder / ".metadata").write_bytes(pickle.dumps(evil))
+    with pytest.raises(UserError, match=r"model\.shards/\.metadata cannot be read: .* does not belong there"):
+        StoredTensors(folder)
+    stored.fill({"a.weight": torch.zeros(5, 3)})  # it is not read again
+    (folder / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match=r"model\.shards/\.metadata cannot be read"):
+        StoredTensors(folder)
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_parts_that_cannot_be_read_are_named(mesh: Any, tmp_path: Path) -> None:
+    """The library raises an error that no `except Exception` would meet."""
+    folder = tmp_path / "model.shards"
+    write_parts(spread(mesh), folder)
+    for file in folder.glob("*.distcp"):
+        file.unlink()
+    stored = StoredTensors(folder)
+    with pytest.raises(UserError, match=r"model\.shards cannot be read: .*No such file"):
+        stored.fill({"a.weight": torch.zeros(5, 3)})
+
+
+@pytest.mark.parametrize("kind", ["file", "parts"])
+def test_tensors_are_carried_over_as_the_manifest_lists_them_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    names = {"file": ["model.safetensors"], "parts": [f"model.shards/{n}" for n in (".metadata", "__0_0", "__1_0")]}
+    for name in names[kind]:
+        (first / name).parent.mkdir(parents=True, exist_ok=True)
+        (first / name).write_text(name)
+    write_manifest(first, {})
+    (first / "model.shards").mkdir(exist_ok=True)
+    (first / "model.shards" / "__9_0").write_text("put there later")
+    carried = carry_over(first, "model.safetensors", second, "kept/step-1.safetensors", os.link)
+    assert list(carried) == file_names(second)
+    write_manifest(second, {}, known=carried)
+    assert find_damage(second) is None
+    assert stored_at(second, "kept/step-1.safetensors").exists()
+    (second / list(carried)[-1]).unlink()
+    with pytest.raises(FileNotFoundError):
+        carry_over(second, "kept/step-1.safetensors", third, "kept/step-1.safetensors", os.link)
+    assert file_names(third) == []
+    assert carry_over(first, "frozen.safetensors", third, "frozen.safetensors", os.link) == {}
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])

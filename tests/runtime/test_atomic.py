@@ -197,6 +197,20 @@ def test_hard_linked_file_keeps_the_hash_it_was_written_with(folder, tmp_path):
     assert "model.safetensors was changed" in find_damage(tmp_path / "next")
 
 
+def test_file_that_another_machine_has_written_is_waited_for_and_missed(folder, monkeypatch):
+    monkeypatch.setattr(atomic, "NFS_SECONDS", 0.0)
+    file, hidden = folder / "model.safetensors", folder.parent / "hidden"
+    known = {file.name: atomic.describe_file(file)}
+    file.rename(hidden)
+    with pytest.raises(UserError, match=r"model\.safetensors was written and is not seen 0 s later: .* same command"):
+        write_manifest(folder, {}, known=known)
+    monkeypatch.setattr(atomic, "NFS_SECONDS", 60.0)
+    monkeypatch.setattr(atomic.time, "sleep", lambda _: hidden.rename(file))
+    write_manifest(folder, {}, known=known)
+    assert find_damage(folder) is None
+    assert set(atomic.listed_files(folder)) == {"best/config.json", "model.safetensors"}
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(), RuntimeError("a\nb")])
 def test_failed_write_is_explained_by_the_free_space(error, tmp_path):
     assert "MiB are free at" in explain(error, tmp_path)
