@@ -53,6 +53,23 @@ def pool_logits(logits: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return torch.stack([part.mean(dim=0) for part in logits.split(counts)])
 
 
+def keep_no_cache(model: Any) -> Any:
+    """The classifier, which keeps no keys and values for tokens to come: there are none.
+
+    By itself a decoder copies them in each forward. Layers that are recomputed cannot, and products of the copies differ
+    from those of the originals in the last digits on some processors.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "use_cache" in inspect.signature(inner.forward).parameters:
+        inner.register_forward_pre_hook(without_cache, with_kwargs=True)
+    return model
+
+
+def without_cache(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook."""
+    return args, kwargs | {"use_cache": False}
+
+
 def attend_by_length(model: Any) -> Any:
     """The model; a BigBird chooses full or sparse attention for each batch anew, by its length.
 

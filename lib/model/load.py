@@ -20,7 +20,7 @@ from lib.errors import UserError
 from lib.model.adapters.adapt import adapter_folder, base_of, load_adapter, read_json
 from lib.model.attention import set_attention
 from lib.model.folder import check_settings, check_vocabulary, limited_memory
-from lib.model.forward import attend_by_length
+from lib.model.forward import attend_by_length, keep_no_cache
 from lib.model.frozen_weights import FLOAT32, FrozenWeights
 from lib.model.frozen_weights import KEY as LOAD_IN
 from lib.model.layers import backbone_of, freeze
@@ -135,7 +135,7 @@ def build_model(
             check_weights(config, model, info)
     check_vocabulary(config, model, tokenizer)
     freeze(model, config.freeze)
-    return attend_by_length(model), info
+    return keep_no_cache(attend_by_length(model)), info
 
 
 def build_from_scratch(config: ModelConfig, hf_config: Any) -> tuple[PreTrainedModel, LoadingInfo]:
@@ -204,7 +204,7 @@ def load_classifier(
         model = attend_by_length(adapter)
         if tokenizer is not None:
             set_padding(model.config, tokenizer)
-    return model
+    return keep_no_cache(model)
 
 
 def load_trained(source: ModelSource, kind: Any, name: str, tokenizer: Any = None) -> PreTrainedModel:

@@ -1,9 +1,6 @@
 """--gradient_checkpointing: the trained layers keep only their input for backward, and compute the rest a second time."""
 
-import inspect
 from typing import Any
-
-from torch import nn
 
 from lib.errors import UserError, first_line
 from lib.model.layers import find_layers
@@ -39,11 +36,4 @@ def recompute_layers(model: Any, wanted: bool) -> Any:
         module.gradient_checkpointing = id(module) in layers
     if not layers <= set(map(id, switches)):
         raise UserError(f"{FLAG} does not work for {model.config.model_type}: transformers cannot recompute its layers")
-    if "use_cache" in inspect.signature(inner.forward).parameters:
-        inner.register_forward_pre_hook(without_cache, with_kwargs=True)
     return model
-
-
-def without_cache(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook for decoders: a cache of keys and values would grow a second time when a layer is recomputed."""
-    return args, kwargs | {"use_cache": False}

@@ -16,7 +16,7 @@ from lib.config.sections import ModelSource
 from lib.config.train import TrainConfig
 from lib.data.loader import Batches
 from lib.errors import UserError, first_line
-from lib.model.forward import Inputs, attend_by_length
+from lib.model.forward import Inputs, attend_by_length, keep_no_cache
 from lib.model.load import longest_input
 from lib.model.sharding import is_sharded
 from lib.model.source import load_hf_config, loading_errors
@@ -174,7 +174,7 @@ def compare_methods(config: DoctorConfig, source: ModelSource) -> str:
         settings.pad_token_id = 0 if getattr(settings, "pad_token_id", None) is None else settings.pad_token_id
     with loading_errors(source), torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(copy.deepcopy(hf_config), dtype=torch.float32)
-    model = attend_by_length(model)
+    model = keep_no_cache(attend_by_length(model))
     held, most = own_memory(device)
     length = min(config.max_length, longest_input(hf_config) or config.max_length)
     size = min(config.train_batch_size, config.per_device_train_batch_size or config.train_batch_size)
