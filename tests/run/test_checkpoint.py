@@ -1,5 +1,6 @@
 """Checkpoints restore what they saved, never hold numbers that are not finite, and cannot run code."""
 
+import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 
 from lib.errors import UserError
 from lib.run.checkpoint import list_checkpoints, rotate
+from lib.runtime.atomic import find_damage, write_manifest
 from lib.runtime.memory import StartAgain
 from tests.resuming import build, checkpointer, equal_weights, make_checkpoints
 
@@ -99,6 +101,52 @@ def test_checkpoint_cannot_run_code(
     with pytest.raises(pickle.UnpicklingError):
         saver.load(tmp_path / "checkpoints" / "step-3")
     assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_parts_that_the_manifest_does_not_list_are_not_read(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saver = checkpointer(accelerator, tmp_path, build(roberta))
+    saver.save(None)
+    checkpoint = tmp_path / "checkpoints" / "step-3"
+    for name in ("frozen.shards", "model.shards", "optimizer.shards"):
+        (checkpoint / name).mkdir()
+        (checkpoint / name / ".metadata").write_bytes(pickle.dumps(Evil()))
+    other = checkpointer(accelerator, tmp_path, build(roberta, seed=1))
+    other.load(checkpoint)
+    assert equal_weights(saver.learner.model, other.learner.model)
+    assert not (tmp_path / "evil-was-here").exists()
+
+
+def test_of_parts_that_have_lost_a_file_nothing_goes_into_the_next_checkpoint(
+    accelerator: Accelerator, roberta: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = checkpointer(accelerator, tmp_path, build(roberta))
+    last, fresh = tmp_path / "checkpoints" / "step-1", tmp_path / "fresh"
+    for folder in ("frozen.shards", "ingredients/step-1.shards", "ingredients/step-2.shards"):
+        (last / folder).mkdir(parents=True)
+        for name in (".metadata", "__0_0.distcp", "__1_0.distcp"):
+            (last / folder / name).write_text(name)
+    write_manifest(last, {})
+    with contextlib.ExitStack() as stack:
+        saver.last = last
+        draft, linked = saver.open_draft(stack)
+        assert linked
+        assert len(list((draft / "frozen.shards").iterdir())) == 3
+        (last / "frozen.shards" / "__1_0.distcp").unlink()
+        draft, linked = saver.open_draft(stack)
+        assert not linked
+        assert not (draft / "frozen.shards").exists()
+    saver.learner.state.ingredients = [{"step": step, "scores": {}} for step in (1, 2)]
+    saver.kept = {step: (last, f"ingredients/step-{step}.safetensors") for step in (1, 2)}
+    (last / "ingredients" / "step-1.shards" / "__1_0.distcp").unlink()
+    entries = saver.keep_ingredients(fresh, saver.learner.state)
+    write_manifest(fresh, {}, last, entries)
+    assert find_damage(fresh) is None
+    saver.kept = {step: (fresh, name) for step, (_, name) in saver.kept.items()}
+    assert saver.find_ingredients() == {2: fresh / "ingredients" / "step-2.shards"}
+    assert "the weights of step 1 are not averaged: they are gone" in capsys.readouterr().out
 
 
 def test_checkpoints_are_listed_newest_first_and_done_before_pending(tmp_path):
