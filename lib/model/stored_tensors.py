@@ -22,6 +22,7 @@ from lib.errors import UserError, first_line
 from lib.model.sharding import is_sharded, own_part, own_slices
 from lib.runtime.atomic import Entries, describe_file, listed_files
 from lib.runtime.processes import side_group, tell_all, together
+from lib.runtime.watchdog import beat
 
 LARGE = 2_000_000_000
 """Parameters, frozen ones included, from which a model in shards is saved in parts: before, one process has room for all."""
@@ -60,6 +61,7 @@ def carry_over(source: Path, before: str, target: Path, name: str, put: Callable
     carried: Entries = {}
     try:
         for file, entry in stored_files(source, before).items():
+            beat()
             copy = name if file == before else new + file.removeprefix(old)
             (target / copy).parent.mkdir(parents=True, exist_ok=True)
             put(source / file, target / copy)
