@@ -224,7 +224,7 @@ class StepGraphs:
         length = recorded_length(inputs["input_ids"].shape[1], self.longest)
         if len(micro_batches) == 1 and (positions is None or self.rows * length <= positions):
             return length
-        if positions != self.said_limit:
+        if positions is not None and positions != self.said_limit:
             self.said_limit = positions
             fitting = [length for length in self.lengths() if self.rows * length <= positions]
             logger.warning(
