@@ -332,9 +332,10 @@ def test_profile_of_a_step_counts_what_a_ready_mask_and_a_replay_leave_out(mater
         for part in (f"--{split}_file", material.folder / "data" / f"{split}.jsonl")
     ]
     flags = list(map(str, ["--model", material.folder / "model", *files]))
-    own, ready, replayed = (step_profile.count_step("no", way, flags) for way in step_profile.WAYS)
+    own, ready, _, replayed = (step_profile.count_step("no", way, flags) for way in step_profile.WAYS)
     assert (own["reads"], ready["reads"], replayed["reads"]) == (1, 0, 0)
     assert replayed["operations"] < ready["operations"] / 5 < own["operations"] / 5
     bf16 = step_profile.count_step("bf16", "the mask is ready", flags)
     assert bf16["casts"] > ready["casts"] + 20
     assert (bf16["copies"], bf16["views"]) == (ready["copies"], ready["views"])
+    assert step_profile.count_step("bf16", "--bf16_weights True", flags)["casts"] < bf16["casts"] / 2

@@ -10,8 +10,10 @@ import pytest
 import predict
 from lib.config.cli import parse_cli
 from lib.config.predict import PredictConfig
+from lib.config.sections import EVAL_SAMPLES
 from lib.config.train import TrainConfig
 from lib.data.load import load_data
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.predictions import Predictions
 from lib.evaluation.scores import compute_metrics
 from lib.model.load import build_model, load_tokenizer, summarize_weight_names
@@ -101,7 +103,7 @@ def test_padding_shares_on_the_page_are_those_of_the_data():
     assert f"{len(data.lengths['train']):,} texts" in NOTE
     for name, share in shares.items():
         assert re.search(rf"`.*{name}`.* \| {100 * share:.1f} % \|", NOTE), name
-    evaluation = 100 * evaluation_padding(config.training, data)
+    evaluation = 100 * evaluation_padding(data, BatchSize(EVAL_SAMPLES))
     assert f"{len(data.lengths['validation']):,} validation texts has {evaluation:.1f} % of padding" in NOTE
 
 

@@ -18,6 +18,7 @@ from sklearn.metrics import average_precision_score, f1_score, log_loss
 from lib.config.sections import CLASSIFICATION, MULTI_LABEL, REGRESSION, ModelConfig
 from lib.data.load import Data
 from lib.data.loader import Batches, build_collator
+from lib.evaluation.batch_size import BatchSize
 from lib.evaluation.scoring import evaluate
 from lib.model.load import build_model, load_tokenizer
 from lib.model.losses import PLAIN
@@ -257,7 +258,9 @@ def test_only_the_tuned_split_changes_the_thresholds(roberta: Path) -> None:
 
     def score(split: str, tune: bool = False) -> Any:
         batches = Batches(data, collator)
-        return evaluate(Accelerator(cpu=True), model, batches.split(split), [], 8, tune).predictions.thresholds
+        return evaluate(
+            Accelerator(cpu=True), model, batches.split(split), [], BatchSize(8), tune
+        ).predictions.thresholds
 
     assert score("test") is None
     tuned = score("validation", tune=True)
