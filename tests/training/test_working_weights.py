@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,7 +42,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def build(files: dict[str, str]) -> Callable[..., Experiment]:
+def build(files: dict[str, str]) -> Iterator[Callable[..., Experiment]]:
     """`build(model, wanted)`: 16 steps of 8 samples in bf16, dropout on."""
 
     def call(model: Path, wanted: bool, adapter: Any = None, **settings: Any) -> Experiment:
@@ -56,7 +57,9 @@ def build(files: dict[str, str]) -> Callable[..., Experiment]:
         )
         return build_experiment(config, Accelerator(cpu=True, mixed_precision="bf16"))
 
-    return call
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another precision
+    yield call
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def weights(model: nn.Module) -> torch.Tensor:
