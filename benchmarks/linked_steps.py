@@ -51,7 +51,7 @@ class SumAfter:
     All buckets are on their way at once, and their sums are copied back.
     """
 
-    def __init__(self, accelerator: Any, model: torch.nn.Module) -> None:
+    def __init__(self, accelerator: Any, model: torch.nn.Module, _: Any) -> None:
         self.accelerator, self.model = accelerator, model
 
     def pad(self, pieces: list[MicroBatch]) -> list[MicroBatch]:
