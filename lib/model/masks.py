@@ -1,10 +1,12 @@
 """The mask of attention, made outside the model: by itself a model looks for padding, and waits for the device to do so."""
 
+import contextlib
 from typing import Any
 
 import torch
 
 from lib.model.forward import Inputs
+from lib.model.layers import backbone_of
 from lib.runtime.precision import DTYPES
 
 READERS = {
@@ -53,8 +55,9 @@ def reads_ready_mask(model: Any) -> bool:
 
 def find_backbone(model: Any) -> Any:
     """The model without its head, also inside an adapter of peft; None where a module is no model of transformers."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return getattr(inner, getattr(inner, "base_model_prefix", ""), None)
+    with contextlib.suppress(AttributeError):
+        return backbone_of(model)
+    return None
 
 
 def is_padded(inputs: Inputs) -> bool:
